@@ -1,0 +1,100 @@
+"""How the processes of a run find the coordinator actor, and how the controller talks to it without ever waiting.
+
+The coordinator is a named actor that Ray restarts; its TCP address changes with each life, so workers ask for it anew after
+every lost connection. Calls are retried by Ray over a restart (`max_task_retries`), hence events are idempotent.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+NAMESPACE = "elastic_moe"
+FIND_TIMEOUT_S = 3.0
+
+logger = logging.getLogger(__name__)
+
+
+def actor_name(run_id: str) -> str:
+    """Name of a run's coordinator actor."""
+    return f"elastic_moe:{run_id}"
+
+
+def find_coordinator(name: str) -> tuple[str, int] | None:
+    """Ask Ray where a run's coordinator listens now.
+
+    Returns:
+        Host and port, or None while there is no coordinator that answers.
+    """
+    try:
+        handle = ray.get_actor(name, namespace=NAMESPACE)
+        host, port = ray.get(handle.address.remote(), timeout=FIND_TIMEOUT_S)
+    except (ValueError, RayError, TimeoutError):  # no such actor; dead, restarting or busy
+        return None
+    return host, port
+
+
+@dataclass(frozen=True)
+class Finder:
+    """`find_coordinator` of one run, as a value that travels to workers."""
+
+    name: str
+
+    def __call__(self) -> tuple[str, int] | None:
+        return find_coordinator(self.name)
+
+
+class CoordinatorLink:
+    """The controller's and the driver's side: the newest known status, and events handed over; nothing here blocks.
+
+    Args:
+        name: the coordinator actor's name.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._name, self._clock = name, clock
+        self._handle: Any = None
+        self._asked: Any = None
+        self._answered_s = clock()
+        self._status: dict[str, Any] = {}
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the coordinator last answered."""
+        return self._clock() - self._answered_s
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Hand an event over; Ray retries it if the coordinator restarts."""
+        if (handle := self._find()) is not None:
+            handle.submit.remote(event)
+
+    def poll(self) -> dict[str, Any]:
+        """Newest status that has arrived ({} before the first), and ask for the next one."""
+        if self._asked is not None:
+            done, _ = ray.wait([self._asked], timeout=0)
+            if done:
+                self._asked = None
+                try:
+                    self._status = ray.get(done[0])
+                    self._answered_s = self._clock()
+                except RayError as error:
+                    logger.warning("coordinator did not answer: %s", str(error).splitlines()[0])
+                    self._handle = None
+        if self._asked is None and (handle := self._find()) is not None:
+            self._asked = handle.status.remote()
+        return self._status
+
+    def _find(self) -> Any:
+        if self._handle is None:
+            try:
+                self._handle = ray.get_actor(self._name, namespace=NAMESPACE)
+            except (ValueError, RayError):
+                return None
+        return self._handle

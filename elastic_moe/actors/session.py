@@ -1,0 +1,174 @@
+"""The Ray cluster of a run: embedded, simulated (several nodes in one machine), or one that exists already.
+
+Embedded and simulated clusters live in a temporary directory of their own and vanish with the run; a cluster that someone else started
+on the same machine is neither joined nor disturbed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from elastic_moe.actors.link import NAMESPACE
+from elastic_moe.config.schema import ClusterConfig, TrainConfig
+from elastic_moe.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+MIB = 1024 * 1024
+OBJECT_STORE_MIN_MB = 75  # Ray's lower bound
+
+
+def start_workers(cluster: ClusterConfig) -> int:
+    """Number of workers that a run starts with."""
+    if cluster.kind == "simulated":
+        return cluster.nodes * cluster.workers_per_node
+    return cluster.workers
+
+
+def max_workers(config: TrainConfig) -> int:
+    """Largest number of workers of a run."""
+    return config.elastic.max_workers or start_workers(config.cluster)
+
+
+def resources_per_worker(cluster: ClusterConfig) -> dict[str, float]:
+    """What one worker asks Ray for."""
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    return resources
+
+
+@contextmanager
+def ray_session(config: TrainConfig) -> Iterator[Any]:
+    """Connect to, or start, the run's cluster. Yields the simulated `Cluster`, or None for the other kinds.
+
+    Inside another session, as the jobs of a sweep are, that one's Ray is used and left running; this yields None.
+
+    Raises:
+        UserError: `cluster.kind` is unknown, or no cluster answers at `cluster.address`.
+    """
+    kind = config.cluster.kind
+    if kind not in ("local", "simulated", "address"):
+        raise UserError(f'cluster.kind={kind} is unknown; use "local", "simulated" or "address"')
+    if ray.is_initialized():
+        yield None
+    elif kind == "address":
+        with _existing(config.cluster):
+            yield None
+    else:
+        with _own_directory():
+            if kind == "local":
+                with _local(config):
+                    yield None
+            else:
+                with _simulated(config.cluster) as cluster:
+                    yield cluster
+
+
+@contextmanager
+def sweep_session(configs: Sequence[TrainConfig]) -> Iterator[None]:
+    """One cluster for all jobs of a sweep, large enough for the largest. Jobs that ask for different clusters start their own."""
+    if len(configs) < 2 or any(config.cluster != configs[0].cluster for config in configs):
+        yield
+    else:
+        with ray_session(max(configs, key=max_workers)):
+            yield
+
+
+def _common(cluster: ClusterConfig) -> dict[str, Any]:
+    return {
+        "object_store_memory": max(cluster.object_store_mb, OBJECT_STORE_MIN_MB) * MIB,
+        "include_dashboard": cluster.dashboard,
+    }
+
+
+@contextmanager
+def _local(config: TrainConfig) -> Iterator[None]:
+    cluster = config.cluster
+    num_cpus = math.ceil(cluster.cpus_per_worker * max_workers(config))
+    ray.init(
+        address="local",
+        num_cpus=max(1, num_cpus),
+        namespace=NAMESPACE,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+        **_common(cluster),
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _simulated(cluster: ClusterConfig) -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": math.ceil(cluster.cpus_per_worker * cluster.workers_per_node)} | _common(cluster)
+    nodes = Cluster()
+    try:
+        nodes.add_node(**(node | {"num_cpus": 0}))
+        for _ in range(cluster.nodes):
+            nodes.add_node(**node)
+        ray.init(address=nodes.address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
+        yield nodes
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+@contextmanager
+def _existing(cluster: ClusterConfig) -> Iterator[None]:
+    """Join a cluster. Unless a job's own runtime environment brings the package, it is shipped with the job."""
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or "auto"
+    shipped = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "site-packages" in PACKAGE.parts
+    runtime_env = {} if shipped else {"py_modules": [str(PACKAGE)]}
+    try:
+        ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            runtime_env=runtime_env,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    except ConnectionError as error:
+        raise UserError(
+            f"cluster.address: no Ray cluster answers at {address}; start one, or set RAY_ADDRESS"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _own_directory() -> Iterator[None]:
+    """Keep all that Ray writes in a short temporary path (a socket's name has at most 107 bytes), and let its processes import us."""
+    root = tempfile.mkdtemp(prefix="emoe")
+    os.mkdir(os.path.join(root, "ray"))
+    path = os.environ.get("PYTHONPATH")
+    changed = {
+        "RAY_TMPDIR": root,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(PACKAGE.parent), path))),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        shutil.rmtree(root, ignore_errors=True)

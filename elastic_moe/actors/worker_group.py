@@ -1,0 +1,262 @@
+"""Ray Train's worker group, made elastic: workers come and go one by one while the others train.
+
+Stock Ray Train (2.60, v2) starts all workers in one placement group and restarts all of them when one fails. Here every worker has
+a slot with a placement group of one bundle, so that a missing worker blocks nothing and its pending placement group is demand
+that an autoscaler sees. Each slot is filled by a thread that makes the same calls as stock start-up, in the same order.
+
+Uses internals of ray.train.v2: `tests/ray/test_ray_contract.py` holds them; source: ray/train/v2/_internal/execution/worker_group.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.checkpoint.report_handler import ReportCallbackHandler
+from ray.train.v2._internal.execution.worker_group import ReplicaGroup, WorkerGroup, WorkerGroupPollStatus
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
+from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+from ray.train.v2._internal.execution.worker_group.state import (
+    WorkerGroupContext,
+    WorkerGroupState,
+    WorkerGroupStateBuilder,
+    _shutdown_workers,
+)
+from ray.train.v2._internal.execution.worker_group.worker import Worker
+from ray.train.v2._internal.util import time_monotonic
+from ray.util.placement_group import placement_group
+
+READY_POLL_S = 1.0  # a thread waiting for its placement group looks this often whether it was cancelled
+HUNG_WORKER_S = (
+    30.0  # an actor that does not answer a health check this long is dead; its collectives were given up long before
+)
+MAX_BACKOFF_S = 10.0
+UNAVAILABLE_S = (
+    3.0  # a worker that cannot be reached for a moment is not dead; whether others can reach it, the coordinator knows
+)
+RETURN_GRACE_S = 10.0  # a worker whose train function returned is replaced only if the run still goes on after this
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A worker that is no longer there.
+
+    Attributes:
+        worker: the Ray actor's id, which is the id the coordinator knows it by.
+        node: Ray node id.
+        pid: its process.
+        error: what its train function raised or what killed the actor; None when the train function returned.
+        died: the process is gone or does not answer, as opposed to a train function that ended.
+        value: what its train function returned.
+    """
+
+    worker: str
+    node: str
+    pid: int
+    error: BaseException | None = None
+    died: bool = False
+    value: Any = None
+
+
+def judge(worker: str, node: str, pid: int, status: WorkerStatus) -> Ended | None:
+    """What a health check says about one worker: None while its train function runs."""
+    if status.error is None:
+        return None if status.running else Ended(worker, node, pid, value=status.return_value)
+    error: BaseException = status.error
+    if isinstance(error, UserExceptionWithTraceback):
+        return Ended(worker, node, pid, error=error._base_exc)
+    if isinstance(error, WorkerHealthCheckFailedError) and error.health_check_failure is not None:
+        error = error.health_check_failure
+    return Ended(worker, node, pid, error=error, died=True)
+
+
+def worker_id(worker: Worker) -> str:
+    """The id by which the coordinator knows a worker: its actor's id."""
+    return worker.actor._actor_id.hex()
+
+
+class _Bringup(threading.Thread):
+    """One attempt to fill one slot: placement group, actor, train context, train function; then `worker` or `error` is set."""
+
+    def __init__(self, group: ElasticWorkerGroup, index: int) -> None:
+        super().__init__(name=f"bring-up-{index}", daemon=True)
+        self._group, self._index = group, index
+        self._cancelled = threading.Event()
+        self.placement: DefaultPlacementGroupHandle | None = None
+        self.worker: Worker | None = None
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        group, context = self._group, self._group.get_worker_group_context()
+        try:
+            pending = placement_group([group.get_resources_per_worker()], strategy="SPREAD")
+            self.placement = DefaultPlacementGroupHandle(pending)
+            while not self._cancelled.is_set() and not pending.wait(READY_POLL_S):
+                pass
+            if not self._cancelled.is_set():
+                (worker,) = group._create_workers(
+                    1,
+                    pending,
+                    context.resources_per_worker,
+                    starting_world_rank=self._index,
+                    world_size=context.num_workers,
+                    replica_group_size=1,
+                )
+                group._init_train_context([worker], None)
+                ReplicaGroup([worker], context.resources_per_worker, group._replica_group_callbacks).start_training(
+                    context
+                )
+                self.worker = worker
+        except Exception as error:  # noqa: BLE001 - a worker that does not come up is a fault of the cluster: the slot is tried again
+            self.error = error
+        if self._cancelled.is_set():
+            self._release()
+
+    def cancel(self) -> None:
+        """Give the placement group back, which also ends an actor on it."""
+        self._cancelled.set()
+        self._release()
+
+    def _release(self) -> None:
+        if self.placement is not None:
+            self.placement.shutdown()
+
+
+@dataclass
+class _Slot:
+    """Room for one worker: empty, being filled, or with a running worker."""
+
+    bringup: _Bringup | None = None
+    worker: Worker | None = None
+    failures: int = 0
+    retry_at_s: float = 0.0
+
+
+class ElasticWorkerGroup(WorkerGroup):
+    """A worker group between none and `num_workers` workers. `num_workers` in its context is the largest size.
+
+    `ray.train.report` is a barrier over a fixed set of ranks, so what serves it is left out.
+    """
+
+    def __init__(self, train_run_context: Any, worker_group_context: WorkerGroupContext, callbacks: Any = None) -> None:
+        kept = [callback for callback in callbacks or [] if not isinstance(callback, ReportCallbackHandler)]
+        super().__init__(train_run_context, worker_group_context, kept)
+
+    def _start_impl(self, worker_group_state_builder: WorkerGroupStateBuilder) -> None:
+        self._assert_inactive()
+        self._worker_health_check_timeout_s = HUNG_WORKER_S
+        self._slots = [_Slot() for _ in range(self._worker_group_context.num_workers)]
+        self._ended: list[Ended] = []
+        self._unreachable_since_s: dict[str, float] = {}
+        self.supplying = True
+        self.last_bringup_error: Exception | None = None
+        self._worker_group_state = WorkerGroupState(time_monotonic(), None, [], None)  # type: ignore[arg-type]
+        self.supply()
+
+    def supply(self) -> None:
+        """Take in the workers that came up since, and start filling empty slots. Never waits."""
+        now_s = time_monotonic()
+        for index, slot in enumerate(self._slots):
+            if slot.bringup is not None and slot.worker is None and not slot.bringup.is_alive():
+                self._take_in(slot, slot.bringup, now_s)
+            if slot.bringup is None and self.supplying and now_s >= slot.retry_at_s:
+                slot.bringup = _Bringup(self, index)
+                slot.bringup.start()
+        self._set_workers([slot.worker for slot in self._slots if slot.worker is not None])
+
+    def poll_status(self, timeout: float | None = None) -> WorkerGroupPollStatus:
+        """Supply, then ask every worker how it is, and drop those that ended. Callbacks about reports are not called."""
+        self._assert_active()
+        self.supply()
+        workers = self.get_workers()
+        results = self._poll_workers_and_collect_errors(timeout) if workers else []
+        for worker, result in zip(workers, results, strict=True):
+            ended = judge(worker_id(worker), worker.metadata.node_id, worker.metadata.pid, result)
+            if ended is None:
+                self._unreachable_since_s.pop(worker_id(worker), None)
+            elif not self._may_come_back(ended):
+                self._drop(worker, ended)
+        self._latest_poll_status = WorkerGroupPollStatus(worker_statuses=dict(enumerate(results)))
+        return self._latest_poll_status
+
+    def _may_come_back(self, ended: Ended) -> bool:
+        if not isinstance(ended.error, ActorUnavailableError):
+            return False
+        now_s = time_monotonic()
+        return now_s - self._unreachable_since_s.setdefault(ended.worker, now_s) < UNAVAILABLE_S
+
+    def take_ended(self) -> list[Ended]:
+        """Workers that ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def evict(self, worker: str) -> None:
+        """Drop a worker that the coordinator no longer counts, and that has not ended by itself."""
+        for member in self.get_workers():
+            if worker_id(member) == worker:
+                error = RuntimeError("evicted by the coordinator")
+                self._drop(member, Ended(worker, member.metadata.node_id, member.metadata.pid, error, died=True))
+
+    def progressed(self) -> None:
+        """The run made a step: slots that failed before may be tried again at once."""
+        for slot in self._slots:
+            slot.failures = 0
+
+    def shutdown(self) -> None:
+        """End every worker and give every placement group back."""
+        self._assert_active()
+        self.supplying = False
+        workers = self.get_workers()
+        if workers:
+            _shutdown_workers(workers)
+        for slot in self._slots:
+            if slot.bringup is not None:
+                slot.bringup.cancel()
+        self._clear_state()
+
+    def abort(self) -> None:
+        self.shutdown()
+
+    def _take_in(self, slot: _Slot, bringup: _Bringup, now_s: float) -> None:
+        if bringup.worker is not None:
+            slot.worker = bringup.worker
+            meta = bringup.worker.metadata
+            logger.info("worker %s runs on node %s, pid %d", worker_id(bringup.worker)[:8], meta.node_id[:8], meta.pid)
+            return
+        self.last_bringup_error = bringup.error
+        logger.warning("a worker did not come up: %s", bringup.error)
+        bringup.cancel()
+        self._empty(slot, now_s, failed=True)
+
+    def _drop(self, worker: Worker, ended: Ended) -> None:
+        slot = next(slot for slot in self._slots if slot.worker is worker)
+        ray.kill(worker.actor)
+        assert slot.bringup is not None
+        slot.bringup.cancel()
+        self._empty(slot, time_monotonic(), failed=ended.error is not None and not ended.died)
+        if ended.error is None and not (isinstance(ended.value, dict) and ended.value.get("ended") == "released"):
+            slot.retry_at_s = time_monotonic() + RETURN_GRACE_S
+        self._ended.append(ended)
+        self._set_workers([member for member in self.get_workers() if member is not worker])
+
+    def _empty(self, slot: _Slot, now_s: float, failed: bool) -> None:
+        slot.bringup = slot.worker = None
+        slot.failures = slot.failures + 1 if failed else 0
+        slot.retry_at_s = now_s + (min(MAX_BACKOFF_S, 0.5 * 2**slot.failures) if failed else 0.0)
+
+    def _set_workers(self, workers: list[Worker]) -> None:
+        """Replace the list of workers; health checks under way are keyed by position and move along."""
+        state = self._worker_group_state
+        assert state is not None
+        under_way = {id(state.workers[i]): task for i, task in self._world_rank_to_ongoing_poll.items()}
+        self._worker_group_state = replace(state, workers=workers)
+        self._world_rank_to_ongoing_poll = {
+            i: under_way[id(worker)] for i, worker in enumerate(workers) if id(worker) in under_way
+        }

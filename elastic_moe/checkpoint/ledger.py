@@ -1,0 +1,97 @@
+"""The coordinator's account of which shards of which step are written: it decides when a checkpoint is complete.
+Pure.
+
+Workers die between writing and reporting, and a step may be written again by the next generation, so shards come in
+any order, more than once, and overlapping. A step is complete when every unit is in some shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from elastic_moe.checkpoint.manifest import ShardInfo
+
+MAX_PENDING = 8  # steps under way; the oldest is given up beyond this
+
+
+class Ledger:
+    """Shards of the steps under way."""
+
+    def __init__(self, max_pending: int = MAX_PENDING) -> None:
+        self._max_pending = max_pending
+        self._expected: dict[int, frozenset[str]] = {}
+        self._shards: dict[int, dict[str, ShardInfo]] = {}
+        self._complete: dict[int, tuple[ShardInfo, ...]] = {}
+
+    def expect(self, step: int, unit_names: Iterable[str]) -> bool:
+        """A checkpoint of this step must hold these units.
+
+        Returns:
+            True when shards that came before make it complete already: write the manifest now.
+        """
+        if step in self._complete:
+            return False
+        self._expected[step] = frozenset(unit_names)
+        for old in sorted(self._expected)[: -self._max_pending]:
+            self._drop(old)
+        return self._completed(step)
+
+    def add(self, step: int, shard: ShardInfo | Mapping[str, Any]) -> bool:
+        """A shard is written.
+
+        Returns:
+            True for the shard that makes the step complete, and for no other: write the manifest now.
+        """
+        if step in self._complete:
+            return False
+        info = shard if isinstance(shard, ShardInfo) else ShardInfo.from_dict(shard)
+        self._shards.setdefault(step, {})[info.file] = info
+        for old in sorted(self._shards)[: -self._max_pending]:
+            self._drop(old)
+        return self._completed(step)
+
+    def _completed(self, step: int) -> bool:
+        if step not in self._expected or step not in self._shards or self.missing(step):
+            return False
+        self._complete[step] = self._cover(step)
+        self._drop(step)
+        for old in sorted(self._complete)[: -self._max_pending]:
+            del self._complete[old]
+        return True
+
+    def missing(self, step: int) -> frozenset[str]:
+        """Units of the step that no shard holds yet."""
+        if step in self._complete:
+            return frozenset()
+        present = {unit for shard in self._shards.get(step, {}).values() for unit in shard.units}
+        return self._expected.get(step, frozenset()) - present
+
+    def shards(self, step: int) -> tuple[ShardInfo, ...]:
+        """The shards that the manifest of a complete step names."""
+        return self._complete[step]
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """Steps under way, in order."""
+        return tuple(sorted(set(self._expected) | set(self._shards)))
+
+    def forget_after(self, step: int) -> None:
+        """The run fell back to this step: shards of later ones belong to a past that no longer is."""
+        for later in [s for s in self.pending if s > step]:
+            self._drop(later)
+        for later in [s for s in self._complete if s > step]:
+            del self._complete[later]
+
+    def _drop(self, step: int) -> None:
+        self._expected.pop(step, None)
+        self._shards.pop(step, None)
+
+    def _cover(self, step: int) -> tuple[ShardInfo, ...]:
+        """Shards that hold all units, newest first as far as needed, so that one generation's set is preferred."""
+        left, chosen = set(self._expected[step]), []
+        for shard in reversed(self._shards[step].values()):
+            if left.intersection(shard.units):
+                chosen.append(shard)
+                left.difference_update(shard.units)
+        return tuple(sorted(chosen, key=lambda shard: shard.file))

@@ -1,0 +1,119 @@
+"""What a checkpoint says of itself: shards with sizes and checksums, in a manifest that is written last. Pure values.
+
+A directory without a manifest is an unfinished checkpoint. The manifest carries a checksum of its own content, so
+that a flipped bit anywhere in a checkpoint is seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from elastic_moe.checkpoint.storage import CorruptCheckpoint
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_STEP_DIR = re.compile(r"step_(\d{8,})")
+
+
+def step_dir(step: int) -> str:
+    """Directory of a step below the checkpoint root."""
+    return f"step_{step:08d}"
+
+
+def step_of(directory: str) -> int | None:
+    """Step of a directory's name, or None when it is not a checkpoint's."""
+    match = _STEP_DIR.fullmatch(directory)
+    return int(match[1]) if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One file of a checkpoint.
+
+    Attributes:
+        file: name within the step's directory.
+        bytes: its size.
+        sha256: checksum of the whole file.
+        units: names of the units whose whole state is in it.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    units: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"units": list(self.units)}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> ShardInfo:
+        """Inverse of `as_dict`; other keys are ignored."""
+        return cls(str(value["file"]), int(value["bytes"]), str(value["sha256"]), tuple(value["units"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A complete checkpoint.
+
+    Attributes:
+        root_uri: where it was found or written.
+        step: the committed step that it holds.
+        shards: its files; every unit is in at least one of them.
+        meta: whatever the run adds (generation, world size, configuration).
+    """
+
+    root_uri: str
+    step: int
+    shards: tuple[ShardInfo, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> str:
+        return step_dir(self.step)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        body = {
+            "format": FORMAT,
+            "step": self.step,
+            "shards": [shard.as_dict() for shard in self.shards],
+            "meta": self.meta,
+        }
+        return json.dumps(body | {"sha256": _checksum(body)}, indent=1, sort_keys=True).encode()
+
+    @classmethod
+    def from_bytes(cls, root_uri: str, data: bytes) -> Manifest:
+        """Read a manifest's content.
+
+        Raises:
+            CorruptCheckpoint: it is torn, changed, or of another format.
+        """
+        try:
+            body = json.loads(data)
+            checksum = body.pop("sha256")
+            if body["format"] != FORMAT:
+                raise CorruptCheckpoint(f"manifest format {body['format']} is not {FORMAT}")
+            if checksum != _checksum(body):
+                raise CorruptCheckpoint("manifest does not match its checksum")
+            shards = tuple(ShardInfo.from_dict(shard) for shard in body["shards"])
+            return cls(root_uri, int(body["step"]), shards, body["meta"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptCheckpoint(f"manifest cannot be read: {error}") from error
+
+
+def as_shards(shards: Sequence[ShardInfo | Mapping[str, Any]]) -> tuple[ShardInfo, ...]:
+    """Shards given as values or as the dictionaries that travel in messages."""
+    return tuple(shard if isinstance(shard, ShardInfo) else ShardInfo.from_dict(shard) for shard in shards)
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,137 @@
+"""Reading checkpoints back: the newest complete one that verifies, and of it only the units that the caller needs.
+
+The layout of a safetensors file is 8 bytes of header length, a JSON header with offsets, then the data
+(https://github.com/huggingface/safetensors#format); it is parsed here so that single tensors can be read from an
+object store.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo, step_dir, step_of
+from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+
+
+def load_manifest(root_uri: str, step: int) -> Manifest:
+    """Manifest of one step; its files are there and have their sizes.
+
+    Raises:
+        FileNotFoundError: the checkpoint is unfinished, or there is none.
+        CorruptCheckpoint: the manifest is damaged, or a file is missing or truncated.
+    """
+    storage = Storage(root_uri)
+    manifest = Manifest.from_bytes(root_uri, persistent(lambda: storage.read(f"{step_dir(step)}/{MANIFEST}")))
+    if manifest.step != step:
+        raise CorruptCheckpoint(f"manifest in {step_dir(step)} is of step {manifest.step}")
+    for shard in manifest.shards:
+        name = f"{manifest.directory}/{shard.file}"
+        size = persistent(lambda name=name: storage.size(name))
+        if size != shard.bytes:
+            raise CorruptCheckpoint(f"{storage.path(name)} has {size} bytes, not {shard.bytes}")
+    return manifest
+
+
+def verify_shards(manifest: Manifest) -> None:
+    """Compare every file with its checksum.
+
+    Raises:
+        CorruptCheckpoint: a file differs.
+    """
+    storage = Storage(manifest.root_uri)
+    for shard in manifest.shards:
+        name = f"{manifest.directory}/{shard.file}"
+        if persistent(lambda name=name: storage.sha256(name)) != shard.sha256:
+            raise CorruptCheckpoint(f"{storage.path(name)} does not match its checksum")
+
+
+def find_latest(
+    root_uri: str, verify: bool = True, on_skip: Callable[[int, str], None] | None = None
+) -> Manifest | None:
+    """The newest complete checkpoint.
+
+    Args:
+        root_uri: the checkpoint root; need not exist.
+        verify: compare checksums too, which reads everything once; sizes are always compared.
+        on_skip: told (step, reason) of every newer one that is unfinished or damaged.
+
+    Raises:
+        OSError: the root cannot be listed.
+    """
+    storage = Storage(root_uri)
+    names = persistent(storage.directories)
+    for step in sorted((s for name in names if (s := step_of(name)) is not None), reverse=True):
+        try:
+            manifest = load_manifest(root_uri, step)
+            if verify:
+                verify_shards(manifest)
+            return manifest
+        except FileNotFoundError:
+            reason = "unfinished"
+        except OSError as error:
+            reason = str(error)
+        if on_skip is not None:
+            on_skip(step, reason)
+    return None
+
+
+def read_units(manifest: Manifest, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """State of some units.
+
+    Returns:
+        For each name: "weight", and "m" and "v" where it has them; flat tensors that the caller may change.
+
+    Raises:
+        KeyError: the checkpoint has no such unit: it is of another model.
+        CorruptCheckpoint: a file is damaged.
+    """
+    home = {unit: shard for shard in manifest.shards for unit in shard.units}
+    unknown = [name for name in names if name not in home]
+    if unknown:
+        raise KeyError(f"checkpoint of step {manifest.step} has no unit {unknown[0]} ({len(unknown)} unknown)")
+    wanted: dict[str, set[str]] = {}
+    for name in names:
+        wanted.setdefault(home[name].file, set()).add(name)
+    storage = Storage(manifest.root_uri)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for shard in manifest.shards:
+        if shard.file in wanted:
+            read = lambda shard=shard: _read_shard(storage, manifest, shard, wanted[shard.file])  # noqa: E731
+            found.update(persistent(read))
+    return {name: found[name] for name in names}
+
+
+def _read_shard(storage: Storage, manifest: Manifest, shard: ShardInfo, units: set[str]) -> dict[str, dict[str, Any]]:
+    """The wanted units of one file."""
+    file = f"{manifest.directory}/{shard.file}"
+    try:
+        (prefix,) = storage.read_ranges(file, [(0, 8)])
+        (length,) = struct.unpack("<Q", prefix)
+        if 8 + length > shard.bytes:
+            raise CorruptCheckpoint(f"{storage.path(file)} has a damaged header")
+        (header_bytes,) = storage.read_ranges(file, [(8, length)])
+        header: dict[str, Any] = json.loads(header_bytes)
+        header.pop("__metadata__", None)
+        entries = [(name, entry) for name, entry in header.items() if name.rsplit("/", 1)[0] in units]
+        spans = [entry["data_offsets"] for _, entry in entries]
+        pieces = storage.read_ranges(file, [(8 + length + start, end - start) for start, end in spans])
+        tensors: dict[str, dict[str, Any]] = {unit: {} for unit in units}
+        for (name, entry), piece in zip(entries, pieces, strict=True):
+            unit, part = name.rsplit("/", 1)
+            dtype = _DTYPES[entry["dtype"]]
+            flat = torch.frombuffer(bytearray(piece), dtype=dtype) if piece else torch.empty(0, dtype=dtype)
+            tensors[unit][part] = flat.reshape(entry["shape"])
+    except FileNotFoundError as error:
+        raise CorruptCheckpoint(f"{storage.path(file)} is gone") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpoint(f"{storage.path(file)} cannot be read: {error}") from error
+    if any("weight" not in parts for parts in tensors.values()):
+        raise CorruptCheckpoint(f"{storage.path(file)} lacks a unit that the manifest names")
+    return tensors

@@ -1,0 +1,96 @@
+"""Writing a checkpoint: shards by the workers, then the manifest by the coordinator, then old checkpoints go.
+
+Shards are safetensors files named after their content, so that writing a step again never changes a file that a
+manifest names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo, as_shards, step_dir, step_of
+from elastic_moe.checkpoint.reader import load_manifest
+from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
+
+
+def write_shard(root_uri: str, step: int, tag: str, tensors: Mapping[str, torch.Tensor]) -> ShardInfo:
+    """Write one worker's part of a checkpoint.
+
+    Args:
+        root_uri: the checkpoint root.
+        step: the committed step.
+        tag: who writes, for people (generation and rank).
+        tensors: `{unit}/weight`, `{unit}/m`, `{unit}/v`; may be empty.
+
+    Raises:
+        OSError: the storage failed, several times.
+    """
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    sha256 = hashlib.sha256(data).hexdigest()
+    units = tuple(dict.fromkeys(name.rsplit("/", 1)[0] for name in tensors))
+    info = ShardInfo(f"{tag}-{sha256[:12]}.safetensors", len(data), sha256, units)
+    storage = Storage(root_uri)
+    persistent(lambda: storage.write(f"{step_dir(step)}/{info.file}", data))
+    return info
+
+
+def write_manifest(
+    root_uri: str, step: int, shards: Sequence[ShardInfo | Mapping[str, Any]], meta: Mapping[str, Any] | None = None
+) -> Manifest:
+    """Make a checkpoint complete. Call it when all shards are written, and only then.
+
+    Raises:
+        CorruptCheckpoint: a shard is not there, or not of its size; no manifest is written.
+        OSError: the storage failed, several times.
+    """
+    manifest = Manifest(root_uri, step, as_shards(shards), dict(meta or {}))
+    storage = Storage(root_uri)
+    for shard in manifest.shards:
+        name = f"{manifest.directory}/{shard.file}"
+        size = persistent(lambda name=name: storage.size(name))
+        if size != shard.bytes:
+            raise CorruptCheckpoint(f"{storage.path(name)} has {size} bytes, not {shard.bytes}")
+    persistent(lambda: storage.write(f"{manifest.directory}/{MANIFEST}", manifest.to_bytes()))
+    return manifest
+
+
+def retain(root_uri: str, keep: int) -> list[int]:
+    """Delete all but the newest `keep` complete checkpoints (at least one), and unfinished ones older than those.
+
+    A checkpoint that lacks a file does not count as complete. Returns the deleted steps.
+    """
+    storage = Storage(root_uri)
+    steps = _steps(storage)
+    kept: list[int] = []
+    for step in reversed(steps):
+        if len(kept) == max(keep, 1):
+            break
+        try:
+            load_manifest(root_uri, step)
+            kept.append(step)
+        except (CorruptCheckpoint, FileNotFoundError):
+            continue
+    return _delete(storage, [step for step in steps if kept and step < kept[-1]])
+
+
+def discard_after(root_uri: str, step: int) -> list[int]:
+    """Delete checkpoints of later steps, complete or not: the run goes on from this step. -1 deletes all of them."""
+    storage = Storage(root_uri)
+    return _delete(storage, [later for later in _steps(storage) if later > step])
+
+
+def _steps(storage: Storage) -> list[int]:
+    return sorted(step for name in persistent(storage.directories) if (step := step_of(name)) is not None)
+
+
+def _delete(storage: Storage, steps: list[int]) -> list[int]:
+    for step in steps:
+        # The manifest goes first: a deletion cut short leaves an unfinished checkpoint, not a complete one with holes.
+        persistent(lambda step=step: storage.remove(f"{step_dir(step)}/{MANIFEST}"))
+        persistent(lambda step=step: storage.remove_directory(step_dir(step)))
+    return steps

@@ -1,0 +1,92 @@
+"""From a composed configuration to a sealed TrainConfig: every key, type, range and rule is checked here, once.
+
+Takes any nested mapping (OmegaConf's DictConfig is one), so that nothing below the command line knows Hydra. A fault
+of the user's is one sentence that names the key; it is raised before anything starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, cast, get_type_hints
+
+from elastic_moe.config.rules import check_rules, start_workers
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.errors import UserError
+
+__all__ = ["build", "key_names", "nearest", "start_workers"]
+
+
+def build(config: Mapping[Any, Any]) -> TrainConfig:
+    """Check a composed configuration and return it as a sealed TrainConfig.
+
+    Args:
+        config: nested mapping of the keys of TrainConfig; a key that is absent keeps the dataclass's default.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, out of range, or at odds with another key.
+    """
+    built = cast(TrainConfig, _build_node(TrainConfig, config, ""))
+    for note in check_rules(built):
+        warnings.warn(note, stacklevel=2)
+    built.seal()
+    return built
+
+
+def key_names(cls: type[Any] = TrainConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of a configuration class, groups included."""
+    names: list[str] = []
+    for name, kind in _hints(cls).items():
+        names.append(prefix + name)
+        if isinstance(kind, type) and is_dataclass(kind):
+            names += key_names(kind, f"{prefix}{name}.")
+    return names
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` when one of the known keys looks like it, else an empty string."""
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+def _build_node(cls: type[Any], node: object, path: str) -> Any:
+    if not isinstance(node, Mapping):
+        raise UserError(f"{path or 'the configuration'} must be a group of keys, not {node!r}.")
+    kinds = _hints(cls)
+    values: dict[str, Any] = {}
+    for name, value in cast(Mapping[Any, Any], node).items():
+        key = f"{path}.{name}" if path else str(name)
+        if name not in kinds:
+            raise UserError(f"unknown key {key}{nearest(key, key_names()) or '.'}")
+        kind = kinds[name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            values[name] = _build_node(kind, value, key)
+        else:
+            values[name] = _value(kind, value, key)
+    return cls(**values)
+
+
+def _value(kind: Any, value: Any, key: str) -> Any:
+    """The value as the declared type; only an integer is taken for a float, nothing else is converted."""
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UserError(f"{key} must be a finite number, not {value!r}.")
+        return float(value)
+    if kind is str and isinstance(value, str):
+        return value
+    if kind == list[str] and isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_value(str, item, key) for item in cast(Sequence[Any], value)]
+    names: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    raise UserError(f"{key} must be {names.get(kind, 'a list of texts')}, not {value!r}.")

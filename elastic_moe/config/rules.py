@@ -1,0 +1,181 @@
+"""Ranges and cross-key rules of the configuration, one line each. What would only hurt is returned as a note.
+
+The alignment of 4 elements is torch's: `grouped_mm` wants rows of 16 bytes, which are 4 fp32 or 8 bf16 values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.errors import UserError
+
+FAULT_PHASES = ("compute", "reduce", "mirror", "vote", "apply", "publish", "committed", "transfer", "confirm")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "precision": ("fp32", "bf16"),
+    "device": ("auto", "cpu", "cuda"),
+    "run.resume": ("never", "auto"),
+    "data.tokenizer": ("bpe", "bytes"),
+    "optim.schedule": ("cosine", "constant"),
+    "cluster.kind": ("local", "simulated", "address"),
+    "tracking.wandb": ("auto", "online", "offline", "off"),
+}
+
+AT_LEAST_ONE = """
+    run.steps model.vocab_size model.hidden_size model.num_layers model.num_heads model.num_kv_heads model.head_dim
+    model.num_experts model.experts_per_token model.expert_hidden model.dense_hidden model.max_unit_elements
+    data.seq_len data.global_batch data.micro_batch elastic.min_workers checkpoint.keep
+    cluster.workers cluster.nodes cluster.workers_per_node
+""".split()
+
+AT_LEAST_ZERO = """
+    seed threads run.eval_every run.eval_sequences run.sample_tokens model.num_dense_layers model.num_shared_experts
+    model.bias_update_speed model.seq_balance_weight model.init_std data.max_bytes optim.warmup_steps optim.min_lr_ratio
+    optim.weight_decay elastic.max_workers elastic.redundancy elastic.spare_slots elastic.slots_per_worker
+    elastic.join_settle_s elastic.drain_deadline_s elastic.wait_below_min_s checkpoint.every_steps
+    cluster.cpus_per_worker cluster.gpus_per_worker faults.kill_worker_at_step faults.kill_rank
+""".split()
+
+ABOVE_ZERO = """
+    model.routed_scaling model.rope_theta model.norm_eps optim.lr optim.eps optim.clip elastic.heartbeat_s
+    elastic.heartbeat_timeout_s elastic.hang_timeout_s elastic.form_timeout_s
+""".split()
+
+MULTIPLE_OF_4 = "model.hidden_size model.head_dim model.expert_hidden model.dense_hidden".split()
+
+
+def start_workers(config: TrainConfig) -> int:
+    """Number of workers that the cluster starts with."""
+    cluster = config.cluster
+    return cluster.nodes * cluster.workers_per_node if cluster.kind == "simulated" else cluster.workers
+
+
+def check_rules(config: TrainConfig) -> list[str]:
+    """Raise UserError for the first rule broken; return notes about what is allowed and probably not meant."""
+    for key, choices in CHOICES.items():
+        _need(config, key, lambda value, choices=choices: value in choices, "one of " + ", ".join(choices))
+    for keys, low in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
+        for key in keys:
+            _need(config, key, lambda value, low=low: value >= low, f"at least {low}")
+    for key in ABOVE_ZERO:
+        _need(config, key, lambda value: value > 0, "greater than 0")
+    for key in ("optim.beta1", "optim.beta2"):
+        _need(config, key, lambda value: 0 <= value < 1, "from 0 to below 1")
+    _need(config, "optim.min_lr_ratio", lambda value: value <= 1, "at most 1")
+    _need(config, "data.val_fraction", lambda value: 0 < value <= 0.5, "above 0 and at most 0.5")
+    _need(config, "elastic.redundancy", lambda value: value <= 2, "0, 1 or 2")
+    _need(config, "data.vocab_size", lambda value: 256 < value <= 2**31 - 1, "above 256, the number of byte tokens")
+    _need(config, "cluster.object_store_mb", lambda value: value >= 75, "at least 75, Ray's lower bound")
+    _need(config, "run.dir", lambda value: bool(value.strip()), "the path of a directory")
+    _check_model(config)
+    _check_elastic(config)
+    _check_paths(config)
+    _check_faults(config)
+    return _notes(config)
+
+
+def _get(config: TrainConfig, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _need(config: TrainConfig, key: str, holds: Callable[[Any], bool], what: str) -> None:
+    value = _get(config, key)
+    if not holds(value):
+        raise UserError(f"{key} must be {what}, not {value!r}.")
+
+
+def _check_model(config: TrainConfig) -> None:
+    model = config.model
+    step = 8 if config.precision == "bf16" else 4
+    for key in MULTIPLE_OF_4:
+        _need(config, key, lambda value: value % step == 0, f"a multiple of {step} in {config.precision}")
+    if model.experts_per_token > model.num_experts:
+        raise UserError(
+            f"model.experts_per_token ({model.experts_per_token}) must not exceed model.num_experts "
+            f"({model.num_experts})."
+        )
+    if model.num_heads % model.num_kv_heads:
+        raise UserError(
+            f"model.num_heads ({model.num_heads}) must be a multiple of model.num_kv_heads ({model.num_kv_heads})."
+        )
+    if model.num_dense_layers >= model.num_layers:
+        raise UserError(
+            f"model.num_dense_layers ({model.num_dense_layers}) must be below model.num_layers ({model.num_layers}), "
+            "so that at least one layer has experts."
+        )
+
+
+def _check_elastic(config: TrainConfig) -> None:
+    elastic, start = config.elastic, start_workers(config)
+    if elastic.max_workers and elastic.min_workers > elastic.max_workers:
+        raise UserError(
+            f"elastic.min_workers ({elastic.min_workers}) must not exceed elastic.max_workers ({elastic.max_workers})."
+        )
+    if elastic.max_workers and start > elastic.max_workers:
+        raise UserError(
+            f"elastic.max_workers ({elastic.max_workers}) must be 0 or at least the {start} workers that the cluster "
+            "starts with."
+        )
+    if not elastic.max_workers and elastic.min_workers > start:
+        raise UserError(
+            f"elastic.min_workers ({elastic.min_workers}) must not exceed the {start} workers that the cluster starts "
+            "with, unless elastic.max_workers allows more."
+        )
+    if elastic.slots_per_worker and elastic.slots_per_worker * start < config.model.num_experts:
+        raise UserError(
+            f"elastic.slots_per_worker ({elastic.slots_per_worker}) times {start} workers is less than "
+            f"model.num_experts ({config.model.num_experts}): allow more slots or start more workers."
+        )
+    if elastic.heartbeat_timeout_s <= elastic.heartbeat_s:
+        raise UserError(
+            f"elastic.heartbeat_timeout_s ({elastic.heartbeat_timeout_s}) must be longer than elastic.heartbeat_s "
+            f"({elastic.heartbeat_s})."
+        )
+
+
+def _check_paths(config: TrainConfig) -> None:
+    corpus = config.data.corpus
+    if corpus != "stdlib" and not Path(corpus).expanduser().exists():
+        raise UserError(
+            f'data.corpus names {corpus!r}, which does not exist: give a text file, a directory or "stdlib".'
+        )
+    scheme = re.match(r"([a-z0-9]+)://", config.checkpoint.dir)
+    if scheme and scheme[1] not in ("file", "s3", "gs"):
+        raise UserError(
+            f"checkpoint.dir must be a path or a file://, s3:// or gs:// URI, not {config.checkpoint.dir!r}."
+        )
+
+
+def _check_faults(config: TrainConfig) -> None:
+    faults = config.faults
+    if faults.kill_worker_at_step and faults.kill_rank >= start_workers(config):
+        raise UserError(
+            f"faults.kill_rank ({faults.kill_rank}) must be below the {start_workers(config)} workers that the cluster "
+            "starts with."
+        )
+    for entry in faults.inject:
+        match = re.fullmatch(r"(\d+):(\d+):(\w+)(:stop)?", entry)
+        if not match or match[3] not in FAULT_PHASES:
+            raise UserError(
+                f"faults.inject must list rank:step:phase or rank:step:phase:stop with a phase of "
+                f"{', '.join(FAULT_PHASES)}, not {entry!r}."
+            )
+
+
+def _notes(config: TrainConfig) -> list[str]:
+    notes: list[str] = []
+    if config.elastic.redundancy >= start_workers(config):
+        notes.append(
+            f"elastic.redundancy ({config.elastic.redundancy}) needs more than the {start_workers(config)} workers "
+            "that the cluster starts with; state has fewer living copies until others join."
+        )
+    if config.device == "cuda" and config.cluster.gpus_per_worker == 0:
+        notes.append("device is cuda and cluster.gpus_per_worker is 0: Ray will not give each worker a GPU of its own.")
+    return notes

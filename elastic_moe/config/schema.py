@@ -1,0 +1,158 @@
+"""The configuration as typed values. Defaults live here; YAML overrides them; nothing reads a DictConfig past `build`.
+
+Keyword-only dataclasses on a write-once base (frozen ones fail to compose in OmegaConf 2.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Sealed:
+    """Write-once base: after `seal()` an assignment raises AttributeError."""
+
+    def seal(self) -> None:
+        """Refuse further assignments, here and in nested configurations."""
+        for value in vars(self).values():
+            if isinstance(value, Sealed):
+                value.seal()
+        object.__setattr__(self, "_sealed", True)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if getattr(self, "_sealed", False):
+            raise AttributeError(f"configuration is sealed: cannot set {key}")
+        object.__setattr__(self, key, value)
+
+
+@dataclass(kw_only=True)
+class ModelConfig(Sealed):
+    """Shape of the MoE transformer. First form: GQA + RoPE attention, shared + routed SwiGLU experts, sigmoid router."""
+
+    vocab_size: int = 2048  # overwritten by the tokenizer's size
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    num_dense_layers: int = 1  # leading layers with a dense feed-forward
+    dense_hidden: int = 384
+    num_experts: int = 16
+    experts_per_token: int = 4
+    expert_hidden: int = 64
+    num_shared_experts: int = 1
+    routed_scaling: float = 1.0
+    bias_update_speed: float = 0.001
+    seq_balance_weight: float = 0.0001
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    max_unit_elements: int = 262144  # larger AdamW tensors are cut into row blocks of about this many elements
+
+
+@dataclass(kw_only=True)
+class DataConfig(Sealed):
+    corpus: str = "stdlib"  # "stdlib", or a text file or directory
+    pattern: str = "*"  # files of a directory
+    max_bytes: int = 8_000_000  # 0: all of it
+    tokenizer: str = "bpe"  # "bpe" or "bytes"
+    vocab_size: int = 2048
+    seq_len: int = 128
+    global_batch: int = 32  # sequences per step, whatever the world size
+    micro_batch: int = 8  # sequences per forward pass on one worker
+    val_fraction: float = 0.02
+    cache_dir: str = ""  # "": beside the run directories, in .cache
+
+
+@dataclass(kw_only=True)
+class OptimConfig(Sealed):
+    lr: float = 2e-3
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 20
+    schedule: str = "cosine"  # "cosine", "constant"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+
+@dataclass(kw_only=True)
+class ElasticConfig(Sealed):
+    min_workers: int = 1
+    max_workers: int = 0  # 0: the number the cluster starts with
+    redundancy: int = 1  # living mirrors of every unit: 0, 1 or 2
+    spare_slots: int = 1  # expert slots per worker and layer beyond an even share
+    slots_per_worker: int = 0  # hard limit per MoE layer; 0: no limit
+    heartbeat_s: float = 0.5
+    heartbeat_timeout_s: float = 6.0  # silence of a worker before it is evicted
+    hang_timeout_s: float = 120.0  # no progress of the main thread while others wait for it
+    join_settle_s: float = 0.5  # wait this long for more joiners before admitting them together
+    drain_deadline_s: float = 30.0  # used when a drain notice names no deadline
+    wait_below_min_s: float = 3600.0  # give up after waiting this long below min_workers
+    form_timeout_s: float = 20.0  # forming the groups of a view
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig(Sealed):
+    every_steps: int = 50  # 0: only at the end
+    keep: int = 3
+    dir: str = ""  # "": <run.dir>/checkpoints; a path or s3:// or gs:// URI
+
+
+@dataclass(kw_only=True)
+class RunConfig(Sealed):
+    dir: str = "runs/default"
+    steps: int = 200
+    resume: str = "never"  # "never" or "auto"
+    eval_every: int = 50  # 0: only at the end
+    eval_sequences: int = 64
+    sample_tokens: int = 64  # 0: no sample
+    sample_prompt: str = "def "
+    overwrite: bool = False  # allow starting anew in a run directory that has a run
+
+
+@dataclass(kw_only=True)
+class ClusterConfig(Sealed):
+    kind: str = "local"  # "local", "simulated", "address"
+    workers: int = 4  # workers to start with (local, address)
+    nodes: int = 2  # simulated
+    workers_per_node: int = 2  # simulated
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    address: str = ""  # "": RAY_ADDRESS
+    object_store_mb: int = 100
+    dashboard: bool = False
+
+
+@dataclass(kw_only=True)
+class TrackingConfig(Sealed):
+    wandb: str = "auto"  # "auto": online with an account, else offline; "online", "offline", "off"
+    project: str = "elastic_moe"
+    name: str = ""
+
+
+@dataclass(kw_only=True)
+class FaultConfig(Sealed):
+    """Faults a run inflicts on itself, for demonstrations and tests."""
+
+    kill_worker_at_step: int = 0  # SIGKILL the worker of rank `kill_rank` once this step is committed; 0: never
+    kill_rank: int = 1
+    inject: list[str] = field(default_factory=list[str])  # "rank:step:phase", each fires once
+
+
+@dataclass(kw_only=True)
+class TrainConfig(Sealed):
+    seed: int = 0
+    precision: str = "fp32"  # "fp32" or "bf16" (autocast)
+    device: str = "auto"  # "auto", "cpu", "cuda"
+    threads: int = 1  # torch threads per worker; 0: torch's default
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)

@@ -1,0 +1,219 @@
+"""Events that the membership machine takes and commands that it gives, as values; and their form on the wire.
+
+The shell (`actors/server.py`) turns messages and observations into events and carries commands out; nothing else does either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from elastic_moe.types import Member, View
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A worker registers, or re-registers after the coordinator was lost.
+
+    Attributes:
+        worker, node, pid, slots: who it is, as in `Member`.
+        ready: it has warmed up already.
+        view: newest view it knows; None if it never was in one.
+        entered: generation that it entered last.
+        step: last step it committed, as far as it knows.
+    """
+
+    worker: str
+    node: str
+    pid: int
+    slots: int = 0
+    ready: bool = False
+    view: View | None = None
+    entered: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The worker has warmed up and may be put into a view."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A sign of life. `progress` grows within a generation whenever the main thread gets on."""
+
+    worker: str
+    generation: int = 0
+    step: int = 0
+    progress: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A collective failed under the worker: some peer may be gone, or only a connection."""
+
+    worker: str
+    generation: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """The worker has its share of the view's state and trains in it."""
+
+    worker: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The worker did all steps of the run, or agreed to stop."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """The worker goes because it is not wanted any more."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The worker is gone: its connection closed, or its process was reported dead."""
+
+    worker: str
+    reason: str = "connection closed"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    """A node is gone, with all its workers."""
+
+    node: str
+    reason: str = "node lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """A worker, or all workers of a node, should hand over and leave within `deadline_s` seconds (0: the default)."""
+
+    worker: str = ""
+    node: str = ""
+    deadline_s: float = 0.0
+    reason: str = "drain"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The run should end after the step in flight."""
+
+    reason: str = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = Hello | Ready | Heartbeat | Suspect | Entered | Finished | Left | Lost | NodeLost | Drain | Stop | Tick
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The worker is registered."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Send the view to `workers`."""
+
+    view: View
+    planned: bool
+    reason: str
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Too few workers: those named keep their state and wait."""
+
+    generation: int
+    workers: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Ask the workers for a sign of life at once."""
+
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The worker is not needed any more and may end itself in peace."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """The worker does not count any more and must not touch the run; its connection is cut."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopAll:
+    """Ask the workers to stop after the step in flight."""
+
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The run is over."""
+
+    phase: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A line for the event log."""
+
+    event: str
+    worker: str = ""
+    node: str = ""
+    pid: int = 0
+    reason: str = ""
+
+
+Command = Welcome | Publish | Hold | Probe | Release | Evict | StopAll | End | Note
+
+# --- the wire ---------------------------------------------------------------------------------------------------------
+
+
+def view_to_wire(view: View) -> dict[str, Any]:
+    """A view as JSON-able values."""
+    members = [[m.worker, m.node, m.pid, m.speed, m.slots, m.draining] for m in view.members]
+    return {"generation": view.generation, "members": members}
+
+
+def view_from_wire(message: dict[str, Any]) -> View | None:
+    """The view in a message, or None when it has none."""
+    members: list[list[Any]] | None = message.get("members")
+    if not members:
+        return None
+    return View(int(message["generation"]), tuple(Member(*member) for member in members))

@@ -1,0 +1,245 @@
+"""Who is in the run: the membership state machine, `transition(state, event, now_s, config) -> (state, commands, reason)`.
+
+Every event is first *absorbed* (it changes what is known), then the rules are applied to what is known (`rules.settle`), so that a death is
+answered in the same call in which it is heard, and no rule depends on which event revealed its condition. Pure: time is an argument.
+Messages about a generation that is not the newest are dropped in `_stale`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from elastic_moe.config.schema import ElasticConfig
+from elastic_moe.control.events import (
+    Command,
+    Drain,
+    Entered,
+    Event,
+    Evict,
+    Finished,
+    Heartbeat,
+    Hello,
+    Hold,
+    Left,
+    Lost,
+    NodeLost,
+    Note,
+    Probe,
+    Publish,
+    Ready,
+    Release,
+    Stop,
+    StopAll,
+    Suspect,
+    Tick,
+    Welcome,
+)
+from elastic_moe.control.rules import settle
+from elastic_moe.control.state import FINISHING, RUNNING, WAITING, Seat, State
+from elastic_moe.types import Member
+
+PAUSE_S = 2.0  # a longer gap between two looks at the clock means that the coordinator itself was stopped
+ADOPTION_GAP = 10  # generations left free after an adopted one: the lost coordinator may have published some that nobody alive told us of
+
+Step = tuple[State, list[Command]]
+
+
+def initial_state(target: int) -> State:
+    """A run that no worker has joined yet. `target`: number of workers to start with."""
+    return State(target=max(1, target))
+
+
+def transition(
+    state: State, event: Event, now_s: float, config: ElasticConfig
+) -> tuple[State, tuple[Command, ...], str]:
+    """Take in one event and decide.
+
+    Args:
+        state: what was known.
+        event: what happened.
+        now_s: monotonic seconds.
+        config: limits and timeouts.
+
+    Returns:
+        What is known now, commands to carry out in order, and why they were given ("" when nothing was decided).
+    """
+    state = _forgive_pause(state, now_s)
+    if not isinstance(event, Hello | Lost | NodeLost | Drain | Stop | Tick):
+        if event.worker not in state.seats:
+            return state, (), f"{type(event).__name__} of unknown worker {event.worker}"
+        state = state.with_seat(event.worker, seen_s=now_s, missing=False)
+        if _stale(state, event):
+            return state, (), f"stale {type(event).__name__} of {event.worker}"
+    state, commands = _absorb(state, event, now_s, config)
+    state, decided, reason = settle(state, now_s, config)
+    return state, (*commands, *decided), reason
+
+
+def _forgive_pause(state: State, now_s: float) -> State:
+    """If the coordinator itself was stopped for a while, nobody's silence during it counts."""
+    gap_s = 0.0 if state.ticked_s is None else now_s - state.ticked_s
+    state = replace(state, ticked_s=now_s)
+    if gap_s <= PAUSE_S:
+        return state
+    seats = {w: replace(s, seen_s=s.seen_s + gap_s, moved_s=s.moved_s + gap_s) for w, s in state.seats.items()}
+    return replace(state, seats=seats)
+
+
+def _stale(state: State, event: Event) -> bool:
+    """Whether the event speaks of a generation that is not the newest."""
+    if isinstance(event, Suspect | Entered):
+        return state.view is None or event.generation != state.view.generation
+    return False
+
+
+def _absorb(state: State, event: Event, now_s: float, config: ElasticConfig) -> Step:
+    match event:
+        case Hello():
+            return _hello(state, event, now_s, config)
+        case Ready(worker):
+            if state.seats[worker].ready_s is not None:
+                return state, []
+            return state.with_seat(worker, ready_s=now_s), [_note(state, "worker_ready", worker)]
+        case Heartbeat(worker, generation, step, progress):
+            mark = (generation, step, progress)
+            if step - 1 > state.step:
+                state = replace(state, step=step - 1, reforms=0)
+            return (state.with_seat(worker, mark=mark, moved_s=now_s) if mark > state.seats[worker].mark else state), []
+        case Suspect(worker, _, error):
+            note = _note(state, "suspect", worker, error)
+            if state.suspected_s is not None:
+                return state, [note]
+            return replace(state, suspected_s=now_s), [note, Probe(state.view_workers)]
+        case Entered(worker, _):
+            return replace(state.with_seat(worker, moved_s=now_s), entered=state.entered | {worker}), []
+        case Finished(worker):
+            state = state.with_seat(worker, finished=True)
+            if state.phase == RUNNING:
+                state = replace(state, phase=FINISHING, finishing_s=now_s)
+            return state, [_note(state, "worker_finished", worker)]
+        case Left(worker):
+            note = _note(state, "worker_left", worker)
+            return state.without(worker), [note]
+        case Lost(worker, reason):
+            return _lost(state, [worker], reason)
+        case NodeLost(node, reason):
+            state = replace(state, draining_nodes={n: t for n, t in state.draining_nodes.items() if n != node})
+            return _lost(state, [w for w, s in state.seats.items() if s.member.node == node], reason)
+        case Drain():
+            return _drain(state, event, now_s, config)
+        case Stop(reason):
+            if state.stopping or state.over:
+                return state, []
+            state = replace(state, stopping=True, reason=reason)
+            return state, [Note("stop", reason=reason), StopAll(state.view_workers)]
+        case Tick():
+            nodes = {n: until_s for n, until_s in state.draining_nodes.items() if now_s < until_s}
+            return replace(state, draining_nodes=nodes), []
+
+
+def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> Step:
+    worker = event.worker
+    if worker in state.gone:
+        return state, [Evict(worker, "no longer a member")]
+    if state.over:
+        return state, [Release(worker)]
+    commands: list[Command] = []
+    if event.view is not None and _adoptable(state, event):
+        state = _adopt(state, event, now_s, config)
+        commands.append(Note("adopted", reason=f"generation {state.generation - ADOPTION_GAP} of {worker}"))
+    if event.view is not None and not state.in_view(worker):
+        return state.without(worker), [*commands, Evict(worker, "the run went on without it")]
+    known = state.seats.get(worker)
+    if known is None:
+        until_s = state.draining_nodes.get(event.node)
+        if until_s is not None:
+            return state, [*commands, Release(worker)]
+        member = Member(worker, event.node, event.pid, slots=event.slots)
+        seat = Seat(member, now_s if event.ready else None, now_s, moved_s=now_s)
+        state = replace(state, seats={**state.seats, worker: seat})
+    state = state.with_seat(worker, seen_s=now_s, missing=False)
+    state = replace(state, step=max(state.step, event.step))
+    commands += [Welcome(worker), _note(state, "worker_connected", worker)]
+    view = state.view
+    if view is not None and view.rank_of(worker) is not None:
+        if event.entered == view.generation:
+            state = replace(state, entered=state.entered | {worker})
+        if event.view is None or event.view.generation < view.generation:
+            commands.append(Publish(view, False, "re-registered", (worker,)))
+        if state.phase == WAITING:
+            commands.append(Hold(view.generation, (worker,), state.reason))
+        if state.stopping:
+            commands.append(StopAll((worker,)))
+    return state, commands
+
+
+def _adoptable(state: State, event: Hello) -> bool:
+    """Whether the worker's view is to be taken over: this coordinator has published none, and knows no newer one."""
+    if event.view is None or event.view.rank_of(event.worker) is None:
+        return False
+    if state.view is None:
+        return True
+    return state.adopted_s is not None and event.view.generation > state.view.generation
+
+
+def _adopt(state: State, event: Hello, now_s: float, config: ElasticConfig) -> State:
+    """Take over a view. Members that do not re-register fall silent and are lost like any other."""
+    view = event.view
+    assert view is not None
+    seats = {w: s for w, s in state.seats.items() if not s.missing}
+    for m in view.members:
+        drain_s = now_s + config.drain_deadline_s if m.draining else None
+        if m.worker in seats:
+            seats[m.worker] = replace(seats[m.worker], member=replace(m, draining=False), drain_s=drain_s)
+        elif m.worker not in state.gone:
+            seats[m.worker] = Seat(replace(m, draining=False), now_s, now_s, (0, 0, 0), now_s, drain_s, missing=True)
+    return replace(
+        state,
+        phase=RUNNING,
+        reason="re-registered",
+        seats=seats,
+        view=view,
+        generation=max(state.generation, view.generation + ADOPTION_GAP),
+        entered=frozenset(),
+        adopted_s=now_s,
+        waiting_s=None,
+    )
+
+
+def _lost(state: State, workers: Sequence[str], reason: str) -> Step:
+    notes: list[Command] = []
+    for worker in workers:
+        seat = state.seats.get(worker)
+        if seat is None:
+            state = replace(state, gone=state.gone | {worker})
+            continue
+        quiet = seat.released or seat.finished or state.over
+        notes.append(_note(state, "worker_left" if quiet else "worker_lost", worker, reason))
+        if not quiet:
+            notes.append(Evict(worker, reason))
+        state = state.without(worker)
+    return state, notes
+
+
+def _drain(state: State, event: Drain, now_s: float, config: ElasticConfig) -> Step:
+    until_s = now_s + (event.deadline_s or config.drain_deadline_s)
+    if event.node:
+        state = replace(state, draining_nodes={**state.draining_nodes, event.node: until_s + config.drain_deadline_s})
+    commands: list[Command] = []
+    for worker, seat in state.seats.items():
+        if worker != event.worker and (not event.node or seat.member.node != event.node):
+            continue
+        commands.append(_note(state, "drain", worker, event.reason))
+        if state.in_view(worker):
+            sooner_s = until_s if seat.drain_s is None else min(seat.drain_s, until_s)
+            state = state.with_seat(worker, drain_s=sooner_s)
+        else:
+            commands.append(Release(worker))
+            state = state.with_seat(worker, released=True)
+    return state, commands
+
+
+def _note(state: State, event: str, worker: str, reason: str = "") -> Note:
+    member = state.seats[worker].member
+    return Note(event, worker, member.node, member.pid, reason)

@@ -1,0 +1,131 @@
+"""Which text a run trains on, as files and as pieces. Only the text: tokens are made in prepare.py.
+
+The default corpus, "stdlib", is the source of the Python standard library: some megabytes on every machine that can
+run this program, no download, PSF licence. A piece is a document, or a run of whole lines of a long one; pieces are
+what is dealt to training and validation.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_moe.config.schema import DataConfig
+from elastic_moe.errors import UserError
+
+STDLIB = "stdlib"
+EXCLUDED_DIRS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload", "__phello__"}
+)
+MIN_PIECE_BYTES, MAX_PIECE_BYTES = 512, 65536
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a corpus. `name` is its path relative to the corpus; the identity of its content is size and time."""
+
+    path: Path
+    name: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of text that stays together. `ends` says that the document ends here."""
+
+    text: str
+    ends: bool
+
+
+def list_files(config: DataConfig) -> list[SourceFile]:
+    """Files of the corpus in a fixed order, as many as `max_bytes` needs.
+
+    Raises:
+        UserError: the corpus does not exist or has no text.
+    """
+    if config.corpus == STDLIB:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        found = [p for p in root.rglob("*.py") if not EXCLUDED_DIRS.intersection(p.relative_to(root).parts[:-1])]
+    else:
+        root = Path(config.corpus).expanduser()
+        if root.is_file():
+            found, root = [root], root.parent
+        elif root.is_dir():
+            found = [path for path in root.rglob(config.pattern) if path.is_file()]
+            if not found:
+                raise UserError(f"data.pattern={config.pattern} matches no file in the directory data.corpus={root}")
+        else:
+            raise UserError(f'data.corpus={config.corpus} does not exist; give a text file, a directory, or "{STDLIB}"')
+    files: list[SourceFile] = []
+    total = 0
+    for path in sorted(found, key=lambda p: p.relative_to(root).as_posix()):
+        if config.max_bytes and total >= config.max_bytes:
+            break
+        stat = path.stat()
+        if stat.st_size and not _is_binary(path):
+            files.append(SourceFile(path, path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns))
+            total += stat.st_size
+    if not files:
+        raise UserError(f"data.corpus={config.corpus} has no text; give a text file, or a directory with text files")
+    return files
+
+
+def _is_binary(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return b"\0" in stream.read(4096)
+    except OSError as error:
+        raise UserError(f"data.corpus: cannot read {path}: {error.strerror}") from error
+
+
+def piece_bytes(total_bytes: int, val_fraction: float) -> int:
+    """Size of a piece such that validation text is several pieces, taken from all over the corpus."""
+    return int(min(max(total_bytes * val_fraction / 8, MIN_PIECE_BYTES), MAX_PIECE_BYTES))
+
+
+def read_pieces(files: list[SourceFile], max_bytes: int, size: int) -> Iterator[Piece]:
+    """The corpus, piece by piece; only one piece is in memory at a time.
+
+    Args:
+        files: the files, in order.
+        max_bytes: stop after about this many characters; 0 for no limit.
+        size: characters after which a piece ends, at the end of the line.
+    """
+    left = max_bytes or -1
+    for file in files:
+        with file.path.open(encoding="utf-8", errors="replace", newline="") as stream:
+            held: str | None = None
+            while left != 0:
+                wanted = size if left < 0 else min(size, left)
+                text = stream.read(wanted)
+                if not text:
+                    break
+                if wanted == size and not text.endswith("\n"):
+                    text += stream.readline(MAX_PIECE_BYTES)
+                if left > 0:
+                    left = max(left - len(text), 0)
+                if held is not None:
+                    yield Piece(held, ends=False)
+                held = text
+            if held is not None:
+                yield Piece(held, ends=True)
+        if left == 0:
+            return
+
+
+class Dealer:
+    """Deals pieces to validation so that its share stays close to the fraction at every point of the corpus."""
+
+    def __init__(self, val_fraction: float) -> None:
+        self._fraction, self._val, self._total = val_fraction, 0, 0
+
+    def is_val(self, piece: Piece) -> bool:
+        size = len(piece.text)
+        # Half a piece early, so that the first validation piece comes in the middle of its share of the corpus.
+        val = self._val + size / 2 <= self._fraction * (self._total + size) and self._total > 0
+        self._total += size
+        self._val += size if val else 0
+        return val

@@ -1,0 +1,162 @@
+"""From a corpus to token shards, once: the result lies in a cache directory named after everything that it depends
+on.
+
+Idempotent (a complete, undamaged result is used as it is) and atomic (a directory is filled under another name and
+renamed when complete), so that two runs may prepare the same corpus at once, and a killed preparation leaves nothing
+that looks complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from elastic_moe.config.schema import DataConfig
+from elastic_moe.data.corpus import Dealer, Piece, SourceFile, list_files, piece_bytes, read_pieces
+from elastic_moe.data.shards import FORMAT, TokenShard, TokenShardWriter
+from elastic_moe.data.tokenizer import BpeTokenizer, BytesTokenizer, TextTokenizer, load_tokenizer
+from elastic_moe.errors import UserError
+
+TRAIN, VAL, TOKENIZER = "train.bin", "val.bin", "tokenizer.json"
+_BATCH = 64  # pieces encoded at once
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Where the tokens of a run are. Paths only, so that it travels between processes."""
+
+    train_path: str
+    val_path: str
+    tokenizer_path: str
+    vocab_size: int
+
+    @property
+    def train(self) -> TokenShard:
+        return TokenShard.open(self.train_path)
+
+    @property
+    def val(self) -> TokenShard:
+        return TokenShard.open(self.val_path)
+
+
+def default_cache_root(config: DataConfig, run_dir: str | Path) -> Path:
+    """`data.cache_dir`, or `.cache` beside the run directories."""
+    return Path(config.cache_dir).expanduser() if config.cache_dir else Path(run_dir).absolute().parent / ".cache"
+
+
+def prepare(config: DataConfig, cache_root: str | Path) -> Prepared:
+    """Make the token shards and the tokenizer of a corpus, or find them in the cache.
+
+    Args:
+        config: the data configuration.
+        cache_root: directory of all prepared corpora.
+
+    Raises:
+        UserError: the corpus is missing, has no text, or is too small for a sample of `seq_len` tokens.
+    """
+    if config.tokenizer not in ("bpe", "bytes"):
+        raise UserError(f'data.tokenizer={config.tokenizer} is unknown; use "bpe" or "bytes"')
+    if not 0 < config.val_fraction < 1:
+        raise UserError(f"data.val_fraction={config.val_fraction} must lie between 0 and 1")
+    files = list_files(config)
+    root = Path(cache_root).absolute()
+    final = root / f"{config.tokenizer}-{_key(config, files)}"
+    prepared = _find(final)
+    if prepared is None:
+        prepared = _build(config, files, final)
+    for path, key in ((prepared.train_path, "data.corpus"), (prepared.val_path, "data.val_fraction")):
+        shard = TokenShard.open(path, verify=False)
+        if shard.num_samples(config.seq_len) == 0:
+            raise UserError(
+                f"{key}: {Path(path).stem} text has {len(shard)} tokens, too few for data.seq_len={config.seq_len}; "
+                f"use more text or a smaller data.seq_len"
+            )
+    return prepared
+
+
+def _key(config: DataConfig, files: list[SourceFile]) -> str:
+    """Everything that the tokens depend on, as a short name. The sequence length is not part of it."""
+    vocab_size = config.vocab_size if config.tokenizer == "bpe" else 0
+    parts = [FORMAT, config.tokenizer, vocab_size, config.max_bytes, config.val_fraction]
+    parts += [(file.name, file.size, file.mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _find(directory: Path) -> Prepared | None:
+    """The complete, undamaged result in this directory, if there is one."""
+    if not directory.is_dir():
+        return None
+    try:
+        tokenizer = load_tokenizer(directory / TOKENIZER)
+        shards = [TokenShard.open(directory / name) for name in (TRAIN, VAL)]
+        if any(shard.vocab_size != tokenizer.vocab_size for shard in shards):
+            return None
+    except UserError:
+        return None
+    return _prepared(directory, tokenizer.vocab_size)
+
+
+def _prepared(directory: Path, vocab_size: int) -> Prepared:
+    return Prepared(str(directory / TRAIN), str(directory / VAL), str(directory / TOKENIZER), vocab_size)
+
+
+def _build(config: DataConfig, files: list[SourceFile], final: Path) -> Prepared:
+    temporary = final.with_name(f".{final.name}-{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir(parents=True)
+        tokenizer = _tokenizer(config, files)
+        tokenizer.save(temporary / TOKENIZER)
+        _write_tokens(config, files, tokenizer, temporary)
+        _publish(temporary, final)
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot prepare the corpus in {final.parent}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    prepared = _find(final)
+    assert prepared is not None, f"prepared corpus {final} does not verify"
+    return prepared
+
+
+def _dealt(config: DataConfig, files: list[SourceFile]) -> Iterator[tuple[Piece, bool]]:
+    """Pieces of the corpus, each with whether it is for validation."""
+    total = sum(file.size for file in files)
+    total = min(total, config.max_bytes) if config.max_bytes else total
+    dealer = Dealer(config.val_fraction)
+    for piece in read_pieces(files, config.max_bytes, piece_bytes(total, config.val_fraction)):
+        yield piece, dealer.is_val(piece)
+
+
+def _tokenizer(config: DataConfig, files: list[SourceFile]) -> TextTokenizer:
+    if config.tokenizer == "bytes":
+        return BytesTokenizer()
+    return BpeTokenizer.train((piece.text for piece, val in _dealt(config, files) if not val), config.vocab_size)
+
+
+def _write_tokens(config: DataConfig, files: list[SourceFile], tokenizer: TextTokenizer, directory: Path) -> None:
+    train, val = (TokenShardWriter(directory / name, tokenizer.vocab_size) for name in (TRAIN, VAL))
+    dealt = _dealt(config, files)
+    while batch := list(islice(dealt, _BATCH)):
+        encoded = tokenizer.encode_batch([piece.text for piece, _ in batch])
+        for (piece, is_val), ids in zip(batch, encoded, strict=True):
+            (val if is_val else train).append([*ids, tokenizer.end_id] if piece.ends else ids)
+    train.close()
+    val.close()
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give the complete directory its name; a damaged one of that name goes, another process's complete one stays."""
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if _find(final) is not None:
+            return
+        os.rename(final, final.with_name(f"{temporary.name}-damaged"))
+        os.rename(temporary, final)
+        shutil.rmtree(final.with_name(f"{temporary.name}-damaged"), ignore_errors=True)

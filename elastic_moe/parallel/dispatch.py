@@ -1,0 +1,221 @@
+"""Expert parallelism over an uneven, replicated placement: tokens travel to slots, outputs travel back; dropless, unpadded.
+
+Per MoE layer: one all-gather of the counts, from which every rank computes the same split over replicas; one uneven
+all-to-all of rows there and one back, and the same two in the backward pass. Rows travel sorted by slot, so the receiver need
+only interleave its sources. Each permutation is part of the transport's autograd function: its backward is the inverse
+permutation, a gather, and not the scatter-add that autograd would derive.
+
+Shapes: T tokens, K experts per token, N = T * K rows sent, M rows computed here, P slots in the world, S slots here, R ranks,
+D hidden, F expert hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.autograd.function import once_differentiable
+
+from elastic_moe.config.schema import ModelConfig
+from elastic_moe.model.experts import grouped_swiglu
+from elastic_moe.parallel.groups import Group
+from elastic_moe.plan.placement import Placement
+from elastic_moe.plan.split import split_tokens
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the rows of one layer travel. Row n of the N is choice n % K of token n // K.
+
+    Attributes:
+        order_N, undo_N: rows in the order they are sent, by destination slot, and the inverse permutation.
+        by_slot_M, by_source_M: from arrival order to slot order, and back.
+        sent, arrived: rows to and from each rank.
+        num_choices: K.
+    """
+
+    order_N: torch.Tensor
+    undo_N: torch.Tensor
+    by_slot_M: torch.Tensor
+    by_source_M: torch.Tensor
+    sent: list[int]
+    arrived: list[int]
+    num_choices: int
+
+
+def _there(group: Group, rows_ND: torch.Tensor, route: Route) -> torch.Tensor:
+    """Rows in sending order -> rows in slot order at their slots."""
+    out = rows_ND.new_empty((len(route.by_slot_M), rows_ND.shape[1]))
+    group.all_to_all(out, rows_ND, route.arrived, route.sent)
+    return out[route.by_slot_M]
+
+
+def _back(group: Group, rows_MD: torch.Tensor, route: Route) -> torch.Tensor:
+    """Rows in slot order -> rows in (token, choice) order at their origin."""
+    out = rows_MD.new_empty((len(route.order_N), rows_MD.shape[1]))
+    group.all_to_all(out, rows_MD[route.by_source_M], route.sent, route.arrived)
+    return out[route.undo_N]
+
+
+class _ToSlots(torch.autograd.Function):
+    """x_TD -> rows in slot order. `anchor` requires a gradient, so that every rank joins the backward collectives or none."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, anchor: torch.Tensor, group: Group, route: Route) -> torch.Tensor:
+        ctx.group, ctx.route = group, route
+        return _there(group, x_TD[route.order_N // route.num_choices], route)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        grad_ND = _back(ctx.group, grad_MD, ctx.route)
+        return grad_ND.view(-1, ctx.route.num_choices, grad_ND.shape[1]).sum(dim=1), None, None, None
+
+
+class _FromSlots(torch.autograd.Function):
+    """Rows in slot order -> rows in (token, choice) order at their origin."""
+
+    @staticmethod
+    def forward(ctx: Any, y_MD: torch.Tensor, group: Group, route: Route) -> torch.Tensor:
+        ctx.group, ctx.route = group, route
+        return _back(group, y_MD, route)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _there(ctx.group, grad_ND[ctx.route.order_N], ctx.route), None, None
+
+
+class ExpertParallel:
+    """Expert backend of one generation on one rank.
+
+    Args:
+        group: the generation's collectives.
+        placement: experts in slots.
+        rank: of this process.
+        cfg: the model's shape.
+        device: of the slot weights.
+        speeds: relative speed per rank, for the split; None for equal ones.
+
+    Attributes:
+        local_tokens: rows that this rank's slots computed since `reset_balance`.
+        tokens_R: the same for every rank.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        placement: Placement,
+        rank: int,
+        cfg: ModelConfig,
+        device: torch.device,
+        speeds: Sequence[float] | None = None,
+    ) -> None:
+        self._group, self._placement, self._rank, self._speeds = group, placement, rank, speeds
+        self._span = placement.slots_of(rank)
+        self.num_layers, self.num_experts = placement.expert_of_slot.shape[0], cfg.num_experts
+        slots = self._span.stop - self._span.start
+        wide = (slots, cfg.expert_hidden, cfg.hidden_size)
+        shapes = (wide, wide, (slots, cfg.hidden_size, cfg.expert_hidden))
+        self._slots = [
+            tuple(torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes)
+            for _ in range(self.num_layers)
+        ]
+        for tensor in (t for layer in self._slots for t in layer):
+            tensor.grad = torch.zeros_like(tensor)
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._bounds = np.array([placement.slots_of(r).start for r in range(group.world_size)] + [self._num_slots])
+        self.reset_balance()
+
+    @property
+    def _num_slots(self) -> int:
+        return len(self._placement.rank_of_slot)
+
+    def slot_params(self, moe_layer: int) -> tuple[torch.nn.Parameter, ...]:
+        """(w_gate [S, F, D], w_up [S, F, D], w_down [S, D, F]) of one layer; their `grad` tensors are never replaced."""
+        return self._slots[moe_layer]
+
+    def grads(self) -> list[torch.Tensor]:
+        """Gradient tensors of all slots."""
+        return [t.grad for layer in self._slots for t in layer if t.grad is not None]
+
+    def reset_balance(self) -> None:
+        """Begin counting anew, at the start of a step."""
+        self.local_tokens = 0
+        self.tokens_R = np.zeros(self._group.world_size, dtype=np.int64)
+        self._mean_sum, self._max_sum = 0.0, 0.0
+
+    @property
+    def balance(self) -> float:
+        """Mean over maximum of the ranks' rows, of ranks with slots, weighted over the calls since `reset_balance`; 1 is perfect."""
+        return self._mean_sum / self._max_sum if self._max_sum else 1.0
+
+    def __call__(
+        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
+    ) -> torch.Tensor:
+        num_tokens, num_choices = expert_ids_TK.shape
+        flat_N = expert_ids_TK.reshape(-1).cpu()
+        counts_RE = self._group.all_gather(torch.bincount(flat_N, minlength=self.num_experts)).numpy()
+        split_RP = split_tokens(counts_RE, self._placement, moe_layer, self._speeds)
+        self._count(split_RP)
+        route = self._route(flat_N, split_RP, moe_layer, num_choices, x_TD.device)
+        slot_counts_S = torch.from_numpy(split_RP[:, self._span].sum(axis=0))
+        rows_MD = _ToSlots.apply(x_TD, self._anchor, self._group, route)
+        y_MD = grouped_swiglu(rows_MD, slot_counts_S, *self._slots[moe_layer])
+        y_ND = _FromSlots.apply(y_MD, self._group, route)
+        y_TKD = y_ND.view(num_tokens, num_choices, x_TD.shape[1])
+        return (y_TKD * gates_TK.unsqueeze(-1)).sum(dim=1).to(x_TD.dtype)
+
+    def _count(self, split_RP: NDArray[np.int64]) -> None:
+        tokens_R = self._per_rank(split_RP.sum(axis=0))
+        self.tokens_R += tokens_R
+        self.local_tokens += int(tokens_R[self._rank])
+        self._mean_sum += float(tokens_R.sum()) / max(1, int((np.diff(self._bounds) > 0).sum()))
+        self._max_sum += float(tokens_R.max())
+
+    def _per_rank(self, rows_P: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows per slot -> rows per rank."""
+        return np.diff(np.concatenate([[0], np.cumsum(rows_P)])[self._bounds])
+
+    def _route(
+        self,
+        flat_N: torch.Tensor,
+        split_RP: NDArray[np.int64],
+        moe_layer: int,
+        num_choices: int,
+        device: torch.device,
+    ) -> Route:
+        mine_P, here_RS = split_RP[self._rank], split_RP[:, self._span]
+        order_N = _sending_order(flat_N.numpy(), mine_P, self._placement.expert_of_slot[moe_layer])
+        by_slot_M = _interleave(here_RS)
+        plan = (order_N, _inverse(order_N), by_slot_M, _inverse(by_slot_M))
+        order, undo, by_slot, by_source = (torch.from_numpy(t).to(device) for t in plan)
+        sent, arrived = self._per_rank(mine_P).tolist(), here_RS.sum(axis=1).tolist()
+        return Route(order, undo, by_slot, by_source, sent, arrived, num_choices)
+
+
+def _sending_order(
+    expert_N: NDArray[np.int64], split_P: NDArray[np.int64], expert_P: NDArray[np.int32]
+) -> NDArray[np.int64]:
+    """Rows by destination slot: each expert's rows, in order, are dealt to the expert's slots, in order."""
+    by_expert_N = np.argsort(expert_N, kind="stable")
+    slots = np.argsort(expert_P, kind="stable")  # slots of one expert side by side
+    slot_N = np.repeat(slots, split_P[slots])
+    return by_expert_N[np.argsort(slot_N, kind="stable")]
+
+
+def _interleave(here_RS: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Permutation that brings rows received by (source, slot) into (slot, source) order."""
+    sources, slots = here_RS.shape
+    slot_M = np.repeat(np.tile(np.arange(slots), sources), here_RS.reshape(-1))
+    return np.argsort(slot_M, kind="stable")
+
+
+def _inverse(permutation: NDArray[np.int64]) -> NDArray[np.int64]:
+    inverse = np.empty_like(permutation)
+    inverse[permutation] = np.arange(len(permutation))
+    return inverse

@@ -1,0 +1,72 @@
+"""Parameters -> units, the atoms of ownership.
+
+A unit is one dense tensor, a row block of a large one, or one whole expert of one layer (all its matrices together, so that
+an expert always moves in one piece). Cutting at row boundaries keeps a block a contiguous range of the flattened tensor.
+Units never depend on the world size: any layout, and any checkpoint, is a map from the same names to ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from elastic_moe.types import ParamSpec, Part, Unit
+
+
+def build_units(specs: Sequence[ParamSpec], max_unit_elements: int) -> tuple[Unit, ...]:
+    """Units in the order of their first parameter.
+
+    Args:
+        specs: every parameter of the model, names unique.
+        max_unit_elements: larger dense AdamW tensors are cut into blocks of whole rows, at most this many elements each
+            (at least one row); 0 for no cutting.
+    """
+    expert_parts: dict[tuple[int | None, int], list[ParamSpec]] = {}
+    for spec in specs:
+        if spec.expert is not None:
+            expert_parts.setdefault((spec.layer, spec.expert), []).append(spec)
+    units: list[Unit] = []
+    for spec in specs:
+        if spec.expert is None:
+            units.extend(_dense_units(spec, max_unit_elements))
+            continue
+        members = expert_parts[(spec.layer, spec.expert)]
+        if members[0] is spec:
+            units.append(_expert_unit(members))
+    assert len({unit.name for unit in units}) == len(units), "unit names must be unique"
+    return tuple(units)
+
+
+def _dense_units(spec: ParamSpec, max_unit_elements: int) -> list[Unit]:
+    """One unit, or even blocks of whole rows."""
+    numel = spec.numel
+    if max_unit_elements <= 0 or numel <= max_unit_elements or spec.optimizer != "adamw" or not spec.shape:
+        return [_dense_unit(spec, spec.name, 0, numel)]
+    num_rows = spec.shape[0]
+    row_numel = numel // num_rows
+    rows_per_block = max(1, max_unit_elements // row_numel)
+    num_blocks = -(-num_rows // rows_per_block)
+    if num_blocks == 1:
+        return [_dense_unit(spec, spec.name, 0, numel)]
+    cuts = [num_rows * block // num_blocks * row_numel for block in range(num_blocks + 1)]
+    return [
+        _dense_unit(spec, f"{spec.name}#{block}", cuts[block], cuts[block + 1] - cuts[block])
+        for block in range(num_blocks)
+    ]
+
+
+def _dense_unit(spec: ParamSpec, name: str, start: int, numel: int) -> Unit:
+    part = Part(param=spec.name, start=start, numel=numel, offset=0)
+    return Unit(name, (part,), spec.optimizer, spec.decay, spec.layer, None, spec.moe_layer)
+
+
+def _expert_unit(specs: Sequence[ParamSpec]) -> Unit:
+    """All matrices of one expert of one layer, one after the other."""
+    first = specs[0]
+    parts: list[Part] = []
+    offset = 0
+    for spec in specs:
+        assert (spec.optimizer, spec.decay, spec.moe_layer) == (first.optimizer, first.decay, first.moe_layer)
+        parts.append(Part(param=spec.name, start=0, numel=spec.numel, offset=offset))
+        offset += spec.numel
+    name = f"layers.{first.layer}.experts.{first.expert}"
+    return Unit(name, tuple(parts), first.optimizer, first.decay, first.layer, first.expert, first.moe_layer)

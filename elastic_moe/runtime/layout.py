@@ -1,0 +1,173 @@
+"""One generation's layout on one rank: who contributes to which gradient, who needs which weight, and where they lie in flat buffers.
+
+Computed once per reconfiguration from (units, ownership, placement), identical on every rank; a step then only copies and calls collectives.
+A *unit's views* are 1-D windows on the compute weights: dense parameters, router biases, or one slot of the stacked expert tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from elastic_moe.parallel.groups import Group
+from elastic_moe.plan.ownership import Ownership
+from elastic_moe.plan.placement import Placement
+from elastic_moe.runtime.state import HeldState
+from elastic_moe.types import Unit, View
+
+
+@dataclass(frozen=True)
+class ComputeTensors:
+    """Where a rank's compute weights lie.
+
+    Attributes:
+        dense: parameter or buffer name -> tensor.
+        slots: per MoE layer, the stacked (gate, up, down) slot tensors.
+    """
+
+    dense: Mapping[str, torch.Tensor]
+    slots: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+class Layout:
+    """The exchange schedule of one generation on one rank.
+
+    Args:
+        units: all units.
+        view: the membership.
+        rank: this worker's rank in it.
+        ownership: primary and mirrors of every unit.
+        placement: experts in slots.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], view: View, rank: int, ownership: Ownership, placement: Placement
+    ) -> None:
+        self.units, self.view, self.rank = units, view, rank
+        self.ownership, self.placement = ownership, placement
+        world = range(view.world_size)
+        primary = ownership.primary.tolist()
+        # slot_of[r][(layer, expert)] = index among the rank's own slots
+        self.slot_of: list[dict[tuple[int, int], int]] = []
+        for r in world:
+            span = placement.slots_of(r)
+            experts_LS = placement.expert_of_slot[:, span]
+            self.slot_of.append(
+                {(layer, int(e)): s for layer, row in enumerate(experts_LS) for s, e in enumerate(row) if e >= 0}
+            )
+
+        def computes(r: int, unit: Unit) -> bool:
+            """Rank r has a compute copy of the unit."""
+            return unit.expert is None or (unit.moe_layer, unit.expert) in self.slot_of[r]
+
+        trainable = [u for u, unit in enumerate(units) if unit.optimizer == "adamw"]
+        self.grad_out = [[u for u in trainable if primary[u] == d and computes(rank, units[u])] for d in world]
+        self.grad_in = [[u for u in trainable if primary[u] == rank and computes(s, units[u])] for s in world]
+        mirrors = ownership.mirrors
+        self.mirror_out = [[u for u in trainable if primary[u] == rank and d in mirrors[u]] for d in world]
+        self.mirror_in = [[u for u in trainable if primary[u] == s and rank in mirrors[u]] for s in world]
+        everything = range(len(units))
+        self.weight_out = [[u for u in everything if primary[u] == rank and computes(d, units[u])] for d in world]
+        self.weight_in = [[u for u in everything if primary[u] == s and computes(rank, units[u])] for s in world]
+
+    def sizes(self, schedule: Sequence[Sequence[int]]) -> list[int]:
+        """Elements per peer of a schedule."""
+        return [sum(self.units[u].numel for u in peer) for peer in schedule]
+
+    def windows(self, tensors: ComputeTensors, unit: int) -> list[torch.Tensor]:
+        """1-D windows on this rank's compute copy of a unit, in part order."""
+        spec = self.units[unit]
+        if spec.expert is not None:
+            assert spec.moe_layer is not None
+            slot = self.slot_of[self.rank][spec.moe_layer, spec.expert]
+            return [tensor[slot].reshape(-1) for tensor in tensors.slots[spec.moe_layer]]
+        return [tensors.dense[p.param].reshape(-1)[p.start : p.start + p.numel] for p in spec.parts]
+
+
+class Exchanger:
+    """Moves gradients to primaries and mirrors, and weights back, for one layout.
+
+    Args:
+        layout: the schedule.
+        weights, grads: this rank's compute weights and their gradient tensors (grads have no router biases).
+        held: the state this rank owns or mirrors.
+        group: the collectives of this generation.
+    """
+
+    def __init__(
+        self, layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: HeldState, group: Group
+    ) -> None:
+        self._layout, self._held, self._group = layout, held, group
+        self._grad_windows = [w for peer in layout.grad_out for u in peer for w in layout.windows(grads, u)]
+        self._weight_windows = [w for peer in layout.weight_in for u in peer for w in layout.windows(weights, u)]
+        self._splits = {
+            name: layout.sizes(getattr(layout, name))
+            for name in ("grad_out", "grad_in", "mirror_out", "mirror_in", "weight_out", "weight_in")
+        }
+
+    def _swap(self, kind: str, pieces: list[torch.Tensor]) -> torch.Tensor:
+        out_splits, in_splits = self._splits[f"{kind}_in"], self._splits[f"{kind}_out"]
+        send = torch.cat(pieces) if pieces else torch.empty(0)
+        received = torch.empty(sum(out_splits))
+        self._group.all_to_all(received, send, out_splits, in_splits)
+        return received
+
+    def reduce(self) -> float:
+        """Sum every holder's gradients at the primaries. Returns the sum of squares over the units this rank is primary of."""
+        layout, held = self._layout, self._held
+        received = self._swap("grad", self._grad_windows)
+        seen: set[int] = set()
+        pieces = received.split([layout.units[u].numel for peer in layout.grad_in for u in peer])
+        for u, piece in zip((u for peer in layout.grad_in for u in peer), pieces, strict=True):
+            target = held.grad_of(u)
+            if u in seen:
+                target.add_(piece)
+            else:
+                target.copy_(piece)
+                seen.add(u)
+        owned = [held.grad_of(u) for u in sorted(seen)]
+        return float(sum(n.double() ** 2 for n in torch._foreach_norm(owned))) if owned else 0.0
+
+    def mirror(self) -> None:
+        """Send each reduced gradient to the unit's mirrors."""
+        layout, held = self._layout, self._held
+        received = self._swap("mirror", [held.grad_of(u) for peer in layout.mirror_out for u in peer])
+        start = 0
+        for u in (u for peer in layout.mirror_in for u in peer):
+            target = held.grad_of(u)
+            target.copy_(received[start : start + target.numel()])
+            start += target.numel()
+
+    def publish(self) -> None:
+        """Send updated weights from primaries to every rank that computes with them."""
+        layout, held = self._layout, self._held
+        received = self._swap("weight", [held.states[u].weight for peer in layout.weight_out for u in peer])
+        if self._weight_windows:
+            pieces = received.split([w.numel() for w in self._weight_windows])
+            torch._foreach_copy_(self._weight_windows, list(pieces))
+
+
+def homes_from_roles(
+    units: Sequence[Unit], roles_RU: np.ndarray, active: Sequence[int], shape: tuple[int, int]
+) -> np.ndarray:
+    """Where each expert's state lives now, for the next placement.
+
+    Args:
+        units: all units.
+        roles_RU: uint8 [R, U] what each rank holds.
+        active: ranks that may own.
+        shape: (MoE layers, experts).
+
+    Returns:
+        int32 [L, E]: the rank of the strongest living holder (primary before mirror, lowest rank first), -1 if none is active.
+    """
+    homes = np.full(shape, -1, dtype=np.int32)
+    for u, unit in enumerate(units):
+        if unit.expert is not None:
+            best = max(active, key=lambda r: (int(roles_RU[r, u]), -r))
+            if roles_RU[best, u]:
+                homes[unit.moe_layer, unit.expert] = best
+    return homes

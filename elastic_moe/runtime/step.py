@@ -1,0 +1,247 @@
+"""One training step: compute, reduce, mirror, vote, apply, publish. Completing the vote is the commit (DESIGN.md section 3).
+
+Gradients are sums over tokens; they are divided by the global token count when the update is applied, so nothing depends on who computed which
+share. Until the next step begins, every rank keeps the reduced gradients it holds: a rank that missed the vote's result rolls forward with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.data.shards import TokenShard
+from elastic_moe.model.transformer import Transformer
+from elastic_moe.optim.schedule import lr_at
+from elastic_moe.parallel.groups import Group
+from elastic_moe.plan.batch import assign, order
+from elastic_moe.runtime.layout import Exchanger, Layout
+from elastic_moe.runtime.state import HeldState, VoteResult
+
+RECENT_RECORDS = 16
+
+
+@dataclass
+class Progress:
+    """How far this worker's state has come.
+
+    Attributes:
+        committed: last step whose update is in the held state; -1 before any state exists.
+        reduced: step whose reduced gradients are complete here (own and mirrored); -1 for none.
+        vote: result of the last committed step's vote.
+        evaluated: last step that was evaluated.
+        records: metrics of the last committed steps, made at the commit, so that the next leader can report what a dead one did not.
+    """
+
+    committed: int = -1
+    reduced: int = -1
+    vote: VoteResult | None = None
+    evaluated: int = -1
+    records: deque[dict[str, float | int]] = field(default_factory=lambda: deque(maxlen=RECENT_RECORDS))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a completed step says to the loop: the metrics record, and what the members agreed on at the vote."""
+
+    record: dict[str, float | int]
+    reconfigure: bool
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything one generation of one worker needs to make steps; rebuilt at each reconfiguration."""
+
+    rank: int
+    layout: Layout
+    group: Group
+    exchanger: Exchanger
+    held: HeldState
+    shares: list[slice]
+
+
+def share_of_batch(layout: Layout, global_batch: int) -> list[slice]:
+    """Slice of the global batch per rank; draining ranks get an empty one."""
+    members = layout.view.members
+    return assign(global_batch, [0.0 if m.draining else m.speed for m in members])
+
+
+class Stepper:
+    """Makes training and evaluation steps on the current session.
+
+    Args:
+        config: the run's configuration.
+        model: the compute model, whose expert backend belongs to the current generation.
+        train, val: token shards.
+        fault: called as fault(step, phase) at every phase; may not return.
+        autocast: context manager factory for mixed precision.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Transformer,
+        train: TokenShard,
+        val: TokenShard,
+        fault: Callable[[int, str], None],
+        autocast: Callable[[], torch.autocast],
+        device: torch.device,
+    ) -> None:
+        self._config, self._model, self._train, self._val = config, model, train, val
+        self._fault, self._autocast, self._device = fault, autocast, device
+        self._started_s = time.perf_counter()
+
+    def _micro_batches(self, shard: TokenShard, ids: np.ndarray, session: Session):
+        """This rank's micro-batches; every rank yields equally many, empty ones at the end where it has fewer."""
+        config = self._config.data
+        mine = ids[session.shares[session.rank]]
+        longest = max(share.stop - share.start for share in session.shares)
+        for start in range(0, longest, config.micro_batch):
+            tokens, targets = shard.batch(mine[start : start + config.micro_batch], config.seq_len)
+            yield torch.from_numpy(tokens).to(self._device), torch.from_numpy(targets).to(self._device)
+
+    def train_step(self, session: Session, progress: Progress, wanted: Callable[[], tuple[bool, bool]]) -> Outcome:
+        """Make step `progress.committed + 1` and commit it.
+
+        Args:
+            session: the current generation.
+            progress: updated in place as phases complete.
+            wanted: read just before the vote: (a newer planned view is here, stop is requested).
+
+        Raises:
+            GroupAborted: the generation ended before the step was complete; `progress` says how far it came.
+        """
+        config, held = self._config, session.held
+        step = progress.committed + 1
+        self._started_s = time.perf_counter()
+        self._fault(step, "compute")
+        ids = order(config.seed, step - 1, config.data.global_batch, self._train.num_samples(config.data.seq_len))
+        experts = self._model.experts
+        experts.reset_balance()
+        for grad in experts.grads():
+            grad.zero_()
+        for parameter in self._model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+        ce_sum, tokens = 0.0, 0
+        load_LE = torch.zeros((experts.num_layers, experts.num_experts), dtype=torch.int64)
+        for inputs, targets in self._micro_batches(self._train, ids, session):
+            with self._autocast():
+                out = self._model.loss(inputs, targets)
+            out.loss_sum.backward()
+            ce_sum += float(out.ce_sum)
+            tokens += int(out.num_tokens)
+            load_LE += out.load_LE.cpu()
+        self._fault(step, "reduce")
+        progress.reduced = -1
+        square = session.exchanger.reduce()
+        self._fault(step, "mirror")
+        session.exchanger.mirror()
+        progress.reduced = step
+        self._fault(step, "vote")
+        reconfigure, stop = wanted()
+        rank_load = np.zeros(session.group.world_size)
+        rank_load[session.rank] = experts.local_tokens
+        ballot = np.concatenate(
+            [
+                [ce_sum, tokens, square if np.isfinite(square) else 0.0, float(not np.isfinite(square))],
+                [float(reconfigure), float(stop)],
+                rank_load,
+                load_LE.numpy().astype(np.float64).ravel(),
+            ]
+        )
+        result = torch.from_numpy(ballot)
+        session.group.all_reduce(result)
+        total = result.numpy()
+        world = session.group.world_size
+        loads = total[6 : 6 + world]
+        active = session.layout.view.active_ranks
+        busiest = max(float(loads[r]) for r in active)
+        vote = VoteResult(
+            step=step,
+            ce_sum=float(total[0]),
+            tokens=float(total[1]),
+            grad_norm=float(np.sqrt(total[2]) / max(total[1], 1.0)),
+            finite=bool(total[3] == 0),
+            balance=float(loads.sum()) / len(active) / busiest if busiest else 1.0,
+            generation=session.layout.view.generation,
+            world_size=len(active),
+            load_LE=total[6 + world :].reshape(load_LE.shape).copy(),
+        )
+        self._fault(step, "apply")
+        self.commit(held, progress, vote)
+        agreed = bool(total[4] == world)
+        self._fault(step, "publish")
+        if not agreed:
+            session.exchanger.publish()
+        record = progress.records[-1]
+        record["step_s"] = time.perf_counter() - self._started_s
+        record["tokens_per_s"] = vote.tokens / record["step_s"]
+        return Outcome(record, agreed, bool(total[5] > 0))
+
+    def commit(self, held: HeldState, progress: Progress, vote: VoteResult) -> None:
+        """Apply a vote's result to the held state. Purely local, so a rank that has the result cannot fail to commit."""
+        lr = lr_at(vote.step, self._config.run.steps, self._config.optim)
+        held.apply(vote, lr, self._config.optim, self._config.model)
+        progress.committed, progress.vote = vote.step, vote
+        if progress.records and progress.records[-1]["step"] == vote.step:
+            return
+        step_s = time.perf_counter() - self._started_s
+        progress.records.append(
+            {
+                "step": vote.step,
+                "loss": vote.loss,
+                "tokens": int(vote.tokens),
+                "lr": lr,
+                "grad_norm": vote.grad_norm,
+                "generation": vote.generation,
+                "world_size": vote.world_size,
+                "step_s": step_s,
+                "tokens_per_s": vote.tokens / step_s,
+                "balance": vote.balance,
+                "time": time.time(),
+            }
+        )
+
+    @torch.no_grad()
+    def evaluate(self, session: Session) -> float:
+        """Mean validation loss over the first `run.eval_sequences` sequences of the validation shard; collective."""
+        config = self._config
+        available = self._val.num_samples(config.data.seq_len)
+        ids = np.arange(min(config.run.eval_sequences, available), dtype=np.int64)
+        shares = share_of_batch(session.layout, len(ids))
+        total = torch.zeros(2, dtype=torch.float64)
+        whole = Session(session.rank, session.layout, session.group, session.exchanger, session.held, shares)
+        for inputs, targets in self._micro_batches(self._val, ids, whole):
+            with self._autocast():
+                out = self._model.loss(inputs, targets)
+            total += torch.tensor([float(out.ce_sum), float(out.num_tokens)], dtype=torch.float64)
+        session.group.all_reduce(total)
+        return float(total[0] / total[1])
+
+    @torch.no_grad()
+    def sample(self, session: Session, prompt: list[int], num_tokens: int, seed: int) -> list[int]:
+        """Generate text with the sharded model; collective. The first active rank holds the text, the others join its all-to-alls.
+
+        Returns:
+            Prompt and generated tokens on the first active rank, the prompt elsewhere.
+        """
+        leads = session.rank == session.layout.view.active_ranks[0]
+        tokens = list(prompt)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(num_tokens):
+            context = torch.tensor([tokens[-self._config.data.seq_len :]] if leads else [], dtype=torch.int64)
+            context = context.reshape(1 if leads else 0, -1 if leads else 1).to(self._device)
+            with self._autocast():
+                logits = self._model(context)
+            if leads:
+                top, ids = torch.topk(logits[0, -1].float().cpu(), min(40, logits.shape[-1]))
+                choice = torch.multinomial(torch.softmax(top / 0.8, dim=-1), 1, generator=generator)
+                tokens.append(int(ids[choice]))
+        return tokens

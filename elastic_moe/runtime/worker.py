@@ -1,0 +1,324 @@
+"""One worker process of a run: the training loop, and the way from one generation to the next.
+
+The loop is the only one over steps. It makes steps in the current view until a newer view is agreed at a vote or a peer is lost, enters the
+newest view, and goes on from the committed step; the process, its imports and its state stay.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
+from elastic_moe.checkpoint.writer import write_shard
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.data.prepare import Prepared
+from elastic_moe.data.shards import TokenShard
+from elastic_moe.data.tokenizer import load_tokenizer
+from elastic_moe.errors import GroupAborted
+from elastic_moe.model.params import param_specs
+from elastic_moe.model.transformer import Transformer
+from elastic_moe.parallel.dispatch import ExpertParallel
+from elastic_moe.parallel.groups import AbortSignal, Group
+from elastic_moe.plan.units import build_units
+from elastic_moe.runtime.faults import Faults
+from elastic_moe.runtime.layout import ComputeTensors, Exchanger, Layout
+from elastic_moe.runtime.line import Line, ViewMessage
+from elastic_moe.runtime.reconfigure import Entered, Storage, enter_view
+from elastic_moe.runtime.state import FIELDS, HeldState
+from elastic_moe.runtime.step import Outcome, Progress, Session, Stepper, share_of_batch
+
+
+def checkpoint_root(config: TrainConfig) -> str:
+    """Directory or URI of the run's durable checkpoints."""
+    return config.checkpoint.dir or str(Path(config.run.dir) / "checkpoints")
+
+
+class CheckpointStorage(Storage):
+    """Durable checkpoints as a reconfiguration sees them."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def latest_step(self) -> int:
+        manifest = find_latest(self._root)
+        return -1 if manifest is None else manifest.step
+
+    def read(self, step: int, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+        return read_units(load_manifest(self._root, step), names)
+
+
+class ShardWriter:
+    """Writes this worker's checkpoint shards in a thread, while training goes on; a failure is reported, never raised."""
+
+    def __init__(self, root: str, line: Line) -> None:
+        self._root, self._line = root, line
+        self._jobs: queue.Queue[tuple[int, str, dict[str, torch.Tensor], int] | None] = queue.Queue(maxsize=2)
+        self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    def save(self, step: int, tag: str, held: HeldState, primary: Sequence[int], generation: int) -> None:
+        """Take a consistent copy of the owned units now, write it later."""
+        tensors = {
+            f"{held.units[u].name}/{field}": getattr(held.states[u], field).clone()
+            for u in primary
+            for field in FIELDS[held.units[u].optimizer]
+        }
+        self._jobs.put((step, tag, tensors, generation))
+
+    def drain(self) -> None:
+        """Wait until everything saved so far is written or has failed."""
+        self._jobs.join()
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        self._thread.join(timeout=30)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            step, tag, tensors, generation = job
+            started = time.perf_counter()
+            try:
+                info = write_shard(self._root, step, tag, tensors)
+                self._line.shard(
+                    {"step": step, "generation": generation, **info.as_dict(), "write_s": time.perf_counter() - started}
+                )
+            except OSError as error:
+                self._line.event({"event": "checkpoint_failed", "step": step, "reason": str(error)})
+            finally:
+                self._jobs.task_done()
+        self._jobs.task_done()
+
+
+class Worker:
+    """One worker's life.
+
+    Args:
+        config: the run's configuration.
+        prepared: token shards and tokenizer.
+        line: the connection to the coordinator, started.
+    """
+
+    def __init__(self, config: TrainConfig, prepared: Prepared, line: Line) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self._config, self._prepared, self._line = config, prepared, line
+        self._accelerator = Accelerator(
+            cpu=config.device == "cpu" or not torch.cuda.is_available(),
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+        )
+        self._device = self._accelerator.device
+        specs = param_specs(config.model)
+        self._specs = {spec.name: spec for spec in specs}
+        self._units = build_units(specs, config.model.max_unit_elements)
+        self._shape = (config.model.num_layers - config.model.num_dense_layers, config.model.num_experts)
+        self._model = Transformer(config.model, None).to(self._device)
+        for parameter in self._model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self._faults = Faults(config.faults, Path(config.run.dir) / "faults")
+        self._rank = -1
+        self._stepper = Stepper(
+            config,
+            self._model,
+            TokenShard.open(prepared.train_path),
+            TokenShard.open(prepared.val_path),
+            lambda step, phase: self._faults.at(self._rank, step, phase),
+            self._accelerator.autocast,
+            self._device,
+        )
+        self._progress = Progress()
+        self._holdings: list[HeldState] = []
+        self._storage = CheckpointStorage(checkpoint_root(config))
+        self._writer = ShardWriter(checkpoint_root(config), line)
+        self._saved_step = -1
+
+    def run(self) -> dict[str, float | int]:
+        """Train until the run's last step is committed, the run is stopped, or this worker is released.
+
+        Raises:
+            Evicted: the coordinator no longer counts this worker as a member.
+        """
+        self._line.ready()
+        generation = 0
+        try:
+            while True:
+                message = self._line.wait_view(generation)
+                if message is None:
+                    return self._summary("released")
+                generation = message.view.generation
+                rank = message.view.rank_of(self._line.worker)
+                if rank is None:
+                    self._line.left()
+                    return self._summary("released")
+                try:
+                    ended = self._live(message, rank)
+                except GroupAborted as error:
+                    self._line.suspect(generation, str(error))
+                    continue
+                if ended:
+                    return self._summary(ended)
+        finally:
+            self._writer.close()
+
+    def _summary(self, ended: str) -> dict[str, float | int]:
+        return {"committed": self._progress.committed, "ended": ended}  # type: ignore[dict-item]
+
+    def _live(self, message: ViewMessage, rank: int) -> str:
+        """Live through one generation. Returns why the worker is done, or "" when a newer view is to be entered."""
+        view = message.view
+        abort = AbortSignal()
+        self._rank = rank
+        completed = [0]
+        self._line.watch(view, abort.set, lambda: (self._progress.committed + 1, completed[0]))
+        started = time.perf_counter()
+        host, port = message.store
+        timeout_s = self._config.elastic.form_timeout_s
+        group = Group(host, port, view.generation, rank, view.world_size, abort, timeout_s, completed)
+        try:
+            formed_s = time.perf_counter() - started
+            session, entered = self._enter(message, group)
+            info = {
+                "step": self._progress.committed,
+                "source": entered.source,
+                "lost_steps": entered.lost_steps,
+                "rolled_forward": entered.rolled_forward,
+                "moved_bytes": entered.moved_bytes,
+                "form_s": formed_s,
+                "reconfigure_s": time.perf_counter() - started,
+            }
+            self._line.entered(view.generation, info if rank == view.active_ranks[0] else None)
+            if rank == view.active_ranks[0]:
+                for record in self._progress.records:
+                    self._line.record(record)
+            return self._train(session, message)
+        finally:
+            group.close()
+
+    def _enter(self, message: ViewMessage, group: Group) -> tuple[Session, Entered]:
+        view, config = message.view, self._config
+        entered = enter_view(
+            config,
+            self._specs,
+            self._units,
+            view,
+            group,
+            self._progress,
+            self._holdings,
+            lambda held, vote: self._stepper.commit(held, self._progress, vote),
+            self._storage,
+            self._shape,
+            lambda step, phase: self._faults.at(self._rank, step, phase),
+        )
+        if entered.source != "peers":
+            self._progress.records.clear()
+        experts = ExpertParallel(group, entered.placement, group.rank, config.model, self._device)
+        self._model.experts = experts
+        layout = Layout(self._units, view, group.rank, entered.ownership, entered.placement)
+        dense = {name: p.data for name, p in self._model.named_parameters()} | dict(self._model.named_buffers())
+        grads = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
+        layers = range(self._shape[0])
+        weights = ComputeTensors(dense, [tuple(t.data for t in experts.slot_params(i)) for i in layers])
+        gradients = ComputeTensors(grads, [tuple(t.grad for t in experts.slot_params(i)) for i in layers])
+        exchanger = Exchanger(layout, weights, gradients, entered.held, group)
+        exchanger.publish()
+        shares = share_of_batch(layout, config.data.global_batch)
+        return Session(group.rank, layout, group, exchanger, entered.held, shares), entered
+
+    def _train(self, session: Session, message: ViewMessage) -> str:
+        config, progress, line = self._config, self._progress, self._line
+        leads = session.rank == session.layout.view.active_ranks[0]
+        stop = False
+        while progress.committed < config.run.steps and not stop:
+            outcome = self._stepper.train_step(
+                session, progress, lambda: (line.newer_than(message.view.generation), line.stop_requested)
+            )
+            self._committed(session, outcome, leads)
+            self._faults.at(session.rank, progress.committed, "committed")
+            stop = outcome.stop
+            if outcome.reconfigure:
+                return ""
+        return self._finish(session, leads, stop)
+
+    def _committed(self, session: Session, outcome: Outcome, leads: bool) -> None:
+        """What follows a commit: the record, a checkpoint, an evaluation."""
+        config, step = self._config, self._progress.committed
+        if leads:
+            self._line.record(outcome.record)
+        last = step == config.run.steps or outcome.stop
+        if last or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+            self._save(session)
+        every = config.run.eval_every
+        if not outcome.reconfigure and every and step % every == 0:
+            self._evaluate(session, leads)
+
+    def _save(self, session: Session) -> None:
+        step, generation = self._progress.committed, session.layout.view.generation
+        owned = session.layout.ownership.owned(session.rank).tolist()
+        self._writer.save(step, f"g{generation:05d}-r{session.rank:05d}", session.held, owned, generation)
+        self._saved_step = step
+
+    def _evaluate(self, session: Session, leads: bool) -> None:
+        started = time.perf_counter()
+        loss = self._stepper.evaluate(session)
+        self._progress.evaluated = self._progress.committed
+        if leads:
+            took = time.perf_counter() - started
+            self._line.event({"event": "evaluated", "step": self._progress.committed, "val_loss": loss, "eval_s": took})
+
+    def _finish(self, session: Session, leads: bool, stopped: bool) -> str:
+        """The end of a run: checkpoint, last evaluation, sample; every part may be repeated after a failure."""
+        config, progress = self._config, self._progress
+        if self._saved_step != progress.committed:
+            self._save(session)
+        if not stopped:
+            if progress.evaluated != progress.committed:
+                self._evaluate(session, leads)
+            if config.run.sample_tokens:
+                tokenizer = load_tokenizer(self._prepared.tokenizer_path)
+                prompt = tokenizer.encode(config.run.sample_prompt)
+                tokens = self._stepper.sample(session, prompt, config.run.sample_tokens, config.seed)
+                if leads:
+                    self._line.event({"event": "sample", "step": progress.committed, "text": tokenizer.decode(tokens)})
+        self._writer.drain()
+        session.group.barrier()
+        self._line.finished()
+        return "stopped" if stopped else "finished"
+
+
+def run_worker(
+    config: TrainConfig,
+    find: Callable[[], tuple[str, int] | None],
+    token: str,
+    node: str,
+    prepared: Prepared,
+    worker: str,
+) -> dict[str, float | int]:
+    """Be one worker of a run, until it ends. The train function of a Ray Train worker, and of the tests' plain processes.
+
+    Args:
+        config: the run's configuration.
+        find: returns the coordinator's address, or None while there is no coordinator.
+        token: shared secret of the run.
+        node: fault domain of this process.
+        prepared: token shards and tokenizer, readable from this node.
+        worker: unique id of this life of the process.
+
+    Returns:
+        `committed`: last committed step; `ended`: "finished", "stopped" or "released".
+
+    Raises:
+        Evicted: this worker was removed from the run and must not go on.
+    """
+    line = Line(find, token, worker, node, os.getpid(), config.elastic.slots_per_worker, config.elastic.heartbeat_s)
+    line.start()
+    try:
+        return Worker(config, prepared, line).run()
+    finally:
+        line.close()

@@ -1,0 +1,120 @@
+"""Values that every layer shares: members, views, parameter specs, units.
+
+A *view* is one generation of membership: an ordered, immutable list of members. A *unit* is the atom of ownership:
+one logical tensor, a row block of a large one, or one expert of one layer. Standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One worker process as the others see it.
+
+    Attributes:
+        worker: unique id of one life of one worker process; a restarted process has a new id.
+        node: fault domain (Ray node id, or host name).
+        pid: operating system process id on that node.
+        speed: relative speed, sequences per second in any common unit.
+        slots: largest number of expert slots per MoE layer that it can hold; 0 for no limit.
+        draining: takes part only to hand its state over; it owns nothing and computes nothing in this view.
+    """
+
+    worker: str
+    node: str
+    pid: int
+    speed: float = 1.0
+    slots: int = 0
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One generation of membership. The rank of a member is its index in `members`."""
+
+    generation: int
+    members: tuple[Member, ...]
+
+    @property
+    def world_size(self) -> int:
+        return len(self.members)
+
+    @property
+    def active_ranks(self) -> tuple[int, ...]:
+        """Ranks that own state and compute, in order."""
+        return tuple(rank for rank, member in enumerate(self.members) if not member.draining)
+
+    def rank_of(self, worker: str) -> int | None:
+        """Rank of a worker, or None when it is not in this view."""
+        for rank, member in enumerate(self.members):
+            if member.worker == worker:
+                return rank
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One logical parameter tensor of the model, before any layout.
+
+    Attributes:
+        name: dotted name, unique; experts one by one (`layers.1.moe.experts.7.gate`).
+        shape: its shape.
+        init: "normal", "zeros" or "ones".
+        std: standard deviation for "normal".
+        optimizer: "adamw", or "bias" for a router's balancing bias (sign rule on the global load, no gradient).
+        decay: weight decay applies.
+        layer: transformer layer, if it belongs to one.
+        expert: index of the routed expert within its layer, for expert weights only.
+        moe_layer: index among the MoE layers, for expert weights and router biases.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: str = "normal"
+    std: float = 0.02
+    optimizer: str = "adamw"
+    decay: bool = True
+    layer: int | None = None
+    expert: int | None = None
+    moe_layer: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A contiguous piece of one parameter inside a unit's flat vector.
+
+    Attributes:
+        param: the ParamSpec's name.
+        start: first element of the piece in the flattened parameter.
+        numel: elements in the piece.
+        offset: where the piece begins in the unit's flat vector.
+    """
+
+    param: str
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The atom of ownership: a named flat fp32 vector made of parts."""
+
+    name: str
+    parts: tuple[Part, ...]
+    optimizer: str = "adamw"
+    decay: bool = True
+    layer: int | None = None
+    expert: int | None = None
+    moe_layer: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return sum(part.numel for part in self.parts)

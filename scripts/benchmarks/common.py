@@ -1,0 +1,99 @@
+"""What the benchmarks share: arguments, facts about the machine, progress lines, waiting with a deadline, the JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+STARTED_S = time.monotonic()
+
+
+def arguments(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(prog=f"scripts/bench {name}", description=description)
+    parser.add_argument("--json", type=Path, required=True, help="file that takes the result")
+    parser.add_argument("--quick", action="store_true", help="a short run that only shows that it works")
+    return parser
+
+
+def say(text: str) -> None:
+    """One progress line."""
+    print(f"[{time.monotonic() - STARTED_S:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to judge the timings."""
+    return {
+        "cpus": os.cpu_count(),
+        "usable_cpus": len(os.sched_getaffinity(0)),
+        "load_1min": os.getloadavg()[0],
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "ray", "numpy")},
+    }
+
+
+def until(what: str, holds: Callable[[], Any], timeout_s: float, alive: Callable[[], bool] = lambda: True) -> Any:
+    """Wait until a condition gives something true, and return that.
+
+    Raises:
+        TimeoutError: it did not in time, or what should bring it about has ended.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while not (found := holds()):
+        if not alive():
+            raise TimeoutError(f"the run ended while waiting for {what}")
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"not within {timeout_s:.0f} s: {what}")
+        time.sleep(0.02)
+    return found
+
+
+class Tail:
+    """A growing file of JSON lines, of which each look reads only what is new, so that looking often costs the run nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+        self._lines: list[dict[str, Any]] = []
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All whole lines so far; a file that was cut is read anew."""
+        if not self._path.exists():
+            return []
+        if self._path.stat().st_size < self._offset:
+            self._offset, self._lines = 0, []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            whole = file.read().rpartition(b"\n")
+        self._offset += len(whole[0]) + len(whole[1])
+        self._lines += [json.loads(line) for line in whole[0].splitlines()]
+        return self._lines
+
+
+def median(values: Sequence[float]) -> float | None:
+    """Median, or None of nothing."""
+    return statistics.median(values) if values else None
+
+
+def run(main: Callable[[], dict[str, Any]], path: Path) -> int:
+    """Run a benchmark's body, and write what it returns. SIGTERM ends it as Ctrl-C does, so that its processes are ended too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        result = main()
+    except TimeoutError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    say(f"wrote {path.name}")
+    return 0

@@ -1,0 +1,245 @@
+"""What elasticity costs while nothing happens: step time of the full machinery against a plain loop of the same model and parallelism.
+
+Full: four workers with a coordinator, heartbeats, records, and one mirror of every unit. Plain: the same four processes, model, expert parallelism,
+reduce and publish, without mirrors, coordinator, heartbeats and records. What remains on both sides is what any sharded trainer needs, the small
+all-reduce of loss and gradient norm among it, with our flags in it as constants. The sides take turns (ABAB), so that a machine whose speed drifts
+favours neither; a round's first steps are not counted. Plain processes without Ray on both sides: Ray takes no part in a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing as mp
+import os
+import queue
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from elastic_moe.actors.server import ControlServer
+from elastic_moe.config.build import build
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.data.prepare import Prepared, prepare
+from elastic_moe.data.shards import TokenShard
+from elastic_moe.model.params import param_specs
+from elastic_moe.model.transformer import Transformer
+from elastic_moe.parallel.dispatch import ExpertParallel
+from elastic_moe.parallel.groups import AbortSignal, Group
+from elastic_moe.plan.units import build_units
+from elastic_moe.runtime.layout import ComputeTensors, Exchanger, Layout
+from elastic_moe.runtime.reconfigure import Storage, enter_view
+from elastic_moe.runtime.state import HeldState
+from elastic_moe.runtime.step import Progress, Session, Stepper, share_of_batch
+from elastic_moe.types import Member, View
+from scripts.benchmarks.common import arguments, machine, median, run, say
+
+WORKERS = 4
+WARMUP_STEPS = 3
+ROUND_LIMIT_S = 900.0
+TOKEN = "benchmark"
+
+
+def settings(run_dir: Path, steps: int, hidden: int, sequences: int, seq_len: int) -> TrainConfig:
+    model = {
+        "hidden_size": hidden,
+        "num_layers": 4,
+        "num_heads": hidden // 32,
+        "num_kv_heads": hidden // 64,
+        "head_dim": 32,
+        "dense_hidden": 3 * hidden,
+        "num_experts": 16,
+        "experts_per_token": 4,
+        "expert_hidden": hidden // 2,
+    }
+    data = {"tokenizer": "bytes", "max_bytes": 1_000_000}
+    return build(
+        {
+            "device": "cpu",
+            "model": model,
+            "run": {"dir": str(run_dir), "steps": WARMUP_STEPS + steps, "eval_every": 0, "sample_tokens": 0},
+            "data": data | {"seq_len": seq_len, "global_batch": sequences, "micro_batch": 8},
+            "elastic": {"redundancy": 1},
+            "checkpoint": {"every_steps": 0},
+            "tracking": {"wandb": "off"},
+        }
+    )
+
+
+class NoStorage(Storage):
+    """There is no checkpoint: the plain loop starts from the initial weights."""
+
+    def latest_step(self) -> int:
+        return -1
+
+
+def _full_worker(config: TrainConfig, address: tuple[str, int], prepared: Prepared, rank: int) -> None:
+    from elastic_moe.runtime.worker import run_worker
+
+    run_worker(config, lambda: address, TOKEN, f"n{rank}", prepared, f"w{rank}")
+
+
+def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int, results: Any) -> None:
+    """The loop without elasticity: one generation, set up as `Worker` does it, and steps until the last one."""
+    torch.set_num_threads(config.threads)
+    specs = param_specs(config.model)
+    units = build_units(specs, config.model.max_unit_elements)
+    shape = (config.model.num_layers - config.model.num_dense_layers, config.model.num_experts)
+    device = torch.device("cpu")
+    model = Transformer(config.model, None)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    train, val = TokenShard.open(prepared.train_path), TokenShard.open(prepared.val_path)
+    stepper = Stepper(config, model, train, val, lambda _step, _phase: None, contextlib.nullcontext, device)  # type: ignore[arg-type]
+    view = View(1, tuple(Member(f"w{r}", f"n{r}", 0) for r in range(WORKERS)))
+    group = Group("127.0.0.1", port, 1, rank, WORKERS, AbortSignal(), config.elastic.form_timeout_s)
+    progress, holdings = Progress(), list[HeldState]()
+    entered = enter_view(
+        config,
+        {spec.name: spec for spec in specs},
+        units,
+        view,
+        group,
+        progress,
+        holdings,
+        lambda held, vote: stepper.commit(held, progress, vote),
+        NoStorage(),
+        shape,
+        lambda _step, _phase: None,
+    )
+    experts = ExpertParallel(group, entered.placement, rank, config.model, device)
+    model.experts = experts
+    layout = Layout(units, view, rank, entered.ownership, entered.placement)
+    dense = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    weights = ComputeTensors(dense, [tuple(t.data for t in experts.slot_params(i)) for i in range(shape[0])])
+    gradients = ComputeTensors(grads, [tuple(t.grad for t in experts.slot_params(i)) for i in range(shape[0])])
+    exchanger = Exchanger(layout, weights, gradients, entered.held, group)
+    exchanger.mirror = lambda: None  # type: ignore[method-assign]  # nobody mirrors: not even an empty all-to-all
+    exchanger.publish()
+    session = Session(rank, layout, group, exchanger, entered.held, share_of_batch(layout, config.data.global_batch))
+    times = []
+    while progress.committed < config.run.steps:
+        outcome = stepper.train_step(session, progress, lambda: (False, False))
+        times.append((outcome.record["time"], outcome.record["loss"]))
+    group.barrier()
+    if rank == 0:
+        results.put(times)
+    group.close()
+
+
+@contextmanager
+def _processes(target: Any, arguments_by_rank: list[tuple[Any, ...]]) -> Iterator[list[Any]]:
+    """Run one process per rank; none outlives the block."""
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=target, args=args, daemon=True) for args in arguments_by_rank]
+    try:
+        for process in processes:
+            process.start()
+        yield processes
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join(10)
+
+
+def _wait_all(processes: list[Any]) -> None:
+    deadline_s = time.monotonic() + ROUND_LIMIT_S
+    for process in processes:
+        process.join(max(0.0, deadline_s - time.monotonic()))
+        if process.exitcode != 0:
+            raise TimeoutError(f"a worker did not end well within {ROUND_LIMIT_S:.0f} s (exit code {process.exitcode})")
+
+
+def full(config: TrainConfig, prepared: Prepared) -> list[tuple[float, float]]:
+    """(time, loss) of every committed step of the full machinery."""
+    records: dict[int, tuple[float, float]] = {}
+    server = ControlServer(
+        config, TOKEN, WORKERS, on_record=lambda r: records.setdefault(int(r["step"]), (r["time"], r["loss"]))
+    )
+    address = server.start()
+    try:
+        with _processes(_full_worker, [(config, address, prepared, rank) for rank in range(WORKERS)]) as processes:
+            _wait_all(processes)
+    finally:
+        server.close()
+    return [records[step] for step in sorted(records)]
+
+
+def plain(config: TrainConfig, prepared: Prepared) -> list[tuple[float, float]]:
+    """(time, loss) of every step of the plain loop."""
+    config = replace(config, elastic=replace(config.elastic, redundancy=0))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
+    results = mp.get_context("spawn").Queue()
+    by_rank = [(config, store.port, prepared, rank, results) for rank in range(WORKERS)]
+    with _processes(_plain_worker, by_rank) as processes:
+        _wait_all(processes)
+        try:
+            return results.get(timeout=10)
+        except queue.Empty:
+            raise TimeoutError("the plain loop gave no result") from None
+
+
+def benchmark(rounds: int, steps: int, hidden: int, sequences: int, seq_len: int) -> dict[str, Any]:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    facts = machine()
+    sides = {"full": full, "plain": plain}
+    gaps: dict[str, list[list[float]]] = {name: [] for name in sides}
+    losses: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="emoe-bench") as root:
+        for number in range(rounds):
+            for name, side in sides.items():
+                config = settings(Path(root) / f"{name}{number}", steps, hidden, sequences, seq_len)
+                Path(config.run.dir).mkdir()
+                prepared = prepare(config.data, Path(root) / "cache")
+                config = replace(config, model=replace(config.model, vocab_size=prepared.vocab_size))
+                done = side(config, prepared)
+                times = [at for at, _ in done][WARMUP_STEPS - 1 :]
+                gaps[name].append([b - a for a, b in zip(times, times[1:], strict=False)])
+                losses[name] = done[-1][1]
+                say(f"round {number + 1} of {rounds}, {name}: median step {median(gaps[name][-1]):.3f} s")
+    medians = {name: median([gap for one in gaps[name] for gap in one]) for name in sides}
+    return {
+        "benchmark": "overhead",
+        "machine": facts,
+        "settings": {
+            "workers": WORKERS,
+            "rounds": rounds,
+            "steps_per_round": steps,
+            "sequences": sequences,
+            "seq_len": seq_len,
+            "model": asdict(config.model),
+        },
+        "median_step_s": medians,
+        "median_step_s_by_round": {name: [median(one) for one in gaps[name]] for name in sides},
+        "full_over_plain": medians["full"] / medians["plain"],  # type: ignore[operator]
+        "final_loss": losses,
+    }
+
+
+def main() -> int:
+    parser = arguments("overhead", "Step time of the full machinery against a plain loop.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12, help="counted steps of a round")
+    parser.add_argument("--hidden", type=int, default=256, help="a multiple of 64")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=256)
+    given = parser.parse_args()
+    if given.hidden % 64 or given.hidden < 64 or given.rounds < 1 or given.steps < 2:
+        parser.error("--hidden must be a multiple of 64, --rounds at least 1 and --steps at least 2.")
+    sizes = (
+        (1, 4, 64, 16, 64) if given.quick else (given.rounds, given.steps, given.hidden, given.sequences, given.seq_len)
+    )
+    return run(lambda: benchmark(*sizes), given.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+# Shared by the scripts: where the repository is, and a virtual environment of its own in .venv, made once.
+# Source it; then call ensure_venv and use "$PYTHON". A stamp of pyproject.toml's hash says whether .venv is up to date.
+
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+PYTHON="$ROOT/.venv/bin/python"
+
+say() { printf '==> %s\n' "$*" >&2; }
+
+find_python() { # the first interpreter of version 3.11 or later
+    local candidate
+    for candidate in "${ELASTIC_MOE_PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    say "Python 3.11 or later is needed; set ELASTIC_MOE_PYTHON to one."
+    return 1
+}
+
+ensure_venv() {
+    local base stamp="$ROOT/.venv/.pyproject.sha256" hash torch
+    base="$(find_python)"
+    hash="$("$base" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$ROOT/pyproject.toml")"
+    if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ]; then
+        return
+    fi
+    if [ ! -x "$PYTHON" ]; then
+        say "making a virtual environment in $ROOT/.venv"
+        "$base" -m venv "$ROOT/.venv"
+    fi
+    torch="$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' "$ROOT/pyproject.toml" | head -n 1)"
+    say "installing $torch (the first time takes minutes)"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$torch"
+    say "installing elastic_moe and its other dependencies"
+    (cd "$ROOT" && "$PYTHON" -m pip install --quiet --disable-pip-version-check -e '.[dev]')
+    printf '%s\n' "$hash" >"$stamp"
+}

@@ -1,0 +1,138 @@
+"""Ranks as spawned processes, with the test in the part of the coordinator: it hosts the store, sets aborts and publishes views.
+
+A rank runs `body(seat, *args)`. It says things to the test with `seat.say` and hears orders with `seat.hear`; an order
+("abort", reason) sets the current abort signal from a thread, as the control line does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import queue
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from elastic_moe.parallel.groups import AbortSignal, Group
+
+PATIENCE_S = 60.0
+
+
+@dataclass
+class Seat:
+    """What a rank's process has: who it is, the store's port, its line to the test."""
+
+    rank: int
+    world: int
+    port: int
+    line: Connection
+    abort: AbortSignal = field(default_factory=AbortSignal)
+    aborted_at_s: float = 0.0
+    orders: queue.Queue[Any] = field(default_factory=queue.Queue)
+
+    def form(self, generation: int, rank: int, world: int, timeout_s: float = 20.0) -> Group:
+        """Begin a generation with an abort signal of its own."""
+        self.abort = AbortSignal()
+        return Group("127.0.0.1", self.port, generation, rank, world, self.abort, timeout_s)
+
+    def say(self, value: Any) -> None:
+        self.line.send(value)
+
+    def hear(self) -> Any:
+        return self.orders.get(timeout=PATIENCE_S)
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def listen(self) -> None:
+        """The control thread."""
+        try:
+            while True:
+                order = self.line.recv()
+                if order[0] == "abort":
+                    self.aborted_at_s = time.monotonic()
+                    self.abort.set(order[1])
+                else:
+                    self.orders.put(order)
+        except (EOFError, OSError):
+            return
+
+
+def _main(body: Callable[..., Any], seat: Seat, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=seat.listen, daemon=True).start()
+    try:
+        seat.say(("result", body(seat, *args)))
+    except BaseException:
+        seat.say(("error", traceback.format_exc()))
+        raise
+
+
+def _start(body: Callable[..., Any], rank: int, world: int, port: int, line: Connection, args: tuple[Any, ...]) -> None:
+    _main(body, Seat(rank, world, port, line), args)
+
+
+class Ranks:
+    """A world of spawned ranks; use as a context manager. Processes that are left at the end are killed."""
+
+    def __init__(self, world: int, body: Callable[..., Any], *args: Any) -> None:
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = mp.get_context("spawn")
+        self.lines: list[Connection] = []
+        self.processes: list[Any] = []
+        for rank in range(world):
+            here, there = context.Pipe()
+            process = context.Process(target=_start, args=(body, rank, world, self.store.port, there, args))
+            process.start()
+            there.close()
+            self.lines.append(here)
+            self.processes.append(process)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        for line in self.lines:
+            line.close()
+
+    def hear(self, rank: int) -> Any:
+        """Next thing that a rank says; fails the test with the rank's traceback."""
+        assert self.lines[rank].poll(PATIENCE_S), f"rank {rank} is silent"
+        kind, value = self.lines[rank].recv()
+        assert kind != "error", f"rank {rank}:\n{value}"
+        return value
+
+    def tell(self, rank: int, *order: Any) -> None:
+        self.lines[rank].send(order)
+
+    def await_death(self, rank: int) -> None:
+        process = self.processes[rank]
+        assert wait([process.sentinel], PATIENCE_S), f"rank {rank} lives"
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+
+    def ended_well(self, ranks: list[int]) -> None:
+        """These processes end by themselves with exit code 0."""
+        for rank in ranks:
+            self.processes[rank].join(PATIENCE_S)
+            assert self.processes[rank].exitcode == 0, f"rank {rank}"
+
+
+def results(world: int, body: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run `body` on all ranks and return what they return."""
+    with Ranks(world, body, *args) as ranks:
+        found = [ranks.hear(rank) for rank in range(world)]
+        ranks.ended_well(list(range(world)))
+    return found

@@ -1,0 +1,237 @@
+"""The control line for real: one server, several lines in threads and in a process that is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from elastic_moe.actors.server import ControlServer
+from elastic_moe.config.schema import ElasticConfig, RunConfig, TrainConfig
+from elastic_moe.errors import Evicted
+from elastic_moe.runtime.line import Line, ViewMessage
+
+TOKEN = "secret"
+TIMEOUT_S = 10.0
+PEER = """
+import os, sys, threading
+from elastic_moe.runtime.line import Line
+line = Line(lambda: ("127.0.0.1", int(sys.argv[1])), "secret", "child", "n9", os.getpid(), 0, 0.05)
+line.start()
+line.ready()
+message = line.wait_view(0)
+line.watch(message.view, lambda reason: None)
+line.entered(message.view.generation, {})
+threading.Event().wait(60)
+"""
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait for a condition; the server's own callbacks change it."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline_s, f"timed out: {what}"
+        threading.Event().wait(0.002)
+    return value
+
+
+class Bench:
+    """A server that can be replaced, and lines to it."""
+
+    def __init__(self, target: int, **elastic: Any) -> None:
+        values = {"heartbeat_s": 0.05, "heartbeat_timeout_s": 5.0, "join_settle_s": 0.0} | elastic
+        self.config = TrainConfig(elastic=ElasticConfig(**values), run=RunConfig(steps=10))
+        self.target = target
+        self.events: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = []
+        self.lines: dict[str, Line] = {}
+        self.aborts: dict[str, list[str]] = {}
+        self.address: tuple[str, int] | None = None
+        self.server: ControlServer
+        self.serve()
+
+    def serve(self) -> None:
+        self.server = ControlServer(
+            self.config, TOKEN, self.target, on_record=self.records.append, on_event=self.events.append
+        )
+        self.address = self.server.start()
+
+    def line(self, worker: str, node: str = "n0", token: str = TOKEN) -> Line:
+        line = Line(lambda: self.address, token, worker, node, os.getpid(), 0, 0.05)
+        line.start()
+        line.ready()
+        self.lines[worker] = line
+        self.aborts[worker] = []
+        return line
+
+    def enter(self, workers: list[str], after: int) -> ViewMessage:
+        """Let these workers enter the next view."""
+        message = None
+        for worker in workers:
+            message = wait_view(self.lines[worker], after)
+            self.lines[worker].watch(message.view, self.aborts[worker].append)
+            self.lines[worker].entered(message.view.generation, {"step": 0, "source": "peers"})
+        assert message is not None
+        return message
+
+    def names(self, event: str) -> list[str]:
+        return [str(e.get("worker")) for e in self.events if e["event"] == event]
+
+    def close(self) -> None:
+        for line in self.lines.values():
+            line.close(timeout_s=0.2)
+        self.server.close()
+
+
+def wait_view(line: Line, after: int) -> ViewMessage:
+    until(lambda: line.newer_than(after) or line._evicted, f"a view after {after}")
+    message = line.wait_view(after)
+    assert message is not None
+    return message
+
+
+def cut(line: Line) -> None:
+    """Let the connection die as with the process, and keep the line from coming back."""
+    line._find = lambda: None
+    connection = until(lambda: line._connection, "a connection")
+    connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    threads = set(threading.enumerate())
+    bench = Bench(**getattr(request, "param", {"target": 3}))
+    yield bench
+    bench.close()
+    left = [t.name for t in threading.enumerate() if t not in threads and t.name in ("line", "control-server")]
+    assert left == []
+
+
+def workers_of(message: ViewMessage) -> list[str]:
+    return [m.worker for m in message.view.members]
+
+
+def test_first_view_and_death(bench: Bench) -> None:
+    for worker in ("a", "b", "c"):
+        bench.line(worker)
+    first = bench.enter(["a", "b", "c"], 0)
+    assert sorted(workers_of(first)) == ["a", "b", "c"]
+    assert first.store[1] > 0
+    until(lambda: bench.server.status()["entered"], "entered")
+    cut(bench.lines["b"])
+    after = wait_view(bench.lines["a"], first.view.generation)
+    assert workers_of(after) == [w for w in workers_of(first) if w != "b"]
+    assert not after.planned
+    until(lambda: bench.aborts["a"] and bench.aborts["c"], "both survivors are interrupted")
+    assert bench.names("worker_lost") == ["b"]
+
+
+@pytest.mark.parametrize("bench", [{"target": 2, "heartbeat_timeout_s": 0.6}], indirect=True)
+def test_stopped_process_is_evicted(bench: Bench) -> None:
+    bench.line("a")
+    command = [sys.executable, "-c", PEER, str(bench.address[1] if bench.address else 0)]
+    child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    try:
+        first = bench.enter(["a"], 0)
+        assert set(workers_of(first)) == {"a", "child"}
+        until(lambda: bench.server.status()["entered"], "the child enters")
+        os.kill(child.pid, signal.SIGSTOP)
+        second = wait_view(bench.lines["a"], first.view.generation)
+        assert workers_of(second) == ["a"]
+        assert bench.names("worker_evicted") == ["child"]
+        assert bench.server.status()["evicted"] == ["child"]
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_join_drain_release(bench: Bench) -> None:
+    for worker in ("a", "b", "c"):
+        bench.line(worker, f"n{worker}")
+    first = bench.enter(["a", "b", "c"], 0)
+    bench.server.submit({"event": "drain", "node": "nb", "deadline_s": 30})
+    draining = bench.enter(["a", "b", "c"], first.view.generation)
+    assert draining.planned
+    assert [m.worker for m in draining.view.members if m.draining] == ["b"]
+    until(lambda: bench.lines["b"].newer_than(draining.view.generation), "release")
+    assert bench.lines["b"].wait_view(draining.view.generation) is None
+    without = bench.enter(["a", "c"], draining.view.generation)
+    assert sorted(workers_of(without)) == ["a", "c"]
+    bench.line("d", "nd")
+    joined = bench.enter(["a", "c", "d"], without.view.generation)
+    assert joined.planned
+    assert workers_of(joined) == [*workers_of(without), "d"]
+    assert not any(bench.aborts.values())
+
+
+def test_coordinator_restart_does_not_interrupt(bench: Bench) -> None:
+    for worker in ("a", "b", "c"):
+        bench.line(worker)
+    bench.lines["a"].record({"step": 1, "loss": 1.0})
+    first = bench.enter(["a", "b", "c"], 0)
+    until(lambda: bench.server.status()["entered"], "entered")
+    bench.server.close()
+    bench.lines["a"].record({"step": 2, "loss": 0.5})
+    bench.serve()
+    until(lambda: bench.server.status()["entered"], "the new server knows the view")
+    status = bench.server.status()
+    assert (status["generation"], status["world_size"], status["phase"]) == (first.view.generation, 3, "running")
+    until(lambda: any(r["step"] == 2 for r in bench.records), "the record is sent again")
+    assert not any(bench.aborts.values())
+    assert not bench.lines["a"].newer_than(first.view.generation)
+    cut(bench.lines["c"])
+    second = wait_view(bench.lines["a"], first.view.generation)
+    assert "c" not in workers_of(second)
+
+
+def test_suspicion_alone_reforms_with_everyone(bench: Bench) -> None:
+    for worker in ("a", "b", "c"):
+        bench.line(worker)
+    first = bench.enter(["a", "b", "c"], 0)
+    bench.lines["a"].suspect(first.view.generation, "connection reset")
+    second = wait_view(bench.lines["b"], first.view.generation)
+    assert workers_of(second) == workers_of(first)
+    assert not second.planned
+    assert bench.names("worker_lost") == bench.names("worker_evicted") == []
+
+
+@pytest.mark.parametrize("bench", [{"target": 2, "min_workers": 2}], indirect=True)
+def test_hold_and_resume(bench: Bench) -> None:
+    bench.line("a")
+    bench.line("b")
+    first = bench.enter(["a", "b"], 0)
+    cut(bench.lines["b"])
+    until(lambda: bench.aborts["a"], "the survivor is interrupted")
+    assert bench.server.status()["phase"] == "waiting"
+    bench.line("c")
+    second = wait_view(bench.lines["a"], first.view.generation)
+    assert workers_of(second) == ["a", "c"]
+
+
+def test_stop_and_finish(bench: Bench) -> None:
+    for worker in ("a", "b", "c"):
+        bench.line(worker)
+    bench.enter(["a", "b", "c"], 0)
+    bench.server.submit({"event": "stop", "reason": "Ctrl-C"})
+    until(lambda: all(line.stop_requested for line in bench.lines.values()), "stop reaches all")
+    for line in bench.lines.values():
+        line.finished()
+        line.close()
+    until(lambda: bench.server.status()["phase"] == "finished", "finished")
+    assert bench.names("worker_lost") == []
+
+
+def test_wrong_token_is_turned_away(bench: Bench) -> None:
+    line = bench.line("x", token="guess")
+    until(lambda: line._evicted, "refusal")
+    with pytest.raises(Evicted, match="token"):
+        line.wait_view(0)
+    assert bench.server.status()["workers"] == 0

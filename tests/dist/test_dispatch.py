@@ -1,0 +1,202 @@
+"""Expert parallelism against its slow twin, the backend that holds all experts: values and gradients.
+
+Placements: uneven, replicated, with empty slots, a rank without slots, a rank without tokens, everything on one expert.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from elastic_moe.config.schema import ModelConfig
+from elastic_moe.errors import GroupAborted
+from elastic_moe.model.experts import LocalExperts
+from elastic_moe.parallel.dispatch import ExpertParallel, _interleave, _inverse, _sending_order
+from elastic_moe.parallel.groups import AbortSignal, Group
+from elastic_moe.plan.placement import Placement, Topology, plan_placement
+from tests.dist.ranks import Seat, results
+
+CONFIG = ModelConfig(
+    hidden_size=16, num_layers=3, num_dense_layers=1, num_experts=6, experts_per_token=2, expert_hidden=8, vocab_size=32
+)
+LAYERS, EXPERTS, CHOICES = 2, CONFIG.num_experts, CONFIG.experts_per_token
+CASES: dict[str, tuple[list[int], list[int]]] = {  # slots per rank, tokens per rank
+    "even": ([2, 2, 2], [5, 5, 5]),
+    "uneven_and_replicated": ([5, 3, 2], [9, 1, 4]),
+    "rank_without_slots": ([4, 0, 4], [6, 7, 3]),
+    "rank_without_tokens": ([3, 3, 3], [8, 0, 2]),
+    "last_rank_has_nothing": ([6, 2, 0], [4, 3, 0]),
+    "empty_slots": ([6, 6, 6], [3, 3, 3]),
+    "nobody_has_tokens": ([2, 2, 2], [0, 0, 0]),
+}
+
+
+def _placement(slots: list[int], seed: int) -> Placement:
+    load_LE = np.random.default_rng(seed).pareto(1.0, (LAYERS, EXPERTS)) + 0.1
+    topology = Topology(tuple(f"node{r}" for r in range(len(slots))), (1.0,) * len(slots))
+    placement = plan_placement(load_LE, topology, slots)
+    if slots == [6, 6, 6]:  # leave some slots empty, but no expert without a copy
+        for layer in range(LAYERS):
+            placement.expert_of_slot[layer, 12:15] = -1
+            placement.expert_of_slot[layer, 2] = -1
+    return placement
+
+
+def _tokens(total: int, seed: int, skewed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x_TD = torch.randn(total, CONFIG.hidden_size, generator=generator)
+    weights_E = torch.ones(EXPERTS)
+    if skewed:
+        weights_E[0] = 1000.0
+    ids_TK = (
+        torch.multinomial(weights_E.expand(total, -1), CHOICES, generator=generator)
+        if total
+        else torch.zeros(0, CHOICES, dtype=torch.int64)
+    )
+    return x_TD, ids_TK, torch.rand(total, CHOICES, generator=generator)
+
+
+def _run_layers(backend: Any, x_TD: torch.Tensor, ids_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
+    for layer in range(LAYERS):
+        x_TD = x_TD + backend(layer, x_TD, ids_TK, gates_TK)
+    return x_TD
+
+
+def _one_case(group: Group, case: str, skewed: bool) -> dict[str, float]:
+    """Largest differences from the twin that computes all ranks' tokens alone."""
+    slots, tokens = CASES[case]
+    rank, placement = group.rank, _placement(slots, seed=1)
+    twin, parallel = LocalExperts(CONFIG, seed=3), ExpertParallel(group, placement, rank, CONFIG, torch.device("cpu"))
+    span = placement.slots_of(rank)
+    for layer in range(LAYERS):
+        for mine, whole in zip(parallel.slot_params(layer), twin.slot_params(layer), strict=True):
+            for slot, expert in enumerate(placement.expert_of_slot[layer, span]):
+                if expert >= 0:
+                    mine.data[slot].copy_(whole.data[int(expert)])
+    kept = [grad.data_ptr() for grad in parallel.grads()]
+
+    x_TD, ids_TK, gates_TK = _tokens(sum(tokens), 7, skewed)
+    x_all, gates_all = x_TD.clone().requires_grad_(), gates_TK.clone().requires_grad_()
+    y_all = _run_layers(twin, x_all, ids_TK, gates_all)
+    weight_TD = torch.randn(y_all.shape, generator=torch.Generator().manual_seed(9))
+    (y_all * weight_TD).sum().backward()
+
+    share = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
+    x, gates = x_TD[share].clone().requires_grad_(), gates_TK[share].clone().requires_grad_()
+    before = group.completed
+    y = _run_layers(parallel, x, ids_TK[share], gates)
+    forward = group.completed - before
+    (y * weight_TD[share]).sum().backward()
+    backward = group.completed - before - forward
+
+    worst = 0.0
+    for layer in range(LAYERS):
+        for mine, whole in zip(parallel.slot_params(layer), twin.slot_params(layer), strict=True):
+            assert mine.grad is not None and mine.grad.data_ptr() in kept
+            summed = torch.zeros_like(whole)
+            for slot, expert in enumerate(placement.expert_of_slot[layer, span]):
+                if expert >= 0:
+                    summed[int(expert)] += mine.grad[slot]
+                else:
+                    assert not mine.grad[slot].any()
+            group.all_reduce(summed)
+            expected = torch.zeros_like(whole) if whole.grad is None else whole.grad
+            worst = max(worst, float((summed - expected).abs().max()))
+    assert x.grad is not None and gates.grad is not None and x_all.grad is not None and gates_all.grad is not None
+
+    def gap(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).abs().max()) if a.numel() else 0.0
+
+    return {
+        "y": gap(y.detach(), y_all.detach()[share]),
+        "x_grad": gap(x.grad, x_all.grad[share]),
+        "gates_grad": gap(gates.grad, gates_all.grad[share]),
+        "weight_grad": worst,
+        "forward": forward,
+        "backward": backward,
+        "rows": parallel.local_tokens,
+        "rows_world": int(parallel.tokens_R.sum()),
+        "balance": parallel.balance,
+    }
+
+
+def _all_cases(seat: Seat) -> dict[tuple[str, bool], dict[str, float]]:
+    group = seat.form(1, seat.rank, seat.world)
+    found = {(case, skewed): _one_case(group, case, skewed) for case in CASES for skewed in (False, True)}
+    group.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[dict[tuple[str, bool], dict[str, float]]]:
+    """All cases on all ranks of one world, since starting processes is what takes the time."""
+    return results(3, _all_cases)
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_backend_that_holds_all_experts(
+    measured: list[dict[tuple[str, bool], dict[str, float]]], case: str, skewed: bool
+) -> None:
+    found = [rank[case, skewed] for rank in measured]
+    rows = sum(CASES[case][1]) * CHOICES * LAYERS
+    for result in found:
+        for name in ("y", "x_grad", "gates_grad", "weight_grad"):
+            assert result[name] < 1e-5, name
+        assert result["forward"] == 3 * LAYERS  # counts, rows there, rows back
+        assert result["backward"] == 2 * LAYERS
+        assert result["rows_world"] == rows
+        assert 0 < result["balance"] <= 1
+    assert sum(result["rows"] for result in found) == rows
+
+
+def _abort_in_backward(seat: Seat) -> str:
+    """A peer that stops after the forward pass: the others wait in a backward collective until the abort."""
+    group = seat.form(1, seat.rank, seat.world)
+    placement = _placement([3, 3, 3], seed=1)
+    parallel = ExpertParallel(group, placement, seat.rank, CONFIG, torch.device("cpu"))
+    x_TD, ids_TK, gates_TK = _tokens(4, seat.rank, False)
+    y = _run_layers(parallel, x_TD.requires_grad_(), ids_TK, gates_TK)
+    if seat.rank == 1:
+        return "stopped"
+    threading.Timer(0.1, seat.abort.set, ("rank 1 stopped",)).start()
+    with pytest.raises(GroupAborted):  # by the abort, or by the sockets of the process that ended
+        y.sum().backward()
+    group.close()
+    return "aborted"
+
+
+def test_abort_passes_through_autograd() -> None:
+    assert results(3, _abort_in_backward) == ["aborted", "stopped", "aborted"]
+
+
+def test_alone_without_gradients_of_the_input() -> None:
+    group = Group("nowhere", 0, 1, 0, 1, AbortSignal(), 1.0)
+    parallel = ExpertParallel(group, _placement([EXPERTS], 0), 0, CONFIG, torch.device("cpu"))
+    for tensor in parallel.slot_params(0):
+        tensor.data.normal_()
+    x_TD, ids_TK, gates_TK = _tokens(6, 0, False)
+    before = group.completed
+    parallel(0, x_TD, ids_TK, gates_TK).sum().backward()
+    assert group.completed - before == 5  # the backward collectives run whether or not the input needs a gradient
+    assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in parallel.slot_params(0))
+    parallel.reset_balance()
+    assert parallel.local_tokens == 0 and parallel.balance == 1.0
+
+
+def test_rows_are_dealt_to_slots() -> None:
+    expert_P = np.array([1, 0, 1, -1], dtype=np.int32)
+    order_N = _sending_order(np.array([1, 0, 1, 1, 0]), np.array([1, 2, 2, 0]), expert_P)
+    assert order_N.tolist() == [
+        0,
+        1,
+        4,
+        2,
+        3,
+    ]  # slot 0: first row of expert 1; slot 1: expert 0; slot 2: the rest of expert 1
+    assert _inverse(order_N)[order_N].tolist() == [0, 1, 2, 3, 4]
+    assert _interleave(np.array([[1, 2], [2, 0]])).tolist() == [0, 3, 4, 1, 2]

@@ -1,0 +1,53 @@
+"""Whole vectors between ranks, in many rounds: what arrives is what was sent, in order, zero sizes and silent ranks included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from elastic_moe.parallel.exchange import exchange
+from elastic_moe.parallel.groups import AbortSignal, Group
+from tests.dist.ranks import Seat, results
+
+
+def _sizes(src: int, dst: int) -> list[int]:
+    """Vectors from src to dst; rank 1 sends nothing, nobody sends to itself but rank 0."""
+    if src == 1 or (src == dst and src != 0):
+        return []
+    return [(src * 7 + dst * 3 + k) % 11 * (9 if k == 2 else 1) for k in range(4)]
+
+
+def _vector(src: int, dst: int, k: int, numel: int) -> torch.Tensor:
+    return torch.arange(numel, dtype=torch.float32) + 1000 * src + 100 * dst + 10_000 * k
+
+
+def _swap(seat: Seat, round_elements: int) -> tuple[bool, int]:
+    rank, world = seat.rank, seat.world
+    group = seat.form(1, rank, world)
+    outgoing = [[_vector(rank, dst, k, n) for k, n in enumerate(_sizes(rank, dst))] for dst in range(world)]
+    received = exchange(group, outgoing, [_sizes(src, rank) for src in range(world)], round_elements)
+    same = all(
+        len(vectors) == len(_sizes(src, rank))
+        and all(torch.equal(vector, _vector(src, rank, k, vector.numel())) for k, vector in enumerate(vectors))
+        and [vector.numel() for vector in vectors] == _sizes(src, rank)
+        for src, vectors in enumerate(received)
+    )
+    count = group.completed
+    assert exchange(group, [[]] * world, [[]] * world) == [[]] * world
+    assert group.completed == count + 1  # nothing to move: the sizes only
+    group.close()
+    return same, count
+
+
+def test_vectors_arrive_whole_over_many_rounds() -> None:
+    for same, collectives in results(3, _swap, 15):
+        assert same
+        assert collectives > 10
+
+
+def test_alone_and_a_wrong_expectation() -> None:
+    group = Group("nowhere", 0, 1, 0, 1, AbortSignal(), 1.0)
+    ((first, second),) = exchange(group, [[torch.arange(3.0), torch.arange(2.0)]], [[3, 2]])
+    assert first.tolist() == [0, 1, 2] and second.tolist() == [0, 1]
+    with pytest.raises(AssertionError, match="expects"):
+        exchange(group, [[torch.arange(3.0)]], [[2]])

@@ -1,0 +1,252 @@
+"""Groups that can be thrown away: collectives, a death in the middle, an abort without any death, re-forming, ending."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from elastic_moe.errors import GroupAborted
+from elastic_moe.parallel.groups import MAX, AbortSignal, Group, sweep
+from tests.dist.ranks import Ranks, Seat, results
+
+FAST_S = 60.0  # far below the operation's own timeout of an hour: an abort ends a wait, a timeout does not
+
+
+class Watched(AbortSignal):
+    """Says "waiting" once a collective has been started and waited for: `_run` looks first before the start, then between slices."""
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__()
+        self._seat, self._looks = seat, 0
+
+    @property
+    def is_set(self) -> bool:
+        self._looks += 1
+        if self._looks == 2:
+            self._seat.say(("waiting", None))
+        return self._event.is_set()
+
+
+class SlowEnd:
+    """Makes the interpreter linger in its end, where a thread that wants to run Python kills the process."""
+
+    def __del__(self, sleep: Any = time.sleep) -> None:
+        sleep(1.0)
+
+
+def _collectives(seat: Seat) -> dict[str, Any]:
+    rank, world = seat.rank, seat.world
+    group = seat.form(1, rank, world)
+    total = torch.full((3,), float(rank + 1))
+    group.all_reduce(total)
+    top = torch.tensor([rank, -rank])
+    group.all_reduce(top, MAX)
+    strided = torch.zeros(4, 2)
+    strided[:, 0] = rank
+    group.all_reduce(strided[:, 0])
+    gathered = group.all_gather(torch.tensor([[rank, rank * 10]]))
+    in_splits = [(rank + dst) % 3 for dst in range(world)]  # some are zero
+    out_splits = [(src + rank) % 3 for src in range(world)]
+    inp = torch.cat([torch.full((n, 2), rank * 10.0 + dst) for dst, n in enumerate(in_splits)]).bfloat16()
+    out = torch.empty(sum(out_splits), 2, dtype=torch.bfloat16)
+    group.all_to_all(out, inp, out_splits, in_splits)
+    sent = torch.tensor([float(rank)])
+    group.broadcast(sent, world - 1)
+    group.barrier()
+    completed = group.completed
+    group.close()
+    return {
+        "total": total.tolist(),
+        "top": top.tolist(),
+        "strided": strided.tolist(),
+        "gathered": gathered.tolist(),
+        "out": out.float().tolist(),
+        "expected": [[src * 10.0 + rank] * 2 for src, n in enumerate(out_splits) for _ in range(n)],
+        "sent": sent.item(),
+        "completed": completed,
+    }
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_collectives(world: int) -> None:
+    for found in results(world, _collectives):
+        assert found["total"] == [world * (world + 1) / 2] * 3
+        assert found["top"] == [world - 1, 0]
+        assert found["strided"] == [[world * (world - 1) / 2, 0.0]] * 4
+        assert found["gathered"] == [[[r, r * 10]] for r in range(world)]
+        assert found["out"] == found["expected"]
+        assert found["sent"] == world - 1
+        assert found["completed"] == 7
+
+
+def _lose_a_peer(seat: Seat, victim: int, operation: str) -> dict[str, Any]:
+    """Generation 1 loses `victim` in the middle; the others form generation 2 and go on."""
+    group = seat.form(1, seat.rank, seat.world)
+    tensor, out = torch.ones(seat.world * 5000), torch.empty(seat.world * 5000)
+    splits = [5000] * seat.world
+    for count in range(1000):
+        if seat.rank == victim and count == 5:
+            seat.die()
+        try:
+            if operation == "all_reduce":
+                group.all_reduce(tensor)
+            else:
+                group.all_to_all(out, tensor, splits, splits)
+        except GroupAborted as error:
+            raised_s, reason = time.monotonic(), str(error)
+            seat.say(("raised", reason))
+            break
+    group.close()
+    _, rank, world = seat.hear()
+    began_s = time.monotonic()
+    group = seat.form(2, rank, world)
+    group.barrier()
+    formed_s = time.monotonic() - began_s
+    check = torch.ones(1)
+    group.all_reduce(check)
+    group.close()
+    late_s = raised_s - seat.aborted_at_s if seat.aborted_at_s else 0.0
+    return {"count": count, "late_s": late_s, "formed_s": formed_s, "check": check.item()}
+
+
+@pytest.mark.parametrize(("victim", "operation"), [(0, "all_reduce"), (2, "all_to_all"), (1, "all_reduce")])
+def test_survivors_of_a_death_go_on_in_the_next_generation(victim: int, operation: str) -> None:
+    world = 4
+    survivors = [r for r in range(world) if r != victim]
+    with Ranks(world, _lose_a_peer, victim, operation) as ranks:
+        ranks.await_death(victim)
+        for rank in survivors:
+            ranks.tell(rank, "abort", f"rank {victim} died")
+        for rank in survivors:
+            ranks.hear(rank)
+        for new_rank, rank in enumerate(survivors):
+            ranks.tell(rank, "view", new_rank, len(survivors))
+        found = [ranks.hear(rank) for rank in survivors]
+        ranks.ended_well(survivors)
+    for result in found:
+        assert result["count"] == 5
+        assert result["late_s"] < FAST_S
+        assert result["formed_s"] < FAST_S
+        assert result["check"] == len(survivors)
+
+
+def _peer_stands_still(seat: Seat) -> dict[str, Any] | None:
+    """Rank 1 is alive but never joins the second collective: no socket breaks, only the abort can end the others' wait."""
+    group = seat.form(1, seat.rank, seat.world)
+    group.barrier()
+    if seat.rank == 1:
+        seat.hear()
+        return None
+    seat.abort = group._abort = Watched(seat)
+    with pytest.raises(GroupAborted, match="evicted") as caught:
+        group.all_reduce(torch.ones(100_000))
+    raised_s = time.monotonic()
+    group.close()
+    closed_s = time.monotonic()
+    del caught  # the traceback must not hold the group, whose end would block here
+    freed_s = time.monotonic()
+    with pytest.raises(GroupAborted):
+        group.barrier()
+    left = sweep()
+    _, rank, world = seat.hear()
+    group = seat.form(2, rank, world)
+    check = torch.ones(1)
+    group.all_reduce(check)
+    group.close()
+    module: Any = sys.modules[__name__]
+    module.slow_end = SlowEnd()  # rank 1 is killed while this process ends, which completes the abandoned operation
+    return {
+        "late_s": raised_s - seat.aborted_at_s,
+        "close_s": closed_s - raised_s,
+        "free_s": freed_s - closed_s,
+        "left": left,
+        "check": check.item(),
+    }
+
+
+def test_abort_ends_a_wait_that_no_broken_socket_ends() -> None:
+    with Ranks(3, _peer_stands_still) as ranks:
+        for rank in (0, 2):
+            ranks.hear(rank)
+        for rank in (0, 2):
+            ranks.tell(rank, "abort", "rank 1 was evicted")
+        for new_rank, rank in enumerate((0, 2)):
+            ranks.tell(rank, "view", new_rank, 2)
+        found = [ranks.hear(rank) for rank in (0, 2)]
+        ranks.processes[1].kill()
+        ranks.ended_well([0, 2])  # and not with SIGSEGV or SIGABRT
+    for result in found:
+        assert 0 <= result["late_s"] < FAST_S
+        assert result["close_s"] < FAST_S
+        assert result["free_s"] < FAST_S
+        assert result["left"] == 1
+        assert result["check"] == 2
+
+
+def _abandoned_is_freed(seat: Seat) -> list[int] | None:
+    group = seat.form(1, seat.rank, seat.world)
+    group.barrier()
+    if seat.rank == 1:
+        seat.hear()
+        return None
+    seat.abort = group._abort = Watched(seat)
+    with pytest.raises(GroupAborted):
+        group.all_reduce(torch.ones(10))
+    group.close()
+    counts = [sweep()]
+    seat.say(("abandoned", None))
+    deadline_s = time.monotonic() + 20
+    while sweep() and time.monotonic() < deadline_s:
+        seat.abort.wait(0)  # the condition is the operation's end
+    return [*counts, sweep()]
+
+
+def test_an_abandoned_group_is_destroyed_once_its_operation_has_ended() -> None:
+    with Ranks(2, _abandoned_is_freed) as ranks:
+        ranks.hear(0)
+        ranks.tell(0, "abort", "over")
+        ranks.hear(0)
+        ranks.processes[1].kill()
+        assert ranks.hear(0) == [1, 0]
+
+
+def _form_with_an_absent_peer(seat: Seat) -> float | None:
+    if seat.rank == 1:
+        return None
+    seat.abort = AbortSignal()
+    seat.say(("forming", None))  # only now: the order that answers it sets this signal
+    with pytest.raises(GroupAborted, match="absent"):
+        Group("127.0.0.1", seat.port, 1, 0, 2, seat.abort, 20.0)
+    return time.monotonic() - seat.aborted_at_s
+
+
+def test_abort_ends_forming() -> None:
+    with Ranks(2, _form_with_an_absent_peer) as ranks:
+        ranks.hear(0)
+        ranks.tell(0, "abort", "rank 1 is absent")
+        assert ranks.hear(0) < FAST_S
+
+
+def test_store_that_is_gone_aborts_the_forming() -> None:
+    with pytest.raises(GroupAborted, match="forming generation 3"):
+        Group("127.0.0.1", 1, 3, 0, 2, AbortSignal(), 0.5)
+
+
+def test_group_of_one_and_abort_signal() -> None:
+    abort, counter = AbortSignal(), [0]
+    group = Group("nowhere", 0, 1, 0, 1, abort, 1.0, counter)
+    tensor = torch.tensor([1.0])
+    group.all_reduce(tensor)
+    assert tensor.item() == 1 and not abort.is_set
+    assert group.completed == 1 and counter == [2]  # begun and completed
+    abort.set("first")
+    abort.set("second")
+    assert abort.is_set and abort.reason == "first" and abort.wait(0)
+    with pytest.raises(GroupAborted, match="first"):
+        group.barrier()
+    with pytest.raises(GroupAborted, match="first"):
+        Group("nowhere", 0, 2, 0, 1, abort, 1.0)

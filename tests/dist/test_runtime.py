@@ -1,0 +1,132 @@
+"""Runs of real worker processes under real signals: every disturbed run must have the losses of an undisturbed one."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from elastic_moe.config.schema import TrainConfig
+from tests.local_run import LocalRun, tiny_config
+
+RTOL = 1e-5
+CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split.py"
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of 160 steps of one worker that nothing disturbs."""
+    config = tiny_config(tmp_path_factory.mktemp("base") / "run", CORPUS)
+    with LocalRun(with_steps(config, 160), 1) as run:
+        run.wait_end()
+        return run.losses()
+
+
+def with_steps(config: TrainConfig, steps: int) -> TrainConfig:
+    # one schedule for all runs: the learning rate must not depend on how long a test runs
+    return replace(config, run=replace(config.run, steps=steps), optim=replace(config.optim, schedule="constant"))
+
+
+def assert_same(losses: list[float], expected: list[float]) -> None:
+    assert losses == pytest.approx(expected[: len(losses)], rel=RTOL)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5, 7])
+def test_world_size_does_not_change_the_losses(tmp_path: Path, undisturbed: list[float], workers: int) -> None:
+    with LocalRun(with_steps(tiny_config(tmp_path / "run", CORPUS), 12), workers, nodes=2) as run:
+        assert run.wait_end()["world_size"] == workers
+        assert_same(run.losses(), undisturbed)
+
+
+def test_kills_joins_and_leaves(tmp_path: Path, undisturbed: list[float]) -> None:
+    config = with_steps(tiny_config(tmp_path / "run", CORPUS, max_workers=6), 160)
+    with LocalRun(config, 4, nodes=3) as run:
+        survivor = run.processes["w3"].pid
+        run.add(), run.add(), run.add()
+        run.wait_step(8)
+        run.signal("w1", signal.SIGKILL)
+        run.wait_step(16)
+        run.signal("w0", signal.SIGKILL)
+        run.wait("5 workers", lambda s: s["world_size"] == 5 and s["entered"])
+        run.server.submit({"event": "drain", "worker": "w2"})
+        run.wait("4 workers", lambda s: s["world_size"] == 4 and s["entered"])
+        run.signal("w4", signal.SIGKILL)
+        run.wait_end()
+        assert_same(run.losses(), undisturbed)
+        entered = [e for e in run.events() if e["event"] == "entered"]
+        assert [e["lost_steps"] for e in entered] == [0] * len(entered)
+        assert run.processes["w3"].pid == survivor and len(entered) >= 5
+
+
+@pytest.mark.parametrize("phase", ["compute", "reduce", "mirror", "vote", "apply", "publish", "committed"])
+def test_death_in_every_phase(tmp_path: Path, undisturbed: list[float], phase: str) -> None:
+    config = with_steps(tiny_config(tmp_path / "run", CORPUS), 24)
+    config.faults.inject = [f"1:8:{phase}", f"0:16:{phase}"]
+    with LocalRun(config, 4, nodes=4) as run:
+        run.wait_end()
+        assert len(list((run.dir / "faults").iterdir())) == 2
+        assert_same(run.losses(), undisturbed)
+        assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")
+        assert run.records()[-1]["world_size"] == 2
+
+
+@pytest.mark.parametrize("phase", ["transfer", "confirm"])
+def test_second_death_during_the_repair_of_the_first(tmp_path: Path, undisturbed: list[float], phase: str) -> None:
+    config = with_steps(tiny_config(tmp_path / "run", CORPUS, redundancy=2), 30)
+    config.faults.inject = ["1:10:reduce", f"0:10:{phase}"]
+    with LocalRun(config, 4, nodes=4) as run:
+        run.wait_end()
+        assert len(list((run.dir / "faults").iterdir())) == 2
+        assert_same(run.losses(), undisturbed)
+        assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")
+
+
+def test_stopped_worker_is_evicted_and_harmless_afterwards(tmp_path: Path, undisturbed: list[float]) -> None:
+    config = with_steps(tiny_config(tmp_path / "run", CORPUS), 100)
+    config.elastic.heartbeat_timeout_s = 3.0
+    with LocalRun(config, 3) as run:
+        run.wait_step(10)
+        run.signal("w1", signal.SIGSTOP)
+        run.wait("eviction", lambda s: s["world_size"] == 2)
+        run.signal("w1", signal.SIGCONT)
+        run.processes["w1"].join(30)
+        assert run.processes["w1"].exitcode not in (None, 0)
+        run.wait_end()
+        assert_same(run.losses(), undisturbed)
+        assert [e["worker"] for e in run.events() if e["event"] == "worker_evicted"] == ["w1"]
+
+
+def test_waits_below_min_workers(tmp_path: Path, undisturbed: list[float]) -> None:
+    config = with_steps(tiny_config(tmp_path / "run", CORPUS, min_workers=2), 40)
+    with LocalRun(config, 2) as run:
+        run.wait_step(10)
+        run.signal("w0", signal.SIGKILL)
+        run.wait("the hold", lambda s: s["phase"] == "waiting")
+        run.add()
+        run.wait_end()
+        assert_same(run.losses(), undisturbed)
+
+
+def test_falls_back_to_the_checkpoint_when_no_holder_lives(tmp_path: Path, undisturbed: list[float]) -> None:
+    config = with_steps(tiny_config(tmp_path / "run", CORPUS, redundancy=0), 40)
+    config.faults.inject = ["1:28:compute"]
+    with LocalRun(config, 3) as run:
+        run.wait_end()
+        fallback = [e for e in run.events() if e["event"] == "entered"][1]
+        assert fallback["source"] == "checkpoint" and fallback["lost_steps"] == 27 - fallback["step"] > 0
+        assert_same(run.losses(), undisturbed)
+
+
+def test_resumes_at_another_world_size(tmp_path: Path, undisturbed: list[float]) -> None:
+    config = tiny_config(tmp_path / "run", CORPUS)
+    with LocalRun(with_steps(config, 20), 3) as run:
+        run.wait_end()
+    with LocalRun(with_steps(config, 40), 2) as run:
+        run.wait_end()
+        assert_same(run.losses(), undisturbed)
+        assert len(run.losses()) == 40
+        entered = [e for e in run.events() if e["event"] == "entered"]
+        assert [e["source"] for e in entered] == ["initialisation", "checkpoint"]

@@ -1,0 +1,53 @@
+"""The coordinator actor: its address, its records, and that it comes back after it was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from elastic_moe.actors.launch import start_coordinator
+from elastic_moe.actors.link import CoordinatorLink, Finder, actor_name
+from elastic_moe.config.schema import ModelConfig, RunConfig, TrainConfig
+from elastic_moe.runtime.line import Line
+
+
+@pytest.mark.timeout(120)
+def test_comes_back_with_records_and_a_new_address(
+    cluster: Cluster, tmp_path: Path, until: Callable[..., None]
+) -> None:
+    config = TrainConfig(
+        run=RunConfig(dir=str(tmp_path), steps=5), model=ModelConfig(num_layers=2, num_experts=4, experts_per_token=2)
+    )
+    name = actor_name("back")
+    actor = start_coordinator(config, name, "token")
+    find = Finder(name)
+    address = find()
+    assert address is not None
+
+    line = Line(find, "token", "w1", "n1", os.getpid())
+    line.start()
+    try:
+        record: dict[str, Any] = {"step": 1, "loss": 2.0, "generation": 1}
+        line.record(record)
+        until(lambda: len(ray.get(actor.records_since.remote(0))) == 1, "the record arrived")
+        os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
+        until(lambda: find() not in (None, address), "a new address")
+        assert [r["step"] for r in ray.get(actor.records_since.remote(0))] == [1]
+        line.record({"step": 2, "loss": 1.5, "generation": 1})
+        until(lambda: len(ray.get(actor.records_since.remote(1))) == 1, "the line found the new coordinator")
+
+        link = CoordinatorLink(name)
+        link.tell({"event": "stop", "reason": "test"})
+        until(lambda: "phase" in link.poll(), "status")
+    finally:
+        line.close()
+        ray.get(actor.close.remote())
+        ray.kill(actor)
+    assert find() is None

@@ -1,0 +1,158 @@
+"""Holds the internals of Ray Train that `elastic_moe.actors` builds on: another version of Ray must fail here, loudly and by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+
+import ray
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.controller.controller import TrainControllerLoopIterationResult
+from ray.train.v2._internal.execution.controller.state import ErroredState, ShuttingDownState
+from ray.train.v2._internal.execution.worker_group import ReplicaGroup, WorkerGroup
+from ray.train.v2._internal.execution.worker_group.poll import PollTask, WorkerGroupPollStatus, WorkerStatus
+from ray.train.v2._internal.execution.worker_group.state import WorkerGroupContext, WorkerGroupState, _shutdown_workers
+from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, RayTrainWorker, Worker
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+SIGNATURES: list[tuple[Callable[..., Any], list[str]]] = [
+    (TrainController._step, ["self"]),
+    (TrainController._poll_workers, ["self"]),
+    (TrainController._start_worker_group, ["self", "num_workers", "resources_per_worker"]),
+    (TrainController._shutdown_worker_group, ["self"]),
+    (TrainController.get_state, ["self"]),
+    (TrainController.run, ["self"]),
+    (TrainController.get_result, ["self"]),
+    (
+        TrainController.__init__,
+        [
+            "self",
+            "train_fn_ref",
+            "train_run_context",
+            "scaling_policy",
+            "failure_policy",
+            "callbacks",
+            "validation_config",
+        ],
+    ),
+    (WorkerGroup.create, ["train_run_context", "worker_group_context", "callbacks"]),
+    (WorkerGroup._start_impl, ["self", "worker_group_state_builder"]),
+    (
+        WorkerGroup._create_workers,
+        [
+            "self",
+            "num_workers",
+            "placement_group",
+            "resources_per_worker",
+            "placement_group_bundle_indices",
+            "starting_world_rank",
+            "world_size",
+            "replica_group_size",
+        ],
+    ),
+    (WorkerGroup._init_train_context, ["self", "workers", "sync_actor"]),
+    (WorkerGroup._poll_workers_and_collect_errors, ["self", "timeout"]),
+    (WorkerGroup.poll_status, ["self", "timeout"]),
+    (WorkerGroup._clear_state, ["self"]),
+    (ReplicaGroup.__init__, ["self", "workers", "resources_per_worker", "callbacks"]),
+    (ReplicaGroup.start_training, ["self", "worker_group_context"]),
+    (RayTrainWorker.run_train_fn, ["self", "train_fn_ref"]),
+    (RayTrainWorker.poll_status, ["self"]),
+    (_shutdown_workers, ["workers", "patience_s"]),
+    (DataParallelTrainer._initialize_and_run_controller, ["self", "controller_init_kwargs"]),
+    (DataParallelTrainer._create_default_callbacks, ["self"]),
+    (ControllerError.__init__, ["self", "controller_failure"]),
+    (WorkerGroupError.__init__, ["self", "error_message", "worker_failures"]),
+]
+
+FIELDS: list[tuple[type, list[str]]] = [
+    (WorkerGroupState, ["start_time", "placement_group_handle", "workers", "sync_actor"]),
+    (
+        WorkerGroupContext,
+        [
+            "run_attempt_id",
+            "train_fn_ref",
+            "num_workers",
+            "resources_per_worker",
+            "placement_strategy",
+            "label_selector",
+            "num_slices",
+        ],
+    ),
+    (WorkerGroupPollStatus, ["worker_statuses", "worker_rank_to_replica_group_rank"]),
+    (WorkerStatus, ["running", "error", "training_report", "return_value", "preemption_info"]),
+    (PollTask, ["start_time", "task"]),
+    (ActorMetadata, ["hostname", "node_id", "node_ip", "pid", "accelerator_ids"]),
+    (
+        TrainControllerLoopIterationResult,
+        ["run_attempt_id", "previous_state", "next_state", "training_failed_error"],
+    ),
+]
+
+
+def test_version() -> None:
+    assert ray.__version__ == "2.60.0", "read the sources named in actors/worker_group.py again, then move the pin"
+
+
+@pytest.mark.parametrize(("function", "names"), SIGNATURES, ids=lambda value: getattr(value, "__qualname__", ""))
+def test_signatures(function: Callable[..., Any], names: list[str]) -> None:
+    # Ray adds a tracing argument to methods of a class that was made an actor in this process
+    assert [name for name in inspect.signature(function).parameters if name != "_ray_trace_ctx"] == names
+
+
+@pytest.mark.parametrize(("cls", "names"), FIELDS, ids=lambda value: getattr(value, "__name__", ""))
+def test_fields(cls: type, names: list[str]) -> None:
+    assert [field.name for field in dataclasses.fields(cls)] == names
+
+
+def test_attributes_that_are_set_in_init() -> None:
+    group = inspect.getsource(WorkerGroup.__init__)
+    for name in (
+        "_worker_group_state",
+        "_world_rank_to_ongoing_poll",
+        "_latest_poll_status",
+        "_worker_health_check_timeout_s",
+        "_replica_group_callbacks",
+        "_worker_group_context",
+    ):
+        assert f"self.{name}" in group, name
+    controller = inspect.getsource(TrainController.__init__)
+    for name in ("_health_check_interval_s", "_worker_group", "_return_value", "_manages_replica_groups"):
+        assert f"self.{name}" in controller, name
+    assert TrainController.worker_group_cls is WorkerGroup
+    assert "worker_group_cls.create(" in inspect.getsource(TrainController._start_worker_group)
+
+
+def test_preemption_watcher_is_off_for_replica_groups() -> None:
+    source = inspect.getsource(TrainController.__init__)
+    assert source.index("if self._manages_replica_groups:") < source.index("PreemptionCallback()")
+
+
+def test_errors_unwrap() -> None:
+    assert UserExceptionWithTraceback(ValueError("x"), "trace")._base_exc.args == ("x",)
+    assert isinstance(WorkerHealthCheckFailedError("m", ValueError("y")).health_check_failure, ValueError)
+
+
+def test_states() -> None:
+    error = ControllerError(RuntimeError("why"))
+    state = ShuttingDownState(next_state=ErroredState(training_failed_error=error))
+    assert state.next_state.training_failed_error is error  # type: ignore[attr-defined]
+    assert not state.is_terminal()
+
+
+def test_worker_has_an_actor_id() -> None:
+    assert "_actor_id" in inspect.getsource(ray.actor.ActorHandle._actor_id.fget)  # type: ignore[attr-defined]
+    assert {"actor", "metadata", "resources"} <= {field.name for field in dataclasses.fields(Worker)}
+
+
+def test_draining_nodes_and_drain_call() -> None:
+    assert callable(ray._private.state.state.get_draining_nodes)

@@ -1,0 +1,277 @@
+"""A checkpoint is there whole or not at all: torn, truncated and flipped ones are seen, and the previous one is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from elastic_moe.checkpoint import storage as storage_module
+from elastic_moe.checkpoint.ledger import Ledger
+from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo, step_dir, step_of
+from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
+from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
+from elastic_moe.checkpoint.writer import discard_after, retain, write_manifest, write_shard
+from elastic_moe.errors import UserError
+
+UNITS = ["embed#0", "embed#1", "layers.1.experts.3", "layers.1.bias"]
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module.time, "sleep", lambda _: None)
+
+
+def state_of(step: int, names: list[str]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    state = {}
+    for name in names:
+        for part in ("weight",) if name.endswith("bias") else ("weight", "m", "v"):
+            state[f"{name}/{part}"] = torch.randn(50, generator=generator)
+    return state
+
+
+def write(root: Path | str, step: int) -> Manifest:
+    shards = [write_shard(str(root), step, f"r{i}", state_of(step, UNITS[i::2])) for i in range(2)]
+    return write_manifest(str(root), step, shards, {"generation": 3})
+
+
+def check_state(manifest: Manifest) -> None:
+    found = read_units(manifest, UNITS)
+    for i in range(2):
+        for key, value in state_of(manifest.step, UNITS[i::2]).items():
+            unit, part = key.rsplit("/", 1)
+            assert torch.equal(found[unit][part], value)
+    assert set(found["layers.1.bias"]) == {"weight"}
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_round_trip(tmp_path: Path, scheme: str) -> None:
+    root = f"{scheme}{tmp_path}/deep/checkpoints"
+    assert find_latest(root) is None
+    written = write(root, 50)
+    found = find_latest(root)
+    assert found == written and found is not None
+    assert (found.step, found.meta) == (50, {"generation": 3})
+    check_state(found)
+    assert found.bytes == sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert (tmp_path / "deep/checkpoints/step_00000050/manifest.json").exists()
+
+
+def test_part_of_a_shard_equals_the_library(tmp_path: Path) -> None:
+    manifest = write(tmp_path, 1)
+    whole = load_file(tmp_path / manifest.directory / manifest.shards[0].file)
+    unit = read_units(manifest, ["layers.1.experts.3"])["layers.1.experts.3"]
+    assert all(torch.equal(unit[part], whole[f"layers.1.experts.3/{part}"]) for part in ("weight", "m", "v"))
+    unit["weight"].add_(1)  # the caller owns what it read
+    with pytest.raises(KeyError, match="no unit other"):
+        read_units(manifest, ["other"])
+
+
+def test_empty_shard(tmp_path: Path) -> None:
+    info = write_shard(str(tmp_path), 1, "r0", {})
+    assert info.units == ()
+    assert read_units(write_manifest(str(tmp_path), 1, [info]), []) == {}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+@pytest.mark.parametrize("victim", ["shard", "manifest"])
+def test_damage_is_seen_and_the_previous_used(tmp_path: Path, damage: Callable[[Path], None], victim: str) -> None:
+    write(tmp_path, 50)
+    newest = write(tmp_path, 100)
+    damage(tmp_path / newest.directory / (newest.shards[1].file if victim == "shard" else MANIFEST))
+    skipped: list[tuple[int, str]] = []
+    found = find_latest(str(tmp_path), on_skip=lambda step, reason: skipped.append((step, reason)))
+    assert found is not None and found.step == 50
+    check_state(found)
+    assert [step for step, _ in skipped] == [100]
+
+
+def test_every_flipped_bit_of_a_manifest_is_seen(tmp_path: Path) -> None:
+    data = write(tmp_path, 7).to_bytes()
+    good = Manifest.from_bytes("", data)
+    for position in range(len(data)):
+        changed = bytearray(data)
+        changed[position] ^= 1 << (position % 8)
+        try:
+            assert Manifest.from_bytes("", bytes(changed)) == good  # only insignificant space may change unseen
+        except CorruptCheckpoint:
+            continue
+
+
+def test_torn_checkpoint_is_skipped(tmp_path: Path) -> None:
+    write(tmp_path, 50)
+    write_shard(str(tmp_path), 100, "r0", state_of(100, UNITS))  # killed before the manifest
+    (tmp_path / "step_00000100" / ".half.tmp").write_bytes(b"half")
+    skipped: list[tuple[int, str]] = []
+    found = find_latest(str(tmp_path), on_skip=lambda *skip: skipped.append(skip))
+    assert found is not None and found.step == 50
+    assert skipped == [(100, "unfinished")]
+
+
+def test_manifest_is_refused_while_a_shard_is_missing(tmp_path: Path) -> None:
+    info = write_shard(str(tmp_path), 1, "r0", state_of(1, UNITS))
+    path = tmp_path / step_dir(1) / info.file
+    truncate(path)
+    with pytest.raises(CorruptCheckpoint):
+        write_manifest(str(tmp_path), 1, [info])
+    path.unlink()
+    with pytest.raises(CorruptCheckpoint):
+        write_manifest(str(tmp_path), 1, [info.as_dict()])
+    assert not (tmp_path / step_dir(1) / MANIFEST).exists()
+
+
+def test_writing_a_step_again_keeps_the_complete_one(tmp_path: Path) -> None:
+    first = write(tmp_path, 50)
+    write_shard(str(tmp_path), 50, "r0", state_of(51, UNITS))  # the same tag, other content, no manifest
+    found = find_latest(str(tmp_path))
+    assert found == first
+    check_state(first)
+
+
+def test_damage_after_verification_is_seen_or_harmless(tmp_path: Path) -> None:
+    manifest = write(tmp_path, 1)
+    path = tmp_path / manifest.directory / manifest.shards[0].file
+    data = path.read_bytes()
+    for broken in (b"\xff" * 8 + data[8:], data[:8] + b"x" * 40 + data[48:], data[:60], b""):
+        path.write_bytes(broken)
+        with pytest.raises(CorruptCheckpoint):
+            read_units(manifest, ["embed#0"])
+    path.unlink()
+    with pytest.raises(CorruptCheckpoint):
+        read_units(manifest, ["embed#0"])
+
+
+def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def full(path: str) -> None:
+        calls.append(path)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage_module, "_sync", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_shard(str(tmp_path), 1, "r0", state_of(1, UNITS))
+    assert len(calls) == storage_module.ATTEMPTS
+    assert list((tmp_path / step_dir(1)).iterdir()) == []
+    check_state(write(tmp_path, 1))
+
+
+def test_storage_that_fails_for_a_while() -> None:
+    outcomes: list[Exception | int] = [OSError("stalled"), OSError("stalled"), 7]
+
+    def action() -> int:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    assert persistent(action) == 7
+    outcomes[:] = [FileNotFoundError("none"), 7]
+    with pytest.raises(FileNotFoundError):
+        persistent(action)
+
+
+def test_retain(tmp_path: Path) -> None:
+    for step in (10, 20, 40, 50):
+        write(tmp_path, step)
+    for step in (5, 30, 60):
+        write_shard(str(tmp_path), step, "r0", state_of(step, UNITS))  # unfinished
+    damaged = load_manifest(str(tmp_path), 50)
+    truncate(tmp_path / damaged.directory / damaged.shards[0].file)
+    (tmp_path / "notes").mkdir()
+    assert retain(str(tmp_path), 2) == [5, 10]
+    assert sorted(step_of(p.name) or 0 for p in tmp_path.iterdir()) == [0, 20, 30, 40, 50, 60]
+    assert retain(str(tmp_path), 0) == [20, 30]
+    found = find_latest(str(tmp_path))
+    assert found is not None and found.step == 40
+    assert retain(str(tmp_path / "none"), 1) == []
+
+
+def test_discard_after(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    assert discard_after(str(tmp_path), 10) == [20, 30]
+    assert find_latest(str(tmp_path)) == load_manifest(str(tmp_path), 10)
+    assert discard_after(str(tmp_path), -1) == [10]
+    assert find_latest(str(tmp_path)) is None
+
+
+def test_interrupted_deletion_leaves_an_unfinished_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 10)
+    write(tmp_path, 20)
+
+    def killed(self: Storage, name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Storage, "remove_directory", killed)
+    with pytest.raises(KeyboardInterrupt):
+        retain(str(tmp_path), 1)
+    with pytest.raises(FileNotFoundError):
+        load_manifest(str(tmp_path), 10)
+
+
+def test_unknown_scheme_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="checkpoint.dir"):
+        find_latest("nosuch://bucket/x")
+
+
+def info_of(file: str, *units: str) -> ShardInfo:
+    return ShardInfo(file, 1, "0", units)
+
+
+def test_ledger_completes_once() -> None:
+    ledger = Ledger()
+    assert not ledger.add(5, info_of("a", "x"))  # before it is expected
+    ledger.expect(5, ["x", "y", "z"])
+    assert ledger.missing(5) == {"y", "z"}
+    assert not ledger.add(5, info_of("b", "y").as_dict())
+    assert not ledger.add(5, info_of("b", "y"))
+    assert ledger.pending == (5,)
+    assert ledger.add(5, info_of("c", "z"))
+    assert not ledger.add(5, info_of("c", "z"))
+    assert [shard.file for shard in ledger.shards(5)] == ["a", "b", "c"]
+    assert ledger.pending == () and not ledger.missing(5)
+
+
+def test_ledger_expects_after_the_last_shard() -> None:
+    ledger = Ledger()
+    assert not ledger.add(5, info_of("a", "x", "y"))
+    assert ledger.expect(5, ["x", "y"])
+    assert not ledger.expect(5, ["x", "y"])
+    assert ledger.pending == ()
+
+
+def test_ledger_completes_by_the_next_generations_shards() -> None:
+    ledger = Ledger()
+    ledger.expect(5, ["x", "y"])
+    assert not ledger.add(5, info_of("g1-r0", "x"))
+    assert ledger.add(5, info_of("g2-r0", "x", "y"))
+    assert [shard.file for shard in ledger.shards(5)] == ["g2-r0"]
+
+
+def test_ledger_forgets() -> None:
+    ledger = Ledger(max_pending=2)
+    for step in (1, 2, 3):
+        ledger.expect(step, ["x", "y"])
+        ledger.add(step, info_of("a", "x"))
+    assert ledger.pending == (2, 3)
+    assert ledger.add(3, info_of("b", "y"))
+    ledger.forget_after(1)
+    assert ledger.pending == ()
+    ledger.expect(3, ["x", "y"])
+    assert not ledger.add(3, info_of("b", "y"))

@@ -1,0 +1,171 @@
+"""The command line: every shipped configuration composes; a bad one ends with 2 and a sentence, without Ray."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hydra.core.config_store import ConfigStore
+
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.errors import UserError
+from elastic_moe.train import check, config_dir
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# Runs the command line with a launch that only writes down what it was given, so that no Ray is needed.
+DRIVER = """
+import contextlib, json, sys, types
+def launch(config, raw_yaml):
+    print("LAUNCH", json.dumps([config.run.dir, config.seed, config.run.steps, f"seed: {config.seed}" in raw_yaml]))
+    return config.threads
+stub = types.ModuleType("elastic_moe.actors.launch")
+stub.launch = launch
+sys.modules["elastic_moe.actors.launch"] = stub
+session = types.ModuleType("elastic_moe.actors.session")
+session.sweep_session = contextlib.nullcontext
+sys.modules["elastic_moe.actors.session"] = session
+from elastic_moe.train import main
+code = main()
+print("RAY", "ray" in sys.modules, "TORCH", "torch" in sys.modules)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _schema() -> None:
+    ConfigStore.instance().store(name="schema", node=TrainConfig)
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def launches(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line.removeprefix("LAUNCH ") for line in result.stdout.splitlines() if line.startswith("LAUNCH")]
+
+
+def test_groups_are_shipped() -> None:
+    assert options("cluster") == ["address", "local", "simulated"]
+    assert {"tiny", "small"} <= set(options("model"))
+
+
+@pytest.mark.parametrize(("cluster", "model"), list(itertools.product(options("cluster"), options("model"))))
+def test_every_shipped_config_composes(cluster: str, model: str) -> None:
+    (built,) = check([f"cluster={cluster}", f"model={model}"])
+    assert built.cluster.kind == cluster
+
+
+def test_ray_address_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert check(["cluster=address"])[0].cluster.address == "10.0.0.1:6379"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.stepz=3", "unknown key run.stepz; did you mean run.steps?"),
+        ("+foo=1", "unknown key foo."),
+        ("foo.bar=1", "unknown key foo.bar."),
+        ("+run.foo=1", "unknown key run.foo."),
+        ("clustr=local", "unknown key clustr; did you mean cluster?"),
+        ("cluster=foo", "cluster has no option foo; it can be address, local, simulated."),
+        ("run.steps=abc", "run.steps: Value 'abc' of type 'str' could not be converted to Integer."),
+        ("run.steps=0", "run.steps must be at least 1, not 0."),
+    ],
+)
+def test_hydra_errors_become_a_sentence(override: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check([override])
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    "override", ["model.num_experts=null", "run.steps=[1", "run.dir=${nope}", "=", "cluster=[a,b]"]
+)
+def test_any_other_error_is_one_line(override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check([override])
+    assert "\n" not in str(caught.value)
+
+
+def test_sweep_is_checked_whole() -> None:
+    assert [built.seed for built in check(["seed=1,2", "run.steps=7"], multirun=True)] == [1, 2]
+    with pytest.raises(UserError, match=r"elastic\.redundancy"):
+        check(["seed=1,2", "elastic.redundancy=1,3"], multirun=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run.stepz=3"], ["cluster=foo"], ["elastic.redundancy=9"], ["-m", "seed=1,2", "elastic.redundancy=1,3"]],
+    ids=" ".join,
+)
+def test_bad_config_exits_2_before_ray(tmp_path: Path, arguments: list[str]) -> None:
+    result = run(tmp_path, *arguments)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "RAY False TORCH False" in result.stdout
+    assert not launches(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_job(tmp_path: Path) -> None:
+    result = run(tmp_path, "run.dir=out", "seed=3", "run.steps=5", "threads=0")
+    assert result.returncode == 0, result.stderr
+    assert launches(result) == ['["out", 3, 5, true]']
+    assert (tmp_path / "out" / ".hydra" / "overrides.yaml").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_exit_code_is_that_of_launch(tmp_path: Path) -> None:
+    assert run(tmp_path, "run.dir=out", "threads=1").returncode == 1
+
+
+def test_sweep_gives_each_job_its_directory(tmp_path: Path) -> None:
+    result = run(tmp_path, "-m", "run.dir=out", "seed=5,6", "threads=0")
+    assert result.returncode == 0, result.stderr
+    assert launches(result) == ['["out/0", 5, 200, true]', '["out/1", 6, 200, true]']
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_interrupt_ends_the_sweep(tmp_path: Path) -> None:
+    result = run(tmp_path, "-m", "run.dir=out", "seed=5,6", "threads=130")
+    assert result.returncode == 130
+    assert len(launches(result)) == 1
+
+
+def test_note_is_printed_once_and_the_run_goes_on(tmp_path: Path) -> None:
+    result = run(tmp_path, "run.dir=out", "cluster.workers=1", "threads=0")
+    assert result.returncode == 0
+    assert result.stderr.count("elastic_moe: note: elastic.redundancy") == 1
+
+
+def test_cluster_examples_follow_rays_schema() -> None:
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None
+    assert spec.origin is not None
+    schema = json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text())
+    examples = sorted((ROOT / "cluster").glob("*.yaml"))
+    assert examples
+    for example in examples:
+        jsonschema.validate(yaml.safe_load(example.read_text()), schema)

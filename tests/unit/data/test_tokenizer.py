@@ -1,0 +1,68 @@
+"""Tokenizers give every text back, and a text that spells the end token does not end a document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_moe.data.tokenizer import END, BpeTokenizer, BytesTokenizer, TextTokenizer, load_tokenizer
+from elastic_moe.errors import UserError
+
+TEXTS = ["def f(x):\n    return x + 1\n" * 20, "class A:\n    pass\n" * 20]
+BPE = BpeTokenizer.train(TEXTS, 300)
+
+
+@pytest.fixture(params=["bpe", "bytes"])
+def tokenizer(request: pytest.FixtureRequest) -> TextTokenizer:
+    return BPE if request.param == "bpe" else BytesTokenizer()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_bpe_round_trip(text: str) -> None:
+    assert BPE.decode(BPE.encode(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_bytes_round_trip(text: str) -> None:
+    assert BytesTokenizer().decode(BytesTokenizer().encode(text)) == text
+
+
+def test_saved_tokenizer_is_the_same(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    text = f"def g(é):\r\n\treturn '{END}'\0 ☃"
+    assert loaded.encode(text) == tokenizer.encode(text)
+    assert loaded.encode_batch([text, ""]) == [tokenizer.encode(text), []]
+    assert loaded.decode(loaded.encode(text)) == text
+    assert (loaded.vocab_size, loaded.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
+
+
+def test_end_token_only_from_end_id(tokenizer: TextTokenizer) -> None:
+    ids = tokenizer.encode(f"a{END}b")
+    assert tokenizer.end_id not in ids
+    assert max(ids) < tokenizer.vocab_size
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.end_id]) == "a"
+
+
+def test_bpe_learns_and_respects_the_limit() -> None:
+    assert 257 < BPE.vocab_size <= 300
+    assert len(BPE.encode(TEXTS[0])) < len(TEXTS[0]) / 2
+
+
+def test_small_vocabulary_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="data.vocab_size"):
+        BpeTokenizer.train(TEXTS, 100)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", '{"kind": "other"}'])
+def test_damaged_tokenizer_is_a_user_error(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer(path)

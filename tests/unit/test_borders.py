@@ -1,0 +1,53 @@
+"""The house's borders: imports go only downward (elastic_moe/DESIGN.md section 2)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "elastic_moe"
+LEVEL = {
+    "config": 0, "types": 0, "errors": 0, "plan": 1, "control": 2, "model": 3, "parallel": 4, "optim": 4,
+    "data": 4, "checkpoint": 4, "metrics": 4, "runtime": 5, "actors": 6, "train": 7, "__init__": 0,
+}  # fmt: skip
+OUTSIDE = {  # third-party top-level packages -> parts that may import them
+    "ray": {"actors"},
+    "hydra": {"train"},
+    "omegaconf": {"train", "config"},
+    "wandb": {"metrics"},
+    "accelerate": {"runtime", "metrics"},
+    "torch": {"model", "parallel", "optim", "checkpoint", "runtime", "actors", "data"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    part = part_of(path)
+    for name in imports_of(path):
+        top, *rest = name.split(".")
+        if top == "elastic_moe" and rest:
+            assert LEVEL[rest[0]] <= LEVEL[part], f"{path.name} ({part}) imports {name}"
+        elif top in OUTSIDE:
+            assert part in OUTSIDE[top], f"{path.name} ({part}) imports {top}"
+
+
+def test_every_part_has_a_level() -> None:
+    assert {part_of(path) for path in FILES} <= set(LEVEL)

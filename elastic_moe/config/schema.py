@@ -82,6 +82,7 @@ class ElasticConfig(Sealed):
     min_workers: int = 1
     max_workers: int = 0  # 0: the number the cluster starts with
     redundancy: int = 1  # living mirrors of every unit: 0, 1 or 2
+    reproducible: bool = False  # losses equal bit for bit at every world size; shares are whole micro-batches
     spare_slots: int = 1  # expert slots per worker and layer beyond an even share
     slots_per_worker: int = 0  # hard limit per MoE layer; 0: no limit
     heartbeat_s: float = 0.5

@@ -22,9 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.experts import grouped_swiglu
+from elastic_moe.parallel.exact import Grid, pieces_swiglu
 from elastic_moe.parallel.groups import Group
 from elastic_moe.plan.placement import Placement
-from elastic_moe.plan.split import split_tokens
+from elastic_moe.plan.split import split_tokens, split_whole
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class ExpertParallel:
         cfg: the model's shape.
         device: of the slot weights.
         speeds: relative speed per rank, for the split; None for equal ones.
+        grid: compute what each rank sends to each expert by itself, and sum the weights' gradients exactly; None: grouped, in fp32.
 
     Attributes:
         local_tokens: rows that this rank's slots computed since `reset_balance`.
@@ -114,8 +116,10 @@ class ExpertParallel:
         cfg: ModelConfig,
         device: torch.device,
         speeds: Sequence[float] | None = None,
+        grid: Grid | None = None,
     ) -> None:
         self._group, self._placement, self._rank, self._speeds = group, placement, rank, speeds
+        self._grid = grid
         self._span = placement.slots_of(rank)
         self.num_layers, self.num_experts = placement.expert_of_slot.shape[0], cfg.num_experts
         slots = self._span.stop - self._span.start
@@ -125,8 +129,12 @@ class ExpertParallel:
             tuple(torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes)
             for _ in range(self.num_layers)
         ]
-        for tensor in (t for layer in self._slots for t in layer):
-            tensor.grad = torch.zeros_like(tensor)
+        dtype = torch.float32 if grid is None else torch.float64
+        self._grads = [tuple(torch.zeros(s, device=device, dtype=dtype) for s in shapes) for _ in self._slots]
+        if grid is None:
+            for slots_of, grads_of in zip(self._slots, self._grads, strict=True):
+                for tensor, grad in zip(slots_of, grads_of, strict=True):
+                    tensor.grad = grad
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._bounds = np.array([placement.slots_of(r).start for r in range(group.world_size)] + [self._num_slots])
         self.reset_balance()
@@ -136,12 +144,17 @@ class ExpertParallel:
         return len(self._placement.rank_of_slot)
 
     def slot_params(self, moe_layer: int) -> tuple[torch.nn.Parameter, ...]:
-        """(w_gate [S, F, D], w_up [S, F, D], w_down [S, D, F]) of one layer; their `grad` tensors are never replaced."""
+        """(w_gate [S, F, D], w_up [S, F, D], w_down [S, D, F]) of one layer."""
         return self._slots[moe_layer]
 
-    def grads(self) -> list[torch.Tensor]:
-        """Gradient tensors of all slots."""
-        return [t.grad for layer in self._slots for t in layer if t.grad is not None]
+    def slot_grads(self, moe_layer: int) -> tuple[torch.Tensor, ...]:
+        """Gradients of `slot_params`, fp64 with a grid; the tensors are never replaced."""
+        return self._grads[moe_layer]
+
+    def zero_grads(self) -> None:
+        """Begin a step's sums."""
+        for tensor in (t for layer in self._grads for t in layer):
+            tensor.zero_()
 
     def reset_balance(self) -> None:
         """Begin counting anew, at the start of a step."""
@@ -160,15 +173,22 @@ class ExpertParallel:
         num_tokens, num_choices = expert_ids_TK.shape
         flat_N = expert_ids_TK.reshape(-1).cpu()
         counts_RE = self._group.all_gather(torch.bincount(flat_N, minlength=self.num_experts)).numpy()
-        split_RP = split_tokens(counts_RE, self._placement, moe_layer, self._speeds)
+        split = split_tokens if self._grid is None else split_whole
+        split_RP = split(counts_RE, self._placement, moe_layer, self._speeds)
         self._count(split_RP)
         route = self._route(flat_N, split_RP, moe_layer, num_choices, x_TD.device)
-        slot_counts_S = torch.from_numpy(split_RP[:, self._span].sum(axis=0))
         rows_MD = _ToSlots.apply(x_TD, self._anchor, self._group, route)
-        y_MD = grouped_swiglu(rows_MD, slot_counts_S, *self._slots[moe_layer])
+        y_MD = self._compute(moe_layer, rows_MD, split_RP[:, self._span])
         y_ND = _FromSlots.apply(y_MD, self._group, route)
         y_TKD = y_ND.view(num_tokens, num_choices, x_TD.shape[1])
         return (y_TKD * gates_TK.unsqueeze(-1)).sum(dim=1).to(x_TD.dtype)
+
+    def _compute(self, moe_layer: int, rows_MD: torch.Tensor, here_RS: NDArray[np.int64]) -> torch.Tensor:
+        weights = self._slots[moe_layer]
+        if self._grid is None:
+            return grouped_swiglu(rows_MD, torch.from_numpy(here_RS.sum(axis=0)), *weights)
+        pieces = [(slot, int(rows)) for slot, rows_R in enumerate(here_RS.T) for rows in rows_R]
+        return pieces_swiglu(rows_MD, pieces, weights, self._grads[moe_layer], self._grid)
 
     def _count(self, split_RP: NDArray[np.int64]) -> None:
         tokens_R = self._per_rank(split_RP.sum(axis=0))

@@ -101,6 +101,7 @@ class Exchanger:
         self, layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: HeldState, group: Group
     ) -> None:
         self._layout, self._held, self._group = layout, held, group
+        self._grad_dtype = next(iter(grads.dense.values())).dtype
         self._grad_windows = [w for peer in layout.grad_out for u in peer for w in layout.windows(grads, u)]
         self._weight_windows = [w for peer in layout.weight_in for u in peer for w in layout.windows(weights, u)]
         self._splits = {
@@ -108,27 +109,27 @@ class Exchanger:
             for name in ("grad_out", "grad_in", "mirror_out", "mirror_in", "weight_out", "weight_in")
         }
 
-    def _swap(self, kind: str, pieces: list[torch.Tensor]) -> torch.Tensor:
+    def _swap(self, kind: str, pieces: list[torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         out_splits, in_splits = self._splits[f"{kind}_in"], self._splits[f"{kind}_out"]
-        send = torch.cat(pieces) if pieces else torch.empty(0)
-        received = torch.empty(sum(out_splits))
+        send = torch.cat(pieces) if pieces else torch.empty(0, dtype=dtype)
+        received = torch.empty(sum(out_splits), dtype=dtype)
         self._group.all_to_all(received, send, out_splits, in_splits)
         return received
 
     def reduce(self) -> float:
         """Sum every holder's gradients at the primaries. Returns the sum of squares over the units this rank is primary of."""
         layout, held = self._layout, self._held
-        received = self._swap("grad", self._grad_windows)
-        seen: set[int] = set()
+        received = self._swap("grad", self._grad_windows, self._grad_dtype)
+        sums: dict[int, torch.Tensor] = {}
         pieces = received.split([layout.units[u].numel for peer in layout.grad_in for u in peer])
         for u, piece in zip((u for peer in layout.grad_in for u in peer), pieces, strict=True):
-            target = held.grad_of(u)
-            if u in seen:
-                target.add_(piece)
+            if u in sums:
+                sums[u].add_(piece)
             else:
-                target.copy_(piece)
-                seen.add(u)
-        owned = [held.grad_of(u) for u in sorted(seen)]
+                sums[u] = piece
+        owned = [held.grad_of(u) for u in sorted(sums)]
+        if owned:
+            torch._foreach_copy_(owned, [sums[u] for u in sorted(sums)])
         return float(sum(n.double() ** 2 for n in torch._foreach_norm(owned))) if owned else 0.0
 
     def mirror(self) -> None:

@@ -18,8 +18,10 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.optim.schedule import lr_at
+from elastic_moe.parallel.exact import Grid
 from elastic_moe.parallel.groups import Group
 from elastic_moe.plan.batch import assign, order
+from elastic_moe.runtime.gradients import DenseGradients
 from elastic_moe.runtime.layout import Exchanger, Layout
 from elastic_moe.runtime.state import HeldState, VoteResult
 
@@ -66,10 +68,11 @@ class Session:
     shares: list[slice]
 
 
-def share_of_batch(layout: Layout, global_batch: int) -> list[slice]:
-    """Slice of the global batch per rank; draining ranks get an empty one."""
+def share_of_batch(layout: Layout, global_batch: int, whole: int = 1) -> list[slice]:
+    """Slice of the global batch per rank, in multiples of `whole` sequences; draining ranks get an empty one."""
     members = layout.view.members
-    return assign(global_batch, [0.0 if m.draining else m.speed for m in members])
+    shares = assign(-(-global_batch // whole), [0.0 if m.draining else m.speed for m in members])
+    return [slice(min(s.start * whole, global_batch), min(s.stop * whole, global_batch)) for s in shares]
 
 
 class Stepper:
@@ -81,6 +84,10 @@ class Stepper:
         train, val: token shards.
         fault: called as fault(step, phase) at every phase; may not return.
         autocast: context manager factory for mixed precision.
+
+    Attributes:
+        grid: of exact sums, for the expert backend; None unless `elastic.reproducible`.
+        gradients: sums of the dense part's gradients.
     """
 
     def __init__(
@@ -96,6 +103,9 @@ class Stepper:
         self._config, self._model, self._train, self._val = config, model, train, val
         self._fault, self._autocast, self._device = fault, autocast, device
         self._started_s = time.perf_counter()
+        tokens = config.data.global_batch * config.data.seq_len
+        self.grid = Grid(tokens) if config.elastic.reproducible else None
+        self.gradients = DenseGradients(model, self.grid)
 
     def _micro_batches(self, shard: TokenShard, ids: np.ndarray, session: Session):
         """This rank's micro-batches; every rank yields equally many, empty ones at the end where it has fewer."""
@@ -124,17 +134,15 @@ class Stepper:
         ids = order(config.seed, step - 1, config.data.global_batch, self._train.num_samples(config.data.seq_len))
         experts = self._model.experts
         experts.reset_balance()
-        for grad in experts.grads():
-            grad.zero_()
-        for parameter in self._model.parameters():
-            assert parameter.grad is not None
-            parameter.grad.zero_()
+        experts.zero_grads()
+        self.gradients.zero()
         ce_sum, tokens = 0.0, 0
         load_LE = torch.zeros((experts.num_layers, experts.num_experts), dtype=torch.int64)
         for inputs, targets in self._micro_batches(self._train, ids, session):
             with self._autocast():
                 out = self._model.loss(inputs, targets)
             out.loss_sum.backward()
+            self.gradients.add()
             ce_sum += float(out.ce_sum)
             tokens += int(out.num_tokens)
             load_LE += out.load_LE.cpu()
@@ -167,7 +175,9 @@ class Stepper:
             step=step,
             ce_sum=float(total[0]),
             tokens=float(total[1]),
-            grad_norm=float(np.sqrt(total[2]) / max(total[1], 1.0)),
+            grad_norm=float(
+                np.float32(np.sqrt(total[2]) / max(total[1], 1.0))
+            ),  # fp64 noise of the sum's order ends here
             finite=bool(total[3] == 0),
             balance=float(loads.sum()) / len(active) / busiest if busiest else 1.0,
             generation=session.layout.view.generation,

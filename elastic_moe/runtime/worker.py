@@ -120,8 +120,9 @@ class Worker:
         self._units = build_units(specs, config.model.max_unit_elements)
         self._shape = (config.model.num_layers - config.model.num_dense_layers, config.model.num_experts)
         self._model = Transformer(config.model, None).to(self._device)
-        for parameter in self._model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+        if config.elastic.reproducible:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it on GPUs
+            torch.use_deterministic_algorithms(True)
         self._faults = Faults(config.faults, Path(config.run.dir) / "faults")
         self._rank = -1
         self._stepper = Stepper(
@@ -218,17 +219,18 @@ class Worker:
         )
         if entered.source != "peers":
             self._progress.records.clear()
-        experts = ExpertParallel(group, entered.placement, group.rank, config.model, self._device)
+        grid = self._stepper.grid
+        experts = ExpertParallel(group, entered.placement, group.rank, config.model, self._device, grid=grid)
         self._model.experts = experts
         layout = Layout(self._units, view, group.rank, entered.ownership, entered.placement)
         dense = {name: p.data for name, p in self._model.named_parameters()} | dict(self._model.named_buffers())
-        grads = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
         layers = range(self._shape[0])
         weights = ComputeTensors(dense, [tuple(t.data for t in experts.slot_params(i)) for i in layers])
-        gradients = ComputeTensors(grads, [tuple(t.grad for t in experts.slot_params(i)) for i in layers])
+        gradients = ComputeTensors(self._stepper.gradients.tensors, [experts.slot_grads(i) for i in layers])
         exchanger = Exchanger(layout, weights, gradients, entered.held, group)
         exchanger.publish()
-        shares = share_of_batch(layout, config.data.global_batch)
+        whole = config.data.micro_batch if grid is not None else 1
+        shares = share_of_batch(layout, config.data.global_batch, whole)
         return Session(group.rank, layout, group, exchanger, entered.held, shares), entered
 
     def _train(self, session: Session, message: ViewMessage) -> str:

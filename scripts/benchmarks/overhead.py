@@ -94,8 +94,6 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     shape = (config.model.num_layers - config.model.num_dense_layers, config.model.num_experts)
     device = torch.device("cpu")
     model = Transformer(config.model, None)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
     train, val = TokenShard.open(prepared.train_path), TokenShard.open(prepared.val_path)
     stepper = Stepper(config, model, train, val, lambda _step, _phase: None, contextlib.nullcontext, device)  # type: ignore[arg-type]
     view = View(1, tuple(Member(f"w{r}", f"n{r}", 0) for r in range(WORKERS)))
@@ -118,9 +116,8 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     model.experts = experts
     layout = Layout(units, view, rank, entered.ownership, entered.placement)
     dense = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     weights = ComputeTensors(dense, [tuple(t.data for t in experts.slot_params(i)) for i in range(shape[0])])
-    gradients = ComputeTensors(grads, [tuple(t.grad for t in experts.slot_params(i)) for i in range(shape[0])])
+    gradients = ComputeTensors(stepper.gradients.tensors, [experts.slot_grads(i) for i in range(shape[0])])
     exchanger = Exchanger(layout, weights, gradients, entered.held, group)
     exchanger.mirror = lambda: None  # type: ignore[method-assign]  # nobody mirrors: not even an empty all-to-all
     exchanger.publish()

@@ -131,6 +131,7 @@ class ElasticSide:
             "event": name,
             "to_next_step_s": first["time"] - started_s,
             "to_full_strength_s": full["time"] - started_s,
+            "pause_s": _longest_gap([r["time"] for r in self.records()], started_s, first["time"]),
             "steps_lost": sum(e["lost_steps"] for e in entered),
             "survivors_kept_pid": survivors <= after,
             "survivors": len(survivors),
@@ -156,6 +157,16 @@ def _first(records: list[Json], generation: int, started_s: float, world: int = 
     """The first step after an event, by a newer generation, and with that many workers if a number is given."""
     newer = (r for r in records if r["generation"] > generation and r["time"] > started_s)
     return next((r for r in newer if world in (0, r["world_size"])), None)
+
+
+def _longest_gap(times: list[float], started_s: float, first_s: float) -> float:
+    """Longest time without a finished step from the last one before the event to the first one after it.
+
+    A lost node's worker trains on until it is ended, so the time from the event itself counts steps that went well.
+    """
+    before = max((t for t in times if t <= started_s), default=started_s)
+    inside = sorted(t for t in times if before <= t <= first_s)
+    return max(b - a for a, b in zip(inside, inside[1:], strict=False))
 
 
 def _pause(records: list[Json], joined: Json) -> float | None:
@@ -279,6 +290,7 @@ class StockSide:
             "event": name,
             "to_next_step_s": first["time"] - started_s,
             "to_full_strength_s": full["time"] - started_s,
+            "pause_s": _longest_gap([line["time"] for line in self.lines()], started_s, first["time"]),
             "steps_lost": max(0, max(line["step"] for line in last) + 1 - first["step"]),
             "survivors_kept_pid": (group - victims) <= after,
             "world_size_after": world,
@@ -322,7 +334,9 @@ def summary(results: list[Json]) -> Json:
     by_name = {r["event"]: r for r in results}
     return {
         "kill_to_next_step_s": median(kills),
+        "kill_pause_s": median([r["pause_s"] for r in results if r["event"].startswith("kill rank")]),
         "lose_node_to_next_step_s": by_name["lose node"]["to_next_step_s"],
+        "lose_node_pause_s": by_name["lose node"]["pause_s"],
         "add_node_to_full_strength_s": by_name["add node"]["to_full_strength_s"],
         "join_pause_s": by_name["add node"]["join_pause_s"],
         "steps_lost": sum(r["steps_lost"] for r in results),

@@ -77,7 +77,7 @@ def _one_case(group: Group, case: str, skewed: bool) -> dict[str, float]:
             for slot, expert in enumerate(placement.expert_of_slot[layer, span]):
                 if expert >= 0:
                     mine.data[slot].copy_(whole.data[int(expert)])
-    kept = [grad.data_ptr() for grad in parallel.grads()]
+    kept = [grad.data_ptr() for layer in range(LAYERS) for grad in parallel.slot_grads(layer)]
 
     x_TD, ids_TK, gates_TK = _tokens(sum(tokens), 7, skewed)
     x_all, gates_all = x_TD.clone().requires_grad_(), gates_TK.clone().requires_grad_()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_moe.plan.placement import EMPTY, Placement, Topology, plan_placement
-from elastic_moe.plan.split import split_tokens
+from elastic_moe.plan.split import split_tokens, split_whole
 
 
 @st.composite
@@ -96,3 +96,16 @@ def test_fast_enough_for_every_layer(spare: int) -> None:
         split_tokens(counts, placement, 0)
         best_s = min(best_s, time.perf_counter() - begin_s)
     assert best_s < 2e-3, "typically 0.2 ms; the margin is for a busy machine"
+
+
+@given(_cases())
+def test_whole_split_sends_each_source_to_one_copy(case: tuple[np.ndarray, Placement, list[float] | None]) -> None:
+    counts_RE, placement, speeds = case
+    split_RP = split_whole(counts_RE, placement, 0, speeds)
+    expert_P = placement.expert_of_slot[0]
+    for expert in range(counts_RE.shape[1]):
+        sent_RC = split_RP[:, expert_P == expert]
+        assert (sent_RC.sum(axis=1) == counts_RE[:, expert]).all()
+        assert ((sent_RC > 0).sum(axis=1) <= 1).all()
+    assert not split_RP[:, expert_P < 0].any()
+    assert (split_RP == split_whole(counts_RE.copy(), placement, 0, speeds)).all()

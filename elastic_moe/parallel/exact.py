@@ -1,0 +1,98 @@
+"""Sums whose bits do not depend on who computes which share: the arithmetic of `elastic.reproducible`.
+
+fp32 addition is not associative, so a gradient summed by four workers differs in its last bits from the same gradient summed by three; near ties
+of two experts then fall differently, and the runs part. Here the micro-batch is the unit of computation: it has the same sequences, and its matrix
+products the same shapes, on whichever rank it runs, and what it contributes is rounded to a common grid of fp64 before it is added. Sums of
+multiples of one power of two are exact as long as they fit into 53 bits, so their order does not matter (pre-rounding: Demmel and Nguyen, "Fast
+reproducible floating-point summation", ARITH 2013, with a fixed grid in place of one from a first pass over the data).
+
+Shapes: M rows, S slots, D hidden, F expert hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+RANGE_BITS = 8  # elements of the mean gradient up to 2**7 are summed exactly; AdamW normalises far smaller ones
+
+
+class Grid:
+    """Multiples of 2**(RANGE_BITS - 52) of the mean gradient, in units of the gradient's sum over tokens.
+
+    Larger elements stay correct to fp64; only their independence of the order is lost.
+
+    Args:
+        tokens: tokens of a global batch.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._shift = 1.5 * 2.0 ** (math.ceil(math.log2(max(tokens, 1))) + RANGE_BITS)
+
+    def add(self, total: torch.Tensor, part: torch.Tensor) -> None:
+        """Add `part` to the fp64 `total`, rounded to the grid: adding a large constant pushes the bits below it out."""
+        total.add_(part.double().add_(self._shift).sub_(self._shift))
+
+
+Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class _Pieces(torch.autograd.Function):
+    """SwiGLU piece by piece; weight gradients go to fp64 sums on the grid and not to autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_MD: torch.Tensor, pieces: list[tuple[int, int]], weights: Weights, sums: Weights, grid: Grid
+    ) -> torch.Tensor:
+        # Every operand is a copy of its own: BLAS may choose its kernel by a pointer's alignment.
+        xs = [x.clone() for x in x_MD.split([rows for _, rows in pieces])]
+        w_gate_SFD, w_up_SFD, w_down_SDF = weights
+        hidden = [(x @ w_gate_SFD[slot].T, x @ w_up_SFD[slot].T) for x, (slot, _) in zip(xs, pieces, strict=True)]
+        out = [(F.silu(gate) * up) @ w_down_SDF[slot].T for (gate, up), (slot, _) in zip(hidden, pieces, strict=True)]
+        ctx.saved = (xs, hidden, pieces, weights, sums, grid)
+        return torch.cat(out) if out else x_MD.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        xs, hidden, pieces, (w_gate_SFD, w_up_SFD, w_down_SDF), sums, grid = ctx.saved
+        back: list[torch.Tensor] = []
+        grads = grad_MD.split([rows for _, rows in pieces])
+        for dy, x, (gate, up), (slot, _) in zip(grads, xs, hidden, pieces, strict=True):
+            dy = dy.clone()
+            sigmoid = torch.sigmoid(gate)
+            act = gate * sigmoid
+            dh = dy @ w_down_SDF[slot]
+            d_gate = dh * up * (sigmoid + act * (1 - sigmoid))
+            d_up = dh * act
+            for total, part in zip(sums, (d_gate.T @ x, d_up.T @ x, dy.T @ (act * up)), strict=True):
+                grid.add(total[slot], part)
+            back.append(d_gate @ w_gate_SFD[slot] + d_up @ w_up_SFD[slot])
+        return torch.cat(back) if back else grad_MD.clone(), None, None, None, None
+
+
+def pieces_swiglu(
+    x_MD: torch.Tensor, pieces: Sequence[tuple[int, int]], weights: Weights, sums: Weights, grid: Grid
+) -> torch.Tensor:
+    """Twin of `grouped_swiglu` that computes each piece by itself.
+
+    Args:
+        x_MD: rows, piece after piece.
+        pieces: (slot, rows) of each piece; a piece is what one micro-batch sends to one expert.
+        weights: (gate [S, F, D], up [S, F, D], down [S, D, F]).
+        sums: fp64 tensors of the same shapes, to which the backward pass adds the weights' gradients.
+        grid: of the sums.
+
+    Returns:
+        y_MD in the dtype of x. Under autocast the products run in autocast's dtype.
+    """
+    dtype, kind = x_MD.dtype, x_MD.device.type
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    used = [(slot, rows) for slot, rows in pieces if rows]
+    cast = tuple(w.detach().to(compute) for w in weights)
+    return _Pieces.apply(x_MD.to(compute), used, cast, sums, grid).to(dtype)

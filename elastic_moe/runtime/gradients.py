@@ -1,0 +1,40 @@
+"""Where a step's gradients of the dense part add up over its micro-batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from elastic_moe.parallel.exact import Grid
+
+
+class DenseGradients:
+    """Sums over micro-batches: in the parameters' own `grad`, or, with a grid, in fp64 beside it.
+
+    Args:
+        model: whose parameters get `grad` tensors that are never replaced.
+        grid: makes the sums independent of their order.
+
+    Attributes:
+        tensors: parameter name -> sum.
+    """
+
+    def __init__(self, model: nn.Module, grid: Grid | None) -> None:
+        self._grid = grid
+        self._grads: dict[str, torch.Tensor] = {}
+        for name, parameter in model.named_parameters():
+            parameter.grad = self._grads[name] = torch.zeros_like(parameter)
+        self.tensors = {n: g.double() for n, g in self._grads.items()} if grid else self._grads
+
+    def zero(self) -> None:
+        """Begin a step."""
+        for tensor in (*self._grads.values(), *self.tensors.values()):
+            tensor.zero_()
+
+    def add(self) -> None:
+        """Take in a micro-batch whose backward pass has ended."""
+        if self._grid is None:
+            return
+        for name, grad in self._grads.items():
+            self._grid.add(self.tensors[name], grad)
+            grad.zero_()

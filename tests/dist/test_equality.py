@@ -1,0 +1,77 @@
+"""With `elastic.reproducible` a disturbed run has the undisturbed run's losses bit for bit, in the model's default settings."""
+
+from __future__ import annotations
+
+import random
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from elastic_moe.config.schema import ModelConfig, OptimConfig, TrainConfig
+from tests.dist.test_runtime import CORPUS, with_steps
+from tests.local_run import LocalRun, tiny_config
+
+EVENTS = 9
+FEWEST, MOST = 2, 6
+pytestmark = pytest.mark.timeout(300)
+
+
+def _config(run_dir: Path, steps: int, **elastic: int) -> TrainConfig:
+    """The tests' small model with the default initial weights, bias speed and learning rate: near ties are common."""
+    config = with_steps(tiny_config(run_dir, CORPUS, reproducible=True, **elastic), steps)
+    usual = ModelConfig()
+    model = replace(config.model, init_std=usual.init_std, bias_update_speed=usual.bias_update_speed)
+    optim = replace(config.optim, lr=OptimConfig().lr)
+    return replace(config, model=model, optim=optim, data=replace(config.data, micro_batch=2))
+
+
+def _disturb(run: LocalRun, seed: int) -> list[str]:
+    """Kill, drain and add workers at random, one at a time. Returns what was done."""
+    dice, living, done = random.Random(seed), list(run.processes), []
+    while len(done) < EVENTS:
+        kinds = ["join"] * (len(living) < MOST) + ["kill", "drain"] * (len(living) > FEWEST)
+        kind = dice.choice(kinds)
+        if kind == "join":
+            living.append(run.add())
+        else:
+            worker = living.pop(dice.randrange(len(living)))
+            if kind == "kill":
+                run.signal(worker, signal.SIGKILL)
+            else:
+                run.server.submit({"event": "drain", "worker": worker})
+        status = run.wait(f"{len(living)} workers", lambda s: s["world_size"] == len(living) and s["entered"])
+        run.wait_step(status["step"] + dice.randint(2, 5))
+        done.append(f"{kind} -> {len(living)}")
+    return done
+
+
+def test_disturbed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
+    with LocalRun(_config(tmp_path / "a" / "run", 100_000, max_workers=MOST), 4, nodes=3) as run:
+        done = _disturb(run, seed=3)
+        run.server.submit({"event": "stop", "reason": "enough"})
+        run.wait_end()
+        disturbed = run.losses()
+        assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")
+        assert len({r["world_size"] for r in run.records()}) >= 4, done
+    with LocalRun(_config(tmp_path / "b" / "run", len(disturbed)), 1) as run:
+        run.wait_end()
+        undisturbed = run.losses()
+    assert {kind.split()[0] for kind in done} == {"kill", "drain", "join"}
+    assert disturbed == undisturbed
+    assert disturbed[-1] < disturbed[0] - 0.5
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 6, 7])
+def test_world_sizes_agree_bit_for_bit(tmp_path: Path, first_losses: list[float], workers: int) -> None:
+    with LocalRun(_config(tmp_path / "run", 12), workers, nodes=2) as run:
+        assert run.wait_end()["world_size"] == workers
+        assert run.losses() == first_losses
+
+
+@pytest.fixture(scope="module")
+def first_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    with LocalRun(_config(tmp_path_factory.mktemp("base") / "run", 12), 1) as run:
+        run.wait_end()
+        return run.losses()

@@ -1,7 +1,7 @@
 """Which text a run trains on, as files and as pieces. Only the text: tokens are made in prepare.py.
 
-The default corpus, "stdlib", is the source of the Python standard library: some megabytes on every machine that can
-run this program, no download, PSF licence. A piece is a document, or a run of whole lines of a long one; pieces are
+The default corpus, "stdlib", is the source of the Python standard library with its docstrings and the language
+reference that `help()` shows: some megabytes on every machine that can run this program, no download, PSF licence. A piece is a document, or a run of whole lines of a long one; pieces are
 what is dealt to training and validation.
 """
 
@@ -18,6 +18,7 @@ from elastic_moe.errors import UserError
 STDLIB = "stdlib"
 EXCLUDED_DIRS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload", "__phello__"}
+    | {"encodings"}  # tables of character names, a tenth of the text
 )
 MIN_PIECE_BYTES, MAX_PIECE_BYTES = 512, 65536
 

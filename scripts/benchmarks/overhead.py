@@ -203,6 +203,8 @@ def benchmark(rounds: int, steps: int, hidden: int, sequences: int, seq_len: int
                 gaps[name].append([b - a for a, b in zip(times, times[1:], strict=False)])
                 losses[name] = done[-1][1]
                 say(f"round {number + 1} of {rounds}, {name}: median step {median(gaps[name][-1]):.3f} s")
+    rounds_of = {name: [median(one) or 0.0 for one in gaps[name]] for name in sides}
+    ratios = [a / b for a, b in zip(rounds_of["full"], rounds_of["plain"], strict=True)]
     medians = {name: median([gap for one in gaps[name] for gap in one]) for name in sides}
     return {
         "benchmark": "overhead",
@@ -216,8 +218,9 @@ def benchmark(rounds: int, steps: int, hidden: int, sequences: int, seq_len: int
             "model": asdict(config.model),
         },
         "median_step_s": medians,
-        "median_step_s_by_round": {name: [median(one) for one in gaps[name]] for name in sides},
-        "full_over_plain": medians["full"] / medians["plain"],  # type: ignore[operator]
+        "median_step_s_by_round": rounds_of,
+        "full_over_plain": median(ratios),
+        "full_over_plain_by_round": ratios,
         "final_loss": losses,
     }
 

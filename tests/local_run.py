@@ -47,7 +47,7 @@ def tiny_config(run_dir: Path, corpus: Path, **elastic: Any) -> TrainConfig:
         ),
         data=DataConfig(corpus=str(corpus), tokenizer="bytes", seq_len=64, global_batch=16, micro_batch=8),
         optim=OptimConfig(lr=2e-4, warmup_steps=5),
-        elastic=ElasticConfig(heartbeat_s=0.2, heartbeat_timeout_s=10.0, join_settle_s=0.1, **elastic),
+        elastic=ElasticConfig(**({"heartbeat_s": 0.2, "heartbeat_timeout_s": 10.0, "join_settle_s": 0.1} | elastic)),
         checkpoint=CheckpointConfig(every_steps=10),
     )  # fmt: skip
 

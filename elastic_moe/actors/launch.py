@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 from elastic_moe.actors.coordinator import Coordinator
 from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, Finder, actor_name
+from elastic_moe.actors.narrate import narrate
 from elastic_moe.actors.ray_train import ElasticTrainer
 from elastic_moe.actors.session import max_workers, ray_session, resources_per_worker, start_workers
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.errors import UserError
-from elastic_moe.metrics.recorder import read_jsonl
+from elastic_moe.metrics.recorder import EVENTS, Tail, read_jsonl
 from elastic_moe.metrics.tracker import Tracker
 
 POLL_S = 0.2
@@ -169,6 +170,10 @@ class _Driver:
     seen: int = 0
     status: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._events = Tail(Path(self.config.run.dir) / EVENTS)
+        self._told = len(self._events.lines())  # a resumed run has told these before
+
     def run(self) -> int:
         name, token = actor_name(secrets.token_hex(4)), secrets.token_hex(16)
         coordinator = start_coordinator(self.config, name, token)
@@ -220,6 +225,10 @@ class _Driver:
 
     def _show(self, coordinator: Any, link: CoordinatorLink, bar: Any) -> None:
         """Bring progress bar and tracker up to date; a coordinator that is away just now is asked again later."""
+        events = self._events.lines()
+        for line in filter(None, map(narrate, events[self._told :])):
+            bar.write(line, file=sys.stderr)
+        self._told = len(events)
         self.status = link.poll() or self.status
         try:
             records = ray.get(coordinator.records_since.remote(self.seen), timeout=2)

@@ -56,6 +56,7 @@ def ray_session(config: TrainConfig) -> Iterator[Any]:
     Raises:
         UserError: `cluster.kind` is unknown, or no cluster answers at `cluster.address`.
     """
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)  # not news
     kind = config.cluster.kind
     if kind not in ("local", "simulated", "address"):
         raise UserError(f'cluster.kind={kind} is unknown; use "local", "simulated" or "address"')

@@ -148,6 +148,27 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _whole_lines(path.read_bytes())] if path.exists() else []
 
 
+class Tail:
+    """A growing file of JSON lines, of which each look reads only what is new, so that looking often costs the run nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+        self._lines: list[dict[str, Any]] = []
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All whole lines so far; a file that was cut is read anew."""
+        if not self._path.exists():
+            return []
+        if self._path.stat().st_size < self._offset:
+            self._offset, self._lines = 0, []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            whole = file.read().rpartition(b"\n")
+        self._offset += len(whole[0]) + len(whole[1])
+        self._lines += [json.loads(line) for line in whole[0].splitlines()]
+        return self._lines
+
+
 def _whole_lines(data: bytes) -> list[bytes]:
     """Lines up to the first one that is torn."""
     lines: list[bytes] = []

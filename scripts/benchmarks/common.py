@@ -59,27 +59,6 @@ def until(what: str, holds: Callable[[], Any], timeout_s: float, alive: Callable
     return found
 
 
-class Tail:
-    """A growing file of JSON lines, of which each look reads only what is new, so that looking often costs the run nothing."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
-        self._lines: list[dict[str, Any]] = []
-
-    def lines(self) -> list[dict[str, Any]]:
-        """All whole lines so far; a file that was cut is read anew."""
-        if not self._path.exists():
-            return []
-        if self._path.stat().st_size < self._offset:
-            self._offset, self._lines = 0, []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            whole = file.read().rpartition(b"\n")
-        self._offset += len(whole[0]) + len(whole[1])
-        self._lines += [json.loads(line) for line in whole[0].splitlines()]
-        return self._lines
-
-
 def median(values: Sequence[float]) -> float | None:
     """Median, or None of nothing."""
     return statistics.median(values) if values else None

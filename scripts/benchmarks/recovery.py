@@ -32,7 +32,8 @@ from elastic_moe.actors.session import MIB, ray_session
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import Prepared, prepare
-from scripts.benchmarks.common import Tail, arguments, machine, median, run, say, until
+from elastic_moe.metrics.recorder import Tail
+from scripts.benchmarks.common import arguments, machine, median, run, say, until
 from scripts.benchmarks.stock import TUNED, fit_stock
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -43,7 +43,23 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+        left = _living(temp_dir)
         shutil.rmtree(temp_dir, ignore_errors=True)
+    assert not left, "the cluster left processes behind"
+
+
+def _living(temp_dir: str, patience_s: float = 15.0) -> list[str]:
+    """Processes that have this directory in their environment, once they had time to end."""
+    deadline_s = time.monotonic() + patience_s
+    while True:
+        found: list[str] = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.pid != os.getpid() and process.environ().get("RAY_TMPDIR") == temp_dir:
+                    found.append(" ".join(process.cmdline()))
+        if not found or time.monotonic() > deadline_s:
+            return found
+        time.sleep(0.2)
 
 
 @pytest.fixture

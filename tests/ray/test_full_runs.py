@@ -1,0 +1,156 @@
+"""The main job through real kills, stops and drains of whole nodes: uneven nodes, a hung worker, a lost coordinator, a drained node."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.train import RunConfig, ScalingConfig
+
+from elastic_moe.actors.launch import start_coordinator, train_function
+from elastic_moe.actors.link import CoordinatorLink, Finder, actor_name
+from elastic_moe.actors.ray_train import ElasticTrainer
+from elastic_moe.config.schema import ClusterConfig, TrainConfig
+from elastic_moe.data.prepare import prepare
+from elastic_moe.metrics.recorder import Tail
+from tests.local_run import tiny_config
+from tests.ray.test_drain import drain_node
+
+CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split.py"
+WORKERS = 3
+Until = Callable[..., None]
+
+
+class FullRun:
+    """A run of the real train function on the test's cluster, and what its coordinator and its files say."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        prepared = prepare(config.data, Path(config.run.dir).parent / "cache")
+        config = replace(config, model=replace(config.model, vocab_size=prepared.vocab_size))
+        root = Path(config.run.dir)
+        root.mkdir()
+        self._metrics, self._events = Tail(root / "metrics.jsonl"), Tail(root / "events.jsonl")
+        name, token = actor_name(secrets.token_hex(4)), secrets.token_hex(16)
+        self.coordinator = start_coordinator(config, name, token)
+        self.link = CoordinatorLink(name)
+        self.error: BaseException | None = None
+        settings = {"config": config, "find": Finder(name), "token": token, "prepared": prepared}
+        trainer = ElasticTrainer(
+            train_function,
+            train_loop_config=settings,
+            coordinator=name,
+            scaling_config=ScalingConfig(num_workers=WORKERS, resources_per_worker={"CPU": 1}),
+            run_config=RunConfig(name="ray", storage_path=str(root / ".ray")),
+        )
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:  # noqa: BLE001 - handed to the test
+                self.error = error
+
+        self.thread = threading.Thread(target=fit, daemon=True)
+        self.thread.start()
+
+    def steps(self) -> int:
+        lines = self._metrics.lines()
+        return int(lines[-1]["step"]) if lines else 0
+
+    def world(self) -> int:
+        lines = self._metrics.lines()
+        return int(lines[-1]["world_size"]) if lines else 0
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self._events.lines() if event["event"] == kind]
+
+    def members(self) -> list[tuple[str, str, int]]:
+        """(worker, node, pid) by rank."""
+        return [(worker, node, pid) for worker, node, pid, _ in self.status()["members"]]
+
+    def status(self) -> dict[str, Any]:
+        return ray.get(self.coordinator.status.remote(), timeout=30)
+
+    def finish(self) -> None:
+        """Stop the run and check its records: every step once, none lost."""
+        self.link.tell({"event": "stop", "reason": "enough"})
+        self.thread.join(60)
+        assert not self.thread.is_alive() and self.error is None
+        assert [line["step"] for line in self._metrics.lines()] == list(range(1, self.steps() + 1))
+        assert all(event["lost_steps"] == 0 for event in self.events("entered"))
+
+
+@contextmanager
+def full_run(tmp_path: Path, **elastic: Any) -> Iterator[FullRun]:
+    config = tiny_config(tmp_path / "run", CORPUS, **elastic)
+    run = FullRun(replace(config, run=replace(config.run, steps=1_000_000), cluster=ClusterConfig(workers=WORKERS)))
+    try:
+        yield run
+        ray.get(run.coordinator.close.remote(), timeout=30)
+    finally:
+        ray.kill(run.coordinator)
+
+
+def add_node(cluster: Cluster, cpus: int) -> Any:
+    return cluster.add_node(num_cpus=cpus, object_store_memory=80 * 1024 * 1024, include_dashboard=False)
+
+
+@pytest.mark.timeout(180)
+def test_uneven_nodes_a_hung_worker_and_a_lost_coordinator(cluster: Cluster, tmp_path: Path, until: Until) -> None:
+    add_node(cluster, 2), add_node(cluster, 1)
+    with full_run(tmp_path, heartbeat_timeout_s=3.0) as run:
+        until(lambda: run.steps() >= 5 and run.world() == WORKERS, "three workers on two nodes train")
+        first = run.members()
+        assert sorted([node for _, node, _ in first].count(n) for n in {node for _, node, _ in first}) == [1, 2]
+
+        worker, _, pid = first[1]
+        os.kill(pid, signal.SIGSTOP)
+        stopped_s = time.time()
+        until(lambda: bool(run.events("worker_evicted")), "the hung worker is evicted")
+        evicted = run.events("worker_evicted")[0]
+        assert evicted["worker"] == worker and evicted["time"] - stopped_s < 5.0
+        at = run.steps()
+        until(lambda: run.steps() >= at + 3, "the others train on")
+        if psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGCONT)
+        until(lambda: run.world() == WORKERS and run.steps() >= at + 10, "a replacement trains")
+        assert worker not in [member for member, _, _ in run.members()]
+
+        old = ray.get(run.coordinator.pid.remote())
+        os.kill(old, signal.SIGKILL)
+        at = run.steps()
+        until(
+            lambda: run.status()["phase"] == "running" and run.status()["step"] >= at + 10, "another coordinator serves"
+        )
+        assert ray.get(run.coordinator.pid.remote()) != old
+        assert {first[0][2], first[2][2]} <= {pid for _, _, pid in run.members()}, "survivors keep their processes"
+        run.finish()
+
+
+@pytest.mark.timeout(180)
+def test_a_drained_node_is_left_before_it_dies(cluster: Cluster, tmp_path: Path, until: Until) -> None:
+    nodes = [add_node(cluster, 1) for _ in range(WORKERS)]
+    with full_run(tmp_path) as run:
+        until(lambda: run.steps() >= 5 and run.world() == WORKERS, "three workers train")
+        leaving = nodes[0]
+        worker, _, _ = next(m for m in run.members() if m[1] == leaving.node_id)
+        assert drain_node(cluster.address, leaving.node_id, 30.0)
+        until(lambda: run.world() == WORKERS - 1, "two workers train on")
+        assert worker not in [member for member, _, _ in run.members()]
+        assert not run.events("worker_lost"), "the worker left by a planned view"
+        cluster.remove_node(leaving, allow_graceful=False)
+        at = run.steps()
+        until(lambda: run.steps() >= at + 5, "the node's end disturbs nobody")
+        assert run.world() == WORKERS - 1
+        run.finish()

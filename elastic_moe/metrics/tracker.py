@@ -13,6 +13,7 @@ import logging
 import netrc
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -157,6 +158,7 @@ class Tracker:
             # At exit wandb waits for its service, which may wait for the network for ever.
             for process in _services() - self._before:
                 process.kill()
+            _hush_lost_connections()
         return not self._thread.is_alive() and not self.failed
 
     def _put(self, job: Callable[[Backend], Any]) -> None:
@@ -188,6 +190,17 @@ def _services() -> set[psutil.Process]:
         return {child for child in psutil.Process().children() if child.name().startswith(_SERVICE)}
     except psutil.Error:
         return set()
+
+
+def _hush_lost_connections() -> None:
+    """At exit wandb takes leave of its service, which is gone; its complaint would look like a fault of the run."""
+    others = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if not isinstance(unraisable.exc_value, ConnectionError):
+            others(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
@@ -50,6 +51,7 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
     try:
         config = replace(config, run=replace(config.run, dir=str(Path(config.run.dir).expanduser().absolute())))
         run_dir = Path(config.run.dir)
+        _check_device(config)
         _claim(config, run_dir)
         prepared = prepare(config.data, default_cache_root(config.data, run_dir))
         config = replace(config, model=replace(config.model, vocab_size=prepared.vocab_size))
@@ -64,6 +66,12 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
+
+
+def _check_device(config: TrainConfig) -> None:
+    """Refuse GPUs that are not there; on a cluster of other machines each worker looks for itself."""
+    if config.device == "cuda" and config.cluster.kind != "address" and not torch.cuda.is_available():
+        raise UserError("device is cuda, and this machine has no GPU that torch can use; set device=cpu or auto.")
 
 
 def _claim(config: TrainConfig, run_dir: Path) -> None:

@@ -22,7 +22,7 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import Prepared
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.data.tokenizer import load_tokenizer
-from elastic_moe.errors import GroupAborted
+from elastic_moe.errors import GroupAborted, UserError
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.parallel.dispatch import ExpertParallel
@@ -110,6 +110,8 @@ class Worker:
         if config.threads:
             torch.set_num_threads(config.threads)
         self._config, self._prepared, self._line = config, prepared, line
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device is cuda, and a worker sees no GPU: set cluster.gpus_per_worker=1, or device=cpu.")
         self._accelerator = Accelerator(
             cpu=config.device == "cpu" or not torch.cuda.is_available(),
             mixed_precision="bf16" if config.precision == "bf16" else "no",

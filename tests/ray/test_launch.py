@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from elastic_moe.actors.launch import launch
 from elastic_moe.config.schema import (
@@ -77,3 +78,10 @@ def test_a_run_directory_with_a_run_is_not_overwritten(tmp_path: Path, capsys: p
 def test_unknown_cluster_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch(_config(tmp_path, cluster=ClusterConfig(kind="kubernetes")), "") == 2
     assert "cluster.kind" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(_config(tmp_path, device="cuda"), "") == 2
+    assert "device is cuda" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -105,9 +105,9 @@ class Coordinator:
         self._recorder.close()
 
     def _on_record(self, record: dict[str, Any]) -> None:
-        if self._recorder.record(record):
-            with self._recent_lock:
-                self._recent.append(record)
+        written = self._recorder.record(record)
+        with self._recent_lock:
+            self._recent.extend(written)
 
     def _on_event(self, event: dict[str, Any]) -> None:
         if event.get("event") == "entered" and event.get("source") in ("checkpoint", "initialisation"):

@@ -1,8 +1,9 @@
 """The run's own record: metrics.jsonl, one line per committed step, and events.jsonl, one line per event.
 
 These files are the truth about a run; trackers are copies. Steps arrive more than once (every new generation repeats
-recent records, in case the coordinator lost them), so a step that is already there is dropped. A disk that is full
-for a while delays lines, it does not stop the run.
+recent records, in case the coordinator lost them), so a step that is already there is dropped; and they may come from two
+workers out of order when the first rank changes, so a step whose predecessor is missing waits for it a while. A disk that
+is full for a while delays lines, it does not stop the run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 MAX_HELD = 10_000  # lines kept in memory while the disk refuses them
+MAX_EARLY = 256  # steps that wait for a missing one before it is given up
 
 
 class JsonLines:
@@ -96,6 +98,8 @@ class Recorder:
         self._last: dict[str, Any] | None = None
         for _, value in self._metrics.values():
             self._last = value
+        self._next = self.last_step + 1
+        self._early: dict[int, dict[str, Any]] = {}
 
     @property
     def last_step(self) -> int:
@@ -107,14 +111,24 @@ class Recorder:
         """Last record."""
         return self._last
 
-    def record(self, record: Mapping[str, Any]) -> bool:
-        """Record a committed step. Returns False when this step is already there."""
+    def record(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Record a committed step. Returns what was written: nothing, this one, or with it those that had waited for it."""
         with self._lock:
-            if self._last is not None and int(record["step"]) <= self.last_step:
-                return False
-            self._last = {"time": self._clock()} | dict(record)
-            self._metrics.append(self._last)
-            return True
+            step = int(record["step"])
+            if step >= self._next:
+                self._early.setdefault(step, {"time": self._clock()} | dict(record))
+            return self._write_early(len(self._early) > MAX_EARLY)
+
+    def _write_early(self, give_up: bool) -> list[dict[str, Any]]:
+        """Write the steps that follow one another; with `give_up`, also those behind a gap."""
+        if give_up and self._early:
+            self._next = min(self._early)
+        written: list[dict[str, Any]] = []
+        while (record := self._early.pop(self._next, None)) is not None:
+            self._metrics.append(record)
+            self._last, self._next = record, self._next + 1
+            written.append(record)
+        return written
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Record an event; the time is added when it has none."""
@@ -134,10 +148,14 @@ class Recorder:
             if cut >= 0:
                 self._metrics.cut(cut)
             self._last = held[-1] if held else self._last
+            self._early.clear()
+            self._next = step + 1
             return dropped
 
     def close(self) -> None:
         with self._lock:
+            while self._early:
+                self._write_early(give_up=True)
             self._metrics.close()
             self._events.close()
 

@@ -70,7 +70,7 @@ class Line:
         self._who: Json = {"worker": worker, "node": node, "pid": pid, "slots": slots}
         self._changed = threading.Condition()
         self._outgoing: deque[Json] = deque()
-        self._recent: deque[Json] = deque(maxlen=RECENT)
+        self._recent: deque[Json] = deque(maxlen=RECENT)  # sent, and perhaps never read
         self._newest: ViewMessage | None = None
         self._unplanned = 0  # newest generation that must not wait for a step boundary
         self._held = 0  # newest generation that was put on hold
@@ -164,13 +164,13 @@ class Line:
         self._send({"type": "suspect", "generation": generation, "error": error})
 
     def record(self, record: Json) -> None:
-        self._send({"type": "record", "record": record}, keep=True)
+        self._send({"type": "record", "record": record})
 
     def event(self, event: Json) -> None:
         self._send({"type": "event", "event": event})
 
     def shard(self, shard: Json) -> None:
-        self._send({"type": "shard", "shard": shard}, keep=True)
+        self._send({"type": "shard", "shard": shard})
 
     def left(self) -> None:
         self._send({"type": "left"})
@@ -179,11 +179,9 @@ class Line:
         self._finished = True
         self._send({"type": "finished"})
 
-    def _send(self, message: Json, keep: bool = False) -> None:
+    def _send(self, message: Json) -> None:
         with self._changed:
             self._outgoing.append(message)
-            if keep:
-                self._recent.append(message)
             self._idle.clear()
         self._wake()
 
@@ -238,7 +236,7 @@ class Line:
         }
         if newest is not None:
             hello |= view_to_wire(newest.view)
-        again = [message for message in self._recent if message not in self._outgoing]
+        again = list(self._recent)
         if self._finished and {"type": "finished"} not in self._outgoing:
             again.append({"type": "finished"})
         return [hello, *again]
@@ -284,8 +282,10 @@ class Line:
         if messages:
             connection.sendall(_pack(messages))
         with self._changed:
-            for _ in messages:
+            for message in messages:
                 self._outgoing.popleft()
+                if message["type"] in ("record", "shard"):
+                    self._recent.append(message)
             if not self._outgoing:
                 self._idle.set()
 

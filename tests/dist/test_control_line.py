@@ -17,7 +17,7 @@ import pytest
 from elastic_moe.actors.server import ControlServer
 from elastic_moe.config.schema import ElasticConfig, RunConfig, TrainConfig
 from elastic_moe.errors import Evicted
-from elastic_moe.runtime.line import Line, ViewMessage
+from elastic_moe.runtime.line import RECENT, Line, ViewMessage
 
 TOKEN = "secret"
 TIMEOUT_S = 10.0
@@ -190,6 +190,32 @@ def test_coordinator_restart_does_not_interrupt(bench: Bench) -> None:
     cut(bench.lines["c"])
     second = wait_view(bench.lines["a"], first.view.generation)
     assert "c" not in workers_of(second)
+
+
+def test_records_that_nobody_read_come_again_after_a_long_absence() -> None:
+    void = socket.create_server(("127.0.0.1", 0))
+    address: list[tuple[str, int] | None] = [void.getsockname()]
+    line = Line(lambda: address[0], TOKEN, "a", "n0", os.getpid(), 0, 0.05)
+    line.start()
+    for step in range(1, 6):
+        line.record({"step": step})
+    connection, _ = void.accept()
+    until(line._idle.is_set, "all is sent")
+    address[0] = None
+    connection.close()
+    void.close()
+    steps = list(range(1, 6 + 2 * RECENT))
+    for step in steps[5:]:
+        line.record({"step": step})
+    records: list[dict[str, Any]] = []
+    server = ControlServer(TrainConfig(run=RunConfig(steps=10)), TOKEN, 1, on_record=records.append)
+    address[0] = server.start()
+    try:
+        until(lambda: len(records) >= len(steps), "all records")
+        assert [record["step"] for record in records] == steps
+    finally:
+        line.close()
+        server.close()
 
 
 def test_suspicion_alone_reforms_with_everyone(bench: Bench) -> None:

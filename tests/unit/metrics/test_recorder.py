@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic_moe.metrics.recorder import EVENTS, METRICS, Recorder, read_jsonl
+from elastic_moe.metrics.recorder import EVENTS, MAX_EARLY, METRICS, Recorder, read_jsonl
 
 
 def steps_in(run_dir: Path) -> list[int]:
@@ -18,7 +18,7 @@ def steps_in(run_dir: Path) -> list[int]:
 
 def test_records_once_and_in_order(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, clock=lambda: 12.5)
-    assert [recorder.record({"step": step, "loss": 1.0}) for step in (1, 2, 2, 1, 3)] == [
+    assert [bool(recorder.record({"step": step, "loss": 1.0})) for step in (1, 2, 2, 1, 3)] == [
         True,
         True,
         False,
@@ -66,12 +66,6 @@ def test_truncate_after(tmp_path: Path) -> None:
     assert recorder.truncate_after(0) == 5
     assert (steps_in(tmp_path), recorder.last_step) == ([], 0)
     assert recorder.record({"step": 1})
-    recorder.close()
-
-
-def test_step_zero_is_a_step(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path)
-    assert recorder.record({"step": 0}) and not recorder.record({"step": 0})
     recorder.close()
 
 
@@ -130,3 +124,26 @@ def test_threads(tmp_path: Path) -> None:
         thread.join()
     assert len(read_jsonl(tmp_path / EVENTS)) == 200
     recorder.close()
+
+
+def test_steps_that_come_early_wait_for_the_missing_one(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    assert [[r["step"] for r in recorder.record({"step": step})] for step in (1, 3, 4, 3, 2)] == [
+        [1],
+        [],
+        [],
+        [],
+        [2, 3, 4],
+    ]
+    assert recorder.record({"step": 6}) == []
+    assert recorder.last_step == 4
+    recorder.close()
+    assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 6]
+
+
+def test_a_step_that_never_comes_is_given_up(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    for step in range(2, MAX_EARLY + 3):
+        written = recorder.record({"step": step})
+    assert [r["step"] for r in written] == list(range(2, MAX_EARLY + 3))
+    assert [r["step"] for r in recorder.record({"step": MAX_EARLY + 3})] == [MAX_EARLY + 3]

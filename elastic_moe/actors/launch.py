@@ -166,6 +166,21 @@ def start_coordinator(config: TrainConfig, name: str, token: str) -> Any:
     return actor
 
 
+def make_trainer(config: TrainConfig, prepared: Prepared, name: str, token: str) -> ElasticTrainer:
+    """The trainer of a run whose coordinator has been started under this name with this token."""
+    from ray.train import RunConfig, ScalingConfig
+
+    return ElasticTrainer(
+        train_function,
+        train_loop_config={"config": config, "find": Finder(name), "token": token, "prepared": prepared},
+        coordinator=name,
+        scaling_config=ScalingConfig(
+            num_workers=max_workers(config), resources_per_worker=resources_per_worker(config.cluster)
+        ),
+        run_config=RunConfig(name="ray", storage_path=str(Path(config.run.dir) / ".ray")),
+    )
+
+
 @dataclass
 class _Driver:
     """The driver's part of one run."""
@@ -214,20 +229,8 @@ class _Driver:
         return self._conclude()
 
     def _fit(self, name: str, token: str) -> None:
-        from ray.train import RunConfig, ScalingConfig
-
-        settings = {"config": self.config, "find": Finder(name), "token": token, "prepared": self.prepared}
-        trainer = ElasticTrainer(
-            train_function,
-            train_loop_config=settings,
-            coordinator=name,
-            scaling_config=ScalingConfig(
-                num_workers=max_workers(self.config), resources_per_worker=resources_per_worker(self.config.cluster)
-            ),
-            run_config=RunConfig(name="ray", storage_path=str(Path(self.config.run.dir) / ".ray")),
-        )
         try:
-            trainer.fit()
+            make_trainer(self.config, self.prepared, name, token).fit()
         except Exception as error:  # noqa: BLE001 - whatever ended the run is told by the main thread
             self.error = error
 
@@ -283,4 +286,4 @@ class _Driver:
                 print(f"{key}: {found[-1]:.4f}" if isinstance(found[-1], float) else f"sample: {found[-1]}")
 
 
-__all__ = ["launch", "start_coordinator", "train_function"]
+__all__ = ["launch", "make_trainer", "start_coordinator", "train_function"]

@@ -1,8 +1,8 @@
 """Which text a run trains on, as files and as pieces. Only the text: tokens are made in prepare.py.
 
 The default corpus, "stdlib", is the source of the Python standard library with its docstrings and the language
-reference that `help()` shows: some megabytes on every machine that can run this program, no download, PSF licence. A piece is a document, or a run of whole lines of a long one; pieces are
-what is dealt to training and validation.
+reference that `help()` shows: some megabytes on every machine that can run this program, no download, PSF licence. A
+piece is a document, or a run of whole lines of a long one; pieces are what is dealt to training and validation.
 """
 
 from __future__ import annotations

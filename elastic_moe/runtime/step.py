@@ -171,13 +171,12 @@ class Stepper:
         loads = total[6 : 6 + world]
         active = session.layout.view.active_ranks
         busiest = max(float(loads[r]) for r in active)
+        grad_norm = np.float32(np.sqrt(total[2]) / max(total[1], 1.0))  # fp64 noise of the sum's order ends here
         vote = VoteResult(
             step=step,
             ce_sum=float(total[0]),
             tokens=float(total[1]),
-            grad_norm=float(
-                np.float32(np.sqrt(total[2]) / max(total[1], 1.0))
-            ),  # fp64 noise of the sum's order ends here
+            grad_norm=float(grad_norm),
             finite=bool(total[3] == 0),
             balance=float(loads.sum()) / len(active) / busiest if busiest else 1.0,
             generation=session.layout.view.generation,

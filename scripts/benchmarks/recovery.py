@@ -25,9 +25,8 @@ import ray
 from omegaconf import OmegaConf
 from ray.exceptions import RayError
 
-from elastic_moe.actors.launch import start_coordinator, train_function
-from elastic_moe.actors.link import CoordinatorLink, Finder, actor_name
-from elastic_moe.actors.ray_train import ElasticTrainer
+from elastic_moe.actors.launch import make_trainer, start_coordinator
+from elastic_moe.actors.link import CoordinatorLink, actor_name
 from elastic_moe.actors.session import MIB, ray_session
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import TrainConfig
@@ -75,17 +74,8 @@ class ElasticSide:
         self._fit.start()
 
     def _train(self, config: TrainConfig, prepared: Prepared, name: str, token: str) -> None:
-        from ray.train import RunConfig, ScalingConfig
-
-        loop = {"config": config, "find": Finder(name), "token": token, "prepared": prepared}
         try:
-            ElasticTrainer(
-                train_function,
-                train_loop_config=loop,
-                coordinator=name,
-                scaling_config=ScalingConfig(num_workers=WORKERS, resources_per_worker={"CPU": 1}),
-                run_config=RunConfig(name="ray", storage_path=str(self._dir / ".ray")),
-            ).fit()
+            make_trainer(config, prepared, name, token).fit()
         except Exception as error:  # noqa: BLE001 - how the run ended is told by whoever waits for it
             self._error = error
             say(f"the elastic run ended: {error}")

@@ -16,11 +16,9 @@ import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.train import RunConfig, ScalingConfig
 
-from elastic_moe.actors.launch import start_coordinator, train_function
-from elastic_moe.actors.link import CoordinatorLink, Finder, actor_name
-from elastic_moe.actors.ray_train import ElasticTrainer
+from elastic_moe.actors.launch import make_trainer, start_coordinator
+from elastic_moe.actors.link import CoordinatorLink, actor_name
 from elastic_moe.config.schema import ClusterConfig, TrainConfig
 from elastic_moe.data.prepare import prepare
 from elastic_moe.metrics.recorder import Tail
@@ -45,18 +43,10 @@ class FullRun:
         self.coordinator = start_coordinator(config, name, token)
         self.link = CoordinatorLink(name)
         self.error: BaseException | None = None
-        settings = {"config": config, "find": Finder(name), "token": token, "prepared": prepared}
-        trainer = ElasticTrainer(
-            train_function,
-            train_loop_config=settings,
-            coordinator=name,
-            scaling_config=ScalingConfig(num_workers=WORKERS, resources_per_worker={"CPU": 1}),
-            run_config=RunConfig(name="ray", storage_path=str(root / ".ray")),
-        )
 
         def fit() -> None:
             try:
-                trainer.fit()
+                make_trainer(config, prepared, name, token).fit()
             except BaseException as error:  # noqa: BLE001 - handed to the test
                 self.error = error
 

@@ -62,9 +62,11 @@ class ParamSpec:
     Attributes:
         name: dotted name, unique; experts one by one (`layers.1.moe.experts.7.gate`).
         shape: its shape.
-        init: "normal", "zeros" or "ones".
+        init: "normal", "zeros", "ones", "values", or "experts" (rows of distinct expert indices).
         std: standard deviation for "normal".
-        optimizer: "adamw", or "bias" for a router's balancing bias (sign rule on the global load, no gradient).
+        values: the elements in order, for "values".
+        bound: number of experts, for "experts".
+        optimizer: "adamw"; "bias" for a router's balancing bias (sign rule on the global load, no gradient); "frozen".
         decay: weight decay applies.
         layer: transformer layer, if it belongs to one.
         expert: index of the routed expert within its layer, for expert weights only.
@@ -75,6 +77,8 @@ class ParamSpec:
     shape: tuple[int, ...]
     init: str = "normal"
     std: float = 0.02
+    values: tuple[float, ...] = ()
+    bound: int = 0
     optimizer: str = "adamw"
     decay: bool = True
     layer: int | None = None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.config.schema import TrainConfig
+from elastic_moe.config.schema import ModelConfig, TrainConfig
 from elastic_moe.errors import UserError
 
 FAULT_PHASES = ("compute", "reduce", "mirror", "vote", "apply", "publish", "committed", "transfer", "confirm")
@@ -19,6 +19,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
     "run.resume": ("never", "auto"),
+    "model.attention": ("gqa", "mla", "v4"),
+    "model.score": ("sigmoid", "sqrtsoftplus", "softmax"),
+    "model.residual": ("plain", "hc", "mhc"),
+    "model.readout": ("mean", "learned"),
+    "model.fused": ("auto", "off", "compile", "triton"),
     "data.tokenizer": ("bpe", "bytes"),
     "optim.schedule": ("cosine", "constant"),
     "cluster.kind": ("local", "simulated", "address"),
@@ -28,22 +33,30 @@ CHOICES: dict[str, tuple[str, ...]] = {
 AT_LEAST_ONE = """
     run.steps model.vocab_size model.hidden_size model.num_layers model.num_heads model.num_kv_heads model.head_dim
     model.num_experts model.experts_per_token model.expert_hidden model.dense_hidden model.max_unit_elements
+    model.rope_dim model.value_dim model.kv_latent model.rope_original_len model.window model.csa_rate model.hca_rate
+    model.index_heads model.index_dim model.index_topk model.output_groups model.output_latent model.num_groups
+    model.groups_per_token model.num_streams model.sinkhorn_iters
     data.seq_len data.global_batch data.micro_batch elastic.min_workers checkpoint.keep
     cluster.workers cluster.nodes cluster.workers_per_node
 """.split()
 
 AT_LEAST_ZERO = """
     seed threads run.eval_every run.eval_sequences run.sample_tokens model.num_dense_layers model.num_shared_experts
-    model.bias_update_speed model.seq_balance_weight model.init_std data.max_bytes optim.warmup_steps optim.min_lr_ratio
+    model.bias_update_speed model.seq_balance_weight model.init_std model.query_latent model.rope_mscale
+    model.rope_mscale_all_dim model.index_loss_weight model.num_hash_layers model.swiglu_limit model.mix_eps
+    model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes optim.warmup_steps optim.min_lr_ratio
     optim.weight_decay elastic.max_workers elastic.redundancy elastic.spare_slots elastic.slots_per_worker
     elastic.join_settle_s elastic.drain_deadline_s elastic.wait_below_min_s checkpoint.every_steps
     cluster.cpus_per_worker cluster.gpus_per_worker faults.kill_worker_at_step faults.kill_rank
 """.split()
 
 ABOVE_ZERO = """
-    model.routed_scaling model.rope_theta model.norm_eps optim.lr optim.eps optim.clip elastic.heartbeat_s
+    model.routed_scaling model.rope_theta model.norm_eps model.rope_factor model.rope_beta_fast model.rope_beta_slow
+    model.compress_theta optim.lr optim.eps optim.clip elastic.heartbeat_s
     elastic.heartbeat_timeout_s elastic.hang_timeout_s elastic.form_timeout_s
 """.split()
+
+LAYER_KINDS = {"sliding", "csa", "hca"}
 
 MULTIPLE_OF_4 = "model.hidden_size model.head_dim model.expert_hidden model.dense_hidden".split()
 
@@ -101,14 +114,70 @@ def _check_model(config: TrainConfig) -> None:
             f"model.experts_per_token ({model.experts_per_token}) must not exceed model.num_experts "
             f"({model.num_experts})."
         )
-    if model.num_heads % model.num_kv_heads:
-        raise UserError(
-            f"model.num_heads ({model.num_heads}) must be a multiple of model.num_kv_heads ({model.num_kv_heads})."
-        )
     if model.num_dense_layers >= model.num_layers:
         raise UserError(
             f"model.num_dense_layers ({model.num_dense_layers}) must be below model.num_layers ({model.num_layers}), "
             "so that at least one layer has experts."
+        )
+    if model.num_hash_layers > model.num_layers - model.num_dense_layers:
+        raise UserError(
+            f"model.num_hash_layers ({model.num_hash_layers}) must not exceed the "
+            f"{model.num_layers - model.num_dense_layers} layers with experts."
+        )
+    _need(config, "model.mtp_depth", lambda value: value <= 1, "0 or 1")
+    _need(config, "model.mtp_switch", lambda value: value <= 1, "at most 1")
+    _need(config, "model.rope_factor", lambda value: value >= 1, "at least 1")
+    _need(config, "model.end_token", lambda value: value >= -1, "a token id, or -1")
+    _need(config, "model.recompute", lambda value: value >= -1, "-1, 0 or a number of sub-layers")
+    _check_groups(model)
+    _check_attention(model)
+
+
+def _check_groups(model: ModelConfig) -> None:
+    if model.num_experts % model.num_groups:
+        raise UserError(
+            f"model.num_experts ({model.num_experts}) must be a multiple of model.num_groups ({model.num_groups})."
+        )
+    if model.groups_per_token > model.num_groups:
+        raise UserError(
+            f"model.groups_per_token ({model.groups_per_token}) must not exceed model.num_groups ({model.num_groups})."
+        )
+    size = model.num_experts // model.num_groups
+    if model.num_groups > 1 and size < 2:
+        raise UserError(
+            f"model.num_groups ({model.num_groups}) leaves {size} expert in a group; a group's score is the sum of two."
+        )
+    if model.groups_per_token * size < model.experts_per_token:
+        raise UserError(
+            f"model.groups_per_token ({model.groups_per_token}) groups of {size} experts are fewer than "
+            f"model.experts_per_token ({model.experts_per_token})."
+        )
+
+
+def _check_attention(model: ModelConfig) -> None:
+    if model.attention == "gqa" and model.num_heads % model.num_kv_heads:
+        raise UserError(
+            f"model.num_heads ({model.num_heads}) must be a multiple of model.num_kv_heads ({model.num_kv_heads})."
+        )
+    if model.attention != "gqa" and model.rope_dim % 2:
+        raise UserError(f"model.rope_dim ({model.rope_dim}) must be even.")
+    if model.attention != "v4":
+        return
+    if model.rope_dim > min(model.head_dim, model.index_dim):
+        raise UserError(
+            f"model.rope_dim ({model.rope_dim}) must not exceed model.head_dim ({model.head_dim}) and model.index_dim "
+            f"({model.index_dim})."
+        )
+    if model.query_latent == 0:
+        raise UserError("model.query_latent must be above 0 with model.attention=v4.")
+    if model.num_heads % model.output_groups:
+        raise UserError(
+            f"model.num_heads ({model.num_heads}) must be a multiple of model.output_groups ({model.output_groups})."
+        )
+    if model.layer_kinds and (len(model.layer_kinds) != model.num_layers or set(model.layer_kinds) - LAYER_KINDS):
+        raise UserError(
+            f"model.layer_kinds must name one of {', '.join(sorted(LAYER_KINDS))} for each of the {model.num_layers} "
+            f"layers, not {list(model.layer_kinds)!r}."
         )
 
 

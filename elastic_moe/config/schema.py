@@ -27,27 +27,88 @@ class Sealed:
 
 @dataclass(kw_only=True)
 class ModelConfig(Sealed):
-    """Shape of the MoE transformer. First form: GQA + RoPE attention, shared + routed SwiGLU experts, sigmoid router."""
+    """Shape of the MoE transformer. Sources of the terms: the files of elastic_moe/model."""
 
     vocab_size: int = 2048  # overwritten by the tokenizer's size
+    end_token: int = -1  # id that ends a document; overwritten by the tokenizer's
     hidden_size: int = 128
     num_layers: int = 4
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    init_from: str = ""  # directory of a Hugging Face checkpoint: its shape and weights are taken
+    document_mask: bool = False  # tokens of a packed sequence see their own document only
+    recompute: int = 0  # with streams: 0 keeps them all, n keeps every n-th sub-layer's, -1 the paper's best n
+    fused: str = "auto"  # mHC kernels: "auto", "off", "compile", "triton"
+
+    attention: str = "gqa"  # "gqa", "mla", "v4"
     num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
+    num_kv_heads: int = 2  # gqa
+    head_dim: int = 32  # gqa and v4: a head's width; mla: its part without positions
+    rope_dim: int = 16  # mla, v4: a head's part with positions
+    value_dim: int = 32  # mla
+    query_latent: int = 0  # mla, v4; 0: none
+    kv_latent: int = 64  # mla
+    qk_norm: bool = False  # gqa
+    attention_bias: bool = False
+    rope_theta: float = 10000.0
+    rope_interleave: bool = True  # mla: rotate pairs (2i, 2i + 1); false: (i, i + d/2)
+    rope_factor: float = 1.0  # YaRN: context extension; 1: none
+    rope_original_len: int = 4096  # YaRN: length before extension
+    rope_beta_fast: float = 32.0  # YaRN
+    rope_beta_slow: float = 1.0  # YaRN
+    rope_mscale: float = 0.0  # YaRN; 0: not given
+    rope_mscale_all_dim: float = 0.0  # YaRN; 0: not given
+    layer_kinds: list[str] = field(
+        default_factory=list[str]
+    )  # v4: "sliding", "csa" or "hca" per layer; empty: V4-Pro's
+    window: int = 128  # v4: tokens seen uncompressed
+    csa_rate: int = 4
+    hca_rate: int = 128
+    compress_theta: float = 160000.0  # v4: rotary base of csa and hca layers
+    index_heads: int = 4
+    index_dim: int = 32
+    index_topk: int = 512
+    index_loss_weight: float = 1.0
+    output_groups: int = 2  # v4
+    output_latent: int = 64  # v4: per group
+
     num_dense_layers: int = 1  # leading layers with a dense feed-forward
     dense_hidden: int = 384
     num_experts: int = 16
     experts_per_token: int = 4
     expert_hidden: int = 64
     num_shared_experts: int = 1
+    score: str = "sigmoid"  # "sigmoid", "sqrtsoftplus", "softmax"
+    normalize_gates: bool = True  # gates of a token's experts sum to routed_scaling
     routed_scaling: float = 1.0
+    num_groups: int = 1  # node-limited routing: groups of experts,
+    groups_per_token: int = 1  # and how many of them a token may use
+    num_hash_layers: int = 0  # leading MoE layers whose experts follow from the token id
+    swiglu_limit: float = 0.0  # clamp of the SwiGLU's inputs; 0: none
     bias_update_speed: float = 0.001
     seq_balance_weight: float = 0.0001
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
-    init_std: float = 0.02
+
+    residual: str = "plain"  # "plain", "hc", "mhc"
+    num_streams: int = 4  # hc, mhc
+    sinkhorn_iters: int = 20  # mhc
+    mix_eps: float = 0.0  # mhc: added where transformers adds hc_eps; 0 as in the paper
+    readout: str = "mean"  # hc, mhc: streams -> hidden, "mean" or "learned"
+
+    mtp_depth: int = 0  # 1: predict the token after the next one too
+    mtp_weight: float = 0.3
+    mtp_late_weight: float = 0.1
+    mtp_switch: float = 0.67  # fraction of run.steps after which the late weight holds
+
     max_unit_elements: int = 262144  # larger AdamW tensors are cut into row blocks of about this many elements
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE layers, that of the multi-token prediction included."""
+        return self.num_layers - self.num_dense_layers + self.mtp_depth
+
+    @property
+    def has_streams(self) -> bool:
+        return self.residual != "plain"
 
 
 @dataclass(kw_only=True)

@@ -1,57 +1,152 @@
-"""Grouped-query causal attention with rotary positions.
+"""Causal self-attention over whole sequences: grouped-query, and multi-head latent.
 
-Sources: GQA, Ainslie et al. 2023 (arXiv 2305.13245); RoPE, Su et al. 2021 (arXiv 2104.09864), in the half-split layout
-of Llama and GLM (element i pairs with i + d/2), so weights map one to one onto those models.
-Rotation runs in fp32 also under autocast: in bf16 angles of far positions lose their low bits.
+Sources: GQA, Ainslie et al. 2023 (arXiv 2305.13245), with the RMSNorm of queries and keys of Qwen3 (arXiv 2505.09388);
+MLA, DeepSeek-V2 (arXiv 2405.04434, section 2.1) as in DeepSeek-V3 (arXiv 2412.19437, equations 1 to 11). V4's attention
+is in compressed.py.
 
-Shapes: B sequences, S positions, D hidden, H query heads, G key/value heads, d head width.
+Shapes: B sequences, S positions, L positions so far, D hidden, H heads, G key/value heads, d head width, C latent, r rotary.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
+from elastic_moe.model.context import Context, LayerCache, rotate, yarn_mscale
+from elastic_moe.model.layers import Linear, RMSNorm, inward, outward
+
+LATENT_EPS = 1e-6  # of the latents' norms: transformers fixes it, whatever the model's own
 
 
-def rope_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every (position, frequency), fp32 [S, d/2] each."""
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angles = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), theta**-exponents)
-    return angles.cos(), angles.sin()
+class Attention(Protocol):
+    """One layer's attention: x_BSD and its context -> (y_BSD, the layer's own loss summed over tokens, or None)."""
+
+    def __call__(self, x_BSD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
-def apply_rope(x_BHSd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair (i, i + d/2) of every head by its position's angle; dtype is kept."""
-    first, second = x_BHSd.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BHSd.dtype)
+def attend(
+    q_BHSd: torch.Tensor, k_BGLd: torch.Tensor, v_BGLd: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Scaled dot-product attention; the widths of keys and values may differ. Returns [B, H, S, width of v].
+
+    The kernels that never form the matrix of scores want equal widths: narrower values are padded with zeros, which
+    costs less than the scores in memory.
+    """
+    width = v_BGLd.shape[-1]
+    if width < q_BHSd.shape[-1]:
+        v_BGLd = F.pad(v_BGLd, (0, q_BHSd.shape[-1] - width))
+    grouped = q_BHSd.shape[1] != k_BGLd.shape[1]
+    out = F.scaled_dot_product_attention(
+        q_BHSd, k_BGLd, v_BGLd, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+    return out[..., :width]
 
 
-class Attention(nn.Module):
-    """Causal self-attention; `num_heads` must be a multiple of `num_kv_heads`."""
+class GroupedQueryAttention(nn.Module):
+    """Heads share keys and values in groups; `num_heads` must be a multiple of `num_kv_heads`."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
-        assert cfg.num_heads % cfg.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads"
-        assert cfg.head_dim % 2 == 0, "head_dim must be even for rotary positions"
-        self._heads, self._kv_heads, self._width = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.q = nn.Linear(cfg.hidden_size, cfg.num_heads * cfg.head_dim, bias=False)
-        self.k = nn.Linear(cfg.hidden_size, cfg.num_kv_heads * cfg.head_dim, bias=False)
-        self.v = nn.Linear(cfg.hidden_size, cfg.num_kv_heads * cfg.head_dim, bias=False)
-        self.o = nn.Linear(cfg.num_heads * cfg.head_dim, cfg.hidden_size, bias=False)
+        self._cfg, self._layer = cfg, layer
+        width, bias = cfg.head_dim, cfg.attention_bias
+        self.q = Linear(cfg.hidden_size, cfg.num_heads * width, inward(cfg), bias)
+        self.k = Linear(cfg.hidden_size, cfg.num_kv_heads * width, inward(cfg), bias)
+        self.v = Linear(cfg.hidden_size, cfg.num_kv_heads * width, inward(cfg), bias)
+        self.o = Linear(cfg.num_heads * width, cfg.hidden_size, outward(cfg), bias)
+        self.q_norm = RMSNorm(width, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
-    def forward(self, x_BSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        batch, seq_len, _ = x_BSD.shape
-        q_BHSd = self.q(x_BSD).view(batch, seq_len, self._heads, self._width).transpose(1, 2)
-        k_BGSd = self.k(x_BSD).view(batch, seq_len, self._kv_heads, self._width).transpose(1, 2)
-        v_BGSd = self.v(x_BSD).view(batch, seq_len, self._kv_heads, self._width).transpose(1, 2)
-        out_BHSd = F.scaled_dot_product_attention(
-            apply_rope(q_BHSd, cos, sin),
-            apply_rope(k_BGSd, cos, sin),
-            v_BGSd,
-            is_causal=True,
-            enable_gqa=self._heads != self._kv_heads,
-        )
-        return self.o(out_BHSd.transpose(1, 2).reshape(batch, seq_len, self._heads * self._width))
+    def forward(self, x_BSD: torch.Tensor, context: Context) -> tuple[torch.Tensor, None]:
+        cfg, cache = self._cfg, context.layer_cache(self._layer)
+        heads = (-1, cfg.head_dim)
+        tables = context.rope(cfg.head_dim, cfg.rope_theta, yarn=True)
+        q_BHSd = rotate(self.q_norm(self.q(x_BSD).unflatten(-1, heads)).transpose(1, 2), tables, interleave=False)
+        k_BGSd = rotate(self.k_norm(self.k(x_BSD).unflatten(-1, heads)).transpose(1, 2), tables, interleave=False)
+        v_BSGd = self.v(x_BSD).unflatten(-1, heads)
+        if cache is not None:
+            k_BGSd = cache.extend("k", k_BGSd.transpose(1, 2)).transpose(1, 2)
+            v_BSGd = cache.extend("v", v_BSGd)
+        out_BHSd = attend(q_BHSd, k_BGSd, v_BSGd.transpose(1, 2), context.mask(), cfg.head_dim**-0.5)
+        return self.o(out_BHSd.transpose(1, 2).flatten(2)), None
+
+
+class LatentAttention(nn.Module):
+    """Keys and values of all heads come from one latent per token, and one rotated key is shared by the heads.
+
+    The cache keeps the latent and the rotated key, `kv_latent + rope_dim` numbers per token. With a cache, queries are brought into
+    the latent space and keys are never formed (the absorbed form: q . (W c) = (W^T q) . c).
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self._cfg, self._layer = cfg, layer
+        heads, bias = cfg.num_heads, cfg.attention_bias
+        query = heads * (cfg.head_dim + cfg.rope_dim)
+        if cfg.query_latent:
+            self.q_down = Linear(cfg.hidden_size, cfg.query_latent, inward(cfg), bias)
+            self.q_norm = RMSNorm(cfg.query_latent, LATENT_EPS)
+            self.q_up = Linear(cfg.query_latent, query, inward(cfg))
+        else:
+            self.q = Linear(cfg.hidden_size, query, inward(cfg))
+        self.kv_down = Linear(cfg.hidden_size, cfg.kv_latent + cfg.rope_dim, inward(cfg), bias)
+        self.kv_norm = RMSNorm(cfg.kv_latent, LATENT_EPS)
+        self.kv_up = Linear(cfg.kv_latent, heads * (cfg.head_dim + cfg.value_dim), inward(cfg))
+        self.o = Linear(heads * cfg.value_dim, cfg.hidden_size, outward(cfg), bias)
+        self._scale = (cfg.head_dim + cfg.rope_dim) ** -0.5
+        if cfg.rope_factor > 1 and cfg.rope_mscale_all_dim:
+            self._scale *= yarn_mscale(cfg.rope_factor, cfg.rope_mscale_all_dim) ** 2
+
+    def forward(self, x_BSD: torch.Tensor, context: Context) -> tuple[torch.Tensor, None]:
+        cfg, cache = self._cfg, context.layer_cache(self._layer)
+        tables = context.rope(cfg.rope_dim, cfg.rope_theta, yarn=True)
+        query = self.q_up(self.q_norm(self.q_down(x_BSD))) if cfg.query_latent else self.q(x_BSD)
+        q_BHSd = query.unflatten(-1, (cfg.num_heads, -1)).transpose(1, 2)
+        plain_BHSd, turning_BHSr = q_BHSd.split([cfg.head_dim, cfg.rope_dim], dim=-1)
+        latent_BSC, key_BSr = self.kv_down(x_BSD).split([cfg.kv_latent, cfg.rope_dim], dim=-1)
+        latent_BSC = self.kv_norm(latent_BSC)
+        turned_BHSr = rotate(turning_BHSr, tables, cfg.rope_interleave)
+        key_BSr = rotate(key_BSr, tables, cfg.rope_interleave)
+        if cache is None:
+            out_BHSv = self._expanded(plain_BHSd, turned_BHSr, latent_BSC, key_BSr, context)
+        else:
+            out_BHSv = self._absorbed(plain_BHSd, turned_BHSr, latent_BSC, key_BSr, context, cache)
+        return self.o(out_BHSv.transpose(1, 2).flatten(2)), None
+
+    def _expanded(
+        self,
+        plain_BHSd: torch.Tensor,
+        turned_BHSr: torch.Tensor,
+        latent_BSC: torch.Tensor,
+        key_BSr: torch.Tensor,
+        context: Context,
+    ) -> torch.Tensor:
+        """Keys and values formed for every head: the cheaper form where all positions are computed at once."""
+        cfg = self._cfg
+        kv_BHSd = self.kv_up(latent_BSC).unflatten(-1, (cfg.num_heads, -1)).transpose(1, 2)
+        k_BHSd, v_BHSv = kv_BHSd.split([cfg.head_dim, cfg.value_dim], dim=-1)
+        shared_BHSr = key_BSr.unsqueeze(1).expand(-1, cfg.num_heads, -1, -1)
+        q, k = torch.cat((plain_BHSd, turned_BHSr), dim=-1), torch.cat((k_BHSd, shared_BHSr), dim=-1)
+        return attend(q, k, v_BHSv, context.mask(), self._scale)
+
+    def _absorbed(
+        self,
+        plain_BHSd: torch.Tensor,
+        turned_BHSr: torch.Tensor,
+        latent_BSC: torch.Tensor,
+        key_BSr: torch.Tensor,
+        context: Context,
+        cache: LayerCache,
+    ) -> torch.Tensor:
+        """One key per position for all heads, in the latent space."""
+        cfg = self._cfg
+        latent_BLC, key_BLr = cache.extend("latent", latent_BSC), cache.extend("key", key_BSr)
+        up_HdC = self.kv_up.weight.to(latent_BLC.dtype).view(cfg.num_heads, -1, cfg.kv_latent)
+        for_keys_HdC, for_values_HvC = up_HdC.split([cfg.head_dim, cfg.value_dim], dim=1)
+        q_BHSC = torch.cat((torch.einsum("bhsd,hdc->bhsc", plain_BHSd, for_keys_HdC), turned_BHSr), dim=-1)
+        k_BGLC = torch.cat((latent_BLC, key_BLr), dim=-1).unsqueeze(1)
+        out_BHSC = attend(q_BHSC, k_BGLC, latent_BLC.unsqueeze(1), context.mask(), self._scale)
+        return torch.einsum("bhsc,hvc->bhsv", out_BHSC, for_values_HvC)

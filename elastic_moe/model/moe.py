@@ -1,8 +1,6 @@
-"""Mixture-of-experts feed-forward: sigmoid router balanced by a bias, shared expert, sequence-wise balance loss.
+"""Mixture-of-experts feed-forward: router, shared expert, sequence-wise balance loss.
 
-Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2, equations 12 to 20, without node-limited routing; bias rule:
-Wang et al. (arXiv 2408.15664). The bias steers which experts are chosen, never how much they weigh, and gets no
-gradient: `optim.apply_bias` moves it once per step by the sign of the global load's deviation.
+Source: DeepSeekMoE, Dai et al. 2024 (arXiv 2401.06066), as in DeepSeek-V3 (arXiv 2412.19437, section 2.1.2, equations 12 to 20).
 
 Shapes: B sequences, S positions, T = B * S tokens, D hidden, E experts, K experts per token.
 """
@@ -12,52 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.experts import ExpertBackend
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Routing(NamedTuple):
-    """Attributes: expert_ids_TK int64; gates_TK fp32, their sum is `routed_scaling`; scores_TE fp32 before the bias."""
-
-    expert_ids_TK: torch.Tensor
-    gates_TK: torch.Tensor
-    scores_TE: torch.Tensor
-
-
-class Router(nn.Module):
-    """Chooses K experts per token by sigmoid affinity plus bias; always fp32, as near ties decide discretely."""
-
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        self._num_choices, self._scaling = cfg.experts_per_token, cfg.routed_scaling
-        self.weight = nn.Parameter(torch.empty(cfg.num_experts, cfg.hidden_size))
-        self.bias: torch.Tensor
-        self.register_buffer("bias", torch.zeros(cfg.num_experts))
-        nn.init.normal_(self.weight, std=cfg.init_std)
-
-    def forward(self, x_TD: torch.Tensor) -> Routing:
-        with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TE = torch.sigmoid(F.linear(x_TD.float(), self.weight.float()))
-            _, ids_TK = torch.topk(scores_TE.detach() + self.bias, self._num_choices, dim=-1, sorted=False)
-            chosen_TK = scores_TE.gather(1, ids_TK)
-            gates_TK = chosen_TK / (chosen_TK.sum(dim=-1, keepdim=True) + 1e-20) * self._scaling
-        return Routing(ids_TK, gates_TK, scores_TE)
+from elastic_moe.model.layers import SwiGLU
+from elastic_moe.model.router import Router
 
 
 class MoEOutput(NamedTuple):
@@ -72,7 +30,7 @@ def sequence_balance(scores_BSE: torch.Tensor, num_choices: int) -> torch.Tensor
     """Equations 17 to 20 without the factor alpha, summed over sequences: 1 per sequence when balanced, more when not.
 
     Args:
-        scores_BSE: sigmoid affinities; as in equation 18, the bias has no part in this.
+        scores_BSE: affinities; as in equation 18, bias and groups have no part in this.
         num_choices: experts per token.
     """
     batch, seq_len, num_experts = scores_BSE.shape
@@ -85,21 +43,27 @@ def sequence_balance(scores_BSE: torch.Tensor, num_choices: int) -> torch.Tensor
 
 
 class MoE(nn.Module):
-    """Router and shared expert; the routed experts themselves are a backend's, passed at each call."""
+    """Router and shared expert; the routed experts themselves are a backend's, passed at each call.
+
+    Args:
+        moe_layer: index among the MoE layers.
+    """
 
     def __init__(self, cfg: ModelConfig, moe_layer: int) -> None:
         super().__init__()
-        self._moe_layer, self._num_experts, self._num_choices = moe_layer, cfg.num_experts, cfg.experts_per_token
-        self.router = Router(cfg)
-        shared_hidden = cfg.num_shared_experts * cfg.expert_hidden
-        self.shared = SwiGLU(cfg.hidden_size, shared_hidden) if shared_hidden else None
+        self._cfg, self.moe_layer = cfg, moe_layer
+        self.router = Router(cfg, hashed=moe_layer < cfg.num_hash_layers)
+        self.shared = SwiGLU(cfg, cfg.num_shared_experts * cfg.expert_hidden) if cfg.num_shared_experts else None
 
-    def forward(self, x_BSD: torch.Tensor, experts: ExpertBackend) -> MoEOutput:
-        batch, seq_len, width = x_BSD.shape
-        x_TD = x_BSD.reshape(batch * seq_len, width)
-        ids_TK, gates_TK, scores_TE = self.router(x_TD)
-        y_BSD = experts(self._moe_layer, x_TD, ids_TK, gates_TK).view(batch, seq_len, width)
+    def forward(self, x_BSD: torch.Tensor, tokens_BS: torch.Tensor, experts: ExpertBackend) -> MoEOutput:
+        cfg = self._cfg
+        x_TD = x_BSD.flatten(0, 1)
+        ids_TK, gates_TK, scores_TE = self.router(x_TD, tokens_BS.flatten())
+        y_BSD = experts(self.moe_layer, x_TD, ids_TK, gates_TK).view(x_BSD.shape)
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
-        balance_sum = sequence_balance(scores_TE.view(batch, seq_len, self._num_experts), self._num_choices)
-        return MoEOutput(y_BSD, balance_sum, torch.bincount(ids_TK.flatten(), minlength=self._num_experts))
+        load_E = torch.bincount(ids_TK.flatten(), minlength=cfg.num_experts)
+        if self.router.hashed or not cfg.seq_balance_weight:
+            return MoEOutput(y_BSD, scores_TE.new_zeros(()), load_E)
+        balance = sequence_balance(scores_TE.unflatten(0, x_BSD.shape[:2]), cfg.experts_per_token)
+        return MoEOutput(y_BSD, balance, load_E)

@@ -1,85 +1,75 @@
-"""Names, shapes and initial values of every parameter, without building the model.
+"""Names, shapes and initial values of every parameter, without holding any.
 
 Ownership, checkpoints and recovery deal in these names alone, so the list is a pure function of the configuration, and
 a parameter's initial value is a pure function of (seed, name): any rank can make any piece of it, at any world size.
-Standard deviations are GPT-2's (Radford et al. 2019, section 2.3): `init_std`, and `init_std / sqrt(2 * layers)` for
-projections back into the residual stream.
+The list is read off the model itself, built on the meta device; the routed experts, which live outside it, are added
+where their layer is.
 
-Shapes: V vocabulary, D hidden, H query heads, G key/value heads, d head width, E experts, F expert hidden.
+Shapes: D hidden, F expert hidden, E experts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import math
+import re
 
 import torch
 
 from elastic_moe.config.schema import ModelConfig
+from elastic_moe.model.layers import Layer, inward, outward
 from elastic_moe.types import ParamSpec
+
+_ROWS = 4096  # rows of an expert table made at once
+
+
+def layer_path(cfg: ModelConfig, moe_layer: int) -> tuple[int, str]:
+    """(layer index, name prefix) of a MoE layer; the last one may be that of the multi-token prediction."""
+    layer = cfg.num_dense_layers + moe_layer
+    return layer, f"layers.{layer}" if layer < cfg.num_layers else "mtp.block"
+
+
+def expert_specs(cfg: ModelConfig, moe_layer: int) -> list[ParamSpec]:
+    """Gate, up and down [F, D], [F, D], [D, F] of each routed expert of one MoE layer."""
+    layer, at = layer_path(cfg, moe_layer)
+    wide, back = (cfg.expert_hidden, cfg.hidden_size), (cfg.hidden_size, cfg.expert_hidden)
+    kinds = (("gate", wide, inward(cfg)), ("up", wide, inward(cfg)), ("down", back, outward(cfg)))
+    return [
+        ParamSpec(
+            f"{at}.moe.experts.{expert}.{name}", shape, std=init.std, layer=layer, expert=expert, moe_layer=moe_layer
+        )
+        for expert in range(cfg.num_experts)
+        for name, shape, init in kinds
+    ]
 
 
 def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
-    """Every parameter in model order: embedding, layers (attention, then feed-forward or MoE), final norm, head."""
-    std, back_std = cfg.init_std, cfg.init_std / math.sqrt(2 * cfg.num_layers)
-    d_model = cfg.hidden_size
-    specs = [ParamSpec("embed.weight", (cfg.vocab_size, d_model), std=std)]
-    for layer in range(cfg.num_layers):
-        at = f"layers.{layer}"
-        query, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-        specs += [
-            _norm(f"{at}.attn_norm.weight", d_model, layer),
-            ParamSpec(f"{at}.attn.q.weight", (query, d_model), std=std, layer=layer),
-            ParamSpec(f"{at}.attn.k.weight", (kv, d_model), std=std, layer=layer),
-            ParamSpec(f"{at}.attn.v.weight", (kv, d_model), std=std, layer=layer),
-            ParamSpec(f"{at}.attn.o.weight", (d_model, query), std=back_std, layer=layer),
-            _norm(f"{at}.ffn_norm.weight", d_model, layer),
-        ]
-        if layer < cfg.num_dense_layers:
-            specs += _swiglu(f"{at}.mlp", d_model, cfg.dense_hidden, layer, std, back_std)
-        else:
-            specs += _moe(cfg, layer, std, back_std)
-    return (*specs, _norm("norm.weight", d_model, None), ParamSpec("head.weight", (cfg.vocab_size, d_model), std=std))
+    """Every parameter and persistent buffer in model order."""
+    from elastic_moe.model.transformer import Transformer  # which initialises itself with this module
+
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    specs: list[ParamSpec] = []
+    for path, module in model.named_modules():
+        moe_layer = getattr(module, "moe_layer", None)
+        if moe_layer is not None:
+            specs += expert_specs(cfg, moe_layer)
+        if isinstance(module, Layer):
+            layer = _layer_of(cfg, path)
+            for name, init in module.inits.items():
+                shape = tuple(getattr(module, name).shape)
+                index = None if layer is None or init.optimizer == "adamw" else layer - cfg.num_dense_layers
+                specs.append(
+                    ParamSpec(f"{path}.{name}", shape, **dataclasses.asdict(init), layer=layer, moe_layer=index)
+                )
+    return tuple(specs)
 
 
-def _norm(name: str, width: int, layer: int | None) -> ParamSpec:
-    return ParamSpec(name, (width,), init="ones", decay=False, layer=layer)
-
-
-def _swiglu(at: str, d_model: int, hidden: int, layer: int, std: float, back_std: float) -> list[ParamSpec]:
-    return [
-        ParamSpec(f"{at}.gate.weight", (hidden, d_model), std=std, layer=layer),
-        ParamSpec(f"{at}.up.weight", (hidden, d_model), std=std, layer=layer),
-        ParamSpec(f"{at}.down.weight", (d_model, hidden), std=back_std, layer=layer),
-    ]
-
-
-def _moe(cfg: ModelConfig, layer: int, std: float, back_std: float) -> list[ParamSpec]:
-    at, moe_layer = f"layers.{layer}.moe", layer - cfg.num_dense_layers
-    d_model, hidden, num_experts = cfg.hidden_size, cfg.expert_hidden, cfg.num_experts
-    specs = [
-        ParamSpec(f"{at}.router.weight", (num_experts, d_model), std=std, layer=layer),
-        ParamSpec(
-            f"{at}.router.bias",
-            (num_experts,),
-            init="zeros",
-            optimizer="bias",
-            decay=False,
-            layer=layer,
-            moe_layer=moe_layer,
-        ),
-    ]
-    if cfg.num_shared_experts:
-        specs += _swiglu(f"{at}.shared", d_model, hidden * cfg.num_shared_experts, layer, std, back_std)
-    shapes = (("gate", (hidden, d_model), std), ("up", (hidden, d_model), std), ("down", (d_model, hidden), back_std))
-    for expert in range(num_experts):
-        specs += [
-            ParamSpec(
-                f"{at}.experts.{expert}.{name}", shape, std=spread, layer=layer, expert=expert, moe_layer=moe_layer
-            )
-            for name, shape, spread in shapes
-        ]
-    return specs
+def _layer_of(cfg: ModelConfig, path: str) -> int | None:
+    if path.startswith("mtp."):
+        return cfg.num_layers
+    found = re.match(r"layers\.(\d+)\.", path)
+    return int(found[1]) if found else None
 
 
 def init_param(spec: ParamSpec, seed: int) -> torch.Tensor:
@@ -88,7 +78,14 @@ def init_param(spec: ParamSpec, seed: int) -> torch.Tensor:
         return torch.zeros(spec.shape)
     if spec.init == "ones":
         return torch.ones(spec.shape)
-    assert spec.init == "normal", spec.init
+    if spec.init == "values":
+        return torch.tensor(spec.values, dtype=torch.float32).view(spec.shape)
     digest = hashlib.sha256(f"{seed}:{spec.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    if spec.init == "experts":
+        rows, width = spec.shape
+        sizes = [min(_ROWS, rows - start) for start in range(0, rows, _ROWS)]
+        picks = [torch.rand((size, spec.bound), generator=generator).topk(width, dim=1).indices for size in sizes]
+        return torch.cat(picks).float()
+    assert spec.init == "normal", spec.init
     return torch.randn(spec.shape, generator=generator, dtype=torch.float32).mul_(spec.std)

@@ -119,7 +119,7 @@ class ExpertParallel:
         grid: Grid | None = None,
     ) -> None:
         self._group, self._placement, self._rank, self._speeds = group, placement, rank, speeds
-        self._grid = grid
+        self._grid, self._limit = grid, cfg.swiglu_limit
         self._span = placement.slots_of(rank)
         self.num_layers, self.num_experts = placement.expert_of_slot.shape[0], cfg.num_experts
         slots = self._span.stop - self._span.start
@@ -186,9 +186,9 @@ class ExpertParallel:
     def _compute(self, moe_layer: int, rows_MD: torch.Tensor, here_RS: NDArray[np.int64]) -> torch.Tensor:
         weights = self._slots[moe_layer]
         if self._grid is None:
-            return grouped_swiglu(rows_MD, torch.from_numpy(here_RS.sum(axis=0)), *weights)
+            return grouped_swiglu(rows_MD, torch.from_numpy(here_RS.sum(axis=0)), *weights, self._limit)
         pieces = [(slot, int(rows)) for slot, rows_R in enumerate(here_RS.T) for rows in rows_R]
-        return pieces_swiglu(rows_MD, pieces, weights, self._grads[moe_layer], self._grid)
+        return pieces_swiglu(rows_MD, pieces, weights, self._grads[moe_layer], self._grid, self._limit)
 
     def _count(self, split_RP: NDArray[np.int64]) -> None:
         tokens_R = self._per_rank(split_RP.sum(axis=0))

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from elastic_moe.model.layers import swiglu
 
 RANGE_BITS = 8  # elements of the mean gradient up to 2**7 are summed exactly; AdamW normalises far smaller ones
 
@@ -47,37 +48,54 @@ class _Pieces(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_MD: torch.Tensor, pieces: list[tuple[int, int]], weights: Weights, sums: Weights, grid: Grid
+        ctx: Any,
+        x_MD: torch.Tensor,
+        pieces: list[tuple[int, int]],
+        weights: Weights,
+        sums: Weights,
+        grid: Grid,
+        limit: float,
     ) -> torch.Tensor:
         # Every operand is a copy of its own: BLAS may choose its kernel by a pointer's alignment.
         xs = [x.clone() for x in x_MD.split([rows for _, rows in pieces])]
         w_gate_SFD, w_up_SFD, w_down_SDF = weights
         hidden = [(x @ w_gate_SFD[slot].T, x @ w_up_SFD[slot].T) for x, (slot, _) in zip(xs, pieces, strict=True)]
-        out = [(F.silu(gate) * up) @ w_down_SDF[slot].T for (gate, up), (slot, _) in zip(hidden, pieces, strict=True)]
-        ctx.saved = (xs, hidden, pieces, weights, sums, grid)
+        out = [
+            swiglu(gate, up, limit) @ w_down_SDF[slot].T for (gate, up), (slot, _) in zip(hidden, pieces, strict=True)
+        ]
+        ctx.saved = (xs, hidden, pieces, weights, sums, grid, limit)
         return torch.cat(out) if out else x_MD.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        xs, hidden, pieces, (w_gate_SFD, w_up_SFD, w_down_SDF), sums, grid = ctx.saved
+    def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+        xs, hidden, pieces, (w_gate_SFD, w_up_SFD, w_down_SDF), sums, grid, limit = ctx.saved
         back: list[torch.Tensor] = []
         grads = grad_MD.split([rows for _, rows in pieces])
         for dy, x, (gate, up), (slot, _) in zip(grads, xs, hidden, pieces, strict=True):
             dy = dy.clone()
+            open_gate, open_up = 1.0, 1.0
+            if limit:
+                open_gate, open_up = gate <= limit, up.abs() <= limit
+                gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
             sigmoid = torch.sigmoid(gate)
             act = gate * sigmoid
             dh = dy @ w_down_SDF[slot]
-            d_gate = dh * up * (sigmoid + act * (1 - sigmoid))
-            d_up = dh * act
+            d_gate = dh * up * (sigmoid + act * (1 - sigmoid)) * open_gate
+            d_up = dh * act * open_up
             for total, part in zip(sums, (d_gate.T @ x, d_up.T @ x, dy.T @ (act * up)), strict=True):
                 grid.add(total[slot], part)
             back.append(d_gate @ w_gate_SFD[slot] + d_up @ w_up_SFD[slot])
-        return torch.cat(back) if back else grad_MD.clone(), None, None, None, None
+        return torch.cat(back) if back else grad_MD.clone(), None, None, None, None, None
 
 
 def pieces_swiglu(
-    x_MD: torch.Tensor, pieces: Sequence[tuple[int, int]], weights: Weights, sums: Weights, grid: Grid
+    x_MD: torch.Tensor,
+    pieces: Sequence[tuple[int, int]],
+    weights: Weights,
+    sums: Weights,
+    grid: Grid,
+    limit: float = 0.0,
 ) -> torch.Tensor:
     """Twin of `grouped_swiglu` that computes each piece by itself.
 
@@ -87,6 +105,7 @@ def pieces_swiglu(
         weights: (gate [S, F, D], up [S, F, D], down [S, D, F]).
         sums: fp64 tensors of the same shapes, to which the backward pass adds the weights' gradients.
         grid: of the sums.
+        limit: clamp of the SwiGLU's inputs; 0 for none.
 
     Returns:
         y_MD in the dtype of x. Under autocast the products run in autocast's dtype.
@@ -95,4 +114,4 @@ def pieces_swiglu(
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
     used = [(slot, rows) for slot, rows in pieces if rows]
     cast = tuple(w.detach().to(compute) for w in weights)
-    return _Pieces.apply(x_MD.to(compute), used, cast, sums, grid).to(dtype)
+    return _Pieces.apply(x_MD.to(compute), used, cast, sums, grid, limit).to(dtype)

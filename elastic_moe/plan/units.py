@@ -39,7 +39,7 @@ def build_units(specs: Sequence[ParamSpec], max_unit_elements: int) -> tuple[Uni
 def _dense_units(spec: ParamSpec, max_unit_elements: int) -> list[Unit]:
     """One unit, or even blocks of whole rows."""
     numel = spec.numel
-    if max_unit_elements <= 0 or numel <= max_unit_elements or spec.optimizer != "adamw" or not spec.shape:
+    if max_unit_elements <= 0 or numel <= max_unit_elements or spec.optimizer == "bias" or not spec.shape:
         return [_dense_unit(spec, spec.name, 0, numel)]
     num_rows = spec.shape[0]
     row_numel = numel // num_rows

@@ -69,9 +69,12 @@ class Layout:
         mirrors = ownership.mirrors
         self.mirror_out = [[u for u in trainable if primary[u] == rank and d in mirrors[u]] for d in world]
         self.mirror_in = [[u for u in trainable if primary[u] == s and rank in mirrors[u]] for s in world]
-        everything = range(len(units))
-        self.weight_out = [[u for u in everything if primary[u] == rank and computes(d, units[u])] for d in world]
-        self.weight_in = [[u for u in everything if primary[u] == s and computes(rank, units[u])] for s in world]
+        moving = [u for u, unit in enumerate(units) if unit.optimizer != "frozen"]
+        frozen = [u for u, unit in enumerate(units) if unit.optimizer == "frozen"]
+        self.weight_out = [[u for u in moving if primary[u] == rank and computes(d, units[u])] for d in world]
+        self.weight_in = [[u for u in moving if primary[u] == s and computes(rank, units[u])] for s in world]
+        self.frozen_out = [[u for u in frozen if primary[u] == rank] for _ in world]
+        self.frozen_in = [[u for u in frozen if primary[u] == s] for s in world]
 
     def sizes(self, schedule: Sequence[Sequence[int]]) -> list[int]:
         """Elements per peer of a schedule."""
@@ -103,10 +106,14 @@ class Exchanger:
         self._layout, self._held, self._group = layout, held, group
         self._grad_dtype = next(iter(grads.dense.values())).dtype
         self._grad_windows = [w for peer in layout.grad_out for u in peer for w in layout.windows(grads, u)]
-        self._weight_windows = [w for peer in layout.weight_in for u in peer for w in layout.windows(weights, u)]
+        self._weight_windows = {
+            kind: [w for peer in getattr(layout, f"{kind}_in") for u in peer for w in layout.windows(weights, u)]
+            for kind in ("weight", "frozen")
+        }
         self._splits = {
-            name: layout.sizes(getattr(layout, name))
-            for name in ("grad_out", "grad_in", "mirror_out", "mirror_in", "weight_out", "weight_in")
+            f"{kind}_{way}": layout.sizes(getattr(layout, f"{kind}_{way}"))
+            for kind in ("grad", "mirror", "weight", "frozen")
+            for way in ("out", "in")
         }
 
     def _swap(self, kind: str, pieces: list[torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -142,13 +149,13 @@ class Exchanger:
             target.copy_(received[start : start + target.numel()])
             start += target.numel()
 
-    def publish(self) -> None:
-        """Send updated weights from primaries to every rank that computes with them."""
-        layout, held = self._layout, self._held
-        received = self._swap("weight", [held.states[u].weight for peer in layout.weight_out for u in peer])
-        if self._weight_windows:
-            pieces = received.split([w.numel() for w in self._weight_windows])
-            torch._foreach_copy_(self._weight_windows, list(pieces))
+    def publish(self, frozen: bool = False) -> None:
+        """Send updated weights from primaries to every rank that computes with them; also the frozen ones on entering a view."""
+        for kind in ("weight", "frozen") if frozen else ("weight",):
+            schedule, windows = getattr(self._layout, f"{kind}_out"), self._weight_windows[kind]
+            received = self._swap(kind, [self._held.states[u].weight for peer in schedule for u in peer])
+            if windows:
+                torch._foreach_copy_(windows, list(received.split([w.numel() for w in windows])))
 
 
 def homes_from_roles(

@@ -213,6 +213,6 @@ def _initial(unit: Unit, specs: dict[str, ParamSpec], seed: int) -> UnitState:
         whole = init_param(specs[part.param], seed).flatten()
         pieces.append(whole[part.start : part.start + part.numel])
     weight = torch.cat(pieces).float()
-    if unit.optimizer == "bias":
+    if unit.optimizer != "adamw":
         return UnitState(weight, torch.empty(0), torch.empty(0))
     return UnitState(weight, torch.zeros_like(weight), torch.zeros_like(weight))

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from elastic_moe.config.schema import ModelConfig, OptimConfig
+from elastic_moe.model.transformer import STATS
 from elastic_moe.optim.adamw import UnitState, apply_adamw, apply_bias
 from elastic_moe.plan.ownership import NONE
 from elastic_moe.types import Unit
 
-VOTE_HEAD = 8  # scalars before the loads in a packed vote
-FIELDS = {"adamw": ("weight", "m", "v"), "bias": ("weight",)}
+VOTE_HEAD = 8 + len(STATS)  # scalars before the loads in a packed vote
+FIELDS = {"adamw": ("weight", "m", "v"), "bias": ("weight",), "frozen": ("weight",)}
 
 
 def packed_numel(unit: Unit) -> int:
@@ -38,6 +39,7 @@ class VoteResult:
         balance: mean over slowest rank's expert tokens, 1 for perfect balance.
         generation, world_size: of the view that voted; world_size counts active ranks.
         load_LE: tokens routed to each expert of each MoE layer.
+        stats: sums over the ranks, by the names of `model.transformer.STATS`.
     """
 
     step: int
@@ -49,6 +51,7 @@ class VoteResult:
     generation: int
     world_size: int
     load_LE: np.ndarray
+    stats: np.ndarray
 
     @property
     def loss(self) -> float:
@@ -56,17 +59,37 @@ class VoteResult:
 
     def pack(self) -> torch.Tensor:
         head = [self.step, self.ce_sum, self.tokens, self.grad_norm, float(self.finite)]
-        head += [self.balance, self.generation, self.world_size]
+        head += [self.balance, self.generation, self.world_size, *self.stats.tolist()]
         loads = torch.from_numpy(self.load_LE.astype(np.float64)).flatten()
         return torch.cat([torch.tensor(head, dtype=torch.float64), loads])
 
     @staticmethod
     def unpack(vector: torch.Tensor, num_layers: int, num_experts: int) -> VoteResult:
-        step, ce_sum, tokens, grad_norm, finite, balance, generation, world_size = vector[:VOTE_HEAD].tolist()
+        head = vector[:VOTE_HEAD].tolist()
+        step, ce_sum, tokens, grad_norm, finite, balance, generation, world_size = head[:8]
         load_LE = vector[VOTE_HEAD:].numpy().reshape(num_layers, num_experts).copy()
         return VoteResult(
-            int(step), ce_sum, tokens, grad_norm, finite > 0, balance, int(generation), int(world_size), load_LE
+            int(step),
+            ce_sum,
+            tokens,
+            grad_norm,
+            finite > 0,
+            balance,
+            int(generation),
+            int(world_size),
+            load_LE,
+            np.array(head[8:]),
         )
+
+    def extras(self) -> dict[str, float]:
+        """Metrics that only some models have: the token after the next, the indexers, the streams."""
+        stats = dict(zip(STATS, self.stats.tolist(), strict=True))
+        extras = {name: stats[name] for name in STATS if name.startswith("gain") and stats["gain_forward"]}
+        if stats["mtp_tokens"]:
+            extras["mtp_loss"] = stats["mtp_sum"] / stats["mtp_tokens"]
+        if stats["index_sum"]:
+            extras["index_loss"] = stats["index_sum"] / max(self.tokens, 1.0)
+        return extras
 
 
 @dataclass
@@ -112,7 +135,7 @@ class HeldState:
                 held._spans[u] = (decay, start)
                 start = span.stop
         for u in indices:
-            if units[u].optimizer == "bias":
+            if units[u].optimizer != "adamw":
                 held.states[u] = UnitState(source[u].weight.clone(), torch.empty(0), torch.empty(0))
         return held
 

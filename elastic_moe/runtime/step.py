@@ -16,7 +16,7 @@ import torch
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.shards import TokenShard
-from elastic_moe.model.transformer import Transformer
+from elastic_moe.model.transformer import STATS, Transformer
 from elastic_moe.optim.schedule import lr_at
 from elastic_moe.parallel.exact import Grid
 from elastic_moe.parallel.groups import Group
@@ -137,12 +137,18 @@ class Stepper:
         experts.zero_grads()
         self.gradients.zero()
         ce_sum, tokens = 0.0, 0
+        stats = np.zeros(len(STATS))
+        late = step > config.model.mtp_switch * config.run.steps
+        mtp_weight = config.model.mtp_late_weight if late else config.model.mtp_weight
+        watch = session.shares[session.rank].start == 0 and session.rank in session.layout.view.active_ranks
         load_LE = torch.zeros((experts.num_layers, experts.num_experts), dtype=torch.int64)
         for inputs, targets in self._micro_batches(self._train, ids, session):
             with self._autocast():
-                out = self._model.loss(inputs, targets)
+                out = self._model.loss(inputs, targets, mtp_weight, watch)
+            watch = False  # the batch's first sequence: the same one at every world size
             out.loss_sum.backward()
             self.gradients.add()
+            stats += out.stats.numpy()
             ce_sum += float(out.ce_sum)
             tokens += int(out.num_tokens)
             load_LE += out.load_LE.cpu()
@@ -160,6 +166,7 @@ class Stepper:
             [
                 [ce_sum, tokens, square if np.isfinite(square) else 0.0, float(not np.isfinite(square))],
                 [float(reconfigure), float(stop)],
+                stats,
                 rank_load,
                 load_LE.numpy().astype(np.float64).ravel(),
             ]
@@ -168,7 +175,7 @@ class Stepper:
         session.group.all_reduce(result)
         total = result.numpy()
         world = session.group.world_size
-        loads = total[6 : 6 + world]
+        sums, loads, counts = np.split(total[6:], [len(STATS), len(STATS) + world])
         active = session.layout.view.active_ranks
         busiest = max(float(loads[r]) for r in active)
         grad_norm = np.float32(np.sqrt(total[2]) / max(total[1], 1.0))  # fp64 noise of the sum's order ends here
@@ -181,7 +188,8 @@ class Stepper:
             balance=float(loads.sum()) / len(active) / busiest if busiest else 1.0,
             generation=session.layout.view.generation,
             world_size=len(active),
-            load_LE=total[6 + world :].reshape(load_LE.shape).copy(),
+            load_LE=counts.reshape(load_LE.shape).copy(),
+            stats=sums.copy(),
         )
         self._fault(step, "apply")
         self.commit(held, progress, vote)
@@ -215,6 +223,7 @@ class Stepper:
                 "tokens_per_s": vote.tokens / step_s,
                 "balance": vote.balance,
                 "time": time.time(),
+                **vote.extras(),
             }
         )
 

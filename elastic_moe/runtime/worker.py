@@ -120,7 +120,7 @@ class Worker:
         specs = param_specs(config.model)
         self._specs = {spec.name: spec for spec in specs}
         self._units = build_units(specs, config.model.max_unit_elements)
-        self._shape = (config.model.num_layers - config.model.num_dense_layers, config.model.num_experts)
+        self._shape = (config.model.num_moe_layers, config.model.num_experts)
         self._model = Transformer(config.model, None).to(self._device)
         if config.elastic.reproducible:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it on GPUs
@@ -230,7 +230,7 @@ class Worker:
         weights = ComputeTensors(dense, [tuple(t.data for t in experts.slot_params(i)) for i in layers])
         gradients = ComputeTensors(self._stepper.gradients.tensors, [experts.slot_grads(i) for i in layers])
         exchanger = Exchanger(layout, weights, gradients, entered.held, group)
-        exchanger.publish()
+        exchanger.publish(frozen=True)
         whole = config.data.micro_batch if grid is not None else 1
         shares = share_of_batch(layout, config.data.global_batch, whole)
         return Session(group.rank, layout, group, exchanger, entered.held, shares), entered

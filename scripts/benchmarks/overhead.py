@@ -91,7 +91,7 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     torch.set_num_threads(config.threads)
     specs = param_specs(config.model)
     units = build_units(specs, config.model.max_unit_elements)
-    shape = (config.model.num_layers - config.model.num_dense_layers, config.model.num_experts)
+    shape = (config.model.num_moe_layers, config.model.num_experts)
     device = torch.device("cpu")
     model = Transformer(config.model, None)
     train, val = TokenShard.open(prepared.train_path), TokenShard.open(prepared.val_path)

@@ -27,10 +27,22 @@ def _config(run_dir: Path, steps: int, **elastic: int) -> TrainConfig:
     return replace(config, model=model, optim=optim, data=replace(config.data, micro_batch=2))
 
 
-def _disturb(run: LocalRun, seed: int) -> list[str]:
+def _deepseek(config: TrainConfig) -> TrainConfig:
+    """V4's attention with its indexer, streams, a hash layer, groups' successor scores, and multi-token prediction."""
+    model = replace(
+        config.model, attention="v4", residual="mhc", readout="learned", recompute=3, num_hash_layers=1, mtp_depth=1,
+        score="sqrtsoftplus", swiglu_limit=10.0, query_latent=16, output_latent=8, index_dim=8, rope_dim=4, window=8,
+        csa_rate=2, hca_rate=4, index_topk=4, layer_kinds=["sliding", "csa", "hca"][: config.model.num_layers],
+        document_mask=True, mtp_switch=1.0,
+    )  # fmt: skip
+    return replace(config, model=model)
+
+
+def _disturb(run: LocalRun, seed: int, events: int = EVENTS) -> list[str]:
     """Kill, drain and add workers at random, one at a time. Returns what was done."""
     dice, living, done = random.Random(seed), list(run.processes), []
-    while len(done) < EVENTS:
+    run.wait_step(2)  # a drain before its worker is known has no effect
+    while len(done) < events:
         kinds = ["join"] * (len(living) < MOST) + ["kill", "drain"] * (len(living) > FEWEST)
         kind = dice.choice(kinds)
         if kind == "join":
@@ -61,6 +73,21 @@ def test_disturbed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path: Path) ->
     assert {kind.split()[0] for kind in done} == {"kill", "drain", "join"}
     assert disturbed == undisturbed
     assert disturbed[-1] < disturbed[0] - 0.5
+
+
+def test_the_whole_model_family_in_one_disturbed_run(tmp_path: Path) -> None:
+    with LocalRun(_deepseek(_config(tmp_path / "a" / "run", 100_000, max_workers=MOST)), 3, nodes=2) as run:
+        _disturb(run, seed=5, events=4)
+        run.server.submit({"event": "stop", "reason": "enough"})
+        run.wait_end()
+        disturbed, records = run.losses(), run.records()
+    with LocalRun(_deepseek(_config(tmp_path / "b" / "run", len(disturbed))), 1) as run:
+        run.wait_end()
+        assert run.losses() == disturbed
+        for key in ("mtp_loss", "index_loss", "gain_forward", "gain_backward", "gain_backward_min"):
+            alone = [r[key] for r in run.records()]
+            assert alone == pytest.approx([r[key] for r in records], rel=1e-5), key
+    assert disturbed[-1] < disturbed[0]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 6, 7])

@@ -1,156 +1,229 @@
-"""Parity with transformers, same weights: GLM-4-MoE is this very architecture; DeepSeek-V3 and Llama check parts."""
+"""Parity with transformers on tiny random models of each family: logits, every gradient, and the way there and back.
+
+Everything that starts at zero or one there (biases, gains, sinks, position biases, mixing coefficients) is made random
+first, so that nothing hides; hash tables are filled with distinct experts.
+"""
 
 from __future__ import annotations
 
-import re
+import itertools
+import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.attention import Attention, rope_tables
-from elastic_moe.model.experts import LocalExperts
-from elastic_moe.model.moe import MoE
-from elastic_moe.model.transformer import Transformer
+from elastic_moe.errors import UserError
+from elastic_moe.model.hf import FAMILIES, INDEX, HFCheckpoint, load_model, named_tensors, read_fields, write_checkpoint
+from elastic_moe.model.hf_families import swap_streams
+from elastic_moe.model.params import param_specs
 
-pytest.importorskip("transformers")
-CFG = ModelConfig(
-    vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, num_dense_layers=1,
-    dense_hidden=48, num_experts=8, experts_per_token=3, expert_hidden=16, num_shared_experts=2, routed_scaling=1.7,
-    seq_balance_weight=0.0, init_std=0.2, rope_theta=5000.0, norm_eps=1e-5,
-)  # fmt: skip
+transformers = pytest.importorskip("transformers")
+SEEDS = range(6)
 
 
-def build() -> tuple[Transformer, LocalExperts]:
-    experts = LocalExperts(CFG, seed=3)
-    model = Transformer(CFG, experts)
-    model.initialize(3)
-    generator = torch.Generator().manual_seed(0)
+def moe_sizes(rng: random.Random, group_choices: tuple[int, ...] = (1, 2, 4)) -> dict[str, Any]:
+    groups = rng.choice(group_choices)
+    experts = groups * rng.choice([2, 3, 5])
+    kept = rng.randint(1, groups)
+    return {
+        "n_routed_experts": experts,
+        "n_group": groups,
+        "topk_group": kept,
+        "num_experts_per_tok": rng.randint(1, min(4, kept * experts // groups)),
+        "n_shared_experts": rng.randint(0, 2),
+        "routed_scaling_factor": rng.choice([1.0, 2.5]),
+        "norm_topk_prob": rng.random() < 0.7,
+    }
+
+
+def base_sizes(rng: random.Random) -> dict[str, Any]:
+    layers = rng.randint(2, 3)
+    return {
+        "vocab_size": rng.choice([53, 64]), "hidden_size": rng.choice([20, 33, 48]), "num_hidden_layers": layers,
+        "first_k_dense_replace": rng.randint(0, layers - 1), "intermediate_size": rng.choice([24, 35]),
+        "moe_intermediate_size": rng.choice([7, 12, 16]), "num_attention_heads": rng.choice([2, 3, 4]),
+        "rms_norm_eps": rng.choice([1e-6, 1e-5]), "initializer_range": 0.2, "max_position_embeddings": 64,
+    }  # fmt: skip
+
+
+def rope(rng: random.Random, mscale: bool) -> dict[str, Any]:
+    if rng.random() < 0.5:
+        return {"rope_type": "default", "rope_theta": 5000.0}
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    return yarn | ({"mscale": 0.7, "mscale_all_dim": 1.0} if mscale and rng.random() < 0.7 else {})
+
+
+def v3(rng: random.Random) -> Any:
+    return transformers.DeepseekV3Config(
+        **base_sizes(rng), **moe_sizes(rng), q_lora_rank=rng.choice([None, 12]), kv_lora_rank=rng.choice([9, 16]),
+        qk_nope_head_dim=rng.choice([5, 8]), qk_rope_head_dim=rng.choice([2, 6]), v_head_dim=rng.choice([4, 11]),
+        attention_bias=rng.random() < 0.5, rope_interleave=rng.random() < 0.7, rope_parameters=rope(rng, True),
+        num_mtp_layers=0, num_key_value_heads=None,
+    )  # fmt: skip
+
+
+def glm4(rng: random.Random) -> Any:
+    heads = {"num_key_value_heads": 1, "head_dim": rng.choice([4, 10]), "use_qk_norm": rng.random() < 0.5}
+    turn = {**rope(rng, False), "partial_rotary_factor": 1.0}
+    return transformers.Glm4MoeConfig(
+        **base_sizes(rng), **moe_sizes(rng), **heads, rope_parameters=turn, partial_rotary_factor=1.0, num_mtp_layers=0
+    )
+
+
+def qwen3(rng: random.Random) -> Any:
+    sizes = base_sizes(rng)
+    heads = sizes.pop("num_attention_heads")
+    return transformers.Qwen3MoeConfig(
+        **{k: v for k, v in sizes.items() if k != "first_k_dense_replace"}, num_attention_heads=2 * heads,
+        num_key_value_heads=heads, head_dim=rng.choice([4, 10]), num_experts=rng.choice([5, 8]),
+        num_experts_per_tok=rng.randint(1, 4), norm_topk_prob=rng.random() < 0.5, attention_bias=rng.random() < 0.5,
+        mlp_only_layers=list(range(sizes["first_k_dense_replace"])), rope_parameters=rope(rng, False),
+    )  # fmt: skip
+
+
+def v4(rng: random.Random) -> Any:
+    sizes = base_sizes(rng)
+    kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
+    layers = sizes["num_hidden_layers"]
+    hashed = rng.randint(0, layers)
+    groups = rng.choice([1, 2])
+    compress = rope(rng, False)
+    if compress["rope_type"] == "yarn":
+        compress["attention_factor"] = 1.0
+    partial = {"partial_rotary_factor": 0.5}
+    return transformers.DeepseekV4Config(
+        vocab_size=sizes["vocab_size"], hidden_size=sizes["hidden_size"], num_hidden_layers=layers,
+        moe_intermediate_size=sizes["moe_intermediate_size"], num_attention_heads=2 * groups,
+        rms_norm_eps=sizes["rms_norm_eps"], initializer_range=0.2, max_position_embeddings=64, head_dim=12,
+        q_lora_rank=14, n_routed_experts=rng.choice([6, 9]), num_experts_per_tok=rng.randint(1, 4),
+        scoring_func=rng.choice(["sqrtsoftplus", "sigmoid"]), routed_scaling_factor=1.5,
+        layer_types=rng.sample(kinds, layers), mlp_layer_types=["hash_moe"] * hashed + ["moe"] * (layers - hashed),
+        compress_rates={kinds[1]: rng.choice([2, 4]), kinds[2]: 8}, hc_mult=rng.choice([2, 4]),
+        hc_sinkhorn_iters=rng.choice([3, 20]), swiglu_limit=rng.choice([0.5, 10.0]), sliding_window=7,
+        o_groups=groups, o_lora_rank=6, index_n_heads=3, index_head_dim=10, index_topk=64,
+        rope_parameters={"main": {"rope_type": "default", "rope_theta": 10000.0, **partial}, "compress": {**compress, **partial}},
+        partial_rotary_factor=0.5, attn_implementation="eager",
+    )  # fmt: skip
+
+
+CONFIGS = {"deepseek_v3": v3, "deepseek_v4": v4, "qwen3_moe": qwen3, "glm4_moe": glm4}
+CASES = list(itertools.product(CONFIGS, SEEDS))
+
+
+def oracle(kind: str, seed: int) -> Any:
+    """A tiny random model of transformers in which nothing is zero or one."""
+    torch.manual_seed(seed)
+    config = CONFIGS[kind](random.Random(f"{kind}{seed}"))
+    model = getattr(transformers, FAMILIES[kind].architecture)(config).float().eval()
+    model.set_experts_implementation("eager")  # grouped_mm refuses odd widths
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if "norm" in name or name.endswith("bias"):  # so that they matter
-                tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.2)
-    return model, experts
+            if name.endswith("tid2eid"):
+                rows = [torch.randperm(config.n_routed_experts)[: tensor.shape[1]] for _ in range(len(tensor))]
+                tensor.copy_(torch.stack(rows))
+            elif "inv_freq" not in name and tensor.ndim == 1:
+                tensor.add_(torch.randn_like(tensor) * 0.3)
+            elif name.endswith("position_bias"):
+                tensor.copy_(torch.randn_like(tensor))
+    return model
 
 
-GLM_NAMES = {  # regular expression on our name -> replacement; the first that matches ends it
-    r"^head\.weight$": "lm_head.weight",
-    r"^embed\.": "model.embed_tokens.",
-    r"^norm\.": "model.norm.",
-    r"^layers\.(\d+)\.attn_norm\.": r"model.layers.\1.input_layernorm.",
-    r"^layers\.(\d+)\.ffn_norm\.": r"model.layers.\1.post_attention_layernorm.",
-    r"^layers\.(\d+)\.attn\.(\w)\.": r"model.layers.\1.self_attn.\2_proj.",
-    r"^layers\.(\d+)\.mlp\.(\w+)\.": r"model.layers.\1.mlp.\2_proj.",
-    r"^layers\.(\d+)\.moe\.router\.bias$": r"model.layers.\1.mlp.gate.e_score_correction_bias",
-    r"^layers\.(\d+)\.moe\.router\.": r"model.layers.\1.mlp.gate.",
-    r"^layers\.(\d+)\.moe\.shared\.(\w+)\.": r"model.layers.\1.mlp.shared_experts.\2_proj.",
-}
+def save(model: Any, where: Path) -> Path:
+    model.save_pretrained(where, max_shard_size="40KB")
+    return where
 
 
-def glm_name(name: str) -> str:
-    """Our dense parameter's name in Glm4MoeForCausalLM."""
-    return next(re.sub(ours, theirs, name) for ours, theirs in GLM_NAMES.items() if re.match(ours, name))
+@pytest.mark.parametrize(("kind", "seed"), CASES)
+def test_logits_and_gradients(kind: str, seed: int, tmp_path: Path) -> None:
+    """Logits within 1e-5 and every parameter's gradient within 1e-4, relative to their size."""
+    theirs = oracle(kind, seed)
+    directory = save(theirs, tmp_path / "hf")
+    cfg, model, experts = load_model(directory, seq_balance_weight=0.0, index_loss_weight=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    tokens, targets = torch.randint(0, cfg.vocab_size, (2, 2, 24), generator=generator)
+    expected = theirs(tokens, use_cache=False).logits
+    size = expected.abs().max()
+    assert (model(tokens) - expected).abs().max() <= 1e-5 * max(1.0, float(size))
+
+    out = model.loss(tokens, targets)
+    loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert float(out.ce_sum) == pytest.approx(float(loss), rel=1e-5)
+    out.loss_sum.backward()
+    theirs.zero_grad()
+    loss.backward()
+    with torch.no_grad():  # their gradients, as a checkpoint, read like weights
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    expected_grads = HFCheckpoint(save(theirs, tmp_path / "grads"), cfg)
+    ours = {name: p.grad for name, p in model.named_parameters()} | experts.named_views(of_grad=True)
+    largest = max(float(g.abs().max()) for g in ours.values() if g is not None)
+    for spec in param_specs(cfg):
+        if spec.optimizer == "adamw":
+            expected_grad, grad = expected_grads.read(spec), ours[spec.name]
+            assert expected_grad is not None and grad is not None
+            bound = 1e-4 * float(expected_grad.abs().max()) + 1e-6 * largest
+            assert (grad - expected_grad).abs().max() <= bound, spec.name
 
 
-def test_whole_model_equals_glm4_moe() -> None:
-    """Logits and the gradient of every parameter."""
-    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
-
-    hf_config = Glm4MoeConfig(
-        vocab_size=CFG.vocab_size, hidden_size=CFG.hidden_size, intermediate_size=CFG.dense_hidden,
-        num_hidden_layers=CFG.num_layers, num_attention_heads=CFG.num_heads, num_key_value_heads=CFG.num_kv_heads,
-        head_dim=CFG.head_dim, moe_intermediate_size=CFG.expert_hidden, num_experts_per_tok=CFG.experts_per_token,
-        n_shared_experts=CFG.num_shared_experts, n_routed_experts=CFG.num_experts, n_group=1, topk_group=1,
-        routed_scaling_factor=CFG.routed_scaling, first_k_dense_replace=CFG.num_dense_layers, norm_topk_prob=True,
-        use_qk_norm=False, attention_bias=False, rms_norm_eps=CFG.norm_eps, num_mtp_layers=0,
-        rope_parameters={"rope_type": "default", "rope_theta": CFG.rope_theta, "partial_rotary_factor": 1.0},
-        attn_implementation="eager", experts_implementation="eager",
-    )  # fmt: skip
-    oracle = Glm4MoeForCausalLM(hf_config).float()
-    model, experts = build()
-    ours = dict(model.named_parameters()) | dict(model.named_buffers())
-    state = {glm_name(name): tensor.detach() for name, tensor in ours.items()}
-    for i in range(experts.num_layers):
-        gate, up, down = experts.slot_params(i)
-        at = f"model.layers.{i + CFG.num_dense_layers}.mlp.experts"
-        state[f"{at}.gate_up_proj"] = torch.cat([gate, up], dim=1).detach()
-        state[f"{at}.down_proj"] = down.detach()
-    oracle.load_state_dict(state)
-
-    generator = torch.Generator().manual_seed(1)
-    tokens, targets = torch.randint(0, CFG.vocab_size, (2, 3, 20), generator=generator)
-    torch.testing.assert_close(model(tokens), oracle(tokens).logits, rtol=1e-4, atol=1e-4)
-
-    model.loss(tokens, targets).loss_sum.backward()
-    logits = oracle(tokens).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-    theirs = dict(oracle.named_parameters())
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs[glm_name(name)].grad, rtol=1e-3, atol=1e-3, msg=name)
-    for i in range(experts.num_layers):
-        gate, up, down = (p.grad for p in experts.slot_params(i))
-        at = f"model.layers.{i + CFG.num_dense_layers}.mlp.experts"
-        assert gate is not None and up is not None
-        expected = theirs[f"{at}.gate_up_proj"].grad
-        torch.testing.assert_close(torch.cat([gate, up], dim=1), expected, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(down, theirs[f"{at}.down_proj"].grad, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize(("kind", "seed"), CASES)
+def test_there_and_back_is_bit_equal(kind: str, seed: int, tmp_path: Path) -> None:
+    theirs = oracle(kind, seed)
+    cfg, model, experts = load_model(save(theirs, tmp_path / "hf"))
+    tensors = named_tensors(model, experts)
+    left = write_checkpoint(tmp_path / "back", cfg, lambda spec: tensors[spec.name], 64, shard_bytes=20_000)
+    assert left == [] and (tmp_path / "back" / INDEX).exists()
+    again, report = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    before, after = theirs.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    tokens = torch.randint(0, cfg.vocab_size, (1, 24), generator=torch.Generator().manual_seed(1))
+    for model_of_theirs in (theirs, again):
+        model_of_theirs.set_attn_implementation("eager")
+        model_of_theirs.set_experts_implementation("eager")
+    assert torch.equal(theirs(tokens, use_cache=False).logits, again(tokens, use_cache=False).logits)
 
 
-def test_moe_layer_equals_deepseek_v3() -> None:
-    from transformers import DeepseekV3Config
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
-
-    hf_config = DeepseekV3Config(
-        hidden_size=CFG.hidden_size, moe_intermediate_size=CFG.expert_hidden, n_routed_experts=CFG.num_experts,
-        n_shared_experts=CFG.num_shared_experts, num_experts_per_tok=CFG.experts_per_token, n_group=1, topk_group=1,
-        norm_topk_prob=True, routed_scaling_factor=CFG.routed_scaling, experts_implementation="eager",
-    )  # fmt: skip
-    oracle = DeepseekV3MoE(hf_config).float()
-    model, experts = build()
-    moe = model.layers[1].moe
-    assert isinstance(moe, MoE) and moe.shared is not None
-    gate, up, down = experts.slot_params(0)
-    oracle.load_state_dict(
-        {
-            "gate.weight": moe.router.weight,
-            "gate.e_score_correction_bias": moe.router.bias,
-            "experts.gate_up_proj": torch.cat([gate, up], dim=1),
-            "experts.down_proj": down,
-            "shared_experts.gate_proj.weight": moe.shared.gate.weight,
-            "shared_experts.up_proj.weight": moe.shared.up.weight,
-            "shared_experts.down_proj.weight": moe.shared.down.weight,
-        }
-    )
-    x = torch.randn((2, 11, CFG.hidden_size), generator=torch.Generator().manual_seed(2), requires_grad=True)
-    out = moe(x, experts)
-    expected = oracle(x)
-    torch.testing.assert_close(out.y_BSD, expected, rtol=1e-4, atol=1e-5)
-    _, _, ids = oracle.gate(x)
-    assert torch.equal(out.load_E, torch.bincount(ids.flatten(), minlength=CFG.num_experts))
-    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
-    (ours,) = torch.autograd.grad((out.y_BSD * weights).sum(), x)
-    (theirs,) = torch.autograd.grad((expected * weights).sum(), x)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    unbiased = moe.router.bias.clone()
-    moe.router.bias.zero_()
-    assert not torch.equal(moe(x, experts).load_E, out.load_E), "the bias must matter in this test"
-    moe.router.bias.copy_(unbiased)
+def test_streams_are_transposed() -> None:
+    """H_res is the transpose of their matrix: the rows that make element [i, j] there make [j, i] here."""
+    n = 3
+    rows = torch.arange(2 * n + n * n)
+    swapped = swap_streams(rows)
+    assert torch.equal(swapped[: 2 * n], rows[: 2 * n])
+    for i, j in itertools.product(range(n), repeat=2):
+        assert swapped[2 * n + i * n + j] == 2 * n + j * n + i
+    assert torch.equal(swap_streams(swapped), rows)
 
 
-def test_attention_equals_llama() -> None:
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+def test_untransposed_streams_are_seen(tmp_path: Path) -> None:
+    """The parity test can fail: without the transposition the logits differ."""
+    theirs = oracle("deepseek_v4", 0)
+    cfg, model, experts = load_model(save(theirs, tmp_path / "hf"))
+    tokens = torch.randint(0, cfg.vocab_size, (1, 24), generator=torch.Generator().manual_seed(1))
+    before = model(tokens)
+    for name, tensor in named_tensors(model, experts).items():
+        if name.endswith(("_mix.proj", "_mix.base")):
+            tensor.copy_(swap_streams(tensor))
+    assert (model(tokens) - before).abs().max() > 1e-3
 
-    hf_config = LlamaConfig(
-        hidden_size=CFG.hidden_size, num_attention_heads=CFG.num_heads, num_key_value_heads=CFG.num_kv_heads,
-        head_dim=CFG.head_dim, rope_parameters={"rope_type": "default", "rope_theta": CFG.rope_theta},
-        attn_implementation="eager",
-    )  # fmt: skip
-    oracle, attention = LlamaAttention(hf_config, layer_idx=0).float(), Attention(CFG)
-    oracle.load_state_dict({f"{name[0]}_proj.weight": tensor for name, tensor in attention.state_dict().items()})
-    x = torch.randn((2, 13, CFG.hidden_size), generator=torch.Generator().manual_seed(2))
-    positions = torch.arange(13).expand(2, -1)
-    mask = torch.full((13, 13), float("-inf")).triu(1).expand(2, 1, -1, -1)
-    expected, _ = oracle(x, position_embeddings=LlamaRotaryEmbedding(hf_config)(x, positions), attention_mask=mask)
-    tables = rope_tables(13, CFG.head_dim, CFG.rope_theta, x.device)
-    torch.testing.assert_close(attention(x, *tables), expected, rtol=1e-5, atol=1e-6)
+
+def test_what_is_missing_or_strange_is_named(tmp_path: Path) -> None:
+    theirs = oracle("deepseek_v3", 0)
+    directory = save(theirs, tmp_path / "hf")
+    fields = read_fields(directory)
+    from elastic_moe.config.schema import ModelConfig
+
+    with pytest.raises(UserError, match="embed_tokens.weight is"):
+        HFCheckpoint(directory, ModelConfig(**{**fields, "vocab_size": 99}))
+    with pytest.raises(UserError, match="no place for"):
+        HFCheckpoint(directory, ModelConfig(**{**fields, "num_shared_experts": 0, "num_layers": 1}))
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        read_fields(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="model_type 'llama'"):
+        read_fields(tmp_path)
+    with pytest.raises(UserError, match=r"model.residual=mhc .* deepseek_v3"):
+        write_checkpoint(tmp_path / "x", ModelConfig(attention="mla", residual="mhc"), lambda _: torch.empty(0), 8)

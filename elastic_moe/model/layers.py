@@ -1,0 +1,131 @@
+"""The small layers, which say how their parameters begin.
+
+A parameter is declared once, where it is used, with its initial value and its optimizer; `params.param_specs` reads the
+declarations off a model on the meta device. So the list that ownership, checkpoints and recovery deal in cannot
+disagree with the model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from elastic_moe.config.schema import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Init:
+    """How a parameter begins and is trained; the fields are those of `types.ParamSpec`."""
+
+    init: str = "normal"
+    std: float = 0.02
+    values: tuple[float, ...] = ()
+    bound: int = 0
+    optimizer: str = "adamw"
+    decay: bool = True
+
+
+def inward(cfg: ModelConfig) -> Init:
+    """Of matrices that read the residual stream."""
+    return Init(std=cfg.init_std)
+
+
+def outward(cfg: ModelConfig) -> Init:
+    """Of projections back into the residual stream: GPT-2's depth scaling (Radford et al. 2019, section 2.3)."""
+    return Init(std=cfg.init_std / math.sqrt(2 * cfg.num_layers))
+
+
+def constant(value: float) -> Init:
+    """Zeros or ones, without weight decay."""
+    return Init(init={0.0: "zeros", 1.0: "ones"}[value], decay=False)
+
+
+class Layer(nn.Module):
+    """A module whose own parameters and buffers are declared.
+
+    Attributes:
+        inits: name -> how it begins.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inits: dict[str, Init] = {}
+
+    def declare(self, name: str, shape: tuple[int, ...], init: Init) -> None:
+        """Register a parameter, or a buffer where no gradient trains it."""
+        tensor = torch.zeros(shape) if init.optimizer != "adamw" else torch.empty(shape)
+        if init.optimizer == "adamw":
+            self.register_parameter(name, nn.Parameter(tensor))
+        else:
+            self.register_buffer(name, tensor)
+        self.inits[name] = init
+
+
+class Linear(Layer):
+    """y = x W^T (+ b); weight [out, in]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, width_in: int, width_out: int, init: Init, bias: bool = False) -> None:
+        super().__init__()
+        self.declare("weight", (width_out, width_in), init)
+        if bias:
+            self.declare("bias", (width_out,), constant(0.0))
+        else:
+            self.bias = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(Layer):
+    """Root mean square normalisation of the last axis with a gain (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    weight: torch.Tensor
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self._eps = eps
+        self.declare("weight", (width,), constant(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self._eps)
+
+
+class Embedding(Layer):
+    """Rows of weight [V, D] by token id."""
+
+    weight: torch.Tensor
+
+    def __init__(self, vocab_size: int, width: int, init: Init) -> None:
+        super().__init__()
+        self.declare("weight", (vocab_size, width), init)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+    """silu(gate) * up; with a limit, gate is clamped from above and up on both sides (DeepSeek-V4, section 2.1)."""
+    if limit:
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return F.silu(gate) * up
+
+
+class SwiGLU(nn.Module):
+    """down(swiglu(gate(x), up(x))), without biases."""
+
+    def __init__(self, cfg: ModelConfig, hidden: int) -> None:
+        super().__init__()
+        self._limit = cfg.swiglu_limit
+        self.gate = Linear(cfg.hidden_size, hidden, inward(cfg))
+        self.up = Linear(cfg.hidden_size, hidden, inward(cfg))
+        self.down = Linear(hidden, cfg.hidden_size, outward(cfg))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(swiglu(self.gate(x), self.up(x), self._limit))

@@ -1,0 +1,63 @@
+"""Sinkhorn-Knopp: positive matrices to doubly stochastic ones, differentiably.
+
+Source: mHC (arXiv 2512.24880, equation 9): M_0 = exp(z), then M_t = rows(columns(M_{t-1})), so rows sum to 1 exactly and what the
+iterations leave undone shows in the columns. The first column normalisation of exp(z) is a softmax, which cannot overflow.
+
+With `eps` the steps are those of transformers' DeepSeek-V4, whose matrix is this one transposed: eps is added to the first softmax and to every
+later sum. The backward pass is that of the unrolled iterations, from iterates made again; only z is saved.
+
+Shapes: ... any, n streams; element [i, j] leads from stream j to stream i.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+ROWS, COLUMNS = -1, -2  # the axis that a normalisation sums over
+
+
+def _steps(iters: int) -> list[int]:
+    """The normalisations after the first softmax over columns."""
+    return [ROWS, *([COLUMNS, ROWS] * (iters - 1))]
+
+
+def iterate(z: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
+    """The doubly stochastic matrix of the logits z [..., n, n]."""
+    matrix = z.softmax(dim=COLUMNS) + eps
+    for axis in _steps(iters):
+        matrix = matrix / (matrix.sum(dim=axis, keepdim=True) + eps)
+    return matrix
+
+
+def iterate_backward(grad: torch.Tensor, z: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
+    """Gradient by z of `iterate`, given that of its result."""
+    soft = z.softmax(dim=COLUMNS)
+    matrix, trail = soft + eps, []
+    for axis in _steps(iters):
+        total = matrix.sum(dim=axis, keepdim=True) + eps
+        matrix = matrix / total
+        trail.append((matrix, total, axis))
+    for matrix, total, axis in reversed(trail):
+        grad = (grad - (grad * matrix).sum(dim=axis, keepdim=True)) / total
+    return soft * (grad - (grad * soft).sum(dim=COLUMNS, keepdim=True))
+
+
+class _Sinkhorn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(z)
+        ctx.settings = (iters, eps)
+        return iterate(z, iters, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return iterate_backward(grads[0], *ctx.saved_tensors, *ctx.settings), None, None
+
+
+def sinkhorn(z: torch.Tensor, iters: int, eps: float = 0.0) -> torch.Tensor:
+    """Doubly stochastic matrices of logits z [..., n, n], fp32; differentiable once."""
+    return _Sinkhorn.apply(z, iters, eps)

@@ -42,6 +42,11 @@ def config_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
+def register_schema() -> None:
+    """Tell Hydra the typed defaults that conf/train.yaml begins with."""
+    ConfigStore.instance().store(name="schema", node=TrainConfig)
+
+
 def one_sentence(error: BaseException) -> str:
     """What a Hydra or OmegaConf error means for the user, in one sentence that names the key."""
     text = "\n".join(filter(None, (str(error), str(error.__cause__ or ""))))
@@ -81,10 +86,30 @@ def check(overrides: Sequence[str], config_name: str = "train", multirun: bool =
     try:
         with initialize_config_dir(version_base=None, config_dir=str(config_dir())):
             for job in _jobs(overrides, multirun):
-                checked.append(build(compose(config_name, overrides=job)))
+                checked.append(build(with_origin(compose(config_name, overrides=job))))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_sentence(error)) from error
     return checked
+
+
+def with_origin(config: DictConfig) -> DictConfig:
+    """The configuration with what `model.init_from` says: the model's shape, and its tokenizer where the directory has one.
+
+    Raises:
+        UserError: the directory has no model that can be expressed here.
+    """
+    origin = config.model.init_from
+    if not origin:
+        return config
+    from elastic_moe.model.hf import read_fields  # torch is imported only where it is needed
+
+    directory = Path(origin).expanduser().absolute()
+    fields: dict[str, Any] = {"model": {**read_fields(directory), "init_from": str(directory)}}
+    if (directory / "tokenizer.json").is_file() and config.data.tokenizer == TrainConfig().data.tokenizer:
+        fields["data"] = {"tokenizer": str(directory / "tokenizer.json")}
+    merged = OmegaConf.merge(config, fields)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _own_run_dir(config: DictConfig) -> None:
@@ -97,6 +122,7 @@ def _own_run_dir(config: DictConfig) -> None:
 def _run_job(config: DictConfig) -> int:
     _own_run_dir(config)
     try:
+        config = with_origin(config)
         built = build(config)
         from elastic_moe.actors.launch import launch  # Ray is imported here, after everything was checked
 
@@ -125,7 +151,7 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 
 def main() -> int:
     """Run the command line; exit code 0 when every job committed its steps, 2 for a bad configuration."""
-    ConfigStore.instance().store(name="schema", node=TrainConfig)
+    register_schema()
     arguments = get_args_parser().parse_args()
     only_shows = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
     other_files = arguments.config_path or arguments.config_dir

@@ -21,7 +21,7 @@ else
     say "training undisturbed"
 fi
 code=0
-"$PYTHON" -m elastic_moe.train run.dir=runs/quickstart run.overwrite=true run.steps=200 \
+"$PYTHON" -m elastic_moe.train model=small run.dir=runs/quickstart run.overwrite=true run.steps=200 \
     "faults.kill_worker_at_step=$kill_step" ${overrides[@]+"${overrides[@]}"} || code=$?
 if [ "$code" -eq 0 ]; then
     say "done; metrics.jsonl, events.jsonl and checkpoints/ are in the run directory (default runs/quickstart)"

@@ -23,9 +23,11 @@ from elastic_moe.config.schema import (
     TrainConfig,
 )
 from elastic_moe.data.prepare import Prepared, prepare
+from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.metrics.recorder import Recorder, read_jsonl
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.units import build_units
+from elastic_moe.saved import with_tokenizer
 
 WAIT_S = 90.0
 
@@ -64,7 +66,7 @@ class LocalRun:
 
     def __init__(self, config: TrainConfig, workers: int, nodes: int = 0) -> None:
         prepared = prepare(config.data, Path(config.run.dir).parent / "cache")
-        self.config = replace(config, model=replace(config.model, vocab_size=prepared.vocab_size))
+        self.config = replace(config, model=with_tokenizer(config.model, load_tokenizer(prepared.tokenizer_path)))
         self.dir = Path(config.run.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         self._prepared, self._nodes = prepared, nodes or workers

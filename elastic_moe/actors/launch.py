@@ -29,9 +29,12 @@ from elastic_moe.actors.ray_train import ElasticTrainer
 from elastic_moe.actors.session import max_workers, ray_session, resources_per_worker, start_workers
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
+from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import UserError
 from elastic_moe.metrics.recorder import EVENTS, Tail, read_jsonl
 from elastic_moe.metrics.tracker import Tracker
+from elastic_moe.model.hf import HFCheckpoint
+from elastic_moe.saved import with_tokenizer
 
 POLL_S = 0.2
 CLOSE_TIMEOUT_S = 60.0
@@ -54,9 +57,13 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
         _check_device(config)
         _claim(config, run_dir)
         prepared = prepare(config.data, default_cache_root(config.data, run_dir))
-        config = replace(config, model=replace(config.model, vocab_size=prepared.vocab_size))
+        tokenizer = load_tokenizer(prepared.tokenizer_path)
+        config = replace(config, model=with_tokenizer(config.model, tokenizer))
+        if config.model.init_from:
+            HFCheckpoint(config.model.init_from, config.model)
         config.seal()
         (run_dir / "config.yaml").write_text(raw_yaml)
+        tokenizer.save(run_dir / "tokenizer.json")
         tracker = Tracker(config.tracking, run_dir, asdict(config))
         try:
             with ray_session(config), _signals() as stop:

@@ -82,8 +82,13 @@ def find_latest(
     return None
 
 
-def read_units(manifest: Manifest, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+def read_units(
+    manifest: Manifest, names: Sequence[str], fields: Sequence[str] = ("weight", "m", "v")
+) -> dict[str, dict[str, torch.Tensor]]:
     """State of some units.
+
+    Args:
+        fields: what of each unit is read.
 
     Returns:
         For each name: "weight", and "m" and "v" where it has them; flat tensors that the caller may change.
@@ -103,12 +108,14 @@ def read_units(manifest: Manifest, names: Sequence[str]) -> dict[str, dict[str, 
     found: dict[str, dict[str, torch.Tensor]] = {}
     for shard in manifest.shards:
         if shard.file in wanted:
-            read = lambda shard=shard: _read_shard(storage, manifest, shard, wanted[shard.file])  # noqa: E731
+            read = lambda shard=shard: _read_shard(storage, manifest, shard, wanted[shard.file], fields)  # noqa: E731
             found.update(persistent(read))
     return {name: found[name] for name in names}
 
 
-def _read_shard(storage: Storage, manifest: Manifest, shard: ShardInfo, units: set[str]) -> dict[str, dict[str, Any]]:
+def _read_shard(
+    storage: Storage, manifest: Manifest, shard: ShardInfo, units: set[str], fields: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     """The wanted units of one file."""
     file = f"{manifest.directory}/{shard.file}"
     try:
@@ -119,7 +126,11 @@ def _read_shard(storage: Storage, manifest: Manifest, shard: ShardInfo, units: s
         (header_bytes,) = storage.read_ranges(file, [(8, length)])
         header: dict[str, Any] = json.loads(header_bytes)
         header.pop("__metadata__", None)
-        entries = [(name, entry) for name, entry in header.items() if name.rsplit("/", 1)[0] in units]
+        entries = [
+            (name, entry)
+            for name, entry in header.items()
+            if name.rsplit("/", 1)[0] in units and name.rsplit("/", 1)[1] in fields
+        ]
         spans = [entry["data_offsets"] for _, entry in entries]
         pieces = storage.read_ranges(file, [(8 + length + start, end - start) for start, end in spans])
         tensors: dict[str, dict[str, Any]] = {unit: {} for unit in units}

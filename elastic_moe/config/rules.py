@@ -24,7 +24,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.residual": ("plain", "hc", "mhc"),
     "model.readout": ("mean", "learned"),
     "model.fused": ("auto", "off", "compile", "triton"),
-    "data.tokenizer": ("bpe", "bytes"),
     "optim.schedule": ("cosine", "constant"),
     "cluster.kind": ("local", "simulated", "address"),
     "tracking.wandb": ("auto", "online", "offline", "off"),
@@ -52,7 +51,7 @@ AT_LEAST_ZERO = """
 
 ABOVE_ZERO = """
     model.routed_scaling model.rope_theta model.norm_eps model.rope_factor model.rope_beta_fast model.rope_beta_slow
-    model.compress_theta optim.lr optim.eps optim.clip elastic.heartbeat_s
+    model.compress_theta cluster.worker_memory_gb optim.lr optim.eps optim.clip elastic.heartbeat_s
     elastic.heartbeat_timeout_s elastic.hang_timeout_s elastic.form_timeout_s
 """.split()
 
@@ -215,6 +214,9 @@ def _check_paths(config: TrainConfig) -> None:
         raise UserError(
             f'data.corpus names {corpus!r}, which does not exist: give a text file, a directory or "stdlib".'
         )
+    tokenizer = config.data.tokenizer
+    if tokenizer not in ("bpe", "bytes") and not Path(tokenizer).expanduser().is_file():
+        raise UserError(f'data.tokenizer must be "bpe", "bytes" or a tokenizer.json, not {tokenizer!r}.')
     scheme = re.match(r"([a-z0-9]+)://", config.checkpoint.dir)
     if scheme and scheme[1] not in ("file", "s3", "gs"):
         raise UserError(

@@ -116,7 +116,7 @@ class DataConfig(Sealed):
     corpus: str = "stdlib"  # "stdlib", or a text file or directory
     pattern: str = "*"  # files of a directory
     max_bytes: int = 8_000_000  # 0: all of it
-    tokenizer: str = "bpe"  # "bpe" or "bytes"
+    tokenizer: str = "bpe"  # "bpe", "bytes", or a tokenizer.json
     vocab_size: int = 2048
     seq_len: int = 128
     global_batch: int = 32  # sequences per step, whatever the world size
@@ -184,6 +184,7 @@ class ClusterConfig(Sealed):
     gpus_per_worker: float = 0.0
     address: str = ""  # "": RAY_ADDRESS
     object_store_mb: int = 100
+    worker_memory_gb: float = 80.0  # what a worker has; only `elastic_moe.describe` asks
     dashboard: bool = False
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from elastic_moe.config.schema import DataConfig
 from elastic_moe.data.corpus import Dealer, Piece, SourceFile, list_files, piece_bytes, read_pieces
 from elastic_moe.data.shards import FORMAT, TokenShard, TokenShardWriter
-from elastic_moe.data.tokenizer import BpeTokenizer, BytesTokenizer, TextTokenizer, load_tokenizer
+from elastic_moe.data.tokenizer import BpeTokenizer, BytesTokenizer, TextTokenizer, load_tokenizer, read_tokenizer_file
 from elastic_moe.errors import UserError
 
 TRAIN, VAL, TOKENIZER = "train.bin", "val.bin", "tokenizer.json"
@@ -61,13 +61,14 @@ def prepare(config: DataConfig, cache_root: str | Path) -> Prepared:
     Raises:
         UserError: the corpus is missing, has no text, or is too small for a sample of `seq_len` tokens.
     """
-    if config.tokenizer not in ("bpe", "bytes"):
-        raise UserError(f'data.tokenizer={config.tokenizer} is unknown; use "bpe" or "bytes"')
     if not 0 < config.val_fraction < 1:
         raise UserError(f"data.val_fraction={config.val_fraction} must lie between 0 and 1")
+    if config.tokenizer not in ("bpe", "bytes") and not Path(config.tokenizer).expanduser().is_file():
+        raise UserError(f'data.tokenizer={config.tokenizer} is neither "bpe" nor "bytes" nor a file')
     files = list_files(config)
     root = Path(cache_root).absolute()
-    final = root / f"{config.tokenizer}-{_key(config, files)}"
+    kind = config.tokenizer if config.tokenizer in ("bpe", "bytes") else "file"
+    final = root / f"{kind}-{_key(config, files)}"
     prepared = _find(final)
     if prepared is None:
         prepared = _build(config, files, final)
@@ -85,6 +86,8 @@ def _key(config: DataConfig, files: list[SourceFile]) -> str:
     """Everything that the tokens depend on, as a short name. The sequence length is not part of it."""
     vocab_size = config.vocab_size if config.tokenizer == "bpe" else 0
     parts = [FORMAT, config.tokenizer, vocab_size, config.max_bytes, config.val_fraction]
+    if config.tokenizer not in ("bpe", "bytes"):
+        parts.append(hashlib.sha256(Path(config.tokenizer).expanduser().read_bytes()).hexdigest())
     parts += [(file.name, file.size, file.mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -136,6 +139,8 @@ def _dealt(config: DataConfig, files: list[SourceFile]) -> Iterator[tuple[Piece,
 def _tokenizer(config: DataConfig, files: list[SourceFile]) -> TextTokenizer:
     if config.tokenizer == "bytes":
         return BytesTokenizer()
+    if config.tokenizer != "bpe":
+        return read_tokenizer_file(config.tokenizer)
     return BpeTokenizer.train((piece.text for piece, val in _dealt(config, files) if not val), config.vocab_size)
 
 

@@ -7,6 +7,7 @@ library.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from elastic_moe.errors import UserError
 
 END = "<|end|>"
 MIN_BPE_VOCAB = 257  # the 256 bytes and the end token
+USUAL_ENDS = ("<|endoftext|>", "<｜end▁of▁sentence｜>", "<|im_end|>", "</s>", "<eos>")
 _BYTES_FORMAT = '{"kind": "bytes"}'
 
 
@@ -59,14 +61,18 @@ class BytesTokenizer:
 
 
 class BpeTokenizer:
-    """Byte-level BPE around a `tokenizers.Tokenizer`."""
+    """Byte-level BPE around a `tokenizers.Tokenizer`, of our own training or another model's.
 
-    def __init__(self, tokenizer: HubTokenizer) -> None:
-        self._tokenizer = tokenizer
+    Args:
+        end: text of the token that ends a document.
+    """
+
+    def __init__(self, tokenizer: HubTokenizer, end: str = END) -> None:
+        self._tokenizer, self._end = tokenizer, end
         # The text of the end token in a corpus is text: it must not end a document.
         self._tokenizer.encode_special_tokens = True
-        end_id = tokenizer.token_to_id(END)
-        assert end_id is not None, f"tokenizer has no {END} token"
+        end_id = tokenizer.token_to_id(end)
+        assert end_id is not None, f"tokenizer has no {end} token"
         self._end_id: int = end_id
 
     @classmethod
@@ -110,7 +116,37 @@ class BpeTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def save(self, path: str | Path) -> None:
-        self._tokenizer.save(str(path))
+        if self._end == END:
+            self._tokenizer.save(str(path))
+        else:
+            Path(path).write_text(json.dumps({"kind": "hub", "end": self._end, "tokenizer": self._tokenizer.to_str()}))
+
+    def export(self, directory: Path) -> None:
+        """Write the files from which transformers makes a tokenizer."""
+        self._tokenizer.save(str(directory / "tokenizer.json"))
+        described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end}
+        (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def read_tokenizer_file(path: str | Path) -> BpeTokenizer:
+    """A `tokenizer.json` of Hugging Face. What ends a document is the end token that its `tokenizer_config.json` names, or one of the usual ones.
+
+    Raises:
+        UserError: the file cannot be read, or no end token is found.
+    """
+    path = Path(path).expanduser()
+    try:
+        tokenizer = HubTokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
+        raise UserError(f"data.tokenizer: {path} is not a tokenizer: {error}") from error
+    beside = path.with_name("tokenizer_config.json")
+    named = json.loads(beside.read_text(encoding="utf-8")).get("eos_token") if beside.is_file() else None
+    if isinstance(named, dict):
+        named = named.get("content")
+    for end in (named, END, *USUAL_ENDS):
+        if end and tokenizer.token_to_id(end) is not None:
+            return BpeTokenizer(tokenizer, end)
+    raise UserError(f"data.tokenizer: {path} has no end-of-text token; name one as eos_token in {beside.name}")
 
 
 def load_tokenizer(path: str | Path) -> TextTokenizer:
@@ -121,7 +157,12 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return BytesTokenizer() if text.strip() == _BYTES_FORMAT else BpeTokenizer(HubTokenizer.from_str(text))
+        if text.strip() == _BYTES_FORMAT:
+            return BytesTokenizer()
+        wrapped = json.loads(text)
+        if wrapped.get("kind") == "hub":
+            return BpeTokenizer(HubTokenizer.from_str(wrapped["tokenizer"]), wrapped["end"])
+        return BpeTokenizer(HubTokenizer.from_str(text))
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse

@@ -112,10 +112,10 @@ class LocalExperts(nn.Module):
 
     Args:
         cfg: the model's shape.
-        seed: of the initial weights, which equal `init_param` of the experts' specs.
+        seed: of the initial weights, which equal `init_param` of the experts' specs; None leaves them unset.
     """
 
-    def __init__(self, cfg: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, cfg: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self._cfg = cfg
         self.num_layers, self.num_experts, self._limit = cfg.num_moe_layers, cfg.num_experts, cfg.swiglu_limit
@@ -124,9 +124,9 @@ class LocalExperts(nn.Module):
         for name, shape in shapes.items():
             stacks = [nn.Parameter(torch.empty(shape)) for _ in range(self.num_layers)]
             setattr(self, name, nn.ParameterList(stacks))
-        for moe_layer in range(self.num_layers):
+        for moe_layer in range(self.num_layers if seed is not None else 0):
             for spec in expert_specs(cfg, moe_layer):
-                assert spec.expert is not None
+                assert spec.expert is not None and seed is not None
                 stack = getattr(self, spec.name.rsplit(".", 1)[1])[moe_layer]
                 stack.data[spec.expert].copy_(init_param(spec, seed))
 

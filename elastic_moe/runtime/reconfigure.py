@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from elastic_moe.config.schema import TrainConfig
-from elastic_moe.model.params import init_param
 from elastic_moe.optim.adamw import UnitState
 from elastic_moe.parallel.exchange import exchange
 from elastic_moe.parallel.groups import Group
@@ -113,10 +112,11 @@ def enter_view(
     storage: Storage,
     shape: tuple[int, int],
     fault: Callable[[int, str], None],
+    initial: Callable[[ParamSpec], torch.Tensor],
 ) -> Entered:
     """Carry out the reconfiguration into `view`; collective over its members.
 
-    `holdings` is extended by the new state before the members confirm it, and reduced to it afterwards.
+    `initial` gives a parameter's first value, the same on whichever rank. `holdings` is extended by the new state before the members confirm it, and reduced to it afterwards.
 
     Raises:
         GroupAborted: a member died on the way; `holdings` and `progress` still say truthfully what this rank has.
@@ -157,7 +157,7 @@ def enter_view(
             read = storage.read(newest, [units[u].name for u in needed])
             known = {u: _from_storage(read[units[u].name]) for u in needed}
         else:
-            known = {u: _initial(units[u], specs, config.seed) for u in needed}
+            known = {u: _initial(units[u], specs, initial) for u in needed}
     new = HeldState.build(units, roles, known)
     if source != "peers":
         holdings.clear()
@@ -206,11 +206,11 @@ def _from_storage(tensors: dict[str, torch.Tensor]) -> UnitState:
     return UnitState(tensors["weight"], tensors.get("m", none), tensors.get("v", none))
 
 
-def _initial(unit: Unit, specs: dict[str, ParamSpec], seed: int) -> UnitState:
-    """Initial state of a unit: a pure function of (seed, parameter name), so independent of who initialises it."""
+def _initial(unit: Unit, specs: dict[str, ParamSpec], initial: Callable[[ParamSpec], torch.Tensor]) -> UnitState:
+    """Initial state of a unit, from the initial values of the parameters it is made of."""
     pieces = []
     for part in unit.parts:
-        whole = init_param(specs[part.param], seed).flatten()
+        whole = initial(specs[part.param]).flatten()
         pieces.append(whole[part.start : part.start + part.numel])
     weight = torch.cat(pieces).float()
     if unit.optimizer != "adamw":

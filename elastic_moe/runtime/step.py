@@ -16,6 +16,7 @@ import torch
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.shards import TokenShard
+from elastic_moe.model.sampling import pick
 from elastic_moe.model.transformer import STATS, Transformer
 from elastic_moe.optim.schedule import lr_at
 from elastic_moe.parallel.exact import Grid
@@ -259,7 +260,5 @@ class Stepper:
             with self._autocast():
                 logits = self._model(context)
             if leads:
-                top, ids = torch.topk(logits[0, -1].float().cpu(), min(40, logits.shape[-1]))
-                choice = torch.multinomial(torch.softmax(top / 0.8, dim=-1), 1, generator=generator)
-                tokens.append(int(ids[choice]))
+                tokens.append(pick(logits[0, -1], 0.8, 0.95, generator))
         return tokens

@@ -23,7 +23,8 @@ from elastic_moe.data.prepare import Prepared
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import GroupAborted, UserError
-from elastic_moe.model.params import param_specs
+from elastic_moe.model.hf import HFCheckpoint
+from elastic_moe.model.params import init_param, param_specs
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.parallel.dispatch import ExpertParallel
 from elastic_moe.parallel.groups import AbortSignal, Group
@@ -34,6 +35,7 @@ from elastic_moe.runtime.line import Line, ViewMessage
 from elastic_moe.runtime.reconfigure import Entered, Storage, enter_view
 from elastic_moe.runtime.state import FIELDS, HeldState
 from elastic_moe.runtime.step import Outcome, Progress, Session, Stepper, share_of_batch
+from elastic_moe.types import ParamSpec
 
 
 def checkpoint_root(config: TrainConfig) -> str:
@@ -95,6 +97,26 @@ class ShardWriter:
             finally:
                 self._jobs.task_done()
         self._jobs.task_done()
+
+
+def first_values(config: TrainConfig) -> Callable[[ParamSpec], torch.Tensor]:
+    """Where a run begins: the weights of `model.init_from`, and what those lack (or all) by seed and name.
+
+    A large tensor is asked for block by block, so the last one read is kept.
+    """
+    opened: list[HFCheckpoint] = []
+    last: dict[str, torch.Tensor] = {}
+
+    def value(spec: ParamSpec) -> torch.Tensor:
+        if spec.name not in last:
+            if config.model.init_from and not opened:
+                opened.append(HFCheckpoint(config.model.init_from, config.model))
+            read = opened[0].read(spec) if opened else None
+            last.clear()
+            last[spec.name] = init_param(spec, config.seed) if read is None else read
+        return last[spec.name]
+
+    return value
 
 
 class Worker:
@@ -218,6 +240,7 @@ class Worker:
             self._storage,
             self._shape,
             lambda step, phase: self._faults.at(self._rank, step, phase),
+            first_values(config),
         )
         if entered.source != "peers":
             self._progress.records.clear()

@@ -38,6 +38,7 @@ from elastic_moe.runtime.layout import ComputeTensors, Exchanger, Layout
 from elastic_moe.runtime.reconfigure import Storage, enter_view
 from elastic_moe.runtime.state import HeldState
 from elastic_moe.runtime.step import Progress, Session, Stepper, share_of_batch
+from elastic_moe.runtime.worker import first_values
 from elastic_moe.types import Member, View
 from scripts.benchmarks.common import arguments, machine, median, run, say
 
@@ -111,6 +112,7 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
         NoStorage(),
         shape,
         lambda _step, _phase: None,
+        first_values(config),
     )
     experts = ExpertParallel(group, entered.placement, rank, config.model, device)
     model.experts = experts

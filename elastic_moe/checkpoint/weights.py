@@ -1,0 +1,80 @@
+"""The weights of a finished or running run, parameter by parameter: for export, and for generating text.
+
+A run is found by its directory, or by one of its checkpoints. Only weights are read, never optimizer state, and of the units only those
+that the parameter asked for is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from elastic_moe.checkpoint.manifest import Manifest, step_of
+from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
+from elastic_moe.checkpoint.storage import CorruptCheckpoint
+from elastic_moe.config.schema import ModelConfig
+from elastic_moe.errors import UserError
+from elastic_moe.model.params import param_specs
+from elastic_moe.plan.units import build_units
+from elastic_moe.types import ParamSpec, Part
+
+
+def find_checkpoint(root: str, step: int | None = None) -> Manifest:
+    """The checkpoint of a step below a checkpoint root, or the newest one.
+
+    Raises:
+        UserError: there is none, or it is unfinished or damaged.
+    """
+    try:
+        manifest = find_latest(root) if step is None else load_manifest(root, step)
+    except (OSError, CorruptCheckpoint) as error:
+        raise UserError(
+            f"{root} has no complete checkpoint{'' if step is None else f' of step {step}'}: {error}."
+        ) from error
+    if manifest is None:
+        raise UserError(f"{root} has no complete checkpoint.")
+    return manifest
+
+
+def locate(path: str) -> tuple[Path, str | None, int | None]:
+    """What a path given by a user means: (run directory, checkpoint root, step); the root is None for that of the run's configuration.
+
+    Raises:
+        UserError: it is neither a run directory nor one of its checkpoints.
+    """
+    given = Path(path).expanduser().absolute()
+    step = step_of(given.name)
+    run_dir = given.parent.parent if step is not None else given
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{path} is neither a run directory (with config.yaml) nor a checkpoint in one.")
+    return run_dir, None if step is None else str(given.parent), step
+
+
+def weight_reader(manifest: Manifest, cfg: ModelConfig) -> Callable[[ParamSpec], torch.Tensor]:
+    """A function that reads a parameter's fp32 value out of a checkpoint.
+
+    It raises UserError when the checkpoint is of another model.
+    """
+    pieces: dict[str, list[tuple[str, Part]]] = {}
+    for unit in build_units(param_specs(cfg), cfg.max_unit_elements):
+        for part in unit.parts:
+            pieces.setdefault(part.param, []).append((unit.name, part))
+    last: dict[str, torch.Tensor] = {}  # an expert's three matrices come one after the other, from one unit
+
+    def read(spec: ParamSpec) -> torch.Tensor:
+        names = [name for name, _ in pieces[spec.name]]
+        missing = [name for name in names if name not in last]
+        if missing:
+            last.clear()
+            try:
+                last.update({name: parts["weight"] for name, parts in read_units(manifest, names, ("weight",)).items()})
+            except (KeyError, CorruptCheckpoint) as error:
+                raise UserError(
+                    f"step {manifest.step} of {manifest.root_uri} cannot be read as this model: {error}."
+                ) from error
+        whole = torch.cat([last[name][part.offset : part.offset + part.numel] for name, part in pieces[spec.name]])
+        return whole.view(spec.shape).clone()
+
+    return read

@@ -1,0 +1,103 @@
+"""What the command lines that look at a finished run share: its configuration, its tokenizer, its weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from elastic_moe.checkpoint.weights import find_checkpoint, locate, weight_reader
+from elastic_moe.config.build import build
+from elastic_moe.config.schema import ModelConfig
+from elastic_moe.data.tokenizer import TextTokenizer, load_tokenizer, read_tokenizer_file
+from elastic_moe.errors import UserError
+from elastic_moe.model.hf import HFCheckpoint, read_fields
+from elastic_moe.types import ParamSpec
+
+TOKENIZER = "tokenizer.json"  # in the run directory
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model on disk.
+
+    Attributes:
+        cfg: its shape.
+        read: fp32 value of a parameter.
+        tokenizer: None where none lies beside it.
+        seq_len: longest sequence it was trained on here; 0 for a model of others.
+        what: one line that says which model this is.
+    """
+
+    cfg: ModelConfig
+    read: Callable[[ParamSpec], torch.Tensor]
+    tokenizer: TextTokenizer | None
+    seq_len: int
+    what: str
+
+
+def open_run(path: str, step: int | None = None) -> Saved:
+    """A run directory, or one of its checkpoints.
+
+    Raises:
+        UserError: it is neither, or has no complete checkpoint.
+    """
+    run_dir, root, own_step = locate(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        node = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+        assert isinstance(node, dict)
+        node.pop("hydra", None)
+        config = build(node)
+    if root is None:
+        root = config.checkpoint.dir or str(run_dir / "checkpoints")
+    tokenizer = load_tokenizer(run_dir / TOKENIZER)
+    cfg = with_tokenizer(config.model, tokenizer)
+    manifest = find_checkpoint(root, own_step if step is None else step)
+    what = f"step {manifest.step} of {run_dir.name}"
+    return Saved(cfg, weight_reader(manifest, cfg), tokenizer, config.data.seq_len, what)
+
+
+def open_hf(path: str) -> Saved:
+    """A Hugging Face directory.
+
+    Raises:
+        UserError: it has no model that can be expressed here.
+    """
+    directory = Path(path).expanduser().absolute()
+    cfg = ModelConfig(**read_fields(directory))
+    checkpoint = HFCheckpoint(directory, cfg)
+
+    def read(spec: ParamSpec) -> torch.Tensor:
+        value = checkpoint.read(spec)
+        return torch.zeros(spec.shape) if value is None else value  # a balancing bias that the family does not have
+
+    tokenizer = read_tokenizer_file(directory / "tokenizer.json") if (directory / "tokenizer.json").is_file() else None
+    return Saved(cfg, read, tokenizer, 0, directory.name)
+
+
+def open_saved(path: str, step: int | None = None) -> Saved:
+    """A run, a checkpoint of one, or a Hugging Face directory."""
+    if (Path(path).expanduser() / "config.json").is_file():
+        return open_hf(path)
+    return open_run(path, step)
+
+
+def with_tokenizer(cfg: ModelConfig, tokenizer: TextTokenizer) -> ModelConfig:
+    """The model's shape once its tokenizer is known: vocabulary and end token.
+
+    Raises:
+        UserError: the weights to start from have no row for some of the tokenizer's tokens.
+    """
+    if not cfg.init_from:
+        return replace(cfg, vocab_size=tokenizer.vocab_size, end_token=tokenizer.end_id)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise UserError(
+            f"data.tokenizer has {tokenizer.vocab_size} tokens, and the model of model.init_from only {cfg.vocab_size}: "
+            "use its own tokenizer.json, or a smaller data.vocab_size."
+        )
+    return replace(cfg, end_token=tokenizer.end_id)

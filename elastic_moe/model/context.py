@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from elastic_moe.config.schema import ModelConfig
 
@@ -172,14 +173,37 @@ def rotate(x: torch.Tensor, tables: Tables, interleave: bool) -> torch.Tensor:
         tables: cosine and sine [S, d / 2].
         interleave: pairs are (2i, 2i + 1) as DeepSeek lays them out, else (i, i + d / 2) as Llama does.
     """
-    cos, sin = tables
-    if interleave:
-        first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
-    else:
-        first, second = x.float().chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
+    return _Rotate.apply(x, *tables, interleave)
+
+
+def _pairs(x: torch.Tensor, interleave: bool) -> tuple[torch.Tensor, ...]:
+    """Views of the first and the second channel of each pair."""
+    return x.unflatten(-1, (-1, 2)).unbind(-1) if interleave else x.chunk(2, dim=-1)
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    out = torch.empty(x.shape, dtype=wide.dtype, device=x.device)
+    (first, second), (left, right) = _pairs(wide, interleave), _pairs(out, interleave)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return out.to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation by the opposite angle (scaled alike, where YaRN scales)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleave = interleave
+        return _turn(x, cos, sin, interleave)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, -sin, ctx.interleave), None, None, None
 
 
 def rotate_tail(x: torch.Tensor, tables: Tables) -> torch.Tensor:

@@ -1,23 +1,24 @@
 """The routed experts' arithmetic: SwiGLU over tokens sorted by slot, and the backend that holds every expert here.
 
-A slot is a place for one expert's weights; what a slot holds is the backend's business. Never index a stacked weight
-inside a loop: each `W[e]` writes a whole zero [S, F, D] in the backward pass (2 to 20 times slower); `unbind` does not.
-`grouped_mm` computes every slot in one call. What it needs, found by measurement: strides in multiples of 16 bytes,
-int32 offsets, no fp64, and an incoming gradient in real memory (the expanded gradient of a sum has stride 0).
+A slot is a place for one expert's weights; what a slot holds is the backend's business. The backward passes are written out, because
+those that autograd derives move the largest tensors too often: each `W[e]` would write a whole zero [S, F, D], a gather of
+rows would become a scatter, and a stack's gradient would be made, then added.
 
 Shapes: T tokens, K experts per token, N = T * K routed rows, S slots, E experts, D hidden, F expert hidden.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.layers import swiglu
+from elastic_moe.model.layers import swiglu, swiglu_backward
 from elastic_moe.model.params import expert_specs, init_param
 
 
@@ -31,18 +32,6 @@ class ExpertBackend(Protocol):
         ...
 
 
-class _DenseGrad(torch.autograd.Function):
-    """Identity whose gradient is contiguous."""
-
-    @staticmethod
-    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:
-        return grad.contiguous()
-
-
 def grouped_swiglu(
     x_ND: torch.Tensor,
     counts_S: torch.Tensor,
@@ -50,41 +39,222 @@ def grouped_swiglu(
     w_up_SFD: torch.Tensor,
     w_down_SDF: torch.Tensor,
     limit: float = 0.0,
+    direct: bool = False,
 ) -> torch.Tensor:
-    """Slot s's SwiGLU on its rows of x, `down(silu(gate(x)) * up(x))`; all slots in one call where grouped_mm can.
+    """Slot s's SwiGLU on its rows of x, `down(silu(gate(x)) * up(x))`.
 
     Args:
         x_ND: rows sorted by slot.
         counts_S: int64 rows per slot, summing to N; zeros are fine.
         w_gate_SFD, w_up_SFD, w_down_SDF: the slots' weights.
         limit: clamp of the SwiGLU's inputs; 0 for none.
+        direct: the backward pass adds the weights' gradients to their `grad`, which must exist, and hands autograd none: a stack of experts is
+            the largest tensor of a layer, and is then written once and not three times.
 
     Returns:
         y_ND in the dtype of x. Under autocast the products run in autocast's dtype.
     """
-    dtype = x_ND.dtype
-    kind = x_ND.device.type
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        compute = torch.get_autocast_dtype(kind)
-        x_ND, w_gate_SFD, w_up_SFD, w_down_SDF = (
-            tensor.to(compute) for tensor in (x_ND, w_gate_SFD, w_up_SFD, w_down_SDF)
+    dtype, kind = x_ND.dtype, x_ND.device.type
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and dtype != torch.float64 else dtype
+    sums = tuple(w.grad for w in (w_gate_SFD, w_up_SFD, w_down_SDF)) if direct else None
+    with torch.autocast(kind, enabled=False):
+        out = _GroupedSwiGLU.apply(
+            x_ND.to(compute), counts_S.tolist(), w_gate_SFD, w_up_SFD, w_down_SDF, limit, compute, sums
         )
-    if x_ND.shape[0] == 0 or not _grouped_mm_fits(x_ND, w_gate_SFD):
-        return loop_swiglu(x_ND, counts_S, w_gate_SFD, w_up_SFD, w_down_SDF, limit).to(dtype)
-    offs = counts_S.to(device=x_ND.device).cumsum(0).to(torch.int32)
-    x_ND = x_ND.contiguous()
-    gate_NF = F.grouped_mm(x_ND, w_gate_SFD.transpose(1, 2), offs=offs)
-    up_NF = F.grouped_mm(x_ND, w_up_SFD.transpose(1, 2), offs=offs)
-    y_ND = F.grouped_mm(swiglu(gate_NF, up_NF, limit), w_down_SDF.transpose(1, 2), offs=offs)
-    return _DenseGrad.apply(y_ND).to(dtype)
+    return out.to(dtype)
 
 
-def _grouped_mm_fits(x_ND: torch.Tensor, w_gate_SFD: torch.Tensor) -> bool:
-    """Whether grouped_mm takes this dtype on this device, with rows in multiples of 16 bytes."""
-    dtypes = (torch.bfloat16,) if x_ND.is_cuda else (torch.float32, torch.bfloat16, torch.float16)
-    _, hidden, width = w_gate_SFD.shape
-    size = x_ND.element_size()
-    return x_ND.dtype in dtypes and hidden * size % 16 == 0 and width * size % 16 == 0
+class _Products:
+    """Products of the slots' rows and weights: one call where `grouped_mm` serves, else slot by slot into given memory.
+
+    On CPUs `grouped_mm` is such a loop itself, so ours costs nothing and can add to what is there. On GPUs it is one kernel; what it needs was found by
+    measurement: bf16, and strides in multiples of 16 bytes.
+    """
+
+    def __init__(self, x_ND: torch.Tensor, counts: list[int], width: int) -> None:
+        self._counts = counts
+        rows_fit = all(n * x_ND.element_size() % 16 == 0 for n in (x_ND.shape[1], width))
+        self._grouped = x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and rows_fit and len(x_ND) > 0
+        self._offs = torch.tensor(counts, device=x_ND.device).cumsum(0).to(torch.int32) if self._grouped else None
+
+    def rows(self, x: torch.Tensor, w_SKN: torch.Tensor, to: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, K], [S, K, N'] -> [N, N'], added to `to` where given."""
+        if self._grouped:
+            out = F.grouped_mm(x.contiguous(), w_SKN, offs=self._offs)
+            return out if to is None else to.add_(out)
+        out = x.new_empty((len(x), w_SKN.shape[2])) if to is None else to
+        for slot, (piece, target) in _busy(self._counts, x, out):
+            if to is None:
+                torch.mm(piece, w_SKN[slot], out=target)
+            else:
+                target.addmm_(piece, w_SKN[slot])
+        return out
+
+    def weights(self, a: torch.Tensor, b: torch.Tensor, to_SMK: torch.Tensor) -> None:
+        """Add a^T b of each slot's rows, [N, M] and [N, K], to [S, M, K]."""
+        if self._grouped:
+            to_SMK.add_(F.grouped_mm(a.t().contiguous(), b.contiguous(), offs=self._offs))
+            return
+        for slot, (left, right) in _busy(self._counts, a, b):
+            add_product(to_SMK[slot], left, right)
+
+
+class _GroupedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: torch.Tensor,
+        counts: list[int],
+        w_gate_SFD: torch.Tensor,
+        w_up_SFD: torch.Tensor,
+        w_down_SDF: torch.Tensor,
+        limit: float,
+        compute: torch.dtype,
+        sums: tuple[torch.Tensor, ...] | None,
+    ) -> torch.Tensor:
+        given = (w_gate_SFD, w_up_SFD, w_down_SDF)
+        w_gate, w_up, w_down = (w.to(compute) for w in given)
+        products = _Products(x_ND, counts, w_gate.shape[1])
+        gate_NF, up_NF = (products.rows(x_ND, w.transpose(1, 2)) for w in (w_gate, w_up))
+        y_ND = products.rows(swiglu(gate_NF, up_NF, limit), w_down.transpose(1, 2))
+        ctx.save_for_backward(x_ND, gate_NF, up_NF, *((w_gate, w_up, w_down) if compute == given[0].dtype else given))
+        ctx.rest = (products, limit, compute, sums)
+        return y_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_ND, gate_NF, up_NF, *weights = ctx.saved_tensors
+        products, limit, compute, sums = ctx.rest
+        w_gate, w_up, w_down = (w.to(compute) for w in weights)
+        totals = [torch.zeros_like(w) for w in weights] if sums is None else sums
+        d_y = grads[0].contiguous()
+        hidden, d_gate, d_up = swiglu_backward(products.rows(d_y, w_down), gate_NF, up_NF, limit)
+        for total, left, right in zip(totals, (d_gate, d_up, d_y), (x_ND, x_ND, hidden), strict=True):
+            products.weights(left, right, total)
+        d_x = products.rows(d_up, w_up, products.rows(d_gate, w_gate))
+        returned = (None, None, None) if sums is not None else totals
+        return d_x, None, *returned, None, None, None
+
+
+class _LocalSwiGLU(torch.autograd.Function):
+    """Gather, experts and weighted sum of one process on a CPU, expert by expert: an expert's rows and what is made of them stay in the cache.
+
+    The gradient of a gate is <dy, y> = <W_down^T dy, hidden>, so the outputs need not be kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: torch.Tensor,
+        gates_TK: torch.Tensor,
+        order_N: torch.Tensor,
+        counts: list[int],
+        weights: tuple[torch.Tensor, ...],
+        limit: float,
+        sums: tuple[torch.Tensor, ...] | None,
+        *given: torch.Tensor,
+    ) -> torch.Tensor:
+        num_choices = gates_TK.shape[1]
+        undo_N = torch.empty_like(order_N)
+        undo_N[order_N] = torch.arange(len(order_N))
+        token_N = order_N // num_choices
+        hidden = weights[0].shape[1]
+        gate_NF, up_NF = x_TD.new_empty((len(order_N), hidden)), x_TD.new_empty((len(order_N), hidden))
+        y_ND = x_TD.new_empty((len(order_N), x_TD.shape[1]))
+        for slot, pieces in _busy(counts, token_N, gate_NF, up_NF, y_ND):
+            tokens, gate, up, y = pieces
+            w_gate, w_up, w_down = (w[slot] for w in weights)
+            x = x_TD.index_select(0, tokens)
+            torch.mm(x, w_gate.t(), out=gate)
+            torch.mm(x, w_up.t(), out=up)
+            torch.mm(swiglu(gate, up, limit), w_down.t(), out=y)
+        ctx.save_for_backward(x_TD, gates_TK, order_N, undo_N, token_N, gate_NF, up_NF, *given)
+        ctx.rest = (counts, limit, sums, x_TD.dtype)
+        own = gates_TK.to(x_TD.dtype)
+        return F.embedding_bag(undo_N.view(gates_TK.shape), y_ND, mode="sum", per_sample_weights=own)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_TD, gates_TK, order_N, undo_N, token_N, gate_NF, up_NF, *given = ctx.saved_tensors
+        counts, limit, sums, compute = ctx.rest
+        weights = [w.to(compute) for w in given]
+        totals = [torch.zeros_like(w) for w in given] if sums is None else sums
+        gates_N = gates_TK.flatten()[order_N]
+        d_gates_N = torch.empty_like(gates_N)
+        d_x_ND = x_TD.new_empty((len(order_N), x_TD.shape[1]))
+        d_out_TD = grads[0].contiguous()
+        for slot, pieces in _busy(counts, token_N, gate_NF, up_NF, gates_N, d_gates_N, d_x_ND):
+            tokens, gate, up, weight, d_weight, d_x = pieces
+            w_gate, w_up, w_down = (w[slot] for w in weights)
+            x, d_y = x_TD.index_select(0, tokens), d_out_TD.index_select(0, tokens)
+            d_hidden, column = d_y @ w_down, weight.to(compute).unsqueeze(1)
+            hidden, d_gate, d_up = swiglu_backward(d_hidden * column, gate, up, limit)
+            d_weight.copy_((d_hidden.to(d_weight.dtype) * hidden).sum(dim=1))
+            for total, left, right in zip(totals, (d_gate, d_up, d_y), (x, x, hidden * column), strict=True):
+                add_product(total[slot], left, right)
+            torch.mm(d_gate, w_gate, out=d_x)
+            d_x.addmm_(d_up, w_up)
+        d_x_TD = F.embedding_bag(undo_N.view(gates_TK.shape), d_x_ND, mode="sum")
+        d_gates_TK = d_gates_N[undo_N].view(gates_TK.shape)
+        returned = (None, None, None) if sums is not None else tuple(totals)
+        return d_x_TD, d_gates_TK, None, None, None, None, None, *returned
+
+
+def _busy(counts: list[int], *tensors: torch.Tensor) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """(slot, its rows of each tensor) of the slots that have rows."""
+    for slot, pieces in enumerate(zip(*(t.split(counts) for t in tensors), strict=True)):
+        if counts[slot]:
+            yield slot, pieces
+
+
+def add_product(total_MK: torch.Tensor, left_NM: torch.Tensor, right_NK: torch.Tensor) -> None:
+    """total += left^T right, in place where the types allow."""
+    if total_MK.dtype == left_NM.dtype:
+        total_MK.addmm_(left_NM.t(), right_NK)
+    else:
+        total_MK.add_(left_NM.t() @ right_NK)
+
+
+class _Gather(torch.autograd.Function):
+    """x_TD -> the rows of every choice, in a given order; backward is a gather too, and not the scatter that autograd would derive."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, order_N: torch.Tensor, undo_N: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(undo_N)
+        ctx.tokens = len(x_TD)
+        return x_TD[order_N // (len(order_N) // max(ctx.tokens, 1) or 1)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (undo_N,) = ctx.saved_tensors
+        grad_ND = grads[0][undo_N]
+        return grad_ND.view(ctx.tokens, -1 if ctx.tokens else 1, grad_ND.shape[1]).sum(dim=1), None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; backward by the inverse permutation."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: torch.Tensor, order_N: torch.Tensor, undo_N: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(undo_N)
+        return rows_ND[order_N]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grads[0][ctx.saved_tensors[0]], None, None
+
+
+def combine(y_TKD: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
+    """[T, D]: each token's expert outputs, weighted by its gates; in the dtype of y, summed in fp32.
+
+    As a batched product nothing of the size of y is made beside y.
+    """
+    with torch.autocast(y_TKD.device.type, enabled=False):
+        return torch.bmm(gates_TK.to(y_TKD.dtype).unsqueeze(1), y_TKD).squeeze(1)
 
 
 def loop_swiglu(
@@ -113,10 +283,14 @@ class LocalExperts(nn.Module):
     Args:
         cfg: the model's shape.
         seed: of the initial weights, which equal `init_param` of the experts' specs; None leaves them unset.
+
+    Attributes:
+        direct: add gradients to the weights' `grad` in place; those must exist then.
     """
 
     def __init__(self, cfg: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
+        self.direct = False
         self._cfg = cfg
         self.num_layers, self.num_experts, self._limit = cfg.num_moe_layers, cfg.num_experts, cfg.swiglu_limit
         wide = (self.num_experts, cfg.expert_hidden, cfg.hidden_size)
@@ -151,12 +325,26 @@ class LocalExperts(nn.Module):
     def forward(
         self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
     ) -> torch.Tensor:
-        num_tokens, num_choices = expert_ids_TK.shape
-        flat_ids = expert_ids_TK.flatten()
-        order = flat_ids.argsort(stable=True)
-        counts = torch.bincount(flat_ids, minlength=self.num_experts)
-        y_sorted = grouped_swiglu(x_TD[order // num_choices], counts, *self.slot_params(moe_layer), self._limit)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
-        y_TKD = y_sorted[back].view(num_tokens, num_choices, x_TD.shape[1])
-        return (y_TKD * gates_TK.unsqueeze(-1)).sum(dim=1).to(x_TD.dtype)
+        flat_N = expert_ids_TK.flatten()
+        order_N = flat_N.argsort(stable=True)
+        counts = torch.bincount(flat_N, minlength=self.num_experts)
+        if x_TD.device.type == "cpu" and len(flat_N):
+            return self._local(moe_layer, x_TD, gates_TK, order_N, counts.tolist())
+        undo_N = torch.empty_like(order_N)
+        undo_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+        rows_ND = _Gather.apply(x_TD, order_N, undo_N)
+        y_ND = grouped_swiglu(rows_ND, counts, *self.slot_params(moe_layer), self._limit, self.direct)
+        y_TKD = _Permute.apply(y_ND, undo_N, order_N).view(*expert_ids_TK.shape, x_TD.shape[1])
+        return combine(y_TKD, gates_TK)
+
+    def _local(
+        self, moe_layer: int, x_TD: torch.Tensor, gates_TK: torch.Tensor, order_N: torch.Tensor, counts: list[int]
+    ) -> torch.Tensor:
+        stacks, dtype = self.slot_params(moe_layer), x_TD.dtype
+        autocast = torch.is_autocast_enabled("cpu") and dtype != torch.float64
+        compute = torch.get_autocast_dtype("cpu") if autocast else dtype
+        sums = tuple(stack.grad for stack in stacks) if self.direct else None
+        with torch.autocast("cpu", enabled=False):
+            weights = tuple(stack.detach().to(compute) for stack in stacks)
+            out = _LocalSwiGLU.apply(x_TD.to(compute), gates_TK, order_N, counts, weights, self._limit, sums, *stacks)
+        return out.to(dtype)

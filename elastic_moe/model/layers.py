@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from elastic_moe.config.schema import ModelConfig
 
@@ -83,6 +85,34 @@ class Linear(Layer):
         return F.linear(x, self.weight, self.bias)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """Written out for CPUs, where torch composes the norm of many passes over memory: y = r x w with r = 1 / rms(x), in fp32.
+
+    With t = dy * x the backward pass needs two products of t with vectors: dw = r t summed over rows, and s = t w for
+    dx = r dy w - x r^3 s / n.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        r = torch.rsqrt(norm * norm / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, r)
+        return (wide * r * weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        width = x.shape[-1]
+        wide, grad = (t.reshape(-1, width).to(r.dtype) for t in (x, grads[0]))
+        r, w = r.reshape(-1), weight.to(r.dtype)
+        t = grad * wide
+        d_weight, s = r @ t, t @ w
+        d_x = torch.addcmul((grad * w).mul_(r[:, None]), wide, (r * r * r * s / width)[:, None], value=-1)
+        return d_x.view(x.shape).to(x.dtype), d_weight.to(weight.dtype), None
+
+
 class RMSNorm(Layer):
     """Root mean square normalisation of the last axis with a gain (Zhang and Sennrich, arXiv 1910.07467)."""
 
@@ -94,6 +124,8 @@ class RMSNorm(Layer):
         self.declare("weight", (width,), constant(1.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu":
+            return _RMSNorm.apply(x, self.weight, self._eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self._eps)
 
 
@@ -115,6 +147,19 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
     if limit:
         gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     return F.silu(gate) * up
+
+
+def swiglu_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, limit: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(value, gradient of gate, gradient of up) of `swiglu`, given the gradient of its result."""
+    if not limit:
+        act = F.silu(gate)
+        return act * up, torch.ops.aten.silu_backward(grad * up, gate), grad * act
+    inside_gate, inside_up = gate <= limit, up.abs() <= limit
+    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    act = F.silu(gate)
+    return act * up, torch.ops.aten.silu_backward(grad * up, gate) * inside_gate, grad * act * inside_up
 
 
 class SwiGLU(nn.Module):

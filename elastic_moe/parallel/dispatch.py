@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.experts import grouped_swiglu
+from elastic_moe.model.experts import combine, grouped_swiglu
 from elastic_moe.parallel.exact import Grid, pieces_swiglu
 from elastic_moe.parallel.groups import Group
 from elastic_moe.plan.placement import Placement
@@ -181,12 +181,12 @@ class ExpertParallel:
         y_MD = self._compute(moe_layer, rows_MD, split_RP[:, self._span])
         y_ND = _FromSlots.apply(y_MD, self._group, route)
         y_TKD = y_ND.view(num_tokens, num_choices, x_TD.shape[1])
-        return (y_TKD * gates_TK.unsqueeze(-1)).sum(dim=1).to(x_TD.dtype)
+        return combine(y_TKD, gates_TK)
 
     def _compute(self, moe_layer: int, rows_MD: torch.Tensor, here_RS: NDArray[np.int64]) -> torch.Tensor:
         weights = self._slots[moe_layer]
         if self._grid is None:
-            return grouped_swiglu(rows_MD, torch.from_numpy(here_RS.sum(axis=0)), *weights, self._limit)
+            return grouped_swiglu(rows_MD, torch.from_numpy(here_RS.sum(axis=0)), *weights, self._limit, direct=True)
         pieces = [(slot, int(rows)) for slot, rows_R in enumerate(here_RS.T) for rows in rows_R]
         return pieces_swiglu(rows_MD, pieces, weights, self._grads[moe_layer], self._grid, self._limit)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from elastic_moe.model.layers import swiglu
+from elastic_moe.model.layers import swiglu, swiglu_backward
 
 RANGE_BITS = 8  # elements of the mean gradient up to 2**7 are summed exactly; AdamW normalises far smaller ones
 
@@ -74,16 +74,8 @@ class _Pieces(torch.autograd.Function):
         grads = grad_MD.split([rows for _, rows in pieces])
         for dy, x, (gate, up), (slot, _) in zip(grads, xs, hidden, pieces, strict=True):
             dy = dy.clone()
-            open_gate, open_up = 1.0, 1.0
-            if limit:
-                open_gate, open_up = gate <= limit, up.abs() <= limit
-                gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
-            sigmoid = torch.sigmoid(gate)
-            act = gate * sigmoid
-            dh = dy @ w_down_SDF[slot]
-            d_gate = dh * up * (sigmoid + act * (1 - sigmoid)) * open_gate
-            d_up = dh * act * open_up
-            for total, part in zip(sums, (d_gate.T @ x, d_up.T @ x, dy.T @ (act * up)), strict=True):
+            hidden_rows, d_gate, d_up = swiglu_backward(dy @ w_down_SDF[slot], gate, up, limit)
+            for total, part in zip(sums, (d_gate.T @ x, d_up.T @ x, dy.T @ hidden_rows), strict=True):
                 grid.add(total[slot], part)
             back.append(d_gate @ w_gate_SFD[slot] + d_up @ w_up_SFD[slot])
         return torch.cat(back) if back else grad_MD.clone(), None, None, None, None, None

@@ -123,6 +123,9 @@ def against_transformers(name: str, dtype: torch.dtype, device: torch.device, ro
 
     with torch.no_grad():
         difference = float((ours_forward(x) - theirs_forward(x)).abs().max() / theirs_forward(x).abs().max())
+    local.direct = True  # as the trainer does
+    for parameter in local.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     ours = measured(x, ours_forward, [*block.parameters(), *local.parameters()])
     other = measured(x, theirs_forward, list(theirs.model.layers[0].parameters()))
     return {
@@ -147,6 +150,9 @@ def mhc_cost(hidden: int, dtype: torch.dtype, device: torch.device, fused: str, 
         model.initialize(0)
         model, local = model.to(device=device, dtype=dtype), local.to(device=device, dtype=dtype)
         shape = (BATCH, SEQ_LEN, hidden) if residual == "plain" else (BATCH, SEQ_LEN, cfg.num_streams, hidden)
+        local.direct = True
+        for parameter in local.parameters():
+            parameter.grad = torch.zeros_like(parameter)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
         tokens = torch.zeros((BATCH, SEQ_LEN), dtype=torch.int64, device=device)
 

@@ -63,10 +63,10 @@ class Kernels(Protocol):
 
 def _logits(u: torch.Tensor, r: torch.Tensor, base: torch.Tensor, gates: torch.Tensor, n: int) -> torch.Tensor:
     """z_Tk = u / norm, scaled by each part's gate, plus the static part."""
-    return u * r * _spread(gates, n) + base
+    return u * r * spread_gates(gates, n) + base
 
 
-def _spread(gates: torch.Tensor, n: int) -> torch.Tensor:
+def spread_gates(gates: torch.Tensor, n: int) -> torch.Tensor:
     """The three gates, each repeated over its part of the coefficients."""
     return torch.cat((gates[0].expand(n), gates[1].expand(n), gates[2].expand(n * n)))
 
@@ -124,7 +124,7 @@ class EagerKernels:
         d_base = d_z.sum(dim=0)
         by_gate = (d_z * u * r).sum(dim=0)
         d_gates = torch.stack((by_gate[:n].sum(), by_gate[n : 2 * n].sum(), by_gate[2 * n :].sum()))
-        d_z = d_z * _spread(gates, n)
+        d_z = d_z * spread_gates(gates, n)
         d_u = d_z * r
         d_r = (d_z * u).sum(dim=1, keepdim=True)
         flat = x.flatten(1).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model import kernels as kernels_module
 from elastic_moe.model import mhc
+from elastic_moe.model.blocked import BlockedKernels
 from elastic_moe.model.experts import LocalExperts
 from elastic_moe.model.residual import ManifoldHyperConnection, Segments, composite_gains
 from elastic_moe.model.sinkhorn import sinkhorn
@@ -93,7 +95,7 @@ def example(n: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, mhc.W
     return x, weights, mhc.MixSettings(n, 5, 1e-4, 1e-6)
 
 
-FORMS = [mhc.EagerKernels(), mhc.FusableKernels()]
+FORMS = [mhc.EagerKernels(), mhc.FusableKernels(), BlockedKernels()]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: type(form).__name__)
@@ -142,11 +144,14 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) 
         return fail
 
     monkeypatch.setattr(torch, "compile", broken)
-    form = kernels_module.CompiledKernels()
+    form = kernels_module.compiled_kernels.__wrapped__()
     x, weights, settings = example(2, 4, torch.float32)
     with pytest.warns(UserWarning, match="no compiler here"):
         out = form.read(x, *weights, settings)
     torch.testing.assert_close(out, mhc.EagerKernels().read(x, *weights, settings))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        form.write(x, x[:, 0], out[1], out[2])
 
 
 def test_streams_keep_their_dtype_and_coefficients_are_fp32() -> None:

@@ -1,0 +1,167 @@
+"""mHC on CPUs: the four passes in blocks of tokens that stay in the cache.
+
+The streams are the largest activation of a model (n times a hidden state), and on a CPU their passes through memory are what mHC costs. Each of the
+passes here touches them block by block, with all that it does to a block while it is in the cache, so that a stream is read from memory once or twice and
+written once. Blocks are worked on in fp32, for which CPUs have the faster small products; with bf16 streams the two products of the gradient with the
+projection are bf16, like those of any other weight. The coefficients are small (24 numbers per token for n = 4) and are made for all tokens at once, laid out with the token last, where
+Sinkhorn's sums over n become sums of long vectors.
+
+Shapes: as in mhc.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from elastic_moe.model.mhc import EagerKernels, MixSettings, spread_gates
+
+BLOCK_BYTES = 1 << 20  # of fp32 streams: about what a core's second-level cache holds
+
+
+def _blocks(x: torch.Tensor) -> Iterator[slice]:
+    """Slices of tokens."""
+    size = max(1, BLOCK_BYTES // (4 * x.shape[1] * x.shape[2]))
+    for start in range(0, len(x), size):
+        yield slice(start, min(start + size, len(x)))
+
+
+def _sinkhorn(z_nnT: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
+    """`sinkhorn.iterate` with the token last: axes (to, from, token)."""
+    matrix = z_nnT.softmax(dim=0) + eps
+    for axis in (1, *((0, 1) * (iters - 1))):
+        matrix = matrix / (matrix.sum(dim=axis, keepdim=True) + eps)
+    return matrix
+
+
+def _sinkhorn_backward(grad: torch.Tensor, z_nnT: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
+    """`sinkhorn.iterate_backward` with the token last."""
+    soft = z_nnT.softmax(dim=0)
+    matrix, trail = soft + eps, []
+    for axis in (1, *((0, 1) * (iters - 1))):
+        total = matrix.sum(dim=axis, keepdim=True) + eps
+        matrix = matrix / total
+        trail.append((matrix, total, axis))
+    for matrix, total, axis in reversed(trail):
+        grad = (grad - (grad * matrix).sum(dim=axis, keepdim=True)) / total
+    return soft * (grad - (grad * soft).sum(dim=0, keepdim=True))
+
+
+class BlockedKernels(EagerKernels):
+    """The same passes as EagerKernels, by blocks."""
+
+    def read(
+        self, x: torch.Tensor, proj: torch.Tensor, base: torch.Tensor, gates: torch.Tensor, settings: MixSettings
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        n, width = settings.streams, x.shape[1] * x.shape[2]
+        u, norm = x.new_empty((len(x), len(proj)), dtype=torch.float32), x.new_empty((len(x), 1), dtype=torch.float32)
+        for block in _blocks(x):
+            flat = x[block].flatten(1).float()
+            torch.mm(flat, proj.t(), out=u[block])
+            torch.linalg.vector_norm(flat, dim=1, keepdim=True, out=norm[block])
+        r = torch.rsqrt(norm * norm / width + settings.norm_eps)
+        z_pre, z_post, z_res = _coefficients(u, r, base, gates, n)
+        pre = z_pre.sigmoid() + settings.eps
+        res = _sinkhorn(z_res, settings.iters, settings.eps)
+        mixed, h = pre.t().contiguous().unsqueeze(1), x.new_empty((len(x), x.shape[2]))
+        for block in _blocks(x):
+            h[block] = torch.bmm(mixed[block], x[block].float()).squeeze(1)
+        return h, 2 * z_post.sigmoid().t().contiguous(), res.permute(2, 0, 1).contiguous(), u, r
+
+    def read_backward(
+        self,
+        x: torch.Tensor,
+        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        saved: tuple[torch.Tensor, torch.Tensor],
+        weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        settings: MixSettings,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        n = settings.streams
+        (d_x, d_h, d_post, d_res), (u, r), (proj, base, gates) = grads, saved, weights
+        z_pre, z_post, z_res = _coefficients(u, r, base, gates, n)
+        pre, post = z_pre.sigmoid().t().contiguous(), z_post.sigmoid()
+        d_z_post = 2 * d_post.t() * post * (1 - post)
+        d_z_res = _sinkhorn_backward(d_res.permute(1, 2, 0).contiguous(), z_res, settings.iters, settings.eps)
+        d_z = torch.cat((torch.empty_like(z_pre), d_z_post, d_z_res.flatten(0, 1))).t().contiguous()
+        spread = spread_gates(gates, n)
+        d_proj, out = torch.zeros_like(proj), torch.empty_like(x)
+        small = proj.to(x.dtype)
+        for block in _blocks(x):
+            own, scaled, inverse = pre[block], d_z[block] * spread, r[block]
+            part = self.read_backward_block(
+                x[block], d_x[block], d_h[block], own, scaled, u[block] * inverse, inverse, spread, small, settings.eps
+            )
+            out[block], d_z[block, :n], d_proj_part = part
+            d_proj.add_(d_proj_part)
+        by_gate = (d_z * u * r).sum(dim=0)
+        d_gates = torch.stack((by_gate[:n].sum(), by_gate[n : 2 * n].sum(), by_gate[2 * n :].sum()))
+        return out, d_proj, d_z.sum(dim=0), d_gates
+
+    def read_backward_block(
+        self,
+        x: torch.Tensor,
+        d_x: torch.Tensor,
+        d_h: torch.Tensor,
+        pre: torch.Tensor,
+        d_z: torch.Tensor,
+        unit: torch.Tensor,
+        r: torch.Tensor,
+        spread: torch.Tensor,
+        proj: torch.Tensor,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of one block: gradient of X; of the logits of H_pre; and the part of the projection's.
+
+        Args:
+            d_z: gradient of all logits times their gates; its first n columns are made here.
+            unit: u / norm.
+        """
+        n, streams, into = x.shape[1], x.float(), d_h.float().unsqueeze(1)
+        d_pre = torch.bmm(into, streams.transpose(1, 2)).squeeze(1) * pre * (1 - pre)
+        d_u = torch.cat((d_pre * spread[:n], d_z[:, n:]), dim=1) * r
+        shrink = (d_u * unit).sum(dim=1) * r[:, 0] / (n * x.shape[2])
+        d_u = d_u.to(x.dtype)
+        made = torch.addmm(d_x.flatten(1), d_u, proj).float().view(streams.shape)
+        made.baddbmm_((pre + eps).unsqueeze(2), into)
+        made.addcmul_(streams, shrink[:, None, None], value=-1)
+        return made.to(x.dtype), d_pre, d_u.t() @ x.flatten(1)
+
+    def write(self, x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        for block in _blocks(x):
+            out[block] = self.write_block(x[block], y[block], post[block], res[block])
+        return out
+
+    def write_block(self, x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
+        """X' of one block."""
+        made = torch.bmm(res, x.float())
+        return made.baddbmm_(post.unsqueeze(2), y.float().unsqueeze(1)).to(x.dtype)
+
+    def write_backward(
+        self, grad: torch.Tensor, x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        d_x, d_y, d_post, d_res = (torch.empty_like(t) for t in (x, y, post, res))
+        for block in _blocks(x):
+            d_x[block], d_y[block], d_post[block], d_res[block] = self.write_backward_block(
+                grad[block], x[block], y[block], post[block], res[block]
+            )
+        return d_x, d_y, d_post, d_res
+
+    def write_backward_block(
+        self, grad: torch.Tensor, x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of (X, y, post, res) of one block."""
+        g = grad.float()
+        d_x, d_y = torch.bmm(res.transpose(1, 2), g), torch.bmm(post.unsqueeze(1), g).squeeze(1)
+        d_post, d_res = torch.bmm(g, y.float().unsqueeze(2)).squeeze(2), torch.bmm(g, x.float().transpose(1, 2))
+        return d_x.to(x.dtype), d_y.to(y.dtype), d_post, d_res
+
+
+def _coefficients(
+    u: torch.Tensor, r: torch.Tensor, base: torch.Tensor, gates: torch.Tensor, n: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits with the token last: pre [n, T], post [n, T], res [n, n, T]."""
+    z = torch.addcmul(base[:, None], u.t().contiguous() * r.t(), spread_gates(gates, n)[:, None])
+    pre, post, res = z.split([n, n, n * n])
+    return pre, post, res.unflatten(0, (n, n))

@@ -1,0 +1,72 @@
+"""The Triton kernels in Triton's interpreter, which runs them on CPU tensors, against the plain torch form: values and gradients.
+
+What the interpreter cannot show: speed, and what a compiler makes of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from elastic_moe.model import mhc
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+def test_in_the_interpreter() -> None:
+    """Triton looks for the interpreter's switch when it is imported, so a process of its own is needed."""
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "4 passed" in done.stdout, done.stdout[-500:]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> mhc.Kernels:
+    if not INTERPRETED:
+        pytest.skip("runs in a process with the interpreter")
+    from elastic_moe.model.mhc_triton import TritonKernels
+
+    return TritonKernels()
+
+
+@pytest.mark.parametrize(("tokens", "n", "width", "dtype"), [
+    (5, 4, 40, torch.float32), (33, 2, 130, torch.float32), (17, 4, 64, torch.bfloat16), (1, 4, 1100, torch.float32),
+])  # fmt: skip
+def test_equals_plain_torch(kernels: mhc.Kernels, tokens: int, n: int, width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    k = 2 * n + n * n
+    settings, plain = mhc.MixSettings(n, 4, 1e-4, 1e-6), mhc.EagerKernels()
+
+    def random(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(kind)
+
+    x, y, grad, d_h = (
+        random(*s, kind=dtype) for s in ((tokens, n, width), (tokens, width), (tokens, n, width), (tokens, width))
+    )
+    weights = mhc.Weights(random(k, n * width) / width**0.5, random(k) * 0.3, random(3))
+    exact = dtype == torch.float32
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if exact else {"rtol": 3e-2, "atol": 6e-2}
+
+    fast, slow = (form.read(x, *weights, settings) for form in (kernels, plain))
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+    _, post, res, u, r = slow
+    d_post, d_res = random(tokens, n), random(tokens, n, n)
+    fast, slow = (
+        form.read_backward(x, (grad, d_h, d_post, d_res), (u, r), tuple(weights), settings) for form in (kernels, plain)
+    )
+    for a, b in zip(fast, slow, strict=True):
+        scale = max(1.0, float(b.abs().max()))
+        torch.testing.assert_close(a / scale, b / scale, **tolerance)
+    torch.testing.assert_close(kernels.write(x, y, post, res), plain.write(x, y, post, res), **tolerance)
+    fast, slow = (form.write_backward(grad, x, y, post, res) for form in (kernels, plain))
+    for a, b in zip(fast, slow, strict=True):
+        scale = max(1.0, float(b.abs().max()))
+        torch.testing.assert_close(a / scale, b / scale, **tolerance)

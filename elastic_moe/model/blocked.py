@@ -12,6 +12,7 @@ Shapes: as in mhc.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -22,7 +23,7 @@ BLOCK_BYTES = 1 << 20  # of fp32 streams: about what a core's second-level cache
 
 def _blocks(x: torch.Tensor) -> Iterator[slice]:
     """Slices of tokens."""
-    size = max(1, BLOCK_BYTES // (4 * x.shape[1] * x.shape[2]))
+    size = max(1, BLOCK_BYTES * torch.get_num_threads() // (4 * x.shape[1] * x.shape[2]))
     for start in range(0, len(x), size):
         yield slice(start, min(start + size, len(x)))
 
@@ -88,74 +89,53 @@ class BlockedKernels(EagerKernels):
         d_proj, out = torch.zeros_like(proj), torch.empty_like(x)
         small = proj.to(x.dtype)
         for block in _blocks(x):
-            own, scaled, inverse = pre[block], d_z[block] * spread, r[block]
-            part = self.read_backward_block(
-                x[block], d_x[block], d_h[block], own, scaled, u[block] * inverse, inverse, spread, small, settings.eps
-            )
-            out[block], d_z[block, :n], d_proj_part = part
-            d_proj.add_(d_proj_part)
+            streams, into, own = x[block].float(), d_h[block].float().unsqueeze(1), pre[block]
+            d_z[block, :n] = torch.bmm(into, streams.transpose(1, 2)).squeeze(1) * own * (1 - own)
+            d_u = d_z[block] * spread
+            shrink = (d_u * u[block]).sum(dim=1) * r[block, 0] ** 3 / (n * x.shape[2])
+            d_u = (d_u * r[block]).to(x.dtype)
+            d_proj.add_(d_u.t() @ x[block].flatten(1))
+            torch.addmm(d_x[block].flatten(1), d_u, small, out=out[block].flatten(1))
+            with _target(out[block]) as made:
+                if made.dtype != x.dtype:
+                    made.copy_(out[block])
+                made.baddbmm_((own + settings.eps).unsqueeze(2), into)
+                made.addcmul_(streams, shrink[:, None, None], value=-1)
         by_gate = (d_z * u * r).sum(dim=0)
         d_gates = torch.stack((by_gate[:n].sum(), by_gate[n : 2 * n].sum(), by_gate[2 * n :].sum()))
         return out, d_proj, d_z.sum(dim=0), d_gates
 
-    def read_backward_block(
-        self,
-        x: torch.Tensor,
-        d_x: torch.Tensor,
-        d_h: torch.Tensor,
-        pre: torch.Tensor,
-        d_z: torch.Tensor,
-        unit: torch.Tensor,
-        r: torch.Tensor,
-        spread: torch.Tensor,
-        proj: torch.Tensor,
-        eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of one block: gradient of X; of the logits of H_pre; and the part of the projection's.
-
-        Args:
-            d_z: gradient of all logits times their gates; its first n columns are made here.
-            unit: u / norm.
-        """
-        n, streams, into = x.shape[1], x.float(), d_h.float().unsqueeze(1)
-        d_pre = torch.bmm(into, streams.transpose(1, 2)).squeeze(1) * pre * (1 - pre)
-        d_u = torch.cat((d_pre * spread[:n], d_z[:, n:]), dim=1) * r
-        shrink = (d_u * unit).sum(dim=1) * r[:, 0] / (n * x.shape[2])
-        d_u = d_u.to(x.dtype)
-        made = torch.addmm(d_x.flatten(1), d_u, proj).float().view(streams.shape)
-        made.baddbmm_((pre + eps).unsqueeze(2), into)
-        made.addcmul_(streams, shrink[:, None, None], value=-1)
-        return made.to(x.dtype), d_pre, d_u.t() @ x.flatten(1)
-
     def write(self, x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(x)
+        out, post = torch.empty_like(x), post.unsqueeze(2)
         for block in _blocks(x):
-            out[block] = self.write_block(x[block], y[block], post[block], res[block])
+            with _target(out[block]) as made:
+                torch.bmm(res[block], x[block].float(), out=made)
+                made.baddbmm_(post[block], y[block].float().unsqueeze(1))
         return out
-
-    def write_block(self, x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
-        """X' of one block."""
-        made = torch.bmm(res, x.float())
-        return made.baddbmm_(post.unsqueeze(2), y.float().unsqueeze(1)).to(x.dtype)
 
     def write_backward(
         self, grad: torch.Tensor, x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         d_x, d_y, d_post, d_res = (torch.empty_like(t) for t in (x, y, post, res))
+        back, rows = res.transpose(1, 2), post.unsqueeze(1)
         for block in _blocks(x):
-            d_x[block], d_y[block], d_post[block], d_res[block] = self.write_backward_block(
-                grad[block], x[block], y[block], post[block], res[block]
-            )
+            g = grad[block].float()
+            with _target(d_x[block]) as made:
+                torch.bmm(back[block], g, out=made)
+            with _target(d_y[block].unsqueeze(1)) as made:
+                torch.bmm(rows[block], g, out=made)
+            torch.bmm(g, y[block].float().unsqueeze(2), out=d_post[block].unsqueeze(2))
+            torch.bmm(g, x[block].float().transpose(1, 2), out=d_res[block])
         return d_x, d_y, d_post, d_res
 
-    def write_backward_block(
-        self, grad: torch.Tensor, x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of (X, y, post, res) of one block."""
-        g = grad.float()
-        d_x, d_y = torch.bmm(res.transpose(1, 2), g), torch.bmm(post.unsqueeze(1), g).squeeze(1)
-        d_post, d_res = torch.bmm(g, y.float().unsqueeze(2)).squeeze(2), torch.bmm(g, x.float().transpose(1, 2))
-        return d_x.to(x.dtype), d_y.to(y.dtype), d_post, d_res
+
+@contextmanager
+def _target(out: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Where to make fp32 values that belong into `out`: there, or beside it when its type is another."""
+    made = out if out.dtype == torch.float32 else torch.empty(out.shape)
+    yield made
+    if made is not out:
+        out.copy_(made)
 
 
 def _coefficients(

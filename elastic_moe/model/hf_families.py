@@ -198,7 +198,7 @@ class Family:
         return swap_streams if re.search(r"_mix\.(proj|base)$", ours) else _identity
 
 
-PLAIN = {"residual": "plain", "swiglu_limit": 0.0, "num_hash_layers": 0, "document_mask": False}
+PLAIN = {"residual": "plain", "swiglu_limit": 0.0, "num_hash_layers": 0}
 ALWAYS = {"hidden_act": ("silu",), "mlp_bias": (False,)}
 FAMILIES = {
     "deepseek_v3": Family(
@@ -213,7 +213,7 @@ FAMILIES = {
         {
             "attention": "v4", "residual": "mhc", "readout": "learned", "num_dense_layers": 0, "num_shared_experts": 1,
             "num_groups": 1, "groups_per_token": 1, "normalize_gates": True, "qk_norm": False, "attention_bias": False,
-            "rope_mscale": 0.0, "rope_mscale_all_dim": 0.0, "document_mask": False,
+            "rope_mscale": 0.0, "rope_mscale_all_dim": 0.0,
         },
         {**SIZES, **V4, "num_experts": "n_routed_experts", "routed_scaling": "routed_scaling_factor"},
         V4_NAMES,

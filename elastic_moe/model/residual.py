@@ -207,6 +207,18 @@ def spread(x_BSD: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
     return x_BSD.unsqueeze(2).expand(-1, -1, cfg.num_streams, -1).contiguous()
 
 
+def warm_up(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Let kernels that are compiled when first used be compiled now, so that a worker that joins keeps nobody waiting for it."""
+    if cfg.residual != "mhc" or isinstance(choose_kernels(cfg.fused, device), mhc.EagerKernels):
+        return
+    mix = ManifoldHyperConnection(cfg, 0).to(device)
+    for parameter in mix.parameters():
+        parameter.data.zero_()
+    x = torch.zeros((1, 8, cfg.num_streams, cfg.hidden_size), device=device, dtype=dtype, requires_grad=True)
+    streams, h_BSD, link = mix.read(x, Segments(cfg, device))
+    mix.write(streams, h_BSD, link).sum().backward()
+
+
 def composite_gains(maps: list[torch.Tensor]) -> torch.Tensor:
     """How the product of all sub-layers' H_res scales what passes through it (mHC, figure 3).
 

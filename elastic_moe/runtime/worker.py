@@ -25,6 +25,7 @@ from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import GroupAborted, UserError
 from elastic_moe.model.hf import HFCheckpoint
 from elastic_moe.model.params import init_param, param_specs
+from elastic_moe.model.residual import warm_up
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.parallel.dispatch import ExpertParallel
 from elastic_moe.parallel.groups import AbortSignal, Group
@@ -170,6 +171,7 @@ class Worker:
         Raises:
             Evicted: the coordinator no longer counts this worker as a member.
         """
+        warm_up(self._config.model, self._device, torch.bfloat16 if self._config.precision == "bf16" else torch.float32)
         self._line.ready()
         generation = 0
         try:

@@ -177,7 +177,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="blocks whose name contains this, or mhc")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="as many as a CPU worker has by default")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     rounds = 2 if options.quick else options.rounds
     device = torch.device(options.device)
 

@@ -11,9 +11,10 @@ import torch
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model import kernels as kernels_module
 from elastic_moe.model import mhc
+from elastic_moe.model import residual as residual_module
 from elastic_moe.model.blocked import BlockedKernels
 from elastic_moe.model.experts import LocalExperts
-from elastic_moe.model.residual import ManifoldHyperConnection, Segments, composite_gains
+from elastic_moe.model.residual import ManifoldHyperConnection, Segments, composite_gains, warm_up
 from elastic_moe.model.sinkhorn import sinkhorn
 from elastic_moe.model.transformer import Transformer
 
@@ -152,6 +153,26 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
         form.write(x, x[:, 0], out[1], out[2])
+
+
+def test_warming_up_runs_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    plain = mhc.EagerKernels()
+
+    def noted(name: str) -> object:
+        def run(*args: object) -> object:
+            ran.append(name)
+            return getattr(plain, name)(*args)
+
+        return run
+
+    form = kernels_module.Guarded("test", {name: noted(name) for name in kernels_module.PASSES})  # type: ignore[misc]
+    monkeypatch.setattr(residual_module, "choose_kernels", lambda *_: form)
+    warm_up(ModelConfig(**SHAPE, residual="mhc"), torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+    assert sorted(ran) == sorted(kernels_module.PASSES)
+    ran.clear()
+    warm_up(ModelConfig(**SHAPE), torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+    assert not ran
 
 
 def test_streams_keep_their_dtype_and_coefficients_are_fp32() -> None:

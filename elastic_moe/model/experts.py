@@ -4,7 +4,7 @@ A slot is a place for one expert's weights; what a slot holds is the backend's b
 those that autograd derives move the largest tensors too often: each `W[e]` would write a whole zero [S, F, D], a gather of
 rows would become a scatter, and a stack's gradient would be made, then added.
 
-Shapes: T tokens, K experts per token, N = T * K routed rows, S slots, E experts, D hidden, F expert hidden.
+Shapes: T tokens, K experts per token, N = T * K routed rows, S slots, E experts, D hidden, F expert hidden, G = 2F: an expert's gate above its up.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class ExpertBackend(Protocol):
 def grouped_swiglu(
     x_ND: torch.Tensor,
     counts_S: torch.Tensor,
-    w_gate_SFD: torch.Tensor,
-    w_up_SFD: torch.Tensor,
+    w_gate_up_SGD: torch.Tensor,
     w_down_SDF: torch.Tensor,
     limit: float = 0.0,
     direct: bool = False,
@@ -46,7 +45,7 @@ def grouped_swiglu(
     Args:
         x_ND: rows sorted by slot.
         counts_S: int64 rows per slot, summing to N; zeros are fine.
-        w_gate_SFD, w_up_SFD, w_down_SDF: the slots' weights.
+        w_gate_up_SGD, w_down_SDF: the slots' weights.
         limit: clamp of the SwiGLU's inputs; 0 for none.
         direct: the backward pass adds the weights' gradients to their `grad`, which must exist, and hands autograd none: a stack of experts is
             the largest tensor of a layer, and is then written once and not three times.
@@ -56,11 +55,9 @@ def grouped_swiglu(
     """
     dtype, kind = x_ND.dtype, x_ND.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and dtype != torch.float64 else dtype
-    sums = tuple(w.grad for w in (w_gate_SFD, w_up_SFD, w_down_SDF)) if direct else None
+    sums = (w_gate_up_SGD.grad, w_down_SDF.grad) if direct else None
     with torch.autocast(kind, enabled=False):
-        out = _GroupedSwiGLU.apply(
-            x_ND.to(compute), counts_S.tolist(), w_gate_SFD, w_up_SFD, w_down_SDF, limit, compute, sums
-        )
+        out = _GroupedSwiGLU.apply(x_ND.to(compute), counts_S.tolist(), w_gate_up_SGD, w_down_SDF, limit, compute, sums)
     return out.to(dtype)
 
 
@@ -105,36 +102,33 @@ class _GroupedSwiGLU(torch.autograd.Function):
         ctx: Any,
         x_ND: torch.Tensor,
         counts: list[int],
-        w_gate_SFD: torch.Tensor,
-        w_up_SFD: torch.Tensor,
+        w_gate_up_SGD: torch.Tensor,
         w_down_SDF: torch.Tensor,
         limit: float,
         compute: torch.dtype,
         sums: tuple[torch.Tensor, ...] | None,
     ) -> torch.Tensor:
-        given = (w_gate_SFD, w_up_SFD, w_down_SDF)
-        w_gate, w_up, w_down = (w.to(compute) for w in given)
-        products = _Products(x_ND, counts, w_gate.shape[1])
-        gate_NF, up_NF = (products.rows(x_ND, w.transpose(1, 2)) for w in (w_gate, w_up))
-        y_ND = products.rows(swiglu(gate_NF, up_NF, limit), w_down.transpose(1, 2))
-        ctx.save_for_backward(x_ND, gate_NF, up_NF, *((w_gate, w_up, w_down) if compute == given[0].dtype else given))
+        w_gate_up, w_down = w_gate_up_SGD.to(compute), w_down_SDF.to(compute)
+        products = _Products(x_ND, counts, w_down.shape[2])
+        gate_up_NG = products.rows(x_ND, w_gate_up.transpose(1, 2))
+        y_ND = products.rows(swiglu(*gate_up_NG.chunk(2, dim=1), limit), w_down.transpose(1, 2))
+        ctx.save_for_backward(x_ND, gate_up_NG, w_gate_up_SGD, w_down_SDF)
         ctx.rest = (products, limit, compute, sums)
         return y_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_ND, gate_NF, up_NF, *weights = ctx.saved_tensors
+        x_ND, gate_up_NG, *weights = ctx.saved_tensors
         products, limit, compute, sums = ctx.rest
-        w_gate, w_up, w_down = (w.to(compute) for w in weights)
+        w_gate_up, w_down = (w.to(compute) for w in weights)
         totals = [torch.zeros_like(w) for w in weights] if sums is None else sums
         d_y = grads[0].contiguous()
-        hidden, d_gate, d_up = swiglu_backward(products.rows(d_y, w_down), gate_NF, up_NF, limit)
-        for total, left, right in zip(totals, (d_gate, d_up, d_y), (x_ND, x_ND, hidden), strict=True):
-            products.weights(left, right, total)
-        d_x = products.rows(d_up, w_up, products.rows(d_gate, w_gate))
-        returned = (None, None, None) if sums is not None else totals
-        return d_x, None, *returned, None, None, None
+        hidden, d_gate_up = swiglu_backward(products.rows(d_y, w_down), gate_up_NG, limit)
+        products.weights(d_gate_up, x_ND, totals[0])
+        products.weights(d_y, hidden, totals[1])
+        returned = (None, None) if sums is not None else totals
+        return products.rows(d_gate_up, w_gate_up), None, *returned, None, None, None
 
 
 class _LocalSwiGLU(torch.autograd.Function):
@@ -159,17 +153,13 @@ class _LocalSwiGLU(torch.autograd.Function):
         undo_N = torch.empty_like(order_N)
         undo_N[order_N] = torch.arange(len(order_N))
         token_N = order_N // num_choices
-        hidden = weights[0].shape[1]
-        gate_NF, up_NF = x_TD.new_empty((len(order_N), hidden)), x_TD.new_empty((len(order_N), hidden))
+        w_gate_up, w_down = weights
+        gate_up_NG = x_TD.new_empty((len(order_N), w_gate_up.shape[1]))
         y_ND = x_TD.new_empty((len(order_N), x_TD.shape[1]))
-        for slot, pieces in _busy(counts, token_N, gate_NF, up_NF, y_ND):
-            tokens, gate, up, y = pieces
-            w_gate, w_up, w_down = (w[slot] for w in weights)
-            x = x_TD.index_select(0, tokens)
-            torch.mm(x, w_gate.t(), out=gate)
-            torch.mm(x, w_up.t(), out=up)
-            torch.mm(swiglu(gate, up, limit), w_down.t(), out=y)
-        ctx.save_for_backward(x_TD, gates_TK, order_N, undo_N, token_N, gate_NF, up_NF, *given)
+        for slot, (tokens, gate_up, y) in _busy(counts, token_N, gate_up_NG, y_ND):
+            torch.mm(x_TD.index_select(0, tokens), w_gate_up[slot].t(), out=gate_up)
+            torch.mm(swiglu(*gate_up.chunk(2, dim=1), limit), w_down[slot].t(), out=y)
+        ctx.save_for_backward(x_TD, gates_TK, order_N, undo_N, token_N, gate_up_NG, *given)
         ctx.rest = (counts, limit, sums, x_TD.dtype)
         own = gates_TK.to(x_TD.dtype)
         return F.embedding_bag(undo_N.view(gates_TK.shape), y_ND, mode="sum", per_sample_weights=own)
@@ -177,7 +167,7 @@ class _LocalSwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TD, gates_TK, order_N, undo_N, token_N, gate_NF, up_NF, *given = ctx.saved_tensors
+        x_TD, gates_TK, order_N, undo_N, token_N, gate_up_NG, *given = ctx.saved_tensors
         counts, limit, sums, compute = ctx.rest
         weights = [w.to(compute) for w in given]
         totals = [torch.zeros_like(w) for w in given] if sums is None else sums
@@ -185,20 +175,19 @@ class _LocalSwiGLU(torch.autograd.Function):
         d_gates_N = torch.empty_like(gates_N)
         d_x_ND = x_TD.new_empty((len(order_N), x_TD.shape[1]))
         d_out_TD = grads[0].contiguous()
-        for slot, pieces in _busy(counts, token_N, gate_NF, up_NF, gates_N, d_gates_N, d_x_ND):
-            tokens, gate, up, weight, d_weight, d_x = pieces
-            w_gate, w_up, w_down = (w[slot] for w in weights)
+        w_gate_up, w_down = weights
+        for slot, pieces in _busy(counts, token_N, gate_up_NG, gates_N, d_gates_N, d_x_ND):
+            tokens, gate_up, weight, d_weight, d_x = pieces
             x, d_y = x_TD.index_select(0, tokens), d_out_TD.index_select(0, tokens)
-            d_hidden, column = d_y @ w_down, weight.to(compute).unsqueeze(1)
-            hidden, d_gate, d_up = swiglu_backward(d_hidden * column, gate, up, limit)
+            d_hidden, column = d_y @ w_down[slot], weight.to(compute).unsqueeze(1)
+            hidden, d_gate_up = swiglu_backward(d_hidden * column, gate_up, limit)
             d_weight.copy_((d_hidden.to(d_weight.dtype) * hidden).sum(dim=1))
-            for total, left, right in zip(totals, (d_gate, d_up, d_y), (x, x, hidden * column), strict=True):
-                add_product(total[slot], left, right)
-            torch.mm(d_gate, w_gate, out=d_x)
-            d_x.addmm_(d_up, w_up)
+            add_product(totals[0][slot], d_gate_up, x)
+            add_product(totals[1][slot], d_y, hidden * column)
+            torch.mm(d_gate_up, w_gate_up[slot], out=d_x)
         d_x_TD = F.embedding_bag(undo_N.view(gates_TK.shape), d_x_ND, mode="sum")
         d_gates_TK = d_gates_N[undo_N].view(gates_TK.shape)
-        returned = (None, None, None) if sums is not None else tuple(totals)
+        returned = (None, None) if sums is not None else tuple(totals)
         return d_x_TD, d_gates_TK, None, None, None, None, None, *returned
 
 
@@ -260,18 +249,17 @@ def combine(y_TKD: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
 def loop_swiglu(
     x_ND: torch.Tensor,
     counts_S: torch.Tensor,
-    w_gate_SFD: torch.Tensor,
-    w_up_SFD: torch.Tensor,
+    w_gate_up_SGD: torch.Tensor,
     w_down_SDF: torch.Tensor,
     limit: float = 0.0,
 ) -> torch.Tensor:
     """Slow twin of `grouped_swiglu`: one slot after another; any shape, dtype and number of slots, zero included."""
-    if w_gate_SFD.shape[0] == 0:
+    if w_down_SDF.shape[0] == 0:
         return x_ND.clone()  # no slots, hence no rows; stays in the graph
     pieces = [
-        F.linear(swiglu(F.linear(x, gate), F.linear(x, up), limit), down)
-        for x, gate, up, down in zip(
-            x_ND.split(counts_S.tolist()), w_gate_SFD.unbind(), w_up_SFD.unbind(), w_down_SDF.unbind(), strict=True
+        F.linear(swiglu(*F.linear(x, gate_up).chunk(2, dim=1), limit), down)
+        for x, gate_up, down in zip(
+            x_ND.split(counts_S.tolist()), w_gate_up_SGD.unbind(), w_down_SDF.unbind(), strict=True
         )
     ]
     return torch.cat(pieces)
@@ -293,45 +281,54 @@ class LocalExperts(nn.Module):
         self.direct = False
         self._cfg = cfg
         self.num_layers, self.num_experts, self._limit = cfg.num_moe_layers, cfg.num_experts, cfg.swiglu_limit
-        wide = (self.num_experts, cfg.expert_hidden, cfg.hidden_size)
-        shapes = {"gate": wide, "up": wide, "down": (self.num_experts, cfg.hidden_size, cfg.expert_hidden)}
+        shapes = {
+            "gate_up": (self.num_experts, 2 * cfg.expert_hidden, cfg.hidden_size),
+            "down": (self.num_experts, cfg.hidden_size, cfg.expert_hidden),
+        }
         for name, shape in shapes.items():
             stacks = [nn.Parameter(torch.empty(shape)) for _ in range(self.num_layers)]
             setattr(self, name, nn.ParameterList(stacks))
-        for moe_layer in range(self.num_layers if seed is not None else 0):
-            for spec in expert_specs(cfg, moe_layer):
-                assert spec.expert is not None and seed is not None
-                stack = getattr(self, spec.name.rsplit(".", 1)[1])[moe_layer]
-                stack.data[spec.expert].copy_(init_param(spec, seed))
+        if seed is not None:
+            views = self.named_views()
+            for moe_layer in range(self.num_layers):
+                for spec in expert_specs(cfg, moe_layer):
+                    views[spec.name].copy_(init_param(spec, seed))
 
-    def slot_params(self, moe_layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(w_gate [E, F, D], w_up [E, F, D], w_down [E, D, F]) of one layer."""
-        gate, up, down = (getattr(self, name)[moe_layer] for name in ("gate", "up", "down"))
-        return gate, up, down
+    def slot_params(self, moe_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(w_gate_up [E, 2F, D], w_down [E, D, F]) of one layer."""
+        return self.gate_up[moe_layer], self.down[moe_layer]
 
     def named_views(self, of_grad: bool = False) -> dict[str, torch.Tensor]:
         """Each expert's matrices, or their gradients, by the names of `param_specs`."""
         views: dict[str, torch.Tensor] = {}
         for moe_layer in range(self.num_layers):
-            stacks = dict(zip(("gate", "up", "down"), self.slot_params(moe_layer), strict=True))
+            gate_up, down = (stack.grad if of_grad else stack.data for stack in self.slot_params(moe_layer))
+            assert gate_up is not None and down is not None
+            gate, up = gate_up.chunk(2, dim=1)
+            stacks = {"gate": gate, "up": up, "down": down}
             for spec in expert_specs(self._cfg, moe_layer):
-                stack = stacks[spec.name.rsplit(".", 1)[1]]
                 assert spec.expert is not None
-                whole = stack.grad if of_grad else stack.data
-                assert whole is not None
-                views[spec.name] = whole[spec.expert]
+                views[spec.name] = stacks[spec.name.rsplit(".", 1)[1]][spec.expert]
         return views
 
     def forward(
         self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
     ) -> torch.Tensor:
+        if x_TD.device.type != "cpu" or not len(expert_ids_TK):
+            return self.anywhere(moe_layer, x_TD, expert_ids_TK, gates_TK)
+        flat_N = expert_ids_TK.flatten()
+        counts = torch.bincount(flat_N, minlength=self.num_experts).tolist()
+        return self._local(moe_layer, x_TD, gates_TK, flat_N.argsort(stable=True), counts)
+
+    def anywhere(
+        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """The same on any device: gather, all experts at once, weighted sum."""
         flat_N = expert_ids_TK.flatten()
         order_N = flat_N.argsort(stable=True)
-        counts = torch.bincount(flat_N, minlength=self.num_experts)
-        if x_TD.device.type == "cpu" and len(flat_N):
-            return self._local(moe_layer, x_TD, gates_TK, order_N, counts.tolist())
         undo_N = torch.empty_like(order_N)
         undo_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+        counts = torch.bincount(flat_N, minlength=self.num_experts)
         rows_ND = _Gather.apply(x_TD, order_N, undo_N)
         y_ND = grouped_swiglu(rows_ND, counts, *self.slot_params(moe_layer), self._limit, self.direct)
         y_TKD = _Permute.apply(y_ND, undo_N, order_N).view(*expert_ids_TK.shape, x_TD.shape[1])

@@ -149,17 +149,22 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def swiglu_backward(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, limit: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(value, gradient of gate, gradient of up) of `swiglu`, given the gradient of its result."""
+def swiglu_backward(grad_NF: torch.Tensor, gate_up_NG: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(value [N, F], gradient of gate and up [N, 2F]) of `swiglu` on the two halves, given the gradient of its result."""
+    gate, up = gate_up_NG.chunk(2, dim=-1)
+    out = torch.empty_like(gate_up_NG)
+    d_gate, d_up = out.chunk(2, dim=-1)
     if not limit:
         act = F.silu(gate)
-        return act * up, torch.ops.aten.silu_backward(grad * up, gate), grad * act
+        d_gate.copy_(torch.ops.aten.silu_backward(grad_NF * up, gate))
+        torch.mul(grad_NF, act, out=d_up)
+        return act * up, out
     inside_gate, inside_up = gate <= limit, up.abs() <= limit
     gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     act = F.silu(gate)
-    return act * up, torch.ops.aten.silu_backward(grad * up, gate) * inside_gate, grad * act * inside_up
+    d_gate.copy_(torch.ops.aten.silu_backward(grad_NF * up, gate) * inside_gate)
+    torch.mul(grad_NF * act, inside_up, out=d_up)
+    return act * up, out
 
 
 class SwiGLU(nn.Module):

@@ -123,8 +123,7 @@ class ExpertParallel:
         self._span = placement.slots_of(rank)
         self.num_layers, self.num_experts = placement.expert_of_slot.shape[0], cfg.num_experts
         slots = self._span.stop - self._span.start
-        wide = (slots, cfg.expert_hidden, cfg.hidden_size)
-        shapes = (wide, wide, (slots, cfg.hidden_size, cfg.expert_hidden))
+        shapes = ((slots, 2 * cfg.expert_hidden, cfg.hidden_size), (slots, cfg.hidden_size, cfg.expert_hidden))
         self._slots = [
             tuple(torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes)
             for _ in range(self.num_layers)
@@ -144,7 +143,7 @@ class ExpertParallel:
         return len(self._placement.rank_of_slot)
 
     def slot_params(self, moe_layer: int) -> tuple[torch.nn.Parameter, ...]:
-        """(w_gate [S, F, D], w_up [S, F, D], w_down [S, D, F]) of one layer."""
+        """(w_gate_up [S, 2F, D], w_down [S, D, F]) of one layer: an expert's unit, one matrix after the other."""
         return self._slots[moe_layer]
 
     def slot_grads(self, moe_layer: int) -> tuple[torch.Tensor, ...]:

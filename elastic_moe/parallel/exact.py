@@ -40,7 +40,7 @@ class Grid:
         total.add_(part.double().add_(self._shift).sub_(self._shift))
 
 
-Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Weights = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Pieces(torch.autograd.Function):
@@ -58,10 +58,11 @@ class _Pieces(torch.autograd.Function):
     ) -> torch.Tensor:
         # Every operand is a copy of its own: BLAS may choose its kernel by a pointer's alignment.
         xs = [x.clone() for x in x_MD.split([rows for _, rows in pieces])]
-        w_gate_SFD, w_up_SFD, w_down_SDF = weights
-        hidden = [(x @ w_gate_SFD[slot].T, x @ w_up_SFD[slot].T) for x, (slot, _) in zip(xs, pieces, strict=True)]
+        w_gate_up_SGD, w_down_SDF = weights
+        hidden = [x @ w_gate_up_SGD[slot].T for x, (slot, _) in zip(xs, pieces, strict=True)]
         out = [
-            swiglu(gate, up, limit) @ w_down_SDF[slot].T for (gate, up), (slot, _) in zip(hidden, pieces, strict=True)
+            swiglu(*gate_up.chunk(2, dim=1), limit) @ w_down_SDF[slot].T
+            for gate_up, (slot, _) in zip(hidden, pieces, strict=True)
         ]
         ctx.saved = (xs, hidden, pieces, weights, sums, grid, limit)
         return torch.cat(out) if out else x_MD.clone()
@@ -69,15 +70,15 @@ class _Pieces(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
-        xs, hidden, pieces, (w_gate_SFD, w_up_SFD, w_down_SDF), sums, grid, limit = ctx.saved
+        xs, hidden, pieces, (w_gate_up_SGD, w_down_SDF), sums, grid, limit = ctx.saved
         back: list[torch.Tensor] = []
         grads = grad_MD.split([rows for _, rows in pieces])
-        for dy, x, (gate, up), (slot, _) in zip(grads, xs, hidden, pieces, strict=True):
+        for dy, x, gate_up, (slot, _) in zip(grads, xs, hidden, pieces, strict=True):
             dy = dy.clone()
-            hidden_rows, d_gate, d_up = swiglu_backward(dy @ w_down_SDF[slot], gate, up, limit)
-            for total, part in zip(sums, (d_gate.T @ x, d_up.T @ x, dy.T @ hidden_rows), strict=True):
-                grid.add(total[slot], part)
-            back.append(d_gate @ w_gate_SFD[slot] + d_up @ w_up_SFD[slot])
+            rows, d_gate_up = swiglu_backward(dy @ w_down_SDF[slot], gate_up, limit)
+            grid.add(sums[0][slot], d_gate_up.T @ x)
+            grid.add(sums[1][slot], dy.T @ rows)
+            back.append(d_gate_up @ w_gate_up_SGD[slot])
         return torch.cat(back) if back else grad_MD.clone(), None, None, None, None, None
 
 
@@ -94,7 +95,7 @@ def pieces_swiglu(
     Args:
         x_MD: rows, piece after piece.
         pieces: (slot, rows) of each piece; a piece is what one micro-batch sends to one expert.
-        weights: (gate [S, F, D], up [S, F, D], down [S, D, F]).
+        weights: (gate above up [S, 2F, D], down [S, D, F]).
         sums: fp64 tensors of the same shapes, to which the backward pass adds the weights' gradients.
         grid: of the sums.
         limit: clamp of the SwiGLU's inputs; 0 for none.
@@ -105,5 +106,5 @@ def pieces_swiglu(
     dtype, kind = x_MD.dtype, x_MD.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
     used = [(slot, rows) for slot, rows in pieces if rows]
-    cast = tuple(w.detach().to(compute) for w in weights)
+    cast = (weights[0].detach().to(compute), weights[1].detach().to(compute))
     return _Pieces.apply(x_MD.to(compute), used, cast, sums, grid, limit).to(dtype)

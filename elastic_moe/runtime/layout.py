@@ -25,11 +25,11 @@ class ComputeTensors:
 
     Attributes:
         dense: parameter or buffer name -> tensor.
-        slots: per MoE layer, the stacked (gate, up, down) slot tensors.
+        slots: per MoE layer, the stacked slot tensors: gate above up, and down.
     """
 
     dense: Mapping[str, torch.Tensor]
-    slots: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    slots: Sequence[tuple[torch.Tensor, ...]]
 
 
 class Layout:

@@ -45,7 +45,7 @@ def test_elements_beyond_the_range_are_still_summed_in_fp64() -> None:
 
 def _case(pieces: list[tuple[int, int]]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     torch.manual_seed(0)
-    shapes = ((SLOTS, WIDTH, HIDDEN), (SLOTS, WIDTH, HIDDEN), (SLOTS, HIDDEN, WIDTH))
+    shapes = ((SLOTS, 2 * WIDTH, HIDDEN), (SLOTS, HIDDEN, WIDTH))
     weights = tuple(torch.randn(shape).requires_grad_() for shape in shapes)
     sums = tuple(torch.zeros(shape, dtype=torch.float64) for shape in shapes)
     return torch.randn(sum(rows for _, rows in pieces), HIDDEN), weights, sums

@@ -74,23 +74,19 @@ class _Products:
         self._grouped = x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and rows_fit and len(x_ND) > 0
         self._offs = torch.tensor(counts, device=x_ND.device).cumsum(0).to(torch.int32) if self._grouped else None
 
-    def rows(self, x: torch.Tensor, w_SKN: torch.Tensor, to: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, K], [S, K, N'] -> [N, N'], added to `to` where given."""
+    def rows(self, x: torch.Tensor, w_SKN: torch.Tensor) -> torch.Tensor:
+        """[N, K], [S, K, N'] -> [N, N']."""
         if self._grouped:
-            out = F.grouped_mm(x.contiguous(), w_SKN, offs=self._offs)
-            return out if to is None else to.add_(out)
-        out = x.new_empty((len(x), w_SKN.shape[2])) if to is None else to
+            return F.grouped_mm(x.contiguous(), w_SKN, offs=self._offs)
+        out = x.new_empty((len(x), w_SKN.shape[2]))
         for slot, (piece, target) in _busy(self._counts, x, out):
-            if to is None:
-                torch.mm(piece, w_SKN[slot], out=target)
-            else:
-                target.addmm_(piece, w_SKN[slot])
+            torch.mm(piece, w_SKN[slot], out=target)
         return out
 
     def weights(self, a: torch.Tensor, b: torch.Tensor, to_SMK: torch.Tensor) -> None:
         """Add a^T b of each slot's rows, [N, M] and [N, K], to [S, M, K]."""
         if self._grouped:
-            to_SMK.add_(F.grouped_mm(a.t().contiguous(), b.contiguous(), offs=self._offs))
+            to_SMK.add_(F.grouped_mm(a.contiguous().t(), b.contiguous(), offs=self._offs))
             return
         for slot, (left, right) in _busy(self._counts, a, b):
             add_product(to_SMK[slot], left, right)

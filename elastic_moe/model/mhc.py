@@ -10,7 +10,7 @@ first sub-layer, and each sub-layer's output and coefficients, and makes the str
 vector per token and sub-layer, in place of n C-wide ones. F is never run again.
 
 The streams' gradient passes from `_Write` through `_Read` (its first output is X itself), so it is summed where it is formed.
-The bodies are plain tensor functions, so that torch.compile can fuse each; `FORMS` holds the eager and the fusable form.
+The passes are a `Kernels`: plain torch and a form that compilers fuse are here, others in blocked.py and mhc_triton.py, and kernels.py chooses.
 
 Shapes: T tokens, n streams, C hidden, k = 2n + n^2 coefficients, laid out [pre (n) | post (n) | res (n^2, row by row)].
 """

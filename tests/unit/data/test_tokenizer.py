@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as HubTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from elastic_moe.data.tokenizer import END, BpeTokenizer, BytesTokenizer, TextTokenizer, load_tokenizer
+from elastic_moe.data.tokenizer import (
+    END,
+    BpeTokenizer,
+    BytesTokenizer,
+    TextTokenizer,
+    load_tokenizer,
+    read_tokenizer_file,
+)
 from elastic_moe.errors import UserError
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "class A:\n    pass\n" * 20]
@@ -66,3 +75,35 @@ def test_damaged_tokenizer_is_a_user_error(tmp_path: Path, content: str | None) 
         path.write_text(content)
     with pytest.raises(UserError, match="tokenizer"):
         load_tokenizer(path)
+
+
+def test_another_models_tokenizer(tmp_path: Path) -> None:
+    """A tokenizer.json keeps its own end token, on the way into a run directory and out again."""
+    source = tmp_path / "source"
+    source.mkdir()
+    hub = HubTokenizer(models.BPE())
+    hub.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hub.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>", "<stop>"], initial_alphabet=alphabet, show_progress=False
+    )
+    hub.train_from_iterator(["some text, and some more text"] * 5, trainer=trainer)
+    hub.save(str(source / "tokenizer.json"))
+    with pytest.raises(UserError, match="no end-of-text token"):
+        read_tokenizer_file(source / "tokenizer.json")
+    (source / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
+    tokenizer = read_tokenizer_file(source / "tokenizer.json")
+    assert tokenizer.end_id == hub.token_to_id("<stop>") == 1
+    tokenizer.save(tmp_path / "kept.json")
+    again = load_tokenizer(tmp_path / "kept.json")
+    assert again.end_id == 1 and again.decode(again.encode("some naïve text")) == "some naïve text"
+    assert isinstance(again, BpeTokenizer)
+    again.export(tmp_path)
+    assert read_tokenizer_file(tmp_path / "tokenizer.json").end_id == 1
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
+        read_tokenizer_file(tmp_path / "tokenizer.json")

@@ -17,6 +17,7 @@ from elastic_moe.config.schema import ModelConfig, TrainConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.compressed import layer_kind
 from elastic_moe.model.params import param_specs
+from elastic_moe.model.residual import segment_length
 
 GB = 1e9
 MOST_WORKERS = 1 << 20
@@ -147,7 +148,7 @@ def activation_bytes(config: TrainConfig) -> float:
     per_layer = 4 * width + heads + routed
     streams = 0.0
     if cfg.has_streams:
-        segment = 1 if cfg.recompute == 0 else max(cfg.recompute, round((2 * cfg.num_layers * n / (n + 2)) ** 0.5))
+        segment = segment_length(cfg)
         streams = 2 * (n * width / segment + width) + (n + 2) * width * (segment > 1)
     layers = cfg.num_layers + cfg.mtp_depth
     head = (1 + cfg.mtp_depth) * cfg.vocab_size * (size + 4)

@@ -16,9 +16,11 @@ from contextlib import contextmanager
 
 import torch
 
-from elastic_moe.model.mhc import EagerKernels, MixSettings, spread_gates
+from elastic_moe.model.mhc import EagerKernels, MixSettings, gates_gradient, spread_gates
+from elastic_moe.model.sinkhorn import iterate, iterate_backward
 
 BLOCK_BYTES = 1 << 20  # of fp32 streams: about what a core's second-level cache holds
+TOKEN_LAST = (0, 1)  # the axes (to, from) of matrices laid out [n, n, T]
 
 
 def _blocks(x: torch.Tensor) -> Iterator[slice]:
@@ -26,27 +28,6 @@ def _blocks(x: torch.Tensor) -> Iterator[slice]:
     size = max(1, BLOCK_BYTES * torch.get_num_threads() // (4 * x.shape[1] * x.shape[2]))
     for start in range(0, len(x), size):
         yield slice(start, min(start + size, len(x)))
-
-
-def _sinkhorn(z_nnT: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
-    """`sinkhorn.iterate` with the token last: axes (to, from, token)."""
-    matrix = z_nnT.softmax(dim=0) + eps
-    for axis in (1, *((0, 1) * (iters - 1))):
-        matrix = matrix / (matrix.sum(dim=axis, keepdim=True) + eps)
-    return matrix
-
-
-def _sinkhorn_backward(grad: torch.Tensor, z_nnT: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
-    """`sinkhorn.iterate_backward` with the token last."""
-    soft = z_nnT.softmax(dim=0)
-    matrix, trail = soft + eps, []
-    for axis in (1, *((0, 1) * (iters - 1))):
-        total = matrix.sum(dim=axis, keepdim=True) + eps
-        matrix = matrix / total
-        trail.append((matrix, total, axis))
-    for matrix, total, axis in reversed(trail):
-        grad = (grad - (grad * matrix).sum(dim=axis, keepdim=True)) / total
-    return soft * (grad - (grad * soft).sum(dim=0, keepdim=True))
 
 
 class BlockedKernels(EagerKernels):
@@ -64,7 +45,7 @@ class BlockedKernels(EagerKernels):
         r = torch.rsqrt(norm * norm / width + settings.norm_eps)
         z_pre, z_post, z_res = _coefficients(u, r, base, gates, n)
         pre = z_pre.sigmoid() + settings.eps
-        res = _sinkhorn(z_res, settings.iters, settings.eps)
+        res = iterate(z_res, settings.iters, settings.eps, TOKEN_LAST)
         mixed, h = pre.t().contiguous().unsqueeze(1), x.new_empty((len(x), x.shape[2]))
         for block in _blocks(x):
             h[block] = torch.bmm(mixed[block], x[block].float()).squeeze(1)
@@ -83,7 +64,7 @@ class BlockedKernels(EagerKernels):
         z_pre, z_post, z_res = _coefficients(u, r, base, gates, n)
         pre, post = z_pre.sigmoid().t().contiguous(), z_post.sigmoid()
         d_z_post = 2 * d_post.t() * post * (1 - post)
-        d_z_res = _sinkhorn_backward(d_res.permute(1, 2, 0).contiguous(), z_res, settings.iters, settings.eps)
+        d_z_res = iterate_backward(d_res.permute(1, 2, 0).contiguous(), z_res, settings.iters, settings.eps, TOKEN_LAST)
         d_z = torch.cat((torch.empty_like(z_pre), d_z_post, d_z_res.flatten(0, 1))).t().contiguous()
         spread = spread_gates(gates, n)
         d_proj, out = torch.zeros_like(proj), torch.empty_like(x)
@@ -101,8 +82,7 @@ class BlockedKernels(EagerKernels):
                     made.copy_(out[block])
                 made.baddbmm_((own + settings.eps).unsqueeze(2), into)
                 made.addcmul_(streams, shrink[:, None, None], value=-1)
-        by_gate = (d_z * u * r).sum(dim=0)
-        d_gates = torch.stack((by_gate[:n].sum(), by_gate[n : 2 * n].sum(), by_gate[2 * n :].sum()))
+        d_gates = gates_gradient(d_z, u, r, n)
         return out, d_proj, d_z.sum(dim=0), d_gates
 
     def write(self, x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor) -> torch.Tensor:

@@ -347,8 +347,6 @@ def family_of(cfg: ModelConfig) -> str:
             )
     if nearest == "glm4_moe" and cfg.attention_bias:
         raise UserError("model.attention_bias=True cannot be expressed in Hugging Face's glm4_moe.")
-    if nearest == "deepseek_v4" and cfg.index_topk < 1:
-        raise UserError("model.index_topk must be at least 1.")
     return nearest
 
 

@@ -71,6 +71,12 @@ def spread_gates(gates: torch.Tensor, n: int) -> torch.Tensor:
     return torch.cat((gates[0].expand(n), gates[1].expand(n), gates[2].expand(n * n)))
 
 
+def gates_gradient(d_z: torch.Tensor, u: torch.Tensor, r: torch.Tensor, n: int) -> torch.Tensor:
+    """Gradient of the three gates, from that of the logits."""
+    by_gate = (d_z * u * r).sum(dim=0)
+    return torch.stack((by_gate[:n].sum(), by_gate[n : 2 * n].sum(), by_gate[2 * n :].sum()))
+
+
 class EagerKernels:
     """Plain torch, with batched products."""
 
@@ -122,8 +128,7 @@ class EagerKernels:
             dim=1,
         )
         d_base = d_z.sum(dim=0)
-        by_gate = (d_z * u * r).sum(dim=0)
-        d_gates = torch.stack((by_gate[:n].sum(), by_gate[n : 2 * n].sum(), by_gate[2 * n :].sum()))
+        d_gates = gates_gradient(d_z, u, r, n)
         d_z = d_z * spread_gates(gates, n)
         d_u = d_z * r
         d_r = (d_z * u).sum(dim=1, keepdim=True)

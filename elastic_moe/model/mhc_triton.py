@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from elastic_moe.model.mhc import EagerKernels, MixSettings, spread_gates
+from elastic_moe.model.mhc import EagerKernels, MixSettings, gates_gradient, spread_gates
 
 PADDED = 32  # coefficients in a product: Triton's products want powers of two, 16 at least
 ROWS = 16  # tokens in a product
@@ -356,8 +356,7 @@ class TritonKernels(EagerKernels):
             N=n,
             SMALL=SMALL,
         )
-        by_gate = (d_z * u * r).sum(dim=0)
-        d_gates = torch.stack((by_gate[:n].sum(), by_gate[n : 2 * n].sum(), by_gate[2 * n :].sum()))
+        d_gates = gates_gradient(d_z, u, r, n)
         scaled = d_z * spread
         shrink = (scaled * u).sum(dim=1) * r[:, 0] ** 3 / (n * width)
         d_u = scaled * r

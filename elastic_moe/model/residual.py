@@ -46,6 +46,11 @@ class Residual(Protocol):
         ...
 
 
+def segment_length(cfg: ModelConfig) -> int:
+    """Sub-layers that keep their streams together, by `model.recompute`."""
+    return mhc.best_segment(2 * cfg.num_layers, cfg.num_streams) if cfg.recompute < 0 else cfg.recompute or 1
+
+
 class Segments:
     """Hands out the segments that keep the streams of one forward pass.
 
@@ -56,9 +61,7 @@ class Segments:
 
     def __init__(self, cfg: ModelConfig, device: torch.device) -> None:
         self.kernels = choose_kernels(cfg.fused, device)
-        self._length = cfg.recompute or 1
-        if cfg.recompute < 0:
-            self._length = mhc.best_segment(2 * cfg.num_layers, cfg.num_streams)
+        self._length = segment_length(cfg)
         self._current = mhc.Segment(self.kernels, self._length)
 
     def next(self) -> mhc.Segment:

@@ -16,33 +16,37 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-ROWS, COLUMNS = -1, -2  # the axis that a normalisation sums over
+COLUMNS, ROWS = -2, -1  # the axes that normalising columns and rows sums over, where the matrix comes last
+Axes = tuple[int, int]
 
 
-def _steps(iters: int) -> list[int]:
+def _steps(iters: int, axes: Axes) -> list[int]:
     """The normalisations after the first softmax over columns."""
-    return [ROWS, *([COLUMNS, ROWS] * (iters - 1))]
+    columns, rows = axes
+    return [rows, *([columns, rows] * (iters - 1))]
 
 
-def iterate(z: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
-    """The doubly stochastic matrix of the logits z [..., n, n]."""
-    matrix = z.softmax(dim=COLUMNS) + eps
-    for axis in _steps(iters):
+def iterate(z: torch.Tensor, iters: int, eps: float, axes: Axes = (COLUMNS, ROWS)) -> torch.Tensor:
+    """The doubly stochastic matrix of the logits z [..., n, n]; `axes` are those of (to, from) when they are not the last."""
+    matrix = z.softmax(dim=axes[0]) + eps
+    for axis in _steps(iters, axes):
         matrix = matrix / (matrix.sum(dim=axis, keepdim=True) + eps)
     return matrix
 
 
-def iterate_backward(grad: torch.Tensor, z: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
+def iterate_backward(
+    grad: torch.Tensor, z: torch.Tensor, iters: int, eps: float, axes: Axes = (COLUMNS, ROWS)
+) -> torch.Tensor:
     """Gradient by z of `iterate`, given that of its result."""
-    soft = z.softmax(dim=COLUMNS)
+    soft = z.softmax(dim=axes[0])
     matrix, trail = soft + eps, []
-    for axis in _steps(iters):
+    for axis in _steps(iters, axes):
         total = matrix.sum(dim=axis, keepdim=True) + eps
         matrix = matrix / total
         trail.append((matrix, total, axis))
     for matrix, total, axis in reversed(trail):
         grad = (grad - (grad * matrix).sum(dim=axis, keepdim=True)) / total
-    return soft * (grad - (grad * soft).sum(dim=COLUMNS, keepdim=True))
+    return soft * (grad - (grad * soft).sum(dim=axes[0], keepdim=True))
 
 
 class _Sinkhorn(torch.autograd.Function):

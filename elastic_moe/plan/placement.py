@@ -1,10 +1,11 @@
 """Which expert sits in which slot of which rank, per MoE layer.
 
-An expert's *home* is where its optimizer state lives; homes are sticky, because moving one costs a transfer of that state.
-The slots that homes leave free get replicas, which may change freely: their weights are re-sent after every update anyway.
-Replicas are chosen for the optimal token split of `split.py`: pieces of load go from overfull to underfull ranks, the largest
-piece that fits first (in the manner of MoonEP; P >= E + R - 1 slots are enough for a perfect split of any load). Free slots that
-no piece needs go to the experts with the highest load per copy, against drift.
+An expert's *home* is where its optimizer state lives; homes are sticky, because moving one costs a transfer of that state. The other
+copies are replicas, which may change freely: their weights are re-sent after every update anyway.
+
+Copies are chosen for the optimal token split of `split.py`. Two ranks that share an expert are linked: tokens of that expert can be
+moved between them. The plan links all ranks with as few copies as that takes, so whatever the load does the next moment, the split can
+pass it on; then it mends what today's load still finds too narrow. P >= E + R - 1 slots are enough for a perfect split of any load.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.errors import UserError
+from elastic_moe.plan.copies import EMPTY, plan_layer, sort_slots
 from elastic_moe.types import View
 
-EMPTY = -1  # in expert_of_slot
 LOST = -1  # in a previous placement's home
 
-# How much larger a piece on the home's own node must be to win over one on another node.
-_SAME_NODE_PENALTY = 0.8
+_SLOWEST = 1e-3  # of the fastest rank's speed: slower ones are planned for as if they did this much
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,24 @@ class Placement:
     expert_of_slot: int32[L, P], EMPTY for a slot without expert; within a rank homes come first, then replicas.
     rank_of_slot: int32[P], non-decreasing.
     home: int32[L, E], rank.
+    node_of_rank: int32[R], nodes by number; None: all ranks are on one node.
+    time_L: the slowest rank's time on the load planned for, per layer, with an optimal split; 1 is the mean. None: unknown.
     """
 
     expert_of_slot: NDArray[np.int32]
     rank_of_slot: NDArray[np.int32]
     home: NDArray[np.int32]
+    node_of_rank: NDArray[np.int32] | None = None
+    time_L: NDArray[np.float64] | None = None
+
+    def carried(self, rank_of: Sequence[int]) -> Placement:
+        """What is left of this placement under a new membership.
+
+        Args:
+            rank_of: new rank of each old one; LOST for a rank that is gone.
+        """
+        rank_of_R = np.asarray(rank_of, dtype=np.int32)
+        return Placement(self.expert_of_slot, rank_of_R[self.rank_of_slot], rank_of_R[self.home])
 
     def slots_of(self, rank: int) -> slice:
         """Slots of one rank."""
@@ -81,123 +94,84 @@ def plan_placement(
     topology: Topology,
     slots: Sequence[int],
     previous: Placement | None = None,
+    home_moves: int | None = None,
 ) -> Placement:
-    """Pure and deterministic.
+    """Pure and deterministic, also across processors.
 
     Args:
         load: [L, E], tokens per expert in any unit.
         topology: nodes and speeds of the ranks.
         slots: slots of each rank, the same for all layers; 0 for a rank that computes nothing.
-        previous: its homes, already in ranks of this topology (LOST where the home is gone), are kept where possible.
+        previous: in ranks of this topology (`Placement.carried`). Its homes and copies are kept where possible.
+        home_moves: homes per layer that may move for the sake of the load; None for as many as it takes, 0 for none. Those whose
+            rank is gone, or has too many for its new slots, move in any case.
+
+    Raises:
+        UserError: there are fewer slots than experts.
     """
     load_LE = np.asarray(load, dtype=np.float64)
     num_layers, num_experts = load_LE.shape
     slots_R = np.asarray(slots, dtype=np.int64)
-    if int(slots_R.sum()) < num_experts:
-        raise UserError(
-            f"elastic.slots_per_worker: {int(slots_R.sum())} slots cannot hold {num_experts} experts per layer"
-        )
-    speed_R = np.where(slots_R > 0, np.maximum(np.asarray(topology.speeds, dtype=np.float64), 1e-9), 0.0)
-    node_R = np.unique(np.asarray(topology.nodes), return_inverse=True)[1]
-    rank_of_slot = np.repeat(np.arange(len(slots_R), dtype=np.int32), slots_R)
-    expert_of_slot = np.full((num_layers, len(rank_of_slot)), EMPTY, dtype=np.int32)
-    home_LE = np.empty((num_layers, num_experts), dtype=np.int32)
-    start_R = np.cumsum(slots_R) - slots_R
-    for layer in range(num_layers):
-        load_E = load_LE[layer]
-        load_E = load_E + max(1e-6 * float(load_E.mean()), 1e-12)  # no expert weighs nothing: ties stay spread out
-        before_E = np.full(num_experts, LOST) if previous is None else np.asarray(previous.home[layer], dtype=np.int64)
-        home_E = _plan_homes(load_E, speed_R, slots_R, before_E)
-        has_ER = _plan_replicas(load_E, speed_R, slots_R, node_R, home_E)
-        home_LE[layer] = home_E
-        for rank in np.flatnonzero(slots_R).tolist():
-            experts = np.flatnonzero(has_ER[:, rank])
-            experts = experts[np.argsort(home_E[experts] != rank, kind="stable")]
-            expert_of_slot[layer, start_R[rank] : start_R[rank] + len(experts)] = experts
-    return Placement(expert_of_slot, rank_of_slot, home_LE)
-
-
-def _plan_homes(
-    load_E: NDArray[np.float64], speed_R: NDArray[np.float64], slots_R: NDArray[np.int64], before_E: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Keep homes up to an even share of each rank's slots; place the others heaviest first on the least loaded rank."""
-    num_experts, num_ranks = len(load_E), len(slots_R)
+    num_ranks, num_slots = len(slots_R), int(slots_R.sum())
+    if num_slots < num_experts:
+        raise UserError(f"elastic.slots_per_worker: {num_slots} slots cannot hold {num_experts} experts per layer")
+    slots_R = np.minimum(slots_R, num_experts)
+    fastest = max(1e-9, *topology.speeds)
+    speed_R = np.where(slots_R > 0, np.maximum(np.asarray(topology.speeds) / fastest, _SLOWEST), 0.0)
+    share_R = speed_R / _sum(speed_R)
+    node_R = np.unique(np.asarray(topology.nodes), return_inverse=True)[1].astype(np.int64)
+    start_R = np.concatenate([[0], np.cumsum(slots)]).astype(np.int64)
+    rank_P = np.repeat(np.arange(num_ranks, dtype=np.int64), np.asarray(slots, dtype=np.int64))
     cap_R = np.minimum(slots_R, -(-num_experts * slots_R // slots_R.sum()))
-    home_E = np.where((before_E >= 0) & (before_E < num_ranks), before_E, LOST)
-    target_R = load_E.sum() * speed_R / speed_R.sum()
-    for rank in range(num_ranks):
-        mine = np.flatnonzero(home_E == rank)
-        for excess in range(len(mine) - int(cap_R[rank]), 0, -1):
-            surplus = load_E[mine].sum() - target_R[rank]
-            gone = int(np.abs(load_E[mine] - surplus / excess).argmin())
-            home_E[mine[gone]] = LOST
-            mine = np.delete(mine, gone)
-    count_R = np.bincount(home_E[home_E >= 0], minlength=num_ranks)
-    sum_R = np.bincount(home_E[home_E >= 0], weights=load_E[home_E >= 0], minlength=num_ranks)
-    open_E = np.flatnonzero(home_E == LOST)
-    safe_speed_R = np.where(speed_R > 0, speed_R, 1.0)
-    for expert in open_E[np.argsort(-load_E[open_E], kind="stable")].tolist():
-        cost_R = np.where(count_R < cap_R, (sum_R + load_E[expert]) / safe_speed_R, np.inf)
-        rank = int(cost_R.argmin())
-        home_E[expert] = rank
-        count_R[rank] += 1
-        sum_R[rank] += load_E[expert]
-    return home_E
+    turn_R = _alternating(node_R)
+    expert_LP = np.full((num_layers, num_slots), EMPTY, dtype=np.int64)
+    home_LE = np.full((num_layers, num_experts), LOST, dtype=np.int64)
+    time_L = np.empty(num_layers)
+    moves = num_experts if home_moves is None else home_moves
+    crowded = previous is not None and not np.array_equal(previous.rank_of_slot, rank_P)
+    for layer in range(num_layers):
+        load_E = _whole(load_LE[layer])
+        has_ER = np.zeros((num_experts, num_ranks), dtype=np.bool_)
+        if previous is not None:
+            before_E = previous.home[layer].astype(np.int64)
+            home_LE[layer] = np.where((before_E >= 0) & (before_E < num_ranks), before_E, LOST)
+            expert, rank = previous.expert_of_slot[layer], previous.rank_of_slot
+            there = (expert >= 0) & (rank >= 0) & (rank < num_ranks)
+            has_ER[expert[there], rank[there]] = True
+        time_L[layer] = plan_layer(
+            load_E,
+            share_R * float(load_E.sum()),
+            start_R,
+            rank_P,
+            node_R,
+            turn_R,
+            cap_R,
+            has_ER,
+            expert_LP[layer],
+            home_LE[layer],
+            crowded,
+            moves,
+        )
+    sort_slots(expert_LP, home_LE, start_R)
+    return Placement(
+        expert_LP.astype(np.int32), rank_P.astype(np.int32), home_LE.astype(np.int32), node_R.astype(np.int32), time_L
+    )
 
 
-def _plan_replicas(
-    load_E: NDArray[np.float64],
-    speed_R: NDArray[np.float64],
-    slots_R: NDArray[np.int64],
-    node_R: NDArray[np.int64],
-    home_E: NDArray[np.int64],
-) -> NDArray[np.bool_]:
-    """Which rank holds a copy of which expert, bool[E, R]; homes included."""
-    num_experts, num_ranks = len(load_E), len(slots_R)
-    has_ER = np.zeros((num_experts, num_ranks), dtype=bool)
-    has_ER[np.arange(num_experts), home_E] = True
-    free_R = slots_R - has_ER.sum(axis=0)
-    favour_ER = np.where(node_R[home_E][:, None] != node_R[None, :], 1.0, _SAME_NODE_PENALTY)
-    rest_E = load_E.copy()  # what is left at the home
-    target_R = load_E.sum() * speed_R / speed_R.sum()
-    surplus_R = np.bincount(home_E, weights=load_E, minlength=num_ranks) - target_R
-    negligible = 1e-6 * load_E.sum()
-    while free_R.any() and surplus_R.max() > negligible:
-        src = int(surplus_R.argmax())
-        mine = np.flatnonzero(home_E == src)
-        room_R = np.where(free_R > 0, np.maximum(-surplus_R, 0.0), 0.0)
-        piece_MR = np.minimum(np.minimum(rest_E[mine], surplus_R[src])[:, None], room_R) * ~has_ER[mine]
-        index, dst = np.unravel_index(int((piece_MR * favour_ER[mine]).argmax()), piece_MR.shape)
-        piece = float(piece_MR[index, dst])
-        if piece <= negligible:
-            break
-        expert = int(mine[index])
-        has_ER[expert, dst] = True
-        free_R[dst] -= 1
-        rest_E[expert] -= piece
-        surplus_R[src] -= piece
-        surplus_R[dst] += piece
-    _fill_free(has_ER, free_R, load_E, surplus_R, favour_ER)
-    return has_ER
+def _sum(values: NDArray[np.float64]) -> float:
+    """In order, whatever the processor."""
+    return math.fsum(values.tolist())
 
 
-def _fill_free(
-    has_ER: NDArray[np.bool_],
-    free_R: NDArray[np.int64],
-    load_E: NDArray[np.float64],
-    surplus_R: NDArray[np.float64],
-    favour_ER: NDArray[np.float64],
-) -> None:
-    """Copies of the experts with the highest load per copy into what is free, another node first, then the emptiest rank."""
-    copies_E = has_ER.sum(axis=1)
-    while (free_R > 0).any():
-        can_ER = ~has_ER & (free_R > 0)
-        per_copy_E = np.where(can_ER.any(axis=1), load_E / copies_E, -1.0)
-        expert = int(per_copy_E.argmax())
-        if per_copy_E[expert] < 0:
-            return
-        ranks = np.flatnonzero(can_ER[expert])
-        dst = int(ranks[np.lexsort((ranks, surplus_R[ranks], -free_R[ranks], -favour_ER[expert, ranks]))[0]])
-        has_ER[expert, dst] = True
-        copies_E[expert] += 1
-        free_R[dst] -= 1
+def _whole(load_E: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Loads as integers that sum to about 2**40; none is zero, so that ties stay spread out."""
+    total = _sum(load_E)
+    if total <= 0:
+        return np.full(len(load_E), 2**40 // len(load_E), dtype=np.int64)
+    return np.rint(load_E / total * 2.0**40).astype(np.int64) + max(1, 2**20 // len(load_E))
+
+
+def _alternating(node_R: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The ranks, first one of each node, then the second of each, and so on."""
+    nth_R = np.array([int((node_R[:rank] == node).sum()) for rank, node in enumerate(node_R)], dtype=np.int64)
+    return np.lexsort((node_R, nth_R)).astype(np.int64)

@@ -5,17 +5,38 @@ min z  such that  sum over ranks x[e, r] = w[e],  sum over experts x[e, r] <= z 
 For a fixed z this is a maximum flow. z starts at a lower bound; tokens go to their own rank where they fit, the rest along
 augmenting paths; when none exists, the ranks reached from the stuck expert are a minimum cut, and z rises to what that set of
 ranks needs (discrete Newton: few rises, and the flow found so far stays valid). See section 3 of the balance reference and
-Dinkelbach (1967). Only experts with several copies take part, about one per spare slot.
+Dinkelbach (1967). Among the optimal splits, the one that sends the fewest tokens to other nodes is taken, and among those the one
+that sends the fewest to other ranks (a minimum-cost flow). Only experts with several copies take part, about one per spare slot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from elastic_moe.plan.compiled import compiled
+from elastic_moe.plan.flow import Floats, Ints, arcs_by_rank, balance_quota, first_caps, near_first, shorten_ways
 from elastic_moe.plan.placement import Placement
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankSplit:
+    """A layer's split as one rank needs it: nothing in it grows with ranks times slots.
+
+    Attributes:
+        sent_P: int64[P], tokens from this rank to each slot.
+        here_RS: int64[R, S], tokens from each rank to this rank's slots.
+        tokens_P: int64[P], tokens of each slot.
+        far: tokens that leave their node.
+    """
+
+    sent_P: NDArray[np.int64]
+    here_RS: NDArray[np.int64]
+    tokens_P: NDArray[np.int64]
+    far: int
 
 
 def split_tokens(
@@ -25,37 +46,222 @@ def split_tokens(
 
     Args:
         counts: [R, E], tokens of each source rank routed to each expert.
-        placement: where the copies are.
+        placement: where the copies are, and on which nodes the ranks.
         layer: index among the MoE layers.
         speeds: relative speed per rank; None for equal ones. A rank of speed 0 gets only what no other can take.
     """
-    counts_RE = np.asarray(counts, dtype=np.int64)
-    num_ranks, num_experts = counts_RE.shape
-    expert_P = placement.expert_of_slot[layer]
-    used_P = np.flatnonzero(expert_P >= 0)
-    expert_U, rank_U = expert_P[used_P], placement.rank_of_slot[used_P]
-    copies_E = np.bincount(expert_U, minlength=num_experts)
-    total_E = counts_RE.sum(axis=0)
-    assert not (total_E * (copies_E == 0)).any(), "tokens for an expert without a copy"
-    single_U = copies_E[expert_U] == 1
-    out_RP = np.zeros((num_ranks, len(expert_P)), dtype=np.int64)
-    out_RP[:, used_P[single_U]] = counts_RE[:, expert_U[single_U]]
-    flexible = np.flatnonzero((copies_E > 1) & (total_E > 0))
-    if not flexible.size:
-        return out_RP
-    fixed_R = np.zeros(num_ranks, dtype=np.int64)
-    np.add.at(fixed_R, rank_U[single_U], total_E[expert_U[single_U]])
-    row_E = np.full(num_experts, -1, dtype=np.int64)
-    row_E[flexible] = np.arange(flexible.size)
-    multi_U = np.flatnonzero(row_E[expert_U] >= 0)
-    slot_KR = np.full((flexible.size, num_ranks), -1, dtype=np.int64)
-    slot_KR[row_E[expert_U[multi_U]], rank_U[multi_U]] = used_P[multi_U]
-    demand_KR = np.ascontiguousarray(counts_RE[:, flexible].T)
-    quota_KR = _optimal_quota(demand_KR, slot_KR >= 0, fixed_R, _safe_speeds(speeds, num_ranks))
-    sent_KRR = _match_sources(demand_KR, quota_KR)
-    rows, ranks = np.nonzero(slot_KR >= 0)
-    out_RP[:, slot_KR[rows, ranks]] = sent_KRR[rows, :, ranks].T
+    counts_RE = np.ascontiguousarray(counts, dtype=np.int64)
+    num_ranks = len(counts_RE)
+    out_RP = np.zeros((num_ranks, len(placement.rank_of_slot)), dtype=np.int64)
+    none = np.zeros((num_ranks, 0), dtype=np.int64)
+    _solve(counts_RE, placement, layer, speeds, -1, out_RP, none)
     return out_RP
+
+
+def split_for_rank(
+    counts: NDArray[np.integer],
+    placement: Placement,
+    layer: int,
+    rank: int,
+    speeds: Sequence[float] | None = None,
+) -> RankSplit:
+    """What `split_tokens` says about one rank, without the matrix of all ranks and slots."""
+    counts_RE = np.ascontiguousarray(counts, dtype=np.int64)
+    span = placement.slots_of(rank)
+    sent_1P = np.zeros((1, len(placement.rank_of_slot)), dtype=np.int64)
+    here_RS = np.zeros((len(counts_RE), span.stop - span.start), dtype=np.int64)
+    tokens_P, far = _solve(counts_RE, placement, layer, speeds, rank, sent_1P, here_RS)
+    return RankSplit(sent_1P[0], here_RS, tokens_P, far)
+
+
+def _solve(
+    counts_RE: NDArray[np.int64],
+    placement: Placement,
+    layer: int,
+    speeds: Sequence[float] | None,
+    rank: int,
+    out_RP: NDArray[np.int64],
+    here_RS: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], int]:
+    num_ranks = len(counts_RE)
+    expert_P = np.ascontiguousarray(placement.expert_of_slot[layer], dtype=np.int64)
+    rank_P = np.ascontiguousarray(placement.rank_of_slot, dtype=np.int64)
+    node_R = np.zeros(num_ranks, dtype=np.int64)
+    if placement.node_of_rank is not None:
+        node_R[:] = placement.node_of_rank
+    tokens_P = np.zeros(len(rank_P), dtype=np.int64)
+    speed_R = np.array(_safe_speeds(speeds, num_ranks))
+    far = _split(counts_RE, expert_P, rank_P, node_R, speed_R, rank, out_RP, here_RS, tokens_P)
+    assert far >= 0, "tokens for an expert without a copy"
+    return tokens_P, far
+
+
+@compiled
+def _split(
+    counts_RE: Ints,
+    expert_P: Ints,
+    rank_P: Ints,
+    node_R: Ints,
+    speeds: Floats,
+    only: int,
+    out_RP: Ints,
+    here_RS: Ints,
+    tokens_P: Ints,
+) -> int:
+    """Solve, and write what every rank (`only` < 0) or one rank sends and receives. Returns the tokens that leave their node."""
+    num_ranks, num_experts = counts_RE.shape
+    num_slots = len(expert_P)
+    total_E = np.zeros(num_experts, np.int64)
+    for rank in range(num_ranks):
+        for expert in range(num_experts):
+            total_E[expert] += counts_RE[rank, expert]
+    # slots of each expert, in order
+    first_E = np.zeros(num_experts + 1, np.int64)
+    for slot in range(num_slots):
+        if expert_P[slot] >= 0:
+            first_E[expert_P[slot] + 1] += 1
+    for expert in range(num_experts):
+        if total_E[expert] > 0 and first_E[expert + 1] == 0:
+            return -1
+        first_E[expert + 1] += first_E[expert]
+    slots_E = np.empty(first_E[num_experts], np.int64)
+    place = first_E.copy()
+    for slot in range(num_slots):
+        if expert_P[slot] >= 0:
+            slots_E[place[expert_P[slot]]] = slot
+            place[expert_P[slot]] += 1
+    # the flexible experts' arcs
+    fixed_R = np.zeros(num_ranks, np.int64)
+    flexible = np.empty(num_experts, np.int64)
+    num_flexible, num_arcs = 0, 0
+    for expert in range(num_experts):
+        copies = first_E[expert + 1] - first_E[expert]
+        if copies == 1:
+            slot = slots_E[first_E[expert]]
+            fixed_R[rank_P[slot]] += total_E[expert]
+            tokens_P[slot] = total_E[expert]
+        elif total_E[expert] > 0:
+            flexible[num_flexible] = expert
+            num_flexible += 1
+            num_arcs += copies
+    total_K = np.empty(num_flexible, np.int64)
+    first_k = np.zeros(num_flexible + 1, np.int64)
+    arc_k, arc_r, arc_slot = np.empty(num_arcs, np.int64), np.empty(num_arcs, np.int64), np.empty(num_arcs, np.int64)
+    own_A, group_A = np.empty(num_arcs, np.int64), np.empty(num_arcs, np.int64)
+    near_G, expert_G = np.zeros(num_arcs, np.int64), np.empty(num_arcs, np.int64)
+    num_nodes = 0
+    for rank in range(num_ranks):
+        num_nodes = max(num_nodes, node_R[rank] + 1)
+    group_of_node = np.full(num_nodes, -1, np.int64)
+    reach_R = np.zeros(num_ranks, np.bool_)
+    arc, num_groups, total = 0, 0, np.int64(0)
+    for k in range(num_flexible):
+        expert = flexible[k]
+        total_K[k] = total_E[expert]
+        total += total_E[expert]
+        begin = num_groups
+        for index in range(first_E[expert], first_E[expert + 1]):
+            slot = slots_E[index]
+            rank = rank_P[slot]
+            arc_k[arc], arc_r[arc], arc_slot[arc] = k, rank, slot
+            own_A[arc] = counts_RE[rank, expert]
+            reach_R[rank] = True
+            if group_of_node[node_R[rank]] < begin:
+                group_of_node[node_R[rank]] = num_groups
+                expert_G[num_groups] = k
+                num_groups += 1
+            group_A[arc] = group_of_node[node_R[rank]]
+            arc += 1
+        first_k[k + 1] = arc
+        for rank in range(num_ranks):
+            group = group_of_node[node_R[rank]]
+            if group >= begin:
+                near_G[group] += counts_RE[rank, expert]
+    quota = np.zeros(num_arcs, np.int64)
+    if num_flexible > 0:
+        left_K = total_K.copy()
+        cap, room = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
+        by_rank, first_r = arcs_by_rank(arc_r, num_ranks)
+        first_caps(total, fixed_R, speeds, reach_R, cap, room)
+        near_first(quota, left_K, room, own_A, near_G[:num_groups], arc_r, first_k, group_A)
+        near = near_G[:num_groups]
+        balance_quota(
+            quota, left_K, total_K, fixed_R, speeds, arc_k, arc_r, first_k, by_rank, first_r, cap, room, near, group_A
+        )
+        shorten_ways(
+            quota, room, own_A, near_G[:num_groups], arc_r, group_A, expert_G[:num_groups], num_ranks, num_flexible
+        )
+        for arc in range(num_arcs):
+            tokens_P[arc_slot[arc]] = quota[arc]
+    return _deal(counts_RE, total_E, rank_P, node_R, tokens_P, first_E, slots_E, only, out_RP, here_RS)
+
+
+@compiled
+def _deal(
+    counts_RE: Ints,
+    total_E: Ints,
+    rank_P: Ints,
+    node_R: Ints,
+    tokens_P: Ints,
+    first_E: Ints,
+    slots_E: Ints,
+    only: int,
+    out_RP: Ints,
+    here_RS: Ints,
+) -> int:
+    """Sources to slots: own rank first, then within the node, then the rest, each in order. Returns tokens that leave their node."""
+    num_ranks, num_experts = counts_RE.shape
+    first_slot = 0
+    if only >= 0:
+        first_slot = np.searchsorted(rank_P, only)
+    supply = np.empty(num_ranks, np.int64)
+    far = np.int64(0)
+    for expert in range(num_experts):
+        if total_E[expert] == 0:
+            continue
+        begin, end = first_E[expert], first_E[expert + 1]
+        for rank in range(num_ranks):
+            supply[rank] = counts_RE[rank, expert]
+        if end - begin == 1:
+            slot = slots_E[begin]
+            target = rank_P[slot]
+            for source in range(num_ranks):
+                if node_R[source] != node_R[target]:
+                    far += supply[source]
+                if only < 0:
+                    out_RP[source, slot] = supply[source]
+                elif target == only:
+                    here_RS[source, slot - first_slot] = supply[source]
+            if only >= 0:
+                out_RP[0, slot] = supply[only]
+            continue
+        want = tokens_P[slots_E[begin:end]]
+        for stage in range(3):
+            start = 0  # no source before this one has tokens left; holds for the last stage alone
+            for index in range(end - begin):
+                slot = slots_E[begin + index]
+                target = rank_P[slot]
+                source = target if stage == 0 else start
+                while want[index] > 0 and source < num_ranks:
+                    amount = min(want[index], supply[source])
+                    if amount > 0 and (stage != 1 or node_R[source] == node_R[target]):
+                        supply[source] -= amount
+                        want[index] -= amount
+                        if stage == 2:
+                            far += amount
+                        if only < 0:
+                            out_RP[source, slot] += amount
+                        else:
+                            if source == only:
+                                out_RP[0, slot] += amount
+                            if target == only:
+                                here_RS[source, slot - first_slot] += amount
+                    if stage == 0:
+                        break
+                    if stage == 2 and supply[source] == 0:
+                        start = source + 1
+                    source += 1
+    return far
 
 
 def split_whole(
@@ -97,144 +303,3 @@ def _safe_speeds(speeds: Sequence[float] | None, num_ranks: int) -> list[float]:
         return [1.0] * num_ranks
     fastest = max(max(speeds), 1e-12)
     return [max(speed / fastest, 1e-6) for speed in speeds]
-
-
-def _optimal_quota(
-    demand_KR: NDArray[np.int64], has_KR: NDArray[np.bool_], fixed_R: NDArray[np.int64], speeds: list[float]
-) -> NDArray[np.int64]:
-    """Tokens of each flexible expert on each rank, int64[K, R]; row sums are the demand's; the slowest rank is optimal."""
-    num_ranks = len(speeds)
-    weight: list[int] = demand_KR.sum(axis=1).tolist()
-    fixed: list[int] = fixed_R.tolist()
-    ranks_of: list[list[int]] = [np.flatnonzero(row).tolist() for row in has_KR]
-    reachable = sorted({rank for ranks in ranks_of for rank in ranks})
-    floor = max(load / speed for load, speed in zip(fixed, speeds, strict=True))
-    mean = (sum(weight) + sum(fixed[r] for r in reachable)) / sum(speeds[r] for r in reachable)
-    z = max(floor, mean)
-    cap = [max(int(z * speed + 1e-9), load) for load, speed in zip(fixed, speeds, strict=True)]
-    room = [cap[rank] - fixed[rank] for rank in range(num_ranks)]
-    quota = [[0] * num_ranks for _ in weight]
-    left = list(weight)
-    local: list[list[int]] = demand_KR.tolist()
-    for k, ranks in enumerate(ranks_of):  # own rank first
-        for rank in ranks:
-            _give(k, rank, min(local[k][rank], room[rank]), quota, left, room)
-    for k, ranks in enumerate(ranks_of):  # then whoever has most room
-        for rank in sorted(ranks, key=lambda rank: (-room[rank], rank)):
-            _give(k, rank, min(left[k], room[rank]), quota, left, room)
-    for k in range(len(weight)):
-        while left[k]:
-            reached, experts, last, parent = _search(k, ranks_of, quota, room)
-            if last >= 0:
-                _augment(k, last, parent, quota, left, room)
-            else:
-                _raise_caps(reached, experts, weight, fixed, speeds, cap, room)
-    return np.array(quota, dtype=np.int64)
-
-
-def _give(k: int, rank: int, tokens: int, quota: list[list[int]], left: list[int], room: list[int]) -> None:
-    if tokens > 0:
-        quota[k][rank] += tokens
-        left[k] -= tokens
-        room[rank] -= tokens
-
-
-def _search(
-    start: int, ranks_of: list[list[int]], quota: list[list[int]], room: list[int]
-) -> tuple[list[int], list[int], int, dict[int, tuple[int, int]]]:
-    """Breadth first from an expert with tokens left to a rank with room.
-
-    Returns the ranks and experts reached, the rank with room (-1: none, so these ranks are a cut), and for each rank the
-    expert that reaches it with the rank that the expert leaves (-1 at the start).
-    """
-    parent: dict[int, tuple[int, int]] = {}
-    reached: list[int] = []
-    experts = [start]
-    open_experts = set(range(len(ranks_of))) - {start}
-    frontier = [(start, -1)]
-    while frontier:
-        following: list[tuple[int, int]] = []
-        for k, via in frontier:
-            for rank in ranks_of[k]:
-                if rank in parent:
-                    continue
-                parent[rank] = (k, via)
-                reached.append(rank)
-                if room[rank] > 0:
-                    return reached, experts, rank, parent
-                for other in sorted(open_experts):
-                    if quota[other][rank] > 0:
-                        open_experts.discard(other)
-                        experts.append(other)
-                        following.append((other, rank))
-        frontier = following
-    return reached, experts, -1, parent
-
-
-def _augment(
-    start: int,
-    last: int,
-    parent: dict[int, tuple[int, int]],
-    quota: list[list[int]],
-    left: list[int],
-    room: list[int],
-) -> None:
-    """Push as much as fits along one path: each expert on it moves tokens on to the next rank."""
-    path: list[tuple[int, int, int]] = []  # (expert, from rank or -1, to rank)
-    rank = last
-    while rank >= 0:
-        k, via = parent[rank]
-        path.append((k, via, rank))
-        rank = via
-    amount = min([left[start], room[last]] + [quota[k][via] for k, via, _ in path if via >= 0])
-    for k, via, rank in path:
-        quota[k][rank] += amount
-        if via >= 0:
-            quota[k][via] -= amount
-    left[start] -= amount
-    room[last] -= amount
-
-
-def _raise_caps(
-    ranks: list[int],
-    experts: list[int],
-    weight: list[int],
-    fixed: list[int],
-    speeds: list[float],
-    cap: list[int],
-    room: list[int],
-) -> None:
-    """Raise z to what a cut needs: these experts fit on no other ranks than these."""
-    needed = sum(weight[k] for k in experts) + sum(fixed[rank] for rank in ranks)
-    z = needed / sum(speeds[rank] for rank in ranks)
-    _lift(range(len(cap)), z, speeds, cap, room)
-    short = needed - sum(cap[rank] for rank in ranks)
-    if short > 0:  # rounding down left less than one token per rank: the cheapest increments, exactly
-        for _ in range(short):
-            rank = min(ranks, key=lambda rank: ((cap[rank] + 1) / speeds[rank], rank))
-            cap[rank] += 1
-            room[rank] += 1
-        _lift(range(len(cap)), max(cap[rank] / speeds[rank] for rank in ranks), speeds, cap, room)
-
-
-def _lift(ranks: range, z: float, speeds: list[float], cap: list[int], room: list[int]) -> None:
-    for rank in ranks:
-        raised = int(z * speeds[rank] + 1e-9) - cap[rank]
-        if raised > 0:
-            cap[rank] += raised
-            room[rank] += raised
-
-
-def _match_sources(demand_KR: NDArray[np.int64], quota_KR: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tokens of expert k from source rank s to rank r, int64[K, R, R]: own rank first, the rest in rank order."""
-    own_KR = np.minimum(demand_KR, quota_KR)
-    supply_end_KR = np.cumsum(demand_KR - own_KR, axis=1)
-    quota_end_KR = np.cumsum(quota_KR - own_KR, axis=1)
-    supply_start_KR = supply_end_KR - (demand_KR - own_KR)
-    quota_start_KR = quota_end_KR - (quota_KR - own_KR)
-    stop_KRR = np.minimum(supply_end_KR[:, :, None], quota_end_KR[:, None, :])
-    start_KRR = np.maximum(supply_start_KR[:, :, None], quota_start_KR[:, None, :])
-    sent_KRR = np.maximum(stop_KRR - start_KRR, 0)
-    diagonal: NDArray[np.int64] = np.arange(demand_KR.shape[1], dtype=np.int64)
-    sent_KRR[:, diagonal, diagonal] += own_KR
-    return sent_KRR

@@ -35,5 +35,7 @@ ensure_venv() {
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "$torch"
     say "installing elastic_moe and its other dependencies"
     (cd "$ROOT" && "$PYTHON" -m pip install --quiet --disable-pip-version-check -e '.[dev]')
+    say "compiling the planner"
+    "$PYTHON" -m elastic_moe.plan.warm
     printf '%s\n' "$hash" >"$stamp"
 }

@@ -35,7 +35,7 @@ AT_LEAST_ONE = """
     model.rope_dim model.value_dim model.kv_latent model.rope_original_len model.window model.csa_rate model.hca_rate
     model.index_heads model.index_dim model.index_topk model.output_groups model.output_latent model.num_groups
     model.groups_per_token model.num_streams model.sinkhorn_iters
-    data.seq_len data.global_batch data.micro_batch elastic.min_workers checkpoint.keep
+    data.seq_len data.global_batch data.micro_batch elastic.min_workers checkpoint.keep balance.home_every balance.payback_steps
     cluster.workers cluster.nodes cluster.workers_per_node
 """.split()
 
@@ -46,13 +46,14 @@ AT_LEAST_ZERO = """
     model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes optim.warmup_steps optim.min_lr_ratio
     optim.weight_decay elastic.max_workers elastic.redundancy elastic.spare_slots elastic.slots_per_worker
     elastic.join_settle_s elastic.drain_deadline_s elastic.wait_below_min_s checkpoint.every_steps
+    balance.every balance.home_moves balance.dispatch_mib balance.log_every
     cluster.cpus_per_worker cluster.gpus_per_worker faults.kill_worker_at_step faults.kill_rank
 """.split()
 
 ABOVE_ZERO = """
     model.routed_scaling model.rope_theta model.norm_eps model.rope_factor model.rope_beta_fast model.rope_beta_slow
     model.compress_theta cluster.worker_memory_gb optim.lr optim.eps optim.clip elastic.heartbeat_s
-    elastic.heartbeat_timeout_s elastic.hang_timeout_s elastic.form_timeout_s
+    elastic.heartbeat_timeout_s elastic.hang_timeout_s elastic.form_timeout_s balance.window
 """.split()
 
 LAYER_KINDS = {"sliding", "csa", "hca"}

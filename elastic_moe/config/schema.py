@@ -156,6 +156,17 @@ class ElasticConfig(Sealed):
 
 
 @dataclass(kw_only=True)
+class BalanceConfig(Sealed):
+    every: int = 1  # steps between two looks at the experts' load; 0: placement changes with the membership only
+    window: float = 3.0  # steps over which the load that is planned for is averaged
+    home_moves: int = 1  # homes per MoE layer that one look may move where the gain pays for their bytes
+    home_every: int = 20  # steps between two looks at homes
+    payback_steps: int = 50  # steps for which a moved home is taken to be of use
+    dispatch_mib: int = 1024  # most that the rows of one layer take on a rank before they come in chunks; 0: no limit
+    log_every: int = 10  # steps that a record of the experts' loads covers; 0: none
+
+
+@dataclass(kw_only=True)
 class CheckpointConfig(Sealed):
     every_steps: int = 50  # 0: only at the end
     keep: int = 3
@@ -215,6 +226,7 @@ class TrainConfig(Sealed):
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

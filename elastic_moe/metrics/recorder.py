@@ -1,4 +1,5 @@
-"""The run's own record: metrics.jsonl, one line per committed step, and events.jsonl, one line per event.
+"""The run's own record: metrics.jsonl, one line per committed step, events.jsonl, one line per event, and experts.jsonl, where the
+experts are and how many tokens they get.
 
 These files are the truth about a run; trackers are copies. Steps arrive more than once (every new generation repeats
 recent records, in case the coordinator lost them), so a step that is already there is dropped; and they may come from two
@@ -18,7 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+METRICS, EVENTS, EXPERTS = "metrics.jsonl", "events.jsonl", "experts.jsonl"
+ABOUT_EXPERTS = {"placement", "expert_load"}  # events that go there
 MAX_HELD = 10_000  # lines kept in memory while the disk refuses them
 MAX_EARLY = 256  # steps that wait for a missing one before it is given up
 
@@ -95,6 +97,7 @@ class Recorder:
         self._clock, self._lock = clock, threading.Lock()
         self._metrics = JsonLines(Path(run_dir) / METRICS)
         self._events = JsonLines(Path(run_dir) / EVENTS)
+        self._experts = JsonLines(Path(run_dir) / EXPERTS)
         self._last: dict[str, Any] | None = None
         for _, value in self._metrics.values():
             self._last = value
@@ -133,7 +136,8 @@ class Recorder:
     def event(self, event: Mapping[str, Any]) -> None:
         """Record an event; the time is added when it has none."""
         with self._lock:
-            self._events.append({"time": self._clock()} | dict(event))
+            file = self._experts if event.get("event") in ABOUT_EXPERTS else self._events
+            file.append({"time": self._clock()} | dict(event))
 
     def truncate_after(self, step: int) -> int:
         """Forget records of later steps: the run fell back to this one. Returns how many were dropped."""
@@ -158,6 +162,7 @@ class Recorder:
                 self._write_early(give_up=True)
             self._metrics.close()
             self._events.close()
+            self._experts.close()
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

@@ -5,13 +5,17 @@ all-to-all of rows there and one back, and the same two in the backward pass. Ro
 only interleave its sources. Each permutation is part of the transport's autograd function: its backward is the inverse
 permutation, a gather, and not the scatter-add that autograd would derive.
 
+When the rows that reach some rank would take more memory than allowed, the tokens are sent in chunks, one after the other, and a chunk's
+rows are not kept for the backward pass but sent again: all tokens on one expert cost time, not memory.
+
 Shapes: T tokens, K experts per token, N = T * K rows sent, M rows computed here, P slots in the world, S slots here, R ranks,
 D hidden, F expert hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +23,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.experts import combine, grouped_swiglu
 from elastic_moe.parallel.exact import Grid, pieces_swiglu
 from elastic_moe.parallel.groups import Group
 from elastic_moe.plan.placement import Placement
-from elastic_moe.plan.split import split_tokens, split_whole
+from elastic_moe.plan.split import RankSplit, split_for_rank, split_whole
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,15 @@ class ExpertParallel:
         device: of the slot weights.
         speeds: relative speed per rank, for the split; None for equal ones.
         grid: compute what each rank sends to each expert by itself, and sum the weights' gradients exactly; None: grouped, in fp32.
+        memory_limit: bytes that one layer's rows may take on a rank, with what is kept of them for the backward pass; 0 for no limit.
+            Without effect on exact sums, whose pieces may not depend on who computes them.
 
     Attributes:
         local_tokens: rows that this rank's slots computed since `reset_balance`.
         tokens_R: the same for every rank.
+        far_rows: rows that this rank's tokens sent to other nodes, counted once for all ranks on rank 0.
+        compute_s: seconds of this rank's experts in the forward passes.
+        chunks: the most pieces in which a layer's rows came.
     """
 
     def __init__(
@@ -117,7 +127,10 @@ class ExpertParallel:
         device: torch.device,
         speeds: Sequence[float] | None = None,
         grid: Grid | None = None,
+        memory_limit: int = 0,
     ) -> None:
+        row_bytes = 4 * (3 * cfg.hidden_size + 4 * cfg.expert_hidden)
+        self._most_rows = max(1, memory_limit // row_bytes) if memory_limit and grid is None else 0
         self._group, self._placement, self._rank, self._speeds = group, placement, rank, speeds
         self._grid, self._limit = grid, cfg.swiglu_limit
         self._span = placement.slots_of(rank)
@@ -135,12 +148,14 @@ class ExpertParallel:
                 for tensor, grad in zip(slots_of, grads_of, strict=True):
                     tensor.grad = grad
         self._anchor = torch.zeros((), device=device, requires_grad=True)
-        self._bounds = np.array([placement.slots_of(r).start for r in range(group.world_size)] + [self._num_slots])
+        starts = [placement.slots_of(r).start for r in range(group.world_size)]
+        self._bounds = np.array([*starts, len(placement.rank_of_slot)])
         self.reset_balance()
 
-    @property
-    def _num_slots(self) -> int:
-        return len(self._placement.rank_of_slot)
+    def adopt(self, placement: Placement) -> None:
+        """Go over to another placement with the same slots; the slots' weights are then those of other experts, and must be set anew."""
+        assert np.array_equal(placement.rank_of_slot, self._placement.rank_of_slot)
+        self._placement = placement
 
     def slot_params(self, moe_layer: int) -> tuple[torch.nn.Parameter, ...]:
         """(w_gate_up [S, 2F, D], w_down [S, D, F]) of one layer: an expert's unit, one matrix after the other."""
@@ -159,28 +174,74 @@ class ExpertParallel:
         """Begin counting anew, at the start of a step."""
         self.local_tokens = 0
         self.tokens_R = np.zeros(self._group.world_size, dtype=np.int64)
-        self._mean_sum, self._max_sum = 0.0, 0.0
+        self._mean_L, self._max_L = np.zeros(self.num_layers), np.zeros(self.num_layers)
+        self.far_rows, self.compute_s, self.chunks = 0, 0.0, 1
 
     @property
     def balance(self) -> float:
         """Mean over maximum of the ranks' rows, of ranks with slots, weighted over the calls since `reset_balance`; 1 is perfect."""
-        return self._mean_sum / self._max_sum if self._max_sum else 1.0
+        return float(self._mean_L.sum() / self._max_L.sum()) if self._max_L.any() else 1.0
+
+    @property
+    def layer_time_L(self) -> NDArray[np.float64]:
+        """Rows of the slowest rank over the mean, per MoE layer, since `reset_balance`; 1 is perfect. The same on every rank."""
+        return np.where(self._mean_L > 0, self._max_L / np.maximum(self._mean_L, 1e-9), 1.0)
 
     def __call__(
         self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
     ) -> torch.Tensor:
+        counts_RE = self._counts(expert_ids_TK)
+        most = int(self._per_rank(self._split(counts_RE, moe_layer).tokens_P).max()) if self._most_rows else 0
+        chunks = -(-most // self._most_rows) if most else 1
+        self.chunks = max(self.chunks, chunks)
+        if chunks == 1:
+            return combine(self._experts(moe_layer, x_TD, expert_ids_TK, counts_RE, False), gates_TK)
+        pieces = []
+        for x, ids in zip(x_TD.tensor_split(chunks), expert_ids_TK.tensor_split(chunks), strict=True):
+            rows = x + 0 * self._anchor  # every rank joins the backward collectives, or none
+            run = _Twice(self._experts)
+            pieces.append(checkpoint(run, moe_layer, rows, ids, None, use_reentrant=False, preserve_rng_state=False))
+        return combine(torch.cat(pieces), gates_TK)
+
+    def _counts(self, expert_ids_TK: torch.Tensor) -> NDArray[np.int64]:
+        """Rows from each rank to each expert, int64[R, E]; collective."""
+        flat_N = expert_ids_TK.reshape(-1).cpu()
+        return self._group.all_gather(torch.bincount(flat_N, minlength=self.num_experts)).numpy()
+
+    def _experts(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        counts_RE: NDArray[np.int64] | None,
+        again: bool,
+    ) -> torch.Tensor:
+        """Outputs of the tokens' experts, [T, K, D]."""
         num_tokens, num_choices = expert_ids_TK.shape
         flat_N = expert_ids_TK.reshape(-1).cpu()
-        counts_RE = self._group.all_gather(torch.bincount(flat_N, minlength=self.num_experts)).numpy()
-        split = split_tokens if self._grid is None else split_whole
-        split_RP = split(counts_RE, self._placement, moe_layer, self._speeds)
-        self._count(split_RP)
-        route = self._route(flat_N, split_RP, moe_layer, num_choices, x_TD.device)
+        split = self._split(self._counts(expert_ids_TK) if counts_RE is None else counts_RE, moe_layer)
+        if not again:
+            self._count(moe_layer, self._per_rank(split.tokens_P), split.far)
+        route = self._route(flat_N, split, moe_layer, num_choices, x_TD.device)
         rows_MD = _ToSlots.apply(x_TD, self._anchor, self._group, route)
-        y_MD = self._compute(moe_layer, rows_MD, split_RP[:, self._span])
+        started = time.perf_counter()
+        y_MD = self._compute(moe_layer, rows_MD, split.here_RS)
+        if y_MD.is_cuda:
+            torch.cuda.synchronize(y_MD.device)  # the rows are to go through host memory in any case
+        if not again:
+            self.compute_s += time.perf_counter() - started
         y_ND = _FromSlots.apply(y_MD, self._group, route)
-        y_TKD = y_ND.view(num_tokens, num_choices, x_TD.shape[1])
-        return combine(y_TKD, gates_TK)
+        return y_ND.view(num_tokens, num_choices, x_TD.shape[1])
+
+    def _split(self, counts_RE: NDArray[np.int64], moe_layer: int) -> RankSplit:
+        if self._grid is None:
+            return split_for_rank(counts_RE, self._placement, moe_layer, self._rank, self._speeds)
+        split_RP = split_whole(counts_RE, self._placement, moe_layer, self._speeds)
+        nodes = self._placement.node_of_rank
+        far = 0
+        if nodes is not None:
+            far = int(split_RP[nodes[:, None] != nodes[self._placement.rank_of_slot][None, :]].sum())
+        return RankSplit(split_RP[self._rank], split_RP[:, self._span], split_RP.sum(axis=0), far)
 
     def _compute(self, moe_layer: int, rows_MD: torch.Tensor, here_RS: NDArray[np.int64]) -> torch.Tensor:
         weights = self._slots[moe_layer]
@@ -189,12 +250,12 @@ class ExpertParallel:
         pieces = [(slot, int(rows)) for slot, rows_R in enumerate(here_RS.T) for rows in rows_R]
         return pieces_swiglu(rows_MD, pieces, weights, self._grads[moe_layer], self._grid, self._limit)
 
-    def _count(self, split_RP: NDArray[np.int64]) -> None:
-        tokens_R = self._per_rank(split_RP.sum(axis=0))
+    def _count(self, moe_layer: int, tokens_R: NDArray[np.int64], far: int) -> None:
         self.tokens_R += tokens_R
         self.local_tokens += int(tokens_R[self._rank])
-        self._mean_sum += float(tokens_R.sum()) / max(1, int((np.diff(self._bounds) > 0).sum()))
-        self._max_sum += float(tokens_R.max())
+        self.far_rows += far if self._rank == 0 else 0
+        self._mean_L[moe_layer] += float(tokens_R.sum()) / max(1, int((np.diff(self._bounds) > 0).sum()))
+        self._max_L[moe_layer] += float(tokens_R.max())
 
     def _per_rank(self, rows_P: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows per slot -> rows per rank."""
@@ -203,18 +264,29 @@ class ExpertParallel:
     def _route(
         self,
         flat_N: torch.Tensor,
-        split_RP: NDArray[np.int64],
+        split: RankSplit,
         moe_layer: int,
         num_choices: int,
         device: torch.device,
     ) -> Route:
-        mine_P, here_RS = split_RP[self._rank], split_RP[:, self._span]
+        mine_P, here_RS = split.sent_P, split.here_RS
         order_N = _sending_order(flat_N.numpy(), mine_P, self._placement.expert_of_slot[moe_layer])
         by_slot_M = _interleave(here_RS)
         plan = (order_N, _inverse(order_N), by_slot_M, _inverse(by_slot_M))
         order, undo, by_slot, by_source = (torch.from_numpy(t).to(device) for t in plan)
         sent, arrived = self._per_rank(mine_P).tolist(), here_RS.sum(axis=1).tolist()
         return Route(order, undo, by_slot, by_source, sent, arrived, num_choices)
+
+
+class _Twice:
+    """Tells the first call of a function from the later ones: a recomputation must not count its rows again."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        self._function, self._called = function, False
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        again, self._called = self._called, True
+        return self._function(*args, again)
 
 
 def _sending_order(

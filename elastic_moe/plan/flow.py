@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportReturnType=false
 """The flow behind the token split, as compiled loops over flat arrays.
 
 Only experts with several copies take part ("flexible" ones). Arc a is one copy: expert `arc_k[a]` on rank `arc_r[a]`; arcs lie
@@ -183,7 +184,9 @@ def first_caps(total: int, fixed_R: Ints, speeds: Floats, reach_R: NDArray[np.bo
 
 
 @compiled
-def near_first(quota: Ints, left_K: Ints, room: Ints, own_A: Ints, near_G: Ints, arc_r: Ints, first_k: Ints, group_A: Ints) -> None:
+def near_first(
+    quota: Ints, left_K: Ints, room: Ints, own_A: Ints, near_G: Ints, arc_r: Ints, first_k: Ints, group_A: Ints
+) -> None:
     """A good start: tokens stay on their rank, then in their node, then go where most room is, as far as there is room."""
     taken_G = np.zeros(len(near_G), np.int64)
     for k in range(len(left_K)):
@@ -244,7 +247,9 @@ def shorten_ways(
         used_R[arc_r[arc]] += quota[arc]
     dist = np.zeros(size, np.int64)
     parent = np.full(size, -1, np.int64)
-    via = np.full(size, -1, np.int64)  # 4 * index + (0 group->rank, 1 rank->group, 2 expert->group, 3 group->expert); -1: sink
+    via = np.full(
+        size, -1, np.int64
+    )  # 4 * index + (0 group->rank, 1 rank->group, 2 expert->group, 3 group->expert); -1: sink
     mark = np.zeros(size, np.int64)
     cancelled = 0
     while True:

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.errors import UserError
-from elastic_moe.plan.copies import EMPTY, plan_layer, sort_slots
+from elastic_moe.plan.copies import EMPTY, sort_slots
+from elastic_moe.plan.layer import plan_layer
 from elastic_moe.types import View
 
 LOST = -1  # in a previous placement's home

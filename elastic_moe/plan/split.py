@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportReturnType=false
 """Exact token split of one MoE layer over the copies of its experts: the smallest possible time of the slowest rank.
 
 min z  such that  sum over ranks x[e, r] = w[e],  sum over experts x[e, r] <= z * speed[r]   (integers, x only where r has e).
@@ -232,7 +233,7 @@ def _deal(
                     out_RP[source, slot] = supply[source]
                 elif target == only:
                     here_RS[source, slot - first_slot] = supply[source]
-            if only >= 0:
+            if 0 <= only < num_ranks:
                 out_RP[0, slot] = supply[only]
             continue
         want = tokens_P[slots_E[begin:end]]
@@ -262,6 +263,34 @@ def _deal(
                         start = source + 1
                     source += 1
     return far
+
+
+def slowest_times(
+    load: NDArray[np.floating], placement: Placement, speeds: Sequence[float] | None = None
+) -> NDArray[np.float64]:
+    """Time of the slowest rank per layer on a load, with an optimal split; 1 is the mean over the ranks that have slots.
+
+    Args:
+        load: [L, E], tokens per expert in any unit.
+        placement: where the copies are.
+        speeds: relative speed per rank; None for equal ones.
+    """
+    load_LE = np.asarray(load, dtype=np.float64)
+    num_ranks = len(speeds) if speeds is not None else int(placement.rank_of_slot.max()) + 1
+    speed_R = np.array(_safe_speeds(speeds, num_ranks))
+    able_R = np.isin(np.arange(num_ranks), placement.rank_of_slot)
+    time_L = np.ones(len(load_LE))
+    for layer, load_E in enumerate(load_LE):
+        total = float(load_E.sum())
+        if total > 0:
+            counts_RE = np.zeros((num_ranks, len(load_E)), dtype=np.int64)
+            counts_RE[0] = np.rint(load_E / total * 1e9)
+            none = np.zeros((num_ranks, 0), dtype=np.int64)
+            one = np.zeros((1, len(placement.rank_of_slot)), dtype=np.int64)
+            tokens_P, _ = _solve(counts_RE, placement, layer, speeds, num_ranks, one, none)
+            time_R = np.bincount(placement.rank_of_slot, weights=tokens_P, minlength=num_ranks) / speed_R
+            time_L[layer] = time_R.max() / (tokens_P.sum() / speed_R[able_R].sum())
+    return time_L
 
 
 def split_whole(

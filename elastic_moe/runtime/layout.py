@@ -6,6 +6,7 @@ A *unit's views* are 1-D windows on the compute weights: dense parameters, route
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,14 @@ class Layout:
         primary = ownership.primary.tolist()
         # slot_of[r][(layer, expert)] = index among the rank's own slots
         self.slot_of: list[dict[tuple[int, int], int]] = []
+        self.grad_out: list[list[int]]
+        self.grad_in: list[list[int]]
+        self.mirror_out: list[list[int]]
+        self.mirror_in: list[list[int]]
+        self.weight_out: list[list[int]]
+        self.weight_in: list[list[int]]
+        self.frozen_out: list[list[int]]
+        self.frozen_in: list[list[int]]
         for r in world:
             span = placement.slots_of(r)
             experts_LS = placement.expert_of_slot[:, span]
@@ -59,22 +68,32 @@ class Layout:
                 {(layer, int(e)): s for layer, row in enumerate(experts_LS) for s, e in enumerate(row) if e >= 0}
             )
 
-        def computes(r: int, unit: Unit) -> bool:
-            """Rank r has a compute copy of the unit."""
-            return unit.expert is None or (unit.moe_layer, unit.expert) in self.slot_of[r]
-
-        trainable = [u for u, unit in enumerate(units) if unit.optimizer == "adamw"]
-        self.grad_out = [[u for u in trainable if primary[u] == d and computes(rank, units[u])] for d in world]
-        self.grad_in = [[u for u in trainable if primary[u] == rank and computes(s, units[u])] for s in world]
-        mirrors = ownership.mirrors
-        self.mirror_out = [[u for u in trainable if primary[u] == rank and d in mirrors[u]] for d in world]
-        self.mirror_in = [[u for u in trainable if primary[u] == s and rank in mirrors[u]] for s in world]
-        moving = [u for u, unit in enumerate(units) if unit.optimizer != "frozen"]
-        frozen = [u for u, unit in enumerate(units) if unit.optimizer == "frozen"]
-        self.weight_out = [[u for u in moving if primary[u] == rank and computes(d, units[u])] for d in world]
-        self.weight_in = [[u for u in moving if primary[u] == s and computes(rank, units[u])] for s in world]
-        self.frozen_out = [[u for u in frozen if primary[u] == rank] for _ in world]
-        self.frozen_in = [[u for u in frozen if primary[u] == s] for s in world]
+        ranks_of: dict[tuple[int, int], list[int]] = {}  # of an expert: who computes with it
+        for r, slots in enumerate(self.slot_of):
+            for key in slots:
+                ranks_of.setdefault(key, []).append(r)
+        here = self.slot_of[rank]
+        self.grad_out, self.grad_in, self.mirror_out, self.mirror_in = ([[] for _ in world] for _ in range(4))
+        self.weight_out, self.weight_in, self.frozen_out, self.frozen_in = ([[] for _ in world] for _ in range(4))
+        for u, unit in enumerate(units):
+            expert = None if unit.expert is None or unit.moe_layer is None else (unit.moe_layer, unit.expert)
+            kept = unit.optimizer == "frozen"
+            if expert is None or expert in here:
+                (self.frozen_in if kept else self.weight_in)[primary[u]].append(u)
+                if unit.optimizer == "adamw":
+                    self.grad_out[primary[u]].append(u)
+            if primary[u] == rank:
+                for r in world if expert is None else ranks_of[expert]:
+                    (self.frozen_out if kept else self.weight_out)[r].append(u)
+                    if unit.optimizer == "adamw":
+                        self.grad_in[r].append(u)
+            if unit.optimizer == "adamw":
+                mirrors = ownership.mirrors[u].tolist()
+                if primary[u] == rank:
+                    for r in sorted(m for m in mirrors if m >= 0):
+                        self.mirror_out[r].append(u)
+                if rank in mirrors:
+                    self.mirror_in[primary[u]].append(u)
 
     def sizes(self, schedule: Sequence[Sequence[int]]) -> list[int]:
         """Elements per peer of a schedule."""
@@ -98,12 +117,16 @@ class Exchanger:
         weights, grads: this rank's compute weights and their gradient tensors (grads have no router biases).
         held: the state this rank owns or mirrors.
         group: the collectives of this generation.
+
+    Attributes:
+        publish_s, publish_bytes: what this rank's part in the last publication of weights took, and brought here.
     """
 
     def __init__(
         self, layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: HeldState, group: Group
     ) -> None:
         self._layout, self._held, self._group = layout, held, group
+        self.publish_s, self.publish_bytes = 0.0, 0
         self._grad_dtype = next(iter(grads.dense.values())).dtype
         self._grad_windows = [w for peer in layout.grad_out for u in peer for w in layout.windows(grads, u)]
         self._weight_windows = {
@@ -151,11 +174,15 @@ class Exchanger:
 
     def publish(self, frozen: bool = False) -> None:
         """Send updated weights from primaries to every rank that computes with them; also the frozen ones on entering a view."""
+        started = time.perf_counter()
+        self.publish_bytes = 0
         for kind in ("weight", "frozen") if frozen else ("weight",):
             schedule, windows = getattr(self._layout, f"{kind}_out"), self._weight_windows[kind]
             received = self._swap(kind, [self._held.states[u].weight for peer in schedule for u in peer])
             if windows:
                 torch._foreach_copy_(windows, list(received.split([w.numel() for w in windows])))
+            self.publish_bytes += 4 * received.numel()
+        self.publish_s = time.perf_counter() - started
 
 
 def homes_from_roles(

@@ -21,7 +21,7 @@ from elastic_moe.plan.ownership import NONE, Ownership, plan_ownership
 from elastic_moe.plan.placement import Placement, Topology, default_slots, plan_placement
 from elastic_moe.plan.transfers import Transfer, plan_transfers
 from elastic_moe.runtime.layout import homes_from_roles
-from elastic_moe.runtime.state import VOTE_HEAD, HeldState, VoteResult, merge_roles, packed_numel, unpack_state
+from elastic_moe.runtime.state import HeldState, VoteResult, merge_roles, packed_numel, unpack_state
 from elastic_moe.runtime.step import Progress
 from elastic_moe.types import ParamSpec, Unit, View
 
@@ -84,7 +84,7 @@ def agree(
     behind = (status_R3[:, 0] == newest - 1) & (status_R3[:, 1] == newest) & (status_R3[:, 0] >= 0)
     if newest > 0:
         leader = int(np.flatnonzero(status_R3[:, 0] == newest)[0])
-        packed = torch.zeros(VOTE_HEAD + shape[0] * shape[1], dtype=torch.float64)
+        packed = torch.zeros(VoteResult.packed_size(*shape), dtype=torch.float64)
         if group.rank == leader and progress.vote is not None:
             packed = progress.vote.pack()
         group.broadcast(packed, leader)
@@ -141,33 +141,62 @@ def enter_view(
     slots = default_slots(shape[1], view, config.elastic.spare_slots, config.elastic.slots_per_worker)
     homes = homes_from_roles(units, roles_RU, view.active_ranks, shape)
     unplaced = Placement(np.zeros((shape[0], 0), np.int32), np.zeros(0, np.int32), homes)
-    placement = plan_placement(load_LE, topology, slots, unplaced)
+    placement = plan_placement(load_LE, topology, slots, unplaced, home_moves=0)
     ownership = plan_ownership(units, view, roles_RU, config.elastic.redundancy, placement.home)
-    roles = ownership.role(rank)
-
-    known: dict[int, UnitState] = {}
-    moved = 0
     if source == "peers":
-        for held in holdings:
-            known.update(held.states)
-        moved = _transfer(group, units, plan_transfers(roles_RU, ownership).transfers, known, fault, newest + 1)
+        transfers = plan_transfers(roles_RU, ownership).transfers
+        new, moved = take_over(group, units, ownership, transfers, progress, holdings, fault, newest)
     else:
+        roles, moved = ownership.role(rank), 0
         needed = [int(u) for u in np.flatnonzero(roles != NONE)]
         if source == "checkpoint":
             read = storage.read(newest, [units[u].name for u in needed])
             known = {u: _from_storage(read[units[u].name]) for u in needed}
         else:
             known = {u: _initial(units[u], specs, initial) for u in needed}
-    new = HeldState.build(units, roles, known)
-    if source != "peers":
+        new = HeldState.build(units, roles, known)
         holdings.clear()
         progress.vote = None
-    progress.committed, progress.reduced = newest, -1
+        _confirm(group, new, progress, holdings, fault, newest)
+    return Entered(new, ownership, placement, source, lost, rolled, moved)
+
+
+def take_over(
+    group: Group,
+    units: Sequence[Unit],
+    ownership: Ownership,
+    transfers: Sequence[Transfer],
+    progress: Progress,
+    holdings: list[HeldState],
+    fault: Callable[[int, str], None],
+    step: int,
+) -> tuple[HeldState, int]:
+    """Bring the state at the committed `step` to its new owners; collective. Returns this rank's new state, and the bytes it received.
+
+    `holdings` has the old state and the new one until every rank has confirmed that it has its own, so a death on the way loses nothing.
+    """
+    known: dict[int, UnitState] = {}
+    for held in holdings:
+        known.update(held.states)
+    moved = _transfer(group, units, transfers, known, fault, step + 1)
+    new = HeldState.build(units, ownership.role(group.rank), known)
+    _confirm(group, new, progress, holdings, fault, step)
+    return new, moved
+
+
+def _confirm(
+    group: Group,
+    new: HeldState,
+    progress: Progress,
+    holdings: list[HeldState],
+    fault: Callable[[int, str], None],
+    step: int,
+) -> None:
+    progress.committed, progress.reduced = step, -1
     holdings.append(new)
-    fault(newest + 1, "confirm")
+    fault(step + 1, "confirm")
     group.barrier()
     holdings[:] = [new]
-    return Entered(new, ownership, placement, source, lost, rolled, moved)
 
 
 def _transfer(

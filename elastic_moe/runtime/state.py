@@ -18,7 +18,8 @@ from elastic_moe.optim.adamw import UnitState, apply_adamw, apply_bias
 from elastic_moe.plan.ownership import NONE
 from elastic_moe.types import Unit
 
-VOTE_HEAD = 8 + len(STATS)  # scalars before the loads in a packed vote
+MEASURES = ("expert_s", "expert_rows", "far_rows", "publish_s", "publish_bytes", "switch_s")
+VOTE_HEAD = 8 + len(STATS) + len(MEASURES)  # scalars before the layers' times and loads in a packed vote
 FIELDS = {"adamw": ("weight", "m", "v"), "bias": ("weight",), "frozen": ("weight",)}
 
 
@@ -40,6 +41,9 @@ class VoteResult:
         generation, world_size: of the view that voted; world_size counts active ranks.
         load_LE: tokens routed to each expert of each MoE layer.
         stats: sums over the ranks, by the names of `model.transformer.STATS`.
+        measures: sums over the ranks, by the names of `MEASURES`: seconds of expert compute, rows computed, rows that left their node,
+            seconds and bytes of the last publication, seconds of the last change of placement.
+        layer_time_L: expert rows of the slowest rank over the mean, per MoE layer.
     """
 
     step: int
@@ -52,6 +56,8 @@ class VoteResult:
     world_size: int
     load_LE: np.ndarray
     stats: np.ndarray
+    measures: np.ndarray
+    layer_time_L: np.ndarray
 
     @property
     def loss(self) -> float:
@@ -59,15 +65,20 @@ class VoteResult:
 
     def pack(self) -> torch.Tensor:
         head = [self.step, self.ce_sum, self.tokens, self.grad_norm, float(self.finite)]
-        head += [self.balance, self.generation, self.world_size, *self.stats.tolist()]
-        loads = torch.from_numpy(self.load_LE.astype(np.float64)).flatten()
-        return torch.cat([torch.tensor(head, dtype=torch.float64), loads])
+        head += [self.balance, self.generation, self.world_size, *self.stats.tolist(), *self.measures.tolist()]
+        return torch.from_numpy(np.concatenate([head, self.layer_time_L, self.load_LE.ravel()]).astype(np.float64))
+
+    @staticmethod
+    def packed_size(num_layers: int, num_experts: int) -> int:
+        """Elements of a packed vote."""
+        return VOTE_HEAD + num_layers + num_layers * num_experts
 
     @staticmethod
     def unpack(vector: torch.Tensor, num_layers: int, num_experts: int) -> VoteResult:
         head = vector[:VOTE_HEAD].tolist()
         step, ce_sum, tokens, grad_norm, finite, balance, generation, world_size = head[:8]
-        load_LE = vector[VOTE_HEAD:].numpy().reshape(num_layers, num_experts).copy()
+        layer_time_L, loads = np.split(vector[VOTE_HEAD:].numpy().copy(), [num_layers])
+        stats, measures = np.split(np.array(head[8:]), [len(STATS)])
         return VoteResult(
             int(step),
             ce_sum,
@@ -77,8 +88,10 @@ class VoteResult:
             balance,
             int(generation),
             int(world_size),
-            load_LE,
-            np.array(head[8:]),
+            loads.reshape(num_layers, num_experts),
+            stats,
+            measures,
+            layer_time_L,
         )
 
     def extras(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from elastic_moe.parallel.groups import Group
 from elastic_moe.plan.batch import assign, order
 from elastic_moe.runtime.gradients import DenseGradients
 from elastic_moe.runtime.layout import Exchanger, Layout
-from elastic_moe.runtime.state import HeldState, VoteResult
+from elastic_moe.runtime.state import MEASURES, HeldState, VoteResult
 
 RECENT_RECORDS = 16
 
@@ -45,21 +46,26 @@ class Progress:
     reduced: int = -1
     vote: VoteResult | None = None
     evaluated: int = -1
-    records: deque[dict[str, float | int]] = field(default_factory=lambda: deque(maxlen=RECENT_RECORDS))
+    records: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=RECENT_RECORDS))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a completed step says to the loop: the metrics record, and what the members agreed on at the vote."""
+    """What a completed step says to the loop: the metrics record, what the members agreed on at the vote, the session from now on."""
 
-    record: dict[str, float | int]
+    record: dict[str, Any]
     reconfigure: bool
     stop: bool
+    session: Session
 
 
 @dataclass(frozen=True)
 class Session:
-    """Everything one generation of one worker needs to make steps; rebuilt at each reconfiguration."""
+    """Everything one generation of one worker needs to make steps; rebuilt at each reconfiguration and change of placement.
+
+    Attributes:
+        switch_s: seconds that the change of placement took which made this session; 0 where there was none since the last step.
+    """
 
     rank: int
     layout: Layout
@@ -67,6 +73,7 @@ class Session:
     exchanger: Exchanger
     held: HeldState
     shares: list[slice]
+    switch_s: float = 0.0
 
 
 def share_of_batch(layout: Layout, global_batch: int, whole: int = 1) -> list[slice]:
@@ -117,13 +124,20 @@ class Stepper:
             tokens, targets = shard.batch(mine[start : start + config.micro_batch], config.seq_len)
             yield torch.from_numpy(tokens).to(self._device), torch.from_numpy(targets).to(self._device)
 
-    def train_step(self, session: Session, progress: Progress, wanted: Callable[[], tuple[bool, bool]]) -> Outcome:
+    def train_step(
+        self,
+        session: Session,
+        progress: Progress,
+        wanted: Callable[[], tuple[bool, bool]],
+        rebalance: Callable[[Session, VoteResult], Session] = lambda session, _: session,
+    ) -> Outcome:
         """Make step `progress.committed + 1` and commit it.
 
         Args:
             session: the current generation.
             progress: updated in place as phases complete.
             wanted: read just before the vote: (a newer planned view is here, stop is requested).
+            rebalance: may give another session for the steps that follow, in which the new weights are then published.
 
         Raises:
             GroupAborted: the generation ended before the step was complete; `progress` says how far it came.
@@ -168,6 +182,8 @@ class Stepper:
                 [ce_sum, tokens, square if np.isfinite(square) else 0.0, float(not np.isfinite(square))],
                 [float(reconfigure), float(stop)],
                 stats,
+                [experts.compute_s, experts.local_tokens, experts.far_rows],
+                [session.exchanger.publish_s, session.exchanger.publish_bytes, session.switch_s],
                 rank_load,
                 load_LE.numpy().astype(np.float64).ravel(),
             ]
@@ -176,7 +192,8 @@ class Stepper:
         session.group.all_reduce(result)
         total = result.numpy()
         world = session.group.world_size
-        sums, loads, counts = np.split(total[6:], [len(STATS), len(STATS) + world])
+        ends = np.cumsum([len(STATS), len(MEASURES), world])
+        sums, measures, loads, counts = np.split(total[6:], ends)
         active = session.layout.view.active_ranks
         busiest = max(float(loads[r]) for r in active)
         grad_norm = np.float32(np.sqrt(total[2]) / max(total[1], 1.0))  # fp64 noise of the sum's order ends here
@@ -191,17 +208,20 @@ class Stepper:
             world_size=len(active),
             load_LE=counts.reshape(load_LE.shape).copy(),
             stats=sums.copy(),
+            measures=measures.copy(),
+            layer_time_L=experts.layer_time_L,
         )
         self._fault(step, "apply")
         self.commit(held, progress, vote)
         agreed = bool(total[4] == world)
         self._fault(step, "publish")
         if not agreed:
+            session = rebalance(session, vote)
             session.exchanger.publish()
         record = progress.records[-1]
         record["step_s"] = time.perf_counter() - self._started_s
         record["tokens_per_s"] = vote.tokens / record["step_s"]
-        return Outcome(record, agreed, bool(total[5] > 0))
+        return Outcome(record, agreed, bool(total[5] > 0), session)
 
     def commit(self, held: HeldState, progress: Progress, vote: VoteResult) -> None:
         """Apply a vote's result to the held state. Purely local, so a rank that has the result cannot fail to commit."""
@@ -223,6 +243,9 @@ class Stepper:
                 "step_s": step_s,
                 "tokens_per_s": vote.tokens / step_s,
                 "balance": vote.balance,
+                "layer_balance": [round(1 / float(t), 4) for t in vote.layer_time_L],
+                "layer_max_load": [round(float(w.max() / max(w.mean(), 1e-9)), 3) for w in vote.load_LE],
+                "rows_between_nodes": int(vote.measures[MEASURES.index("far_rows")]),
                 "time": time.time(),
                 **vote.extras(),
             }

@@ -11,8 +11,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -29,14 +31,17 @@ from elastic_moe.model.residual import warm_up
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.parallel.dispatch import ExpertParallel
 from elastic_moe.parallel.groups import AbortSignal, Group
+from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.units import build_units
+from elastic_moe.plan.warm import warm_up as warm_up_planner
 from elastic_moe.runtime.faults import Faults
 from elastic_moe.runtime.layout import ComputeTensors, Exchanger, Layout
 from elastic_moe.runtime.line import Line, ViewMessage
-from elastic_moe.runtime.reconfigure import Entered, Storage, enter_view
-from elastic_moe.runtime.state import FIELDS, HeldState
+from elastic_moe.runtime.rebalance import Change, Rebalancer, moves_between
+from elastic_moe.runtime.reconfigure import Entered, Storage, enter_view, take_over
+from elastic_moe.runtime.state import FIELDS, HeldState, VoteResult
 from elastic_moe.runtime.step import Outcome, Progress, Session, Stepper, share_of_batch
-from elastic_moe.types import ParamSpec
+from elastic_moe.types import ParamSpec, View
 
 
 def checkpoint_root(config: TrainConfig) -> str:
@@ -120,6 +125,11 @@ def first_values(config: TrainConfig) -> Callable[[ParamSpec], torch.Tensor]:
     return value
 
 
+def _speeds(view: View) -> list[float]:
+    """Speeds for the token split: a draining rank has no slots anyway."""
+    return [m.speed for m in view.members]
+
+
 class Worker:
     """One worker's life.
 
@@ -155,7 +165,7 @@ class Worker:
             self._model,
             TokenShard.open(prepared.train_path),
             TokenShard.open(prepared.val_path),
-            lambda step, phase: self._faults.at(self._rank, step, phase),
+            self._fault,
             self._accelerator.autocast,
             self._device,
         )
@@ -164,6 +174,9 @@ class Worker:
         self._storage = CheckpointStorage(checkpoint_root(config))
         self._writer = ShardWriter(checkpoint_root(config), line)
         self._saved_step = -1
+        self._load: tuple[np.ndarray, int] | None = (
+            None  # tokens of every expert since the last record, and over how many steps
+        )
 
     def run(self) -> dict[str, float | int]:
         """Train until the run's last step is committed, the run is stopped, or this worker is released.
@@ -172,6 +185,7 @@ class Worker:
             Evicted: the coordinator no longer counts this worker as a member.
         """
         warm_up(self._config.model, self._device, torch.bfloat16 if self._config.precision == "bf16" else torch.float32)
+        warm_up_planner()
         self._line.ready()
         generation = 0
         try:
@@ -194,6 +208,9 @@ class Worker:
         finally:
             self._writer.close()
 
+    def _fault(self, step: int, phase: str) -> None:
+        self._faults.at(self._rank, step, phase)
+
     def _summary(self, ended: str) -> dict[str, float | int]:
         return {"committed": self._progress.committed, "ended": ended}  # type: ignore[dict-item]
 
@@ -210,7 +227,7 @@ class Worker:
         group = Group(host, port, view.generation, rank, view.world_size, abort, timeout_s, completed)
         try:
             formed_s = time.perf_counter() - started
-            session, entered = self._enter(message, group)
+            session, entered, balancer = self._enter(message, group)
             info = {
                 "step": self._progress.committed,
                 "source": entered.source,
@@ -224,11 +241,12 @@ class Worker:
             if rank == view.active_ranks[0]:
                 for record in self._progress.records:
                     self._line.record(record)
-            return self._train(session, message)
+                self._tell_placement(session, "membership", None, entered.placement)
+            return self._train(session, message, balancer)
         finally:
             group.close()
 
-    def _enter(self, message: ViewMessage, group: Group) -> tuple[Session, Entered]:
+    def _enter(self, message: ViewMessage, group: Group) -> tuple[Session, Entered, Rebalancer]:
         view, config = message.view, self._config
         entered = enter_view(
             config,
@@ -241,33 +259,109 @@ class Worker:
             lambda held, vote: self._stepper.commit(held, self._progress, vote),
             self._storage,
             self._shape,
-            lambda step, phase: self._faults.at(self._rank, step, phase),
+            self._fault,
             first_values(config),
         )
         if entered.source != "peers":
             self._progress.records.clear()
         grid = self._stepper.grid
-        experts = ExpertParallel(group, entered.placement, group.rank, config.model, self._device, grid=grid)
-        self._model.experts = experts
-        layout = Layout(self._units, view, group.rank, entered.ownership, entered.placement)
+        limit = config.balance.dispatch_mib << 20
+        self._model.experts = ExpertParallel(
+            group, entered.placement, group.rank, config.model, self._device, _speeds(view), grid, limit
+        )
+        balancer = Rebalancer(
+            config.balance, view, self._units, config.elastic.redundancy, entered.placement, entered.ownership
+        )
+        session = self._session(view, group, balancer, entered.held)
+        session.exchanger.publish(frozen=True)
+        return session, entered, balancer
+
+    def _session(self, view: View, group: Group, balancer: Rebalancer, held: HeldState) -> Session:
+        """The schedule of exchanges for the present placement; the experts' slots are those of the model's backend."""
+        config, experts = self._config, self._model.experts
+        layout = Layout(self._units, view, group.rank, balancer.ownership, balancer.placement)
         dense = {name: p.data for name, p in self._model.named_parameters()} | dict(self._model.named_buffers())
         layers = range(self._shape[0])
         weights = ComputeTensors(dense, [tuple(t.data for t in experts.slot_params(i)) for i in layers])
         gradients = ComputeTensors(self._stepper.gradients.tensors, [experts.slot_grads(i) for i in layers])
-        exchanger = Exchanger(layout, weights, gradients, entered.held, group)
-        exchanger.publish(frozen=True)
-        whole = config.data.micro_batch if grid is not None else 1
+        exchanger = Exchanger(layout, weights, gradients, held, group)
+        whole = config.data.micro_batch if self._stepper.grid is not None else 1
         shares = share_of_batch(layout, config.data.global_batch, whole)
-        return Session(group.rank, layout, group, exchanger, entered.held, shares), entered
+        return Session(group.rank, layout, group, exchanger, held, shares)
 
-    def _train(self, session: Session, message: ViewMessage) -> str:
+    def _rebalance(self, session: Session, vote: VoteResult, balancer: Rebalancer) -> Session:
+        """Change the placement where that pays; collective where homes move. Every rank decides alike."""
+        change = balancer.look(vote)
+        leads = session.rank == session.layout.view.active_ranks[0]
+        if leads:
+            for record in balancer.finished:
+                self._line.event(record)
+        balancer.finished.clear()
+        if change is None:
+            return session
+        started = time.perf_counter()
+        step, group, held = self._progress.committed, session.group, session.held
+        before = balancer.placement
+        balancer.adopted(change)
+        if change.ownership is not None:
+            held, _ = take_over(
+                group,
+                self._units,
+                change.ownership,
+                change.transfers,
+                self._progress,
+                self._holdings,
+                self._fault,
+                step,
+            )
+        self._model.experts.adopt(change.placement)
+        new = self._session(session.layout.view, group, balancer, held)
+        if leads:
+            self._tell_placement(session, "load", before, change.placement, change)
+        return replace(new, switch_s=time.perf_counter() - started)
+
+    def _tell_load(self) -> None:
+        """Tokens of every expert, summed over `balance.log_every` steps."""
+        every, vote = self._config.balance.log_every, self._progress.vote
+        if not every or vote is None:
+            return
+        load_LE, steps = self._load if self._load is not None else (0.0, 0)
+        self._load = load_LE + vote.load_LE, steps + 1
+        if vote.step % every == 0:
+            load = self._load[0].astype(int).tolist()
+            self._line.event({"event": "expert_load", "step": vote.step, "steps": steps + 1, "load": load})
+            self._load = None
+
+    def _tell_placement(
+        self, session: Session, why: str, before: Placement | None, after: Placement, change: Change | None = None
+    ) -> None:
+        """For the record of where the experts are, and why."""
+        members = session.layout.view.members
+        record = {
+            "event": "placement",
+            "step": self._progress.committed,
+            "generation": session.layout.view.generation,
+            "why": why,
+            "ranks": [[m.worker, m.node] for m in members] if before is None else None,
+            "shape": list(self._shape),
+            "moves": moves_between(before, after),
+            "expected": change.estimate if change else None,
+            "layers": change.layers if change else None,
+        }
+        self._line.event({key: value for key, value in record.items() if value is not None})
+
+    def _train(self, session: Session, message: ViewMessage, balancer: Rebalancer) -> str:
         config, progress, line = self._config, self._progress, self._line
         leads = session.rank == session.layout.view.active_ranks[0]
         stop = False
         while progress.committed < config.run.steps and not stop:
             outcome = self._stepper.train_step(
-                session, progress, lambda: (line.newer_than(message.view.generation), line.stop_requested)
+                session,
+                progress,
+                lambda: (line.newer_than(message.view.generation), line.stop_requested),
+                lambda session, vote: self._rebalance(session, vote, balancer),
             )
+            session = outcome.session
             self._committed(session, outcome, leads)
             self._faults.at(session.rank, progress.committed, "committed")
             stop = outcome.stop
@@ -280,6 +374,7 @@ class Worker:
         config, step = self._config, self._progress.committed
         if leads:
             self._line.record(outcome.record)
+            self._tell_load()
         last = step == config.run.steps or outcome.stop
         if last or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
             self._save(session)

@@ -159,7 +159,12 @@ def uneven(quick: bool) -> list[dict[str, Any]]:
     """Each case on every family: the worst layer's bound / time."""
     rows = []
     for name, experts, where, slots in uneven_cases(quick):
-        row: dict[str, Any] = {"case": name, "ranks": len(slots), "slots": sum(slots), "enough_slots": sum(slots) >= experts + len(slots) - 1}
+        row: dict[str, Any] = {
+            "case": name,
+            "ranks": len(slots),
+            "slots": sum(slots),
+            "enough_slots": sum(slots) >= experts + len(slots) - 1,
+        }
         for family in FAMILIES:
             load_LE = generate(family, experts, 0, 1)[0]
             placement = plan_placement(load_LE, where, slots)
@@ -250,7 +255,9 @@ def timing(quick: bool) -> list[dict[str, Any]]:
                 begin = time.perf_counter()
                 job()
                 took[name].append(1e3 * (time.perf_counter() - begin))
-        rows.append({"cell": f"{experts}/{ranks}/{slots}"} | {name: round(statistics.median(v), 3) for name, v in took.items()})
+        rows.append(
+            {"cell": f"{experts}/{ranks}/{slots}"} | {name: round(statistics.median(v), 3) for name, v in took.items()}
+        )
     return rows
 
 
@@ -266,7 +273,9 @@ def measure(quick: bool, seeds: int, directory: Path | None) -> dict[str, Any]:
             **{n: merged([series(load, ranks, slots)]) for n, load in from_files.items() if load.shape[2] == experts},
         }
         mine = cells[f"{experts}/{ranks}/{slots}"]["all"]
-        common.say(f"{experts}/{ranks}/{slots}: same {mine['fresh_same']:.4f} (EPLB {mine['eplb_same']:.3f}), next {mine['fresh_next']:.3f} (EPLB {mine['eplb_next']:.3f})")
+        common.say(
+            f"{experts}/{ranks}/{slots}: same {mine['fresh_same']:.4f} (EPLB {mine['eplb_same']:.3f}), next {mine['fresh_next']:.3f} (EPLB {mine['eplb_next']:.3f})"
+        )
     few: dict[str, Any] = {}
     for experts, ranks, slots in FEW:
         each = [slots // ranks + (rank < slots % ranks) for rank in range(ranks)]
@@ -274,7 +283,9 @@ def measure(quick: bool, seeds: int, directory: Path | None) -> dict[str, Any]:
         for family in FAMILIES:
             for load_LE in generate(family, experts, 0):
                 time_L = times(load_LE, plan_placement(load_LE, topology(ranks), each), [1.0] * ranks)
-                ratios += [copy_bound(load_E, slots, [1.0] * ranks) / t for load_E, t in zip(load_LE, time_L, strict=True)]
+                ratios += [
+                    copy_bound(load_E, slots, [1.0] * ranks) / t for load_E, t in zip(load_LE, time_L, strict=True)
+                ]
         few[f"{experts}/{ranks}/{slots}"] = {"mean": round(statistics.fmean(ratios), 4), "worst": round(min(ratios), 4)}
     common.say("uneven ranks and membership changes")
     return {
@@ -292,6 +303,8 @@ def measure(quick: bool, seeds: int, directory: Path | None) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = common.arguments("balance", __doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the generated loads")
-    parser.add_argument("--loads", type=Path, help="directory with further loads, *.npz with arrays [intervals, layers, experts]")
+    parser.add_argument(
+        "--loads", type=Path, help="directory with further loads, *.npz with arrays [intervals, layers, experts]"
+    )
     args = parser.parse_args()
     raise SystemExit(common.run(lambda: measure(args.quick, 1 if args.quick else args.seeds, args.loads), args.json))

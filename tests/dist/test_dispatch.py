@@ -66,11 +66,16 @@ def _run_layers(backend: Any, x_TD: torch.Tensor, ids_TK: torch.Tensor, gates_TK
     return x_TD
 
 
-def _one_case(group: Group, case: str, skewed: bool) -> dict[str, float]:
+def _one_case(group: Group, case: str, skewed: bool, most_rows: int = 0) -> dict[str, float]:
     """Largest differences from the twin that computes all ranks' tokens alone."""
     slots, tokens = CASES[case]
     rank, placement = group.rank, _placement(slots, seed=1)
-    twin, parallel = LocalExperts(CONFIG, seed=3), ExpertParallel(group, placement, rank, CONFIG, torch.device("cpu"))
+    limit = most_rows * 4 * (3 * CONFIG.hidden_size + 4 * CONFIG.expert_hidden)
+    twin = LocalExperts(CONFIG, seed=3)
+    parallel = ExpertParallel(group, placement, rank, CONFIG, torch.device("cpu"), memory_limit=limit)
+    at_once: list[int] = []
+    compute = parallel._compute
+    parallel._compute = lambda layer, rows, here: (at_once.append(len(rows)), compute(layer, rows, here))[1]  # type: ignore[method-assign]
     span = placement.slots_of(rank)
     for layer in range(LAYERS):
         for mine, whole in zip(parallel.slot_params(layer), twin.slot_params(layer), strict=True):
@@ -121,6 +126,8 @@ def _one_case(group: Group, case: str, skewed: bool) -> dict[str, float]:
         "rows": parallel.local_tokens,
         "rows_world": int(parallel.tokens_R.sum()),
         "balance": parallel.balance,
+        "at_once": max(at_once),
+        "chunks": parallel.chunks,
     }
 
 
@@ -152,6 +159,24 @@ def test_equals_the_backend_that_holds_all_experts(
         assert result["rows_world"] == rows
         assert 0 < result["balance"] <= 1
     assert sum(result["rows"] for result in found) == rows
+
+
+def _in_chunks(seat: Seat) -> dict[str, float]:
+    group = seat.form(2, seat.rank, seat.world)
+    found = _one_case(group, "even", True, most_rows=4)
+    group.close()
+    return found
+
+
+def test_rows_beyond_the_memory_limit_come_in_chunks() -> None:
+    """Nearly all tokens on one expert: same values and gradients, and never many more rows at once than allowed."""
+    found = results(3, _in_chunks)
+    for result in found:
+        assert result["chunks"] >= 3
+        for name in ("y", "x_grad", "gates_grad", "weight_grad"):
+            assert result[name] < 1e-5, name
+        assert result["rows_world"] == sum(CASES["even"][1]) * CHOICES * LAYERS, "rows computed again are counted once"
+        assert result["at_once"] <= 2 * 4, "chunks have equal tokens, not equal rows"
 
 
 def _abort_in_backward(seat: Seat) -> str:

@@ -16,6 +16,7 @@ LEVEL = {
 OUTSIDE = {  # third-party top-level packages -> parts that may import them
     "ray": {"actors"},
     "hydra": {"train"},
+    "numba": {"plan"},
     "omegaconf": {"train", "config", "saved"},
     "wandb": {"metrics"},
     "accelerate": {"runtime", "metrics"},

@@ -1,0 +1,299 @@
+# pyright: reportArgumentType=false, reportReturnType=false
+"""Change copies where today's load does not fit: the flow of the split, and at each of its cuts one copy across it.
+
+Shapes: E experts, R ranks, P slots.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic_moe.plan.compiled import compiled
+from elastic_moe.plan.copies import add_copy, drop_copy
+from elastic_moe.plan.flow import Floats, Ints
+
+TOLERANCE = 1 / 512  # a plan this close to the bound is not changed any more
+
+
+@compiled
+def _augment(
+    start: int,
+    goal: int,
+    into_R: Ints,
+    out_E: Ints,
+    quota: Ints,
+    left_E: Ints,
+    room_R: Ints,
+    expert_P: Ints,
+    rank_P: Ints,
+) -> None:
+    amount = min(left_E[start], room_R[goal])
+    rank = goal
+    while True:
+        gives = out_E[expert_P[into_R[rank]]]
+        if gives < 0:
+            break
+        amount = min(amount, quota[gives])
+        rank = rank_P[gives]
+    room_R[goal] -= amount
+    left_E[start] -= amount
+    rank = goal
+    while True:
+        quota[into_R[rank]] += amount
+        gives = out_E[expert_P[into_R[rank]]]
+        if gives < 0:
+            break
+        quota[gives] -= amount
+        rank = rank_P[gives]
+
+
+@compiled
+def _cross(
+    load_E: Ints,
+    start_R: Ints,
+    rank_P: Ints,
+    expert_P: Ints,
+    where: Ints,
+    copies_E: Ints,
+    home_E: Ints,
+    quota: Ints,
+    left_E: Ints,
+    room_R: Ints,
+    seen_E: NDArray[np.bool_],
+    seen_R: NDArray[np.bool_],
+    flow_E: Ints,
+    crumb: int,
+) -> bool:
+    """Add one copy across the cut: of an expert inside (seen), on a rank outside, where least is lost. Whether that helped."""
+    best_slot, best_gain = -1, np.int64(crumb)
+    most = np.int64(0)
+    for expert in range(len(load_E)):
+        if seen_E[expert]:
+            most = max(most, flow_E[expert])
+    for rank in range(len(room_R)):
+        if seen_R[rank] or room_R[rank] <= crumb:
+            continue
+        for slot in range(start_R[rank], start_R[rank + 1]):
+            expert = expert_P[slot]
+            lost = np.int64(0)
+            if expert >= 0:
+                if copies_E[expert] == 1 or home_E[expert] == rank:
+                    continue
+                lost = quota[slot]
+            gain = min(most, room_R[rank] + lost) - lost
+            if gain > best_gain:
+                best_slot, best_gain = slot, gain
+    if best_slot < 0:
+        return False
+    rank = rank_P[best_slot]
+    dropped = expert_P[best_slot]
+    space = room_R[rank] + quota[best_slot]
+    best, best_flow = -1, np.int64(0)
+    for expert in range(len(load_E)):
+        if seen_E[expert] and expert != dropped:
+            flow = min(flow_E[expert], space)
+            if flow > best_flow or (flow == best_flow and best >= 0 and load_E[expert] > load_E[best]):
+                best, best_flow = expert, flow
+    if best < 0 or best_flow <= crumb:
+        return False
+    if dropped >= 0:
+        left_E[dropped] += quota[best_slot]
+        room_R[rank] += quota[best_slot]
+        quota[best_slot] = 0
+        drop_copy(best_slot, expert_P, where, copies_E)
+    add_copy(best, best_slot, expert_P, where, copies_E)
+    return True
+
+
+@compiled
+def _exchange(
+    load_E: Ints,
+    start_R: Ints,
+    rank_P: Ints,
+    expert_P: Ints,
+    where: Ints,
+    copies_E: Ints,
+    home_E: Ints,
+    quota: Ints,
+    left_E: Ints,
+    room_R: Ints,
+    seen_E: NDArray[np.bool_],
+    seen_R: NDArray[np.bool_],
+    crumb: int,
+    home_moves: int,
+) -> int:
+    """Let a copy inside the cut change places with a cold expert outside that has no other. Returns home moves made; -1: no pair."""
+    best_in, best_out, best_gain = -1, -1, np.int64(crumb)
+    for outside in range(len(expert_P)):
+        rank, cold = rank_P[outside], expert_P[outside]
+        if seen_R[rank] or room_R[rank] <= crumb or cold < 0 or copies_E[cold] != 1:
+            continue
+        pinned = 1 if home_E[cold] >= 0 else 0
+        if pinned > home_moves:
+            continue
+        space = room_R[rank] + load_E[cold]
+        if space - load_E[cold] <= best_gain:
+            continue
+        for inside in range(len(expert_P)):
+            hot = expert_P[inside]
+            if hot < 0 or not seen_R[rank_P[inside]] or not seen_E[hot]:
+                continue
+            if pinned + (1 if home_E[hot] == rank_P[inside] else 0) > home_moves:
+                continue
+            gain = load_E[hot] - load_E[cold]
+            if gain > room_R[rank]:
+                gain = room_R[rank] if copies_E[hot] > 1 else 2 * room_R[rank] - gain  # alone, it brings too much
+            if gain > best_gain or (best_in >= 0 and gain == best_gain and load_E[hot] > load_E[expert_P[best_in]]):
+                best_in, best_out, best_gain = inside, outside, gain
+    if best_in < 0:
+        return -1
+    hot, cold = expert_P[best_in], expert_P[best_out]
+    moved = 0
+    for slot in (best_in, best_out):
+        expert, rank = expert_P[slot], rank_P[slot]
+        if home_E[expert] == rank:
+            home_E[expert] = rank_P[best_out] if slot == best_in else rank_P[best_in]
+            moved += 1
+        left_E[expert] += quota[slot]
+        room_R[rank] += quota[slot]
+        quota[slot] = 0
+    expert_P[best_in], expert_P[best_out] = cold, hot
+    where[cold, 0] = best_in
+    for index in range(copies_E[hot]):
+        if where[hot, index] == best_in:
+            where[hot, index] = best_out
+    return moved
+
+
+@compiled
+def mend(
+    load_E: Ints,
+    target_R: Floats,
+    start_R: Ints,
+    rank_P: Ints,
+    expert_P: Ints,
+    where: Ints,
+    copies_E: Ints,
+    home_E: Ints,
+    changes: int,
+    home_moves: int,
+) -> float:
+    """Change copies until today's load fits, or no change helps, or `changes` are used up. Returns the time reached, 1 is the mean.
+
+    `home_E` pins copies (-1: not pinned); at most `home_moves` pinned ones may change places with another.
+    """
+    num_experts, num_ranks, num_slots = len(load_E), len(target_R), len(expert_P)
+    z = 1.0 + TOLERANCE
+    quota = np.zeros(num_slots, np.int64)
+    left_E = load_E.copy()
+    room_R = np.empty(num_ranks, np.int64)
+    for rank in range(num_ranks):
+        room_R[rank] = np.int64(target_R[rank] * z)
+    for limit in (1, 2, 3, num_ranks):
+        for expert in range(num_experts):
+            if copies_E[expert] > limit:
+                continue
+            while left_E[expert] > 0:
+                best = -1
+                for index in range(copies_E[expert]):
+                    slot = where[expert, index]
+                    if room_R[rank_P[slot]] > 0 and (best < 0 or room_R[rank_P[slot]] > room_R[rank_P[best]]):
+                        best = slot
+                if best < 0:
+                    break
+                amount = min(left_E[expert], room_R[rank_P[best]])
+                quota[best] += amount
+                left_E[expert] -= amount
+                room_R[rank_P[best]] -= amount
+    seen_E, seen_R = np.empty(num_experts, np.bool_), np.empty(num_ranks, np.bool_)
+    into_R, out_E, flow_E = (
+        np.empty(num_ranks, np.int64),
+        np.empty(num_experts, np.int64),
+        np.empty(num_experts, np.int64),
+    )
+    queue = np.empty(num_experts, np.int64)
+    crumb = np.int64(target_R.max() / 8192)
+    start, idle = 0, 0
+    while idle < num_experts:  # copies dropped on the way may leave something again
+        if left_E[start] <= 0:
+            start, idle = (start + 1) % num_experts, idle + 1
+            continue
+        idle = 0
+        seen_E[:] = False
+        seen_R[:] = False
+        seen_E[start], out_E[start], flow_E[start], queue[0] = True, -1, left_E[start], start
+        head, tail, goal = 0, 1, -1
+        while head < tail and goal < 0:
+            expert = queue[head]
+            head += 1
+            for index in range(copies_E[expert]):
+                slot = where[expert, index]
+                rank = rank_P[slot]
+                if seen_R[rank]:
+                    continue
+                seen_R[rank], into_R[rank] = True, slot
+                if room_R[rank] > 0:
+                    goal = rank
+                    break
+                for other in range(start_R[rank], start_R[rank + 1]):
+                    found = expert_P[other]
+                    if found >= 0 and quota[other] > 0 and not seen_E[found]:
+                        seen_E[found], out_E[found], queue[tail] = True, other, found
+                        flow_E[found] = min(flow_E[expert], quota[other])
+                        tail += 1
+        if goal >= 0:
+            _augment(start, goal, into_R, out_E, quota, left_E, room_R, expert_P, rank_P)
+            continue
+        if changes > 0:
+            done = _cross(
+                load_E,
+                start_R,
+                rank_P,
+                expert_P,
+                where,
+                copies_E,
+                home_E,
+                quota,
+                left_E,
+                room_R,
+                seen_E,
+                seen_R,
+                flow_E,
+                crumb,
+            )
+            if not done:
+                moved = _exchange(
+                    load_E,
+                    start_R,
+                    rank_P,
+                    expert_P,
+                    where,
+                    copies_E,
+                    home_E,
+                    quota,
+                    left_E,
+                    room_R,
+                    seen_E,
+                    seen_R,
+                    crumb,
+                    home_moves,
+                )
+                if moved >= 0:
+                    done = True
+                    home_moves -= moved
+            if done:
+                changes -= 1
+                continue
+        need, speed = np.int64(0), 0.0
+        for expert in range(num_experts):
+            if seen_E[expert]:
+                need += left_E[expert]
+        for rank in range(num_ranks):
+            if seen_R[rank]:
+                speed += target_R[rank]
+        rise = need / speed + 1e-9
+        z += rise
+        for rank in range(num_ranks):
+            room_R[rank] += np.int64(target_R[rank] * rise) + (1 if target_R[rank] > 1.0 else 0)
+    return z

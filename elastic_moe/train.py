@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from elastic_moe.config.build import build, key_names, nearest
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
+from elastic_moe.report import write_report
 
 BAD_CONFIG = 2
 SIGNALLED = 128  # exit codes from here on: the run was stopped by a signal
@@ -126,9 +127,12 @@ def _run_job(config: DictConfig) -> int:
         built = build(config)
         from elastic_moe.actors.launch import launch  # Ray is imported here, after everything was checked
 
-        return launch(built, OmegaConf.to_yaml(config, resolve=True))
+        code = launch(built, OmegaConf.to_yaml(config, resolve=True))
     except UserError as error:
         return _complain(error)
+    with suppress(UserError, OSError):  # a run that was stopped before its first step, or a full disk
+        print(f"elastic_moe: drawn in {write_report(built.run.dir)}", file=sys.stderr)
+    return code
 
 
 def _one_cluster(configs: Sequence[TrainConfig]) -> AbstractContextManager[None]:

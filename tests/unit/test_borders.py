@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "elastic_moe"
 LEVEL = {
     "config": 0, "types": 0, "errors": 0, "plan": 1, "control": 2, "model": 3, "parallel": 4, "optim": 4,
     "data": 4, "checkpoint": 4, "metrics": 4, "runtime": 5, "saved": 5, "actors": 6, "train": 7, "describe": 7, "export": 7,
-    "generate": 7, "__init__": 0,
+    "generate": 7, "report": 7, "__init__": 0,
 }  # fmt: skip
 OUTSIDE = {  # third-party top-level packages -> parts that may import them
     "ray": {"actors"},

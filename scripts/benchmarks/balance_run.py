@@ -1,0 +1,108 @@
+"""Balancing on and off in real runs: same tokens, same first weights, step time and slowest rank's load side by side, losses compared.
+
+The corpus is skewed: most documents are copies of a few (so that some experts are hot), and the router's own balancing is off, so the imbalance is
+real and lasts. Both sides are whole runs of the product, a few steps in turn: run A trains to step n, then run B, and so on, so a noisy
+machine disturbs both alike. Step times are compared step by step; the first steps of each piece are left out (workers warm up).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmarks import common
+
+SIDES = {
+    "off": ["balance.every=0", "elastic.spare_slots=0"],
+    "off, same slots": ["balance.every=0", "elastic.spare_slots=1"],
+    "on": ["balance.every=1", "elastic.spare_slots=1", "balance.home_every=5", "balance.home_moves=4"],
+}
+MODEL = [
+    "model.hidden_size=128", "model.num_layers=4", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=32",
+    "model.num_experts=32", "model.experts_per_token=4", "model.expert_hidden=512", "model.num_shared_experts=0",
+    "model.bias_update_speed=0", "model.seq_balance_weight=0", "model.init_std=0.1", "model.dense_hidden=128",
+]  # fmt: skip
+WARM_UP = 3  # steps at the beginning of a piece that are not timed
+
+
+def skewed_corpus(directory: Path) -> Path:
+    """Text in which few lines make up most of it: line k of a vocabulary of sentences comes with weight 1 / k."""
+    rng = random.Random(0)
+    words = [line.strip() for line in Path(os.__file__).read_text().splitlines() if len(line.strip()) > 20]
+    weights = [1 / (rank + 1) for rank in range(len(words))]
+    rng.shuffle(words)
+    path = directory / "skewed.txt"
+    path.write_text("\n".join(rng.choices(words, weights, k=40_000)))
+    return path
+
+
+def piece(side: str, run_dir: Path, steps: int, workers: int, corpus: Path, final: int) -> None:
+    """Train one side on to `steps`; the schedule is that of `final` steps."""
+    command = [
+        sys.executable, "-m", "elastic_moe.train", f"run.dir={run_dir}", f"run.steps={steps}", "run.resume=auto", "seed=0",
+        *MODEL, *SIDES[side], f"cluster.workers={workers}", "threads=1", "tracking.wandb=off", "run.sample_tokens=0",
+        "checkpoint.every_steps=0", "run.eval_every=0", "run.eval_sequences=8", f"data.corpus={corpus}", "data.seq_len=128",
+        "data.global_batch=64", "data.micro_batch=8", "optim.schedule=constant", f"data.cache_dir={run_dir.parent / 'cache'}",
+        f"optim.warmup_steps={min(10, final)}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise TimeoutError(f"balancing {side}: exit code {done.returncode}: {done.stderr[-800:]}")
+
+
+def measure(pieces: int, steps: int, workers: int) -> dict[str, Any]:
+    """Both sides in turn."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        corpus = skewed_corpus(root)
+        names = {side: root / f"run{index}" for index, side in enumerate(SIDES)}
+        for number in range(1, pieces + 1):
+            for side, run_dir in names.items():
+                piece(side, run_dir, number * steps, workers, corpus, pieces * steps)
+                common.say(f"balancing {side}: {number * steps} of {pieces * steps} steps")
+        records = {side: lines(run_dir / "metrics.jsonl") for side, run_dir in names.items()}
+        changes = [e for e in lines(names["on"] / "events.jsonl") if e["event"] == "rebalanced"]
+    timed = [i for i in range(pieces * steps) if i % steps >= WARM_UP]
+    result: dict[str, Any] = {"benchmark": "balance_run", "machine": common.machine(), "workers": workers, "steps": pieces * steps}
+    for side, rows in records.items():
+        result[side] = {
+            "step_s": statistics.median(rows[i]["step_s"] for i in timed),
+            "balance": statistics.fmean(rows[i]["balance"] for i in timed),
+            "slowest_rank_over_mean": statistics.fmean(1 / rows[i]["balance"] for i in timed),
+            "hottest_expert_over_mean": statistics.fmean(max(rows[i]["layer_max_load"]) for i in timed),
+            "rows_between_nodes": statistics.fmean(rows[i]["rows_between_nodes"] for i in timed),
+            "loss": [round(row["loss"], 5) for row in rows],
+        }
+    for other in ("off", "off, same slots"):
+        ratios = [records["on"][i]["step_s"] / records[other][i]["step_s"] for i in timed]
+        result[f"step time, on over {other}"] = {"median": round(statistics.median(ratios), 4), "quartiles": [round(q, 4) for q in statistics.quantiles(ratios)]}
+        gaps = [abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(records["on"], records[other], strict=True)]
+        result[f"largest relative difference of losses, on and {other}"] = max(gaps)
+    result["changes"] = {
+        "number": len(changes),
+        "expected_gain_s": sum(e["expected"]["gain_s"] * e["measured"]["steps"] for e in changes),
+        "measured_gain_s": sum(e["measured"]["gain_s"] * e["measured"]["steps"] for e in changes),
+        "switch_s": statistics.fmean(e["measured"]["switch_s"] for e in changes) if changes else None,
+    }
+    return result
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    parser = common.arguments("balance_run", __doc__.split("\n")[0])
+    parser.add_argument("--pieces", type=int, default=4, help="turns of each side")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
+    parser.add_argument("--workers", type=int, default=4)
+    args = parser.parse_args()
+    pieces, steps = (1, 6) if args.quick else (args.pieces, args.steps)
+    raise SystemExit(common.run(lambda: measure(pieces, steps, args.workers), args.json))

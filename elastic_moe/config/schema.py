@@ -163,6 +163,7 @@ class BalanceConfig(Sealed):
     home_every: int = 20  # steps between two looks at homes
     payback_steps: int = 50  # steps for which a moved home is taken to be of use
     dispatch_mib: int = 1024  # most that the rows of one layer take on a rank before they come in chunks; 0: no limit
+    by_node: bool = False  # tokens between nodes go in one message per pair of nodes, not one per pair of workers
     log_every: int = 10  # steps that a record of the experts' loads covers; 0: none
 
 

@@ -29,8 +29,9 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.experts import combine, grouped_swiglu
 from elastic_moe.parallel.exact import Grid, pieces_swiglu
 from elastic_moe.parallel.groups import Group
+from elastic_moe.parallel.transport import ByNode, Flat, Transport
 from elastic_moe.plan.placement import Placement
-from elastic_moe.plan.split import RankSplit, split_for_rank, split_whole
+from elastic_moe.plan.split import RankSplit, of_rank, split_for_rank, split_tokens, split_whole
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Route:
         order_N, undo_N: rows in the order they are sent, by destination slot, and the inverse permutation.
         by_slot_M, by_source_M: from arrival order to slot order, and back.
         sent, arrived: rows to and from each rank.
+        rows_RR: rows from each rank to each other, where the transport asks for them.
         num_choices: K.
     """
 
@@ -50,35 +52,33 @@ class Route:
     by_source_M: torch.Tensor
     sent: list[int]
     arrived: list[int]
+    rows_RR: NDArray[np.int64] | None
     num_choices: int
 
 
-def _there(group: Group, rows_ND: torch.Tensor, route: Route) -> torch.Tensor:
+def _there(transport: Transport, rows_ND: torch.Tensor, route: Route) -> torch.Tensor:
     """Rows in sending order -> rows in slot order at their slots."""
-    out = rows_ND.new_empty((len(route.by_slot_M), rows_ND.shape[1]))
-    group.all_to_all(out, rows_ND, route.arrived, route.sent)
-    return out[route.by_slot_M]
+    return transport(rows_ND, route.sent, route.arrived, route.rows_RR)[route.by_slot_M]
 
 
-def _back(group: Group, rows_MD: torch.Tensor, route: Route) -> torch.Tensor:
+def _back(transport: Transport, rows_MD: torch.Tensor, route: Route) -> torch.Tensor:
     """Rows in slot order -> rows in (token, choice) order at their origin."""
-    out = rows_MD.new_empty((len(route.order_N), rows_MD.shape[1]))
-    group.all_to_all(out, rows_MD[route.by_source_M], route.sent, route.arrived)
-    return out[route.undo_N]
+    back_RR = None if route.rows_RR is None else route.rows_RR.T
+    return transport(rows_MD[route.by_source_M], route.arrived, route.sent, back_RR)[route.undo_N]
 
 
 class _ToSlots(torch.autograd.Function):
     """x_TD -> rows in slot order. `anchor` requires a gradient, so that every rank joins the backward collectives or none."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, anchor: torch.Tensor, group: Group, route: Route) -> torch.Tensor:
-        ctx.group, ctx.route = group, route
-        return _there(group, x_TD[route.order_N // route.num_choices], route)
+    def forward(ctx: Any, x_TD: torch.Tensor, anchor: torch.Tensor, transport: Transport, route: Route) -> torch.Tensor:
+        ctx.transport, ctx.route = transport, route
+        return _there(transport, x_TD[route.order_N // route.num_choices], route)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        grad_ND = _back(ctx.group, grad_MD, ctx.route)
+        grad_ND = _back(ctx.transport, grad_MD, ctx.route)
         return grad_ND.view(-1, ctx.route.num_choices, grad_ND.shape[1]).sum(dim=1), None, None, None
 
 
@@ -86,14 +86,14 @@ class _FromSlots(torch.autograd.Function):
     """Rows in slot order -> rows in (token, choice) order at their origin."""
 
     @staticmethod
-    def forward(ctx: Any, y_MD: torch.Tensor, group: Group, route: Route) -> torch.Tensor:
-        ctx.group, ctx.route = group, route
-        return _back(group, y_MD, route)
+    def forward(ctx: Any, y_MD: torch.Tensor, transport: Transport, route: Route) -> torch.Tensor:
+        ctx.transport, ctx.route = transport, route
+        return _back(transport, y_MD, route)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _there(ctx.group, grad_ND[ctx.route.order_N], ctx.route), None, None
+        return _there(ctx.transport, grad_ND[ctx.route.order_N], ctx.route), None, None
 
 
 class ExpertParallel:
@@ -109,8 +109,10 @@ class ExpertParallel:
         grid: compute what each rank sends to each expert by itself, and sum the weights' gradients exactly; None: grouped, in fp32.
         memory_limit: bytes that one layer's rows may take on a rank, with what is kept of them for the backward pass; 0 for no limit.
             Without effect on exact sums, whose pieces may not depend on who computes them.
+        by_node: one message per pair of nodes instead of one per pair of ranks.
 
     Attributes:
+        weights_arrive: called before the slots' weights are used; may wait until they are there.
         local_tokens: rows that this rank's slots computed since `reset_balance`.
         tokens_R: the same for every rank.
         far_rows: rows that this rank's tokens sent to other nodes, counted once for all ranks on rank 0.
@@ -128,7 +130,13 @@ class ExpertParallel:
         speeds: Sequence[float] | None = None,
         grid: Grid | None = None,
         memory_limit: int = 0,
+        by_node: bool = False,
     ) -> None:
+        nodes = placement.node_of_rank
+        self.weights_arrive: Callable[[], None] = lambda: None
+        self._transport: Transport = Flat(group)
+        if by_node and nodes is not None and len(set(nodes.tolist())) > 1:
+            self._transport = ByNode(group, nodes.tolist())
         row_bytes = 4 * (3 * cfg.hidden_size + 4 * cfg.expert_hidden)
         self._most_rows = max(1, memory_limit // row_bytes) if memory_limit and grid is None else 0
         self._group, self._placement, self._rank, self._speeds = group, placement, rank, speeds
@@ -190,6 +198,7 @@ class ExpertParallel:
     def __call__(
         self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
     ) -> torch.Tensor:
+        self.weights_arrive()
         counts_RE = self._counts(expert_ids_TK)
         most = int(self._per_rank(self._split(counts_RE, moe_layer).tokens_P).max()) if self._most_rows else 0
         chunks = -(-most // self._most_rows) if most else 1
@@ -223,25 +232,23 @@ class ExpertParallel:
         if not again:
             self._count(moe_layer, self._per_rank(split.tokens_P), split.far)
         route = self._route(flat_N, split, moe_layer, num_choices, x_TD.device)
-        rows_MD = _ToSlots.apply(x_TD, self._anchor, self._group, route)
+        rows_MD = _ToSlots.apply(x_TD, self._anchor, self._transport, route)
         started = time.perf_counter()
         y_MD = self._compute(moe_layer, rows_MD, split.here_RS)
         if y_MD.is_cuda:
             torch.cuda.synchronize(y_MD.device)  # the rows are to go through host memory in any case
         if not again:
             self.compute_s += time.perf_counter() - started
-        y_ND = _FromSlots.apply(y_MD, self._group, route)
+        y_ND = _FromSlots.apply(y_MD, self._transport, route)
         return y_ND.view(num_tokens, num_choices, x_TD.shape[1])
 
     def _split(self, counts_RE: NDArray[np.int64], moe_layer: int) -> RankSplit:
-        if self._grid is None:
-            return split_for_rank(counts_RE, self._placement, moe_layer, self._rank, self._speeds)
-        split_RP = split_whole(counts_RE, self._placement, moe_layer, self._speeds)
-        nodes = self._placement.node_of_rank
-        far = 0
-        if nodes is not None:
-            far = int(split_RP[nodes[:, None] != nodes[self._placement.rank_of_slot][None, :]].sum())
-        return RankSplit(split_RP[self._rank], split_RP[:, self._span], split_RP.sum(axis=0), far)
+        placement, rank, speeds = self._placement, self._rank, self._speeds
+        if self._grid is not None:
+            return of_rank(split_whole(counts_RE, placement, moe_layer, speeds), placement, rank)
+        if isinstance(self._transport, ByNode):
+            return of_rank(split_tokens(counts_RE, placement, moe_layer, speeds), placement, rank)
+        return split_for_rank(counts_RE, placement, moe_layer, rank, speeds)
 
     def _compute(self, moe_layer: int, rows_MD: torch.Tensor, here_RS: NDArray[np.int64]) -> torch.Tensor:
         weights = self._slots[moe_layer]
@@ -275,7 +282,7 @@ class ExpertParallel:
         plan = (order_N, _inverse(order_N), by_slot_M, _inverse(by_slot_M))
         order, undo, by_slot, by_source = (torch.from_numpy(t).to(device) for t in plan)
         sent, arrived = self._per_rank(mine_P).tolist(), here_RS.sum(axis=1).tolist()
-        return Route(order, undo, by_slot, by_source, sent, arrived, num_choices)
+        return Route(order, undo, by_slot, by_source, sent, arrived, split.rows_RR, num_choices)
 
 
 class _Twice:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 import torch
@@ -89,6 +89,19 @@ def sweep() -> int:
     return left
 
 
+class Pending:
+    """A collective under way. `wait` must be called before the tensors are used, and may be called again."""
+
+    def __init__(self, group: Group | None, started: list[tuple[dist.Work, torch.Tensor]]) -> None:
+        self._group, self._started = group, started
+
+    def wait(self) -> None:
+        """Return once it has completed. Raises GroupAborted if the generation is over."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.finish(self, self._started)
+
+
 class Group:
     """The collectives of one generation over gloo.
 
@@ -126,6 +139,7 @@ class Group:
         self._counter = completed if completed is not None else [0]
         self._abort, self._group = abort, None
         self._failed: str | None = None
+        self._pending: dict[Pending, list[tuple[dist.Work, torch.Tensor]]] = {}
         sweep()
         abort.check()
         if world_size > 1:
@@ -188,10 +202,13 @@ class Group:
         self.completed += 1
 
     def _abandon(self, work: dist.Work, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._keep(work, tensors)
+        self.close()
+
+    def _keep(self, work: dist.Work, tensors: tuple[torch.Tensor, ...]) -> None:
         assert self._group is not None
         with _abandoned_lock:
             _abandoned.append(_Abandoned(self._group, work, tensors))
-        self._group = None
 
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = SUM) -> None:
         """Reduce in place over all ranks."""
@@ -220,6 +237,78 @@ class Group:
         self._run(lambda g: g.alltoall_base(host_out, host_in, out_splits, in_splits), host_out, host_in)
         _copy_back(out, host_out)
 
+    def begin_all_to_all(
+        self, out: torch.Tensor, inp: torch.Tensor, out_splits: list[int], in_splits: list[int]
+    ) -> Pending:
+        """As `all_to_all` of host tensors, but returns at once; other collectives may come before its end, on all ranks alike."""
+        self._counter[0] += 2
+        if self.world_size == 1:
+            out.copy_(inp)
+            return Pending(None, [])
+        self._abort.check()
+        if self._failed is not None:
+            raise GroupAborted(self._failed)
+        assert self._group is not None, "the group is closed"
+        try:
+            work = self._group.alltoall_base(out, inp, out_splits, in_splits)
+        except RuntimeError as error:
+            self._failed = f"collective failed: {error}"
+            raise GroupAborted(self._failed) from error
+        started = [(work, out), (work, inp)]
+        pending = Pending(self, started)
+        self._pending[pending] = started
+        return pending
+
+    def finish(self, pending: Pending, started: list[tuple[dist.Work, torch.Tensor]]) -> None:
+        """Wait for what was begun."""
+        try:
+            self._abort.check()
+            self._finish(started)
+        except RuntimeError as error:
+            if isinstance(error, GroupAborted):
+                raise
+            self._failed = f"collective failed: {error}"
+            raise GroupAborted(self._failed) from error
+        self._pending.pop(pending, None)
+        self.completed += 1
+
+    def send_receive(self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]) -> None:
+        """Exchange one message with each of some ranks: tensors to send by destination, tensors to fill by source.
+
+        Not a collective: only the ranks concerned take part, and each must expect exactly what its peers send, in the same order of calls.
+        """
+        sends = {rank: _host(tensor) for rank, tensor in sorted(outgoing.items())}
+        fills = {rank: _host(tensor) for rank, tensor in sorted(incoming.items())}
+        self._counter[0] += 2
+        if not sends and not fills:
+            return
+        self._abort.check()
+        if self._failed is not None:
+            raise GroupAborted(self._failed)
+        assert self._group is not None, "the group is closed"
+        try:
+            started = [(self._group.recv([tensor], rank, 0), tensor) for rank, tensor in fills.items()]
+            started += [(self._group.send([tensor], rank, 0), tensor) for rank, tensor in sends.items()]
+            self._finish(started)
+        except GroupAborted:
+            raise
+        except RuntimeError as error:
+            self._failed = f"collective failed: {error}"
+            raise GroupAborted(self._failed) from error
+        for rank, tensor in incoming.items():
+            _copy_back(tensor, fills[rank])
+
+    def _finish(self, started: list[tuple[dist.Work, torch.Tensor]]) -> None:
+        """Wait for several operations; an abort keeps all of those that are under way."""
+        for index, (work, _) in enumerate(started):
+            while not _ended(work):
+                if self._abort.is_set:
+                    for other, tensor in started[index:]:
+                        if not other.is_completed():
+                            self._keep(other, (tensor,))
+                    self.close()
+                    self._abort.check()
+
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:
         """Copy rank src's tensor to all, in place."""
         options = dist.BroadcastOptions()
@@ -233,7 +322,13 @@ class Group:
         self.all_reduce(torch.zeros(1))
 
     def close(self) -> None:
-        """Drop the group; never blocks. Nothing is under way in it: `_run` hands a group whose operation is not over to the abandoned."""
+        """Drop the group; never blocks. What is still under way in it is handed to the abandoned."""
+        if self._group is not None:
+            for started in self._pending.values():
+                for work, tensor in started:
+                    if not work.is_completed():
+                        self._keep(work, (tensor,))
+        self._pending.clear()
         self._group = None
         sweep()
 

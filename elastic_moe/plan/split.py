@@ -32,12 +32,14 @@ class RankSplit:
         here_RS: int64[R, S], tokens from each rank to this rank's slots.
         tokens_P: int64[P], tokens of each slot.
         far: tokens that leave their node.
+        rows_RR: int64[R, R], tokens from each rank to each other; None where only this rank's are known.
     """
 
     sent_P: NDArray[np.int64]
     here_RS: NDArray[np.int64]
     tokens_P: NDArray[np.int64]
     far: int
+    rows_RR: NDArray[np.int64] | None = None
 
 
 def split_tokens(
@@ -73,6 +75,16 @@ def split_for_rank(
     here_RS = np.zeros((len(counts_RE), span.stop - span.start), dtype=np.int64)
     tokens_P, far = _solve(counts_RE, placement, layer, speeds, rank, sent_1P, here_RS)
     return RankSplit(sent_1P[0], here_RS, tokens_P, far)
+
+
+def of_rank(split_RP: NDArray[np.int64], placement: Placement, rank: int) -> RankSplit:
+    """One rank's part of a whole split, with the tokens between all ranks."""
+    bounds = np.searchsorted(placement.rank_of_slot, np.arange(len(split_RP) + 1))
+    until = np.concatenate([np.zeros((len(split_RP), 1), dtype=np.int64), np.cumsum(split_RP, axis=1)], axis=1)
+    rows_RR = np.diff(until[:, bounds], axis=1)
+    node_R = placement.node_of_rank
+    far = 0 if node_R is None else int(rows_RR[node_R[:, None] != node_R[None, :]].sum())
+    return RankSplit(split_RP[rank], split_RP[:, placement.slots_of(rank)], split_RP.sum(axis=0), far, rows_RR)
 
 
 def _solve(

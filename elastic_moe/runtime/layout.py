@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from elastic_moe.parallel.groups import Group
+from elastic_moe.parallel.groups import Group, Pending
 from elastic_moe.plan.ownership import Ownership
 from elastic_moe.plan.placement import Placement
 from elastic_moe.runtime.state import HeldState
@@ -59,6 +59,8 @@ class Layout:
         self.mirror_in: list[list[int]]
         self.weight_out: list[list[int]]
         self.weight_in: list[list[int]]
+        self.expert_out: list[list[int]]
+        self.expert_in: list[list[int]]
         self.frozen_out: list[list[int]]
         self.frozen_in: list[list[int]]
         for r in world:
@@ -75,16 +77,19 @@ class Layout:
         here = self.slot_of[rank]
         self.grad_out, self.grad_in, self.mirror_out, self.mirror_in = ([[] for _ in world] for _ in range(4))
         self.weight_out, self.weight_in, self.frozen_out, self.frozen_in = ([[] for _ in world] for _ in range(4))
+        self.expert_out, self.expert_in = ([[] for _ in world] for _ in range(2))
         for u, unit in enumerate(units):
             expert = None if unit.expert is None or unit.moe_layer is None else (unit.moe_layer, unit.expert)
             kept = unit.optimizer == "frozen"
             if expert is None or expert in here:
-                (self.frozen_in if kept else self.weight_in)[primary[u]].append(u)
+                coming = self.frozen_in if kept else self.weight_in if expert is None else self.expert_in
+                coming[primary[u]].append(u)
                 if unit.optimizer == "adamw":
                     self.grad_out[primary[u]].append(u)
             if primary[u] == rank:
                 for r in world if expert is None else ranks_of[expert]:
-                    (self.frozen_out if kept else self.weight_out)[r].append(u)
+                    going = self.frozen_out if kept else self.weight_out if expert is None else self.expert_out
+                    going[r].append(u)
                     if unit.optimizer == "adamw":
                         self.grad_in[r].append(u)
             if unit.optimizer == "adamw":
@@ -118,24 +123,29 @@ class Exchanger:
         held: the state this rank owns or mirrors.
         group: the collectives of this generation.
 
+    The experts' weights are the larger part and are needed later than the others: they travel while the next step begins, and
+    `arrive` waits for them where the first expert is used.
+
     Attributes:
         publish_s, publish_bytes: what this rank's part in the last publication of weights took, and brought here.
+        waited_s: of that, how long this rank had nothing else to do.
     """
 
     def __init__(
         self, layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: HeldState, group: Group
     ) -> None:
         self._layout, self._held, self._group = layout, held, group
-        self.publish_s, self.publish_bytes = 0.0, 0
+        self.publish_s, self.publish_bytes, self.waited_s = 0.0, 0, 0.0
+        self._coming: tuple[Pending, torch.Tensor, float] | None = None
         self._grad_dtype = next(iter(grads.dense.values())).dtype
         self._grad_windows = [w for peer in layout.grad_out for u in peer for w in layout.windows(grads, u)]
         self._weight_windows = {
             kind: [w for peer in getattr(layout, f"{kind}_in") for u in peer for w in layout.windows(weights, u)]
-            for kind in ("weight", "frozen")
+            for kind in ("weight", "expert", "frozen")
         }
         self._splits = {
             f"{kind}_{way}": layout.sizes(getattr(layout, f"{kind}_{way}"))
-            for kind in ("grad", "mirror", "weight", "frozen")
+            for kind in ("grad", "mirror", "weight", "expert", "frozen")
             for way in ("out", "in")
         }
 
@@ -173,16 +183,40 @@ class Exchanger:
             start += target.numel()
 
     def publish(self, frozen: bool = False) -> None:
-        """Send updated weights from primaries to every rank that computes with them; also the frozen ones on entering a view."""
+        """Send updated weights from primaries to every rank that computes with them; also the frozen ones on entering a view.
+
+        Returns while the experts' weights are still coming: see `arrive`.
+        """
+        self.arrive()
         started = time.perf_counter()
-        self.publish_bytes = 0
+        schedule = self._layout.expert_out
+        send = [self._held.states[u].weight for peer in schedule for u in peer]
+        out_splits, in_splits = self._splits["expert_in"], self._splits["expert_out"]
+        incoming = torch.empty(sum(out_splits))
+        outgoing = torch.cat(send) if send else torch.empty(0)
+        pending = self._group.begin_all_to_all(incoming, outgoing, out_splits, in_splits)
+        self._coming = pending, incoming, started
+        self.publish_bytes = 4 * incoming.numel()
         for kind in ("weight", "frozen") if frozen else ("weight",):
             schedule, windows = getattr(self._layout, f"{kind}_out"), self._weight_windows[kind]
             received = self._swap(kind, [self._held.states[u].weight for peer in schedule for u in peer])
             if windows:
                 torch._foreach_copy_(windows, list(received.split([w.numel() for w in windows])))
             self.publish_bytes += 4 * received.numel()
+        self.waited_s = time.perf_counter() - started
+
+    def arrive(self) -> None:
+        """Wait until the experts' weights are here. Nothing happens when they are."""
+        if self._coming is None:
+            return
+        (pending, incoming, started), self._coming = self._coming, None
+        begun = time.perf_counter()
+        pending.wait()
+        windows = self._weight_windows["expert"]
+        if windows:
+            torch._foreach_copy_(windows, list(incoming.split([w.numel() for w in windows])))
         self.publish_s = time.perf_counter() - started
+        self.waited_s += time.perf_counter() - begun
 
 
 def homes_from_roles(

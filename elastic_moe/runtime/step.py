@@ -167,6 +167,7 @@ class Stepper:
             ce_sum += float(out.ce_sum)
             tokens += int(out.num_tokens)
             load_LE += out.load_LE.cpu()
+        session.exchanger.arrive()  # they have long arrived, unless the model has no experts
         self._fault(step, "reduce")
         progress.reduced = -1
         square = session.exchanger.reduce()

@@ -267,7 +267,15 @@ class Worker:
         grid = self._stepper.grid
         limit = config.balance.dispatch_mib << 20
         self._model.experts = ExpertParallel(
-            group, entered.placement, group.rank, config.model, self._device, _speeds(view), grid, limit
+            group,
+            entered.placement,
+            group.rank,
+            config.model,
+            self._device,
+            _speeds(view),
+            grid,
+            limit,
+            config.balance.by_node,
         )
         balancer = Rebalancer(
             config.balance, view, self._units, config.elastic.redundancy, entered.placement, entered.ownership
@@ -285,6 +293,7 @@ class Worker:
         weights = ComputeTensors(dense, [tuple(t.data for t in experts.slot_params(i)) for i in layers])
         gradients = ComputeTensors(self._stepper.gradients.tensors, [experts.slot_grads(i) for i in layers])
         exchanger = Exchanger(layout, weights, gradients, held, group)
+        experts.weights_arrive = exchanger.arrive
         whole = config.data.micro_batch if self._stepper.grid is not None else 1
         shares = share_of_batch(layout, config.data.global_batch, whole)
         return Session(group.rank, layout, group, exchanger, held, shares)
@@ -399,6 +408,7 @@ class Worker:
     def _finish(self, session: Session, leads: bool, stopped: bool) -> str:
         """The end of a run: checkpoint, last evaluation, sample; every part may be repeated after a failure."""
         config, progress = self._config, self._progress
+        session.exchanger.arrive()
         if self._saved_step != progress.committed:
             self._save(session)
         if not stopped:

@@ -70,7 +70,12 @@ def measure(pieces: int, steps: int, workers: int) -> dict[str, Any]:
         records = {side: lines(run_dir / "metrics.jsonl") for side, run_dir in names.items()}
         changes = [e for e in lines(names["on"] / "events.jsonl") if e["event"] == "rebalanced"]
     timed = [i for i in range(pieces * steps) if i % steps >= WARM_UP]
-    result: dict[str, Any] = {"benchmark": "balance_run", "machine": common.machine(), "workers": workers, "steps": pieces * steps}
+    result: dict[str, Any] = {
+        "benchmark": "balance_run",
+        "machine": common.machine(),
+        "workers": workers,
+        "steps": pieces * steps,
+    }
     for side, rows in records.items():
         result[side] = {
             "step_s": statistics.median(rows[i]["step_s"] for i in timed),
@@ -82,7 +87,10 @@ def measure(pieces: int, steps: int, workers: int) -> dict[str, Any]:
         }
     for other in ("off", "off, same slots"):
         ratios = [records["on"][i]["step_s"] / records[other][i]["step_s"] for i in timed]
-        result[f"step time, on over {other}"] = {"median": round(statistics.median(ratios), 4), "quartiles": [round(q, 4) for q in statistics.quantiles(ratios)]}
+        result[f"step time, on over {other}"] = {
+            "median": round(statistics.median(ratios), 4),
+            "quartiles": [round(q, 4) for q in statistics.quantiles(ratios)],
+        }
         gaps = [abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(records["on"], records[other], strict=True)]
         result[f"largest relative difference of losses, on and {other}"] = max(gaps)
     result["changes"] = {

@@ -121,6 +121,7 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     weights = ComputeTensors(dense, [tuple(t.data for t in experts.slot_params(i)) for i in range(shape[0])])
     gradients = ComputeTensors(stepper.gradients.tensors, [experts.slot_grads(i) for i in range(shape[0])])
     exchanger = Exchanger(layout, weights, gradients, entered.held, group)
+    experts.weights_arrive = exchanger.arrive
     exchanger.mirror = lambda: None  # type: ignore[method-assign]  # nobody mirrors: not even an empty all-to-all
     exchanger.publish()
     session = Session(rank, layout, group, exchanger, entered.held, share_of_batch(layout, config.data.global_batch))

@@ -6,6 +6,7 @@ Placements: uneven, replicated, with empty slots, a rank without slots, a rank w
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from elastic_moe.errors import GroupAborted
 from elastic_moe.model.experts import LocalExperts
 from elastic_moe.parallel.dispatch import ExpertParallel, _interleave, _inverse, _sending_order
 from elastic_moe.parallel.groups import AbortSignal, Group
+from elastic_moe.parallel.transport import ByNode
 from elastic_moe.plan.placement import Placement, Topology, plan_placement
 from tests.dist.ranks import Seat, results
 
@@ -66,13 +68,20 @@ def _run_layers(backend: Any, x_TD: torch.Tensor, ids_TK: torch.Tensor, gates_TK
     return x_TD
 
 
-def _one_case(group: Group, case: str, skewed: bool, most_rows: int = 0) -> dict[str, float]:
+def _one_case(
+    group: Group, case: str, skewed: bool, most_rows: int = 0, nodes: str = ""
+) -> dict[str, float]:
     """Largest differences from the twin that computes all ranks' tokens alone."""
     slots, tokens = CASES[case]
     rank, placement = group.rank, _placement(slots, seed=1)
     limit = most_rows * 4 * (3 * CONFIG.hidden_size + 4 * CONFIG.expert_hidden)
     twin = LocalExperts(CONFIG, seed=3)
-    parallel = ExpertParallel(group, placement, rank, CONFIG, torch.device("cpu"), memory_limit=limit)
+    if nodes:
+        placement = replace(placement, node_of_rank=np.array([ord(n) - ord("a") for n in nodes], dtype=np.int32))
+    device = torch.device("cpu")
+    parallel = ExpertParallel(group, placement, rank, CONFIG, device, memory_limit=limit, by_node=bool(nodes))
+    if nodes:
+        assert isinstance(parallel._transport, ByNode)
     at_once: list[int] = []
     compute = parallel._compute
     parallel._compute = lambda layer, rows, here: (at_once.append(len(rows)), compute(layer, rows, here))[1]  # type: ignore[method-assign]
@@ -177,6 +186,39 @@ def test_rows_beyond_the_memory_limit_come_in_chunks() -> None:
             assert result[name] < 1e-5, name
         assert result["rows_world"] == sum(CASES["even"][1]) * CHOICES * LAYERS, "rows computed again are counted once"
         assert result["at_once"] <= 2 * 4, "chunks have equal tokens, not equal rows"
+
+
+def _by_node(seat: Seat) -> dict[tuple[str, str], dict[str, float]]:
+    group = seat.form(3, seat.rank, seat.world)
+    cases = [(nodes, case) for nodes in ("aab", "aba", "abc", "abb") for case in CASES]
+    found = {key: _one_case(group, key[1], True, nodes=key[0]) for key in cases}
+    group.close()
+    return found
+
+
+def test_by_way_of_the_nodes_the_same_rows_arrive() -> None:
+    for of_rank in results(3, _by_node):
+        for key, result in of_rank.items():
+            for name in ("y", "x_grad", "gates_grad", "weight_grad"):
+                assert result[name] < 1e-5, (key, name)
+            assert result["forward"] == LAYERS, "the counts; rows travel from rank to rank"
+
+
+def _abort_by_node(seat: Seat) -> str:
+    """A peer that stops: the others wait for its message until the abort."""
+    group = seat.form(4, seat.rank, seat.world)
+    if seat.rank == 1:
+        return "stopped"
+    threading.Timer(0.1, seat.abort.set, ("rank 1 stopped",)).start()
+    rows_RR = np.full((3, 3), 2)
+    with pytest.raises(GroupAborted):
+        ByNode(group, [0, 1, 1])(torch.ones(6, 4), [2, 2, 2], [2, 2, 2], rows_RR)
+    group.close()
+    return "aborted"
+
+
+def test_abort_ends_the_wait_for_a_message() -> None:
+    assert results(3, _abort_by_node) == ["aborted", "stopped", "aborted"]
 
 
 def _abort_in_backward(seat: Seat) -> str:

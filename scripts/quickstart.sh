@@ -24,6 +24,6 @@ code=0
 "$PYTHON" -m elastic_moe.train model=small run.dir=runs/quickstart run.overwrite=true run.steps=200 \
     "faults.kill_worker_at_step=$kill_step" ${overrides[@]+"${overrides[@]}"} || code=$?
 if [ "$code" -eq 0 ]; then
-    say "done; metrics.jsonl, events.jsonl and checkpoints/ are in the run directory (default runs/quickstart)"
+    say "done; look at report.html in the run directory (default runs/quickstart); metrics.jsonl, events.jsonl and checkpoints/ are there too"
 fi
 exit "$code"

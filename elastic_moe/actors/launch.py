@@ -31,7 +31,7 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import UserError
-from elastic_moe.metrics.recorder import EVENTS, Tail, read_jsonl
+from elastic_moe.metrics.recorder import EVENTS, EXPERTS, METRICS, Tail, read_jsonl
 from elastic_moe.metrics.tracker import Tracker
 from elastic_moe.model.hf import HFCheckpoint
 from elastic_moe.saved import with_tokenizer
@@ -102,7 +102,7 @@ def _clear(config: TrainConfig, run_dir: Path) -> None:
     from elastic_moe.runtime.worker import checkpoint_root
 
     discard_after(checkpoint_root(config), -1)
-    for name in ("metrics.jsonl", "events.jsonl"):
+    for name in (METRICS, EVENTS, EXPERTS, "report.html"):
         (run_dir / name).unlink(missing_ok=True)
     for path in (run_dir / "faults").glob("*"):
         path.unlink()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -92,14 +92,18 @@ def sweep() -> int:
 class Pending:
     """A collective under way. `wait` must be called before the tensors are used, and may be called again."""
 
-    def __init__(self, group: Group | None, started: list[tuple[dist.Work, torch.Tensor]]) -> None:
-        self._group, self._started = group, started
+    def __init__(
+        self, group: Group | None, started: list[tuple[dist.Work, torch.Tensor]], out: torch.Tensor | None = None
+    ) -> None:
+        self._group, self._started, self._out = group, started, out
 
     def wait(self) -> None:
         """Return once it has completed. Raises GroupAborted if the generation is over."""
         group, self._group = self._group, None
         if group is not None:
             group.finish(self, self._started)
+            if self._out is not None:
+                _copy_back(self._out, self._started[0][1])
 
 
 class Group:
@@ -115,6 +119,7 @@ class Group:
         timeout_s: for connecting to the members, once all of them have arrived, in seconds.
         completed: one-element counter, raised when a collective begins and when it completes (so that a rank that hangs between two
             is told from those that wait for it); read by the heartbeats.
+        name: of a part of the generation's members; see `part`.
 
     Attributes:
         completed: collectives of this generation that have completed.
@@ -133,7 +138,9 @@ class Group:
         abort: AbortSignal,
         timeout_s: float,
         completed: list[int] | None = None,
+        name: str = "",
     ) -> None:
+        self._where, self._name, self._parts = (host, port, timeout_s), name, list[Group]()
         self.generation, self.rank, self.world_size = generation, rank, world_size
         self.completed = 0
         self._counter = completed if completed is not None else [0]
@@ -157,7 +164,7 @@ class Group:
             limit = timedelta(seconds=timeout_s)
             try:
                 store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
-                keys = dist.PrefixStore(f"g{self.generation}/", store)
+                keys = dist.PrefixStore(f"g{self.generation}/{self._name}", store)
                 if keys.add("arrived", 1) == self.world_size:
                     keys.set("go", "1")
                 while not keys.check(["go"]):  # the slowest member may take its time; an abort ends it
@@ -178,6 +185,20 @@ class Group:
             raise GroupAborted(f"forming generation {self.generation}: {formed}") from formed
         formed.set_timeout(timedelta(seconds=OPERATION_TIMEOUT_S))
         return formed
+
+    def part(self, name: str, ranks: Sequence[int]) -> Group:
+        """A group of some of the members, among them this one; closed with this group. All of them must form their parts in the same order."""
+        host, port, timeout_s = self._where
+        rank, size = list(ranks).index(self.rank), len(ranks)
+        name = f"{name}:{'-'.join(map(str, ranks))}"
+        name = f"{name}.{sum(part.is_named(name) for part in self._parts)}"  # its keys in the store are used once
+        part = Group(host, port, self.generation, rank, size, self._abort, timeout_s, self._counter, f"{name}/")
+        self._parts.append(part)
+        return part
+
+    def is_named(self, name: str) -> bool:
+        """Whether this is a part that was formed under that name."""
+        return self._name.rpartition(".")[0] == name
 
     def _run(self, start: Callable[[dist.ProcessGroupGloo], dist.Work], *tensors: torch.Tensor) -> None:
         """Start an operation and wait until it has completed or the generation is over."""
@@ -240,7 +261,7 @@ class Group:
     def begin_all_to_all(
         self, out: torch.Tensor, inp: torch.Tensor, out_splits: list[int], in_splits: list[int]
     ) -> Pending:
-        """As `all_to_all` of host tensors, but returns at once; other collectives may come before its end, on all ranks alike."""
+        """As `all_to_all`, but returns at once; other collectives may come before its end, on all ranks alike."""
         self._counter[0] += 2
         if self.world_size == 1:
             out.copy_(inp)
@@ -250,12 +271,13 @@ class Group:
             raise GroupAborted(self._failed)
         assert self._group is not None, "the group is closed"
         try:
-            work = self._group.alltoall_base(out, inp, out_splits, in_splits)
+            host_out, host_in = _host(out), _host(inp)
+            work = self._group.alltoall_base(host_out, host_in, out_splits, in_splits)
         except RuntimeError as error:
             self._failed = f"collective failed: {error}"
             raise GroupAborted(self._failed) from error
-        started = [(work, out), (work, inp)]
-        pending = Pending(self, started)
+        started = [(work, host_out), (work, host_in)]
+        pending = Pending(self, started, out)
         self._pending[pending] = started
         return pending
 
@@ -271,32 +293,6 @@ class Group:
             raise GroupAborted(self._failed) from error
         self._pending.pop(pending, None)
         self.completed += 1
-
-    def send_receive(self, outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]) -> None:
-        """Exchange one message with each of some ranks: tensors to send by destination, tensors to fill by source.
-
-        Not a collective: only the ranks concerned take part, and each must expect exactly what its peers send, in the same order of calls.
-        """
-        sends = {rank: _host(tensor) for rank, tensor in sorted(outgoing.items())}
-        fills = {rank: _host(tensor) for rank, tensor in sorted(incoming.items())}
-        self._counter[0] += 2
-        if not sends and not fills:
-            return
-        self._abort.check()
-        if self._failed is not None:
-            raise GroupAborted(self._failed)
-        assert self._group is not None, "the group is closed"
-        try:
-            started = [(self._group.recv([tensor], rank, 0), tensor) for rank, tensor in fills.items()]
-            started += [(self._group.send([tensor], rank, 0), tensor) for rank, tensor in sends.items()]
-            self._finish(started)
-        except GroupAborted:
-            raise
-        except RuntimeError as error:
-            self._failed = f"collective failed: {error}"
-            raise GroupAborted(self._failed) from error
-        for rank, tensor in incoming.items():
-            _copy_back(tensor, fills[rank])
 
     def _finish(self, started: list[tuple[dist.Work, torch.Tensor]]) -> None:
         """Wait for several operations; an abort keeps all of those that are under way."""
@@ -330,6 +326,8 @@ class Group:
                         self._keep(work, (tensor,))
         self._pending.clear()
         self._group = None
+        for part in self._parts:
+            part.close()
         sweep()
 
 

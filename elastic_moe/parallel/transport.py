@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from elastic_moe.parallel.groups import Group
+from elastic_moe.parallel.groups import Group, Pending
 
 
 class Transport(Protocol):
@@ -67,6 +67,14 @@ class ByNode:
         self._nodes = sorted(set(node_of_rank))
         self._ranks = {n: [r for r, other in enumerate(node_of_rank) if other == n] for n in self._nodes}
         self.messages = 0
+        self._inside = group.part(f"node{self._node}", self._ranks[self._node])
+        self._between: dict[int, Group] = {}  # other gate -> the group of the two
+        for index, node in enumerate(self._nodes):
+            for other in self._nodes[index + 1 :]:
+                gates = [self._gate(node, other), self._gate(other, node)]
+                if self._rank in gates:
+                    pair = group.part(f"nodes{node}-{other}", gates)
+                    self._between[gates[1 - gates.index(self._rank)]] = pair
 
     def _gate(self, node: int, other: int) -> int:
         """The rank of `node` that talks to `other`."""
@@ -99,7 +107,7 @@ class ByNode:
             peer: empty(rows_RR[peer, me] + sum(total([peer], self._ranks[node]) for node in duties(me)))
             for peer in here
         }
-        self._swap(parcels, arriving)
+        self._deal(parcels, arriving)
         near: dict[int, torch.Tensor] = {}
         letters: dict[int, list[torch.Tensor]] = {node: [] for node in duties(me)}
         for peer in here:
@@ -110,8 +118,8 @@ class ByNode:
         # Between nodes: by source, then by destination.
         outgoing = {self._gate(node, self._node): torch.cat(pieces) for node, pieces in letters.items()}
         incoming = {self._gate(node, self._node): empty(total(self._ranks[node], here)) for node in duties(me)}
-        self.messages += sum(len(letter) > 0 for letter in outgoing.values())
-        self._swap(outgoing, incoming)
+        self.messages += len(outgoing)
+        self._post(outgoing, incoming)
         # In the node again: each peer's rows, by source.
         dealt: dict[int, list[torch.Tensor]] = {peer: [] for peer in here}
         for node in duties(me):
@@ -124,7 +132,7 @@ class ByNode:
             peer: empty(sum(total(self._ranks[node], [me]) for node in others if self._gate(self._node, node) == peer))
             for peer in here
         }
-        self._swap(parcels, arriving)
+        self._deal(parcels, arriving)
         found = dict(near)
         for peer in here:
             sources = [r for node in others if self._gate(self._node, node) == peer for r in self._ranks[node]]
@@ -132,11 +140,22 @@ class ByNode:
             found.update(zip(sources, pieces, strict=True))
         return torch.cat([found[source] for source in range(len(rows_RR))])
 
-    def _swap(self, outgoing: dict[int, torch.Tensor], incoming: dict[int, torch.Tensor]) -> None:
-        """Messages between pairs of ranks; what stays here is copied, what is empty is not sent."""
-        if self._rank in outgoing:
-            incoming[self._rank].copy_(outgoing[self._rank])
-        self._group.send_receive(
-            {rank: t for rank, t in outgoing.items() if rank != self._rank and t.numel()},
-            {rank: t for rank, t in incoming.items() if rank != self._rank and t.numel()},
+    def _deal(self, outgoing: dict[int, torch.Tensor], incoming: dict[int, torch.Tensor]) -> None:
+        """Every rank of the node to every other."""
+        arriving = torch.cat(list(incoming.values()))
+        sizes = [len(t) for t in incoming.values()]
+        self._inside.all_to_all(
+            arriving, torch.cat(list(outgoing.values())), sizes, [len(t) for t in outgoing.values()]
         )
+        for target, piece in zip(incoming.values(), arriving.split(sizes), strict=True):
+            target.copy_(piece)
+
+    def _post(self, outgoing: dict[int, torch.Tensor], incoming: dict[int, torch.Tensor]) -> None:
+        """One message to each other node whose gate this rank is, and one from it, all under way at once."""
+        under_way: list[Pending] = []
+        for rank, pair in self._between.items():
+            received, sent = [0, 0], [0, 0]
+            received[1 - pair.rank], sent[1 - pair.rank] = len(incoming[rank]), len(outgoing[rank])
+            under_way.append(pair.begin_all_to_all(incoming[rank], outgoing[rank], received, sent))
+        for pending in under_way:
+            pending.wait()

@@ -194,7 +194,9 @@ def of_expert(history: list[Placed], loads: list[Loads], layer: int, expert: int
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m elastic_moe.plan.explain", description="Which expert sits where, and why it moved.")
+    parser = argparse.ArgumentParser(
+        prog="python -m elastic_moe.plan.explain", description="Which expert sits where, and why it moved."
+    )
     parser.add_argument("run", help="the run directory")
     parser.add_argument("--layer", type=int, help="index among the MoE layers")
     parser.add_argument("--expert", type=int, help="with --layer: one expert's way")

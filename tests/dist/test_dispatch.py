@@ -209,7 +209,7 @@ def _abort_by_node(seat: Seat) -> str:
     group = seat.form(4, seat.rank, seat.world)
     if seat.rank == 1:
         return "stopped"
-    threading.Timer(0.1, seat.abort.set, ("rank 1 stopped",)).start()
+    threading.Timer(0.3, seat.abort.set, ("rank 1 stopped",)).start()
     rows_RR = np.full((3, 3), 2)
     with pytest.raises(GroupAborted):
         ByNode(group, [0, 1, 1])(torch.ones(6, 4), [2, 2, 2], [2, 2, 2], rows_RR)

@@ -142,10 +142,14 @@ def construct(
     expert_P: Ints,
     where: Ints,
     copies_E: Ints,
+    linking: bool,
 ) -> None:
-    """Fill the empty slots of `expert_P`; `where` [E, R] and `copies_E` say what is there already, and are kept up to date."""
+    """Fill the empty slots of `expert_P`; `where` [E, R] and `copies_E` say what is there already, and are kept up to date.
+
+    Without `linking`, copies go to the least loaded rank whatever it is linked to: better where slots are too few to link all ranks.
+    """
     num_experts, num_ranks = len(load_E), len(target_R)
-    hunger_E = appetite(load_E)
+    hunger_E = appetite(load_E) if linking else load_E.astype(np.float64)
     free_R = np.zeros(num_ranks, np.int64)
     link = np.arange(num_ranks + num_experts)
     has_R, has_N = np.zeros(num_ranks, np.bool_), np.zeros(num_ranks, np.bool_)
@@ -194,7 +198,7 @@ def construct(
             rank = _choose_rank(
                 expert,
                 share_E[expert],
-                True,
+                linking,
                 expert_P,
                 rank_P,
                 where,
@@ -211,7 +215,8 @@ def construct(
                 break
             _put(expert, rank, _free_slot(rank, start_R, expert_P), expert_P, where, copies_E, free_R, link)
             load_R[rank] += share_E[expert]
-    load_R *= _FIXED_WEIGHT
+    if linking:
+        load_R *= _FIXED_WEIGHT
     for expert in np.argsort(-load_E, kind="mergesort"):
         if copies_E[expert] == 0:
             rank = _choose_rank(

@@ -64,19 +64,24 @@ def _fresh(
     where: Ints,
     copies_E: Ints,
 ) -> float:
-    """Copies without regard to the past: construct and mend; where that falls short, cut pieces instead."""
+    """Copies without regard to the past: construct and mend; where that falls short, cut pieces instead, or pack without links."""
     num_slots = len(expert_P)
     changes, free = 2 * len(target_R) + 16, 1 << 30
     nowhere = np.full(len(load_E), -1)
     index_copies(expert_P, where, copies_E)
-    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E)
+    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E, True)
     z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, nowhere, changes, free)
-    if z > GOOD:
+    for way in range(3):  # pieces; packed without links and mended; packed only
+        if z <= GOOD:
+            break
         other_P = np.full(num_slots, EMPTY)
         copies_E[:] = 0
-        cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
-        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E)
-        other_z = mend(load_E, target_R, start_R, rank_P, other_P, where, copies_E, nowhere, changes, free)
+        if way == 0:
+            cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
+        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E, way == 0)
+        other_z = mend(
+            load_E, target_R, start_R, rank_P, other_P, where, copies_E, nowhere, changes if way < 2 else 0, free
+        )
         if other_z < z:
             z = other_z
             expert_P[:] = other_P
@@ -133,7 +138,7 @@ def plan_layer(
     place_homeless(load_E, target_R, cap_R, slots_R, home_E)
     keep_copies(has_ER, load_E, home_E, start_R, expert_P)
     index_copies(expert_P, where, copies_E)
-    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E)
+    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E, True)
     changes = 2 * num_ranks + 16
     z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, home_E, changes, 0)
     other_P, other_home = np.full(len(expert_P), EMPTY), stay_E.copy()
@@ -141,7 +146,7 @@ def plan_layer(
         keep_copies(np.zeros_like(has_ER), load_E, stay_E, start_R, other_P)
         index_copies(other_P, where, copies_E)
         cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
-        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E)
+        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E, True)
         other_z = mend(load_E, target_R, start_R, rank_P, other_P, where, copies_E, other_home, changes, 0)
         if other_z < z:
             z = other_z

@@ -122,6 +122,11 @@ def copy_bound(load_E: Loads, slots: int, speeds: Sequence[float]) -> float:
         middle = (low + high) / 2
         need = np.searchsorted(best_speed, load_E / middle * (1 - 1e-12)) + 1
         low, high = (low, middle) if need.sum() <= slots and need.max() <= len(speeds) else (middle, high)
+    if (
+        slots == len(load_E) and len(set(speeds)) == 1 and slots % len(speeds) == 0
+    ):  # all slots are full, each expert is whole
+        light_E = np.sort(load_E)
+        high = max(high, float(light_E[-1] + light_E[: slots // len(speeds) - 1].sum()))
     return high
 
 

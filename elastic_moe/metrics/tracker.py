@@ -141,8 +141,11 @@ class Tracker:
         return self._failed.is_set()
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Log numbers of a step; other values are left out. Dropped when the tracker cannot keep up."""
+        """Log numbers of a step, those of a list as name/index; other values are left out. Dropped when the tracker cannot keep up."""
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
+        for name, items in values.items():
+            if isinstance(items, list) and all(isinstance(item, (int, float)) for item in items):
+                numbers |= {f"{name}/{index}": item for index, item in enumerate(items)}
         self._put(lambda b: b.log(numbers, step))
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:

@@ -128,14 +128,13 @@ class Exchanger:
 
     Attributes:
         publish_s, publish_bytes: what this rank's part in the last publication of weights took, and brought here.
-        waited_s: of that, how long this rank had nothing else to do.
     """
 
     def __init__(
         self, layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: HeldState, group: Group
     ) -> None:
         self._layout, self._held, self._group = layout, held, group
-        self.publish_s, self.publish_bytes, self.waited_s = 0.0, 0, 0.0
+        self.publish_s, self.publish_bytes = 0.0, 0
         self._coming: tuple[Pending, torch.Tensor, float] | None = None
         self._grad_dtype = next(iter(grads.dense.values())).dtype
         self._grad_windows = [w for peer in layout.grad_out for u in peer for w in layout.windows(grads, u)]
@@ -203,20 +202,17 @@ class Exchanger:
             if windows:
                 torch._foreach_copy_(windows, list(received.split([w.numel() for w in windows])))
             self.publish_bytes += 4 * received.numel()
-        self.waited_s = time.perf_counter() - started
 
     def arrive(self) -> None:
         """Wait until the experts' weights are here. Nothing happens when they are."""
         if self._coming is None:
             return
         (pending, incoming, started), self._coming = self._coming, None
-        begun = time.perf_counter()
         pending.wait()
         windows = self._weight_windows["expert"]
         if windows:
             torch._foreach_copy_(windows, list(incoming.split([w.numel() for w in windows])))
         self.publish_s = time.perf_counter() - started
-        self.waited_s += time.perf_counter() - begun
 
 
 def homes_from_roles(

@@ -50,12 +50,12 @@ def tracker_of(backend: Memory, failures: list[str], setting: str = "auto", **co
 def test_everything_arrives_in_order() -> None:
     backend, failures = Memory(), []
     tracker = tracker_of(backend, failures, run={"steps": 3, "dirs": ["a"]})
-    tracker.log({"step": 1, "loss": 2.0, "name": "text"}, 1)
+    tracker.log({"step": 1, "loss": 2.0, "name": "text", "layers": [0.5, 1], "names": ["text"]}, 1)
     tracker.log({"step": 2, "loss": 1.0}, 2)
     assert tracker.close()
     assert backend.calls == [
         ("config", {"run.steps": 3, "run.dirs": "['a']"}),
-        ("log", (1, {"loss": 2.0})),
+        ("log", (1, {"loss": 2.0, "layers/0": 0.5, "layers/1": 1})),
         ("log", (2, {"loss": 1.0})),
         ("finish", None),
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -226,8 +227,10 @@ def main(arguments: list[str] | None = None) -> int:
         text = of_layer(history, loads, args.layer)
     else:
         text = of_expert(history, loads, args.layer, args.expert)
-    for line in text:
-        print(line)
+    try:
+        print("\n".join(text), flush=True)
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -19,11 +19,10 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from elastic_moe.actors.coordinator import Coordinator
-from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, Finder, actor_name
+from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, Finder, actor_name, this_node
 from elastic_moe.actors.narrate import narrate
 from elastic_moe.actors.ray_train import ElasticTrainer
 from elastic_moe.actors.session import max_workers, ray_session, resources_per_worker, start_workers
@@ -153,8 +152,11 @@ def train_function(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_coordinator(config: TrainConfig, name: str, token: str) -> Any:
-    """Start the coordinator actor on this node; Ray restarts it when it dies, and repeats the calls that it did not answer."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    """Start the coordinator actor on this node; Ray restarts it when it dies, and repeats the calls that it did not answer.
+
+    A hard condition on the node costs nothing, since the actor ends with the driver anyway. A soft one (`NodeAffinitySchedulingStrategy`)
+    is ignored by nodes that joined a moment ago, and the coordinator would be lost with one of those.
+    """
     host = ray.util.get_node_ip_address() if config.cluster.kind == "address" else "127.0.0.1"
     actor = (
         ray.remote(Coordinator)
@@ -165,7 +167,7 @@ def start_coordinator(config: TrainConfig, name: str, token: str) -> Any:
             max_restarts=-1,
             max_task_retries=-1,
             max_concurrency=8,
-            scheduling_strategy=here,
+            label_selector=this_node(),
         )
         .remote(config, token, min(start_workers(config.cluster), max_workers(config)), host)
     )

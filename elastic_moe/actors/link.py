@@ -26,6 +26,11 @@ def actor_name(run_id: str) -> str:
     return f"elastic_moe:{run_id}"
 
 
+def this_node() -> dict[str, str]:
+    """The label selector of an actor that has to be on the caller's node."""
+    return {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+
+
 def find_coordinator(name: str) -> tuple[str, int] | None:
     """Ask Ray where a run's coordinator listens now.
 

@@ -36,7 +36,7 @@ from ray.train.v2._internal.util import time_monotonic  # noqa: E402
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # noqa: E402
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError  # noqa: E402
 
-from elastic_moe.actors.link import CoordinatorLink  # noqa: E402
+from elastic_moe.actors.link import CoordinatorLink, this_node  # noqa: E402
 from elastic_moe.actors.worker_group import ElasticWorkerGroup, Ended  # noqa: E402
 from elastic_moe.errors import Evicted, UserError  # noqa: E402
 
@@ -183,7 +183,7 @@ class ElasticTrainer(DataParallelTrainer):
         }
         controller_cls = ray.remote(
             num_cpus=0,
-            label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
+            label_selector=this_node(),
             runtime_env={"env_vars": env_vars},
         )(ElasticController)
         controller = controller_cls.remote(coordinator=self._coordinator, **controller_init_kwargs)

@@ -13,7 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from elastic_moe.actors.launch import start_coordinator
-from elastic_moe.actors.link import CoordinatorLink, Finder, actor_name
+from elastic_moe.actors.link import CoordinatorLink, Finder, actor_name, this_node
 from elastic_moe.config.schema import ModelConfig, RunConfig, TrainConfig
 from elastic_moe.runtime.line import Line
 
@@ -51,3 +51,19 @@ def test_comes_back_with_records_and_a_new_address(
         ray.get(actor.close.remote())
         ray.kill(actor)
     assert find() is None
+
+
+class Somewhere:
+    """An actor that takes no resources, as the coordinator."""
+
+    def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+
+@pytest.mark.timeout(120)
+def test_an_actor_is_on_its_drivers_node_whoever_joins(cluster: Cluster) -> None:
+    here = ray.get_runtime_context().get_node_id()
+    for _ in range(3):  # a node that joined a moment ago knows no other one, and Ray asks any node to place an actor
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 1024 * 1024, include_dashboard=False)
+        actors = [ray.remote(Somewhere).options(num_cpus=0, label_selector=this_node()).remote() for _ in range(6)]
+        assert {ray.get(actor.node.remote()) for actor in actors} == {here}

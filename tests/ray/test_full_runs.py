@@ -133,7 +133,7 @@ def test_a_drained_node_is_left_before_it_dies(cluster: Cluster, tmp_path: Path,
     nodes = [add_node(cluster, 1) for _ in range(WORKERS)]
     with full_run(tmp_path) as run:
         until(lambda: run.steps() >= 5 and run.world() == WORKERS, "three workers train", 120.0)
-        leaving = nodes[0]
+        leaving, coordinator = nodes[0], ray.get(run.coordinator.pid.remote())
         worker, _, _ = next(m for m in run.members() if m[1] == leaving.node_id)
         assert drain_node(cluster.address, leaving.node_id, 30.0)
         until(lambda: run.world() == WORKERS - 1, "two workers train on")
@@ -143,4 +143,5 @@ def test_a_drained_node_is_left_before_it_dies(cluster: Cluster, tmp_path: Path,
         at = run.steps()
         until(lambda: run.steps() >= at + 5, "the node's end disturbs nobody")
         assert run.world() == WORKERS - 1
+        assert ray.get(run.coordinator.pid.remote()) == coordinator, "it was on the driver's node"
         run.finish()

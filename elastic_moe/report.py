@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.errors import UserError
-from elastic_moe.plan.explain import CAME, HOME, Loads, Placed, lines, read
+from elastic_moe.metrics.recorder import EVENTS, EXPERTS, METRICS, read_jsonl
+from elastic_moe.plan.explain import CAME, HOME, Loads, Placed, read
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 860, 190, 70, 14, 24
 HOT = 3.0  # times the mean load: the end of the colour scale
@@ -127,12 +128,12 @@ def layer_pictures(layer: int, history: Sequence[Placed], loads: Sequence[Loads]
 
 def body(run_dir: Path) -> Iterator[str]:
     """The page's parts."""
-    records = list(lines(run_dir / "metrics.jsonl"))
+    records = read_jsonl(run_dir / METRICS)
     if not records:
         raise UserError(
             f"{run_dir}: no committed step is recorded in metrics.jsonl; is it the directory of a run (run.dir)?"
         )
-    events = list(lines(run_dir / "events.jsonl"))
+    events = read_jsonl(run_dir / EVENTS)
     entered = [e for e in events if e.get("event") == "entered"]
     marks = [float(e.get("step", 0)) for e in entered[1:]]
     last = records[-1]
@@ -146,7 +147,7 @@ def body(run_dir: Path) -> Iterator[str]:
     yield curve(
         "balance of the experts (mean over slowest rank)", [(r["step"], r["balance"]) for r in thinned(records)], marks
     )
-    if (run_dir / "experts.jsonl").exists():
+    if (run_dir / EXPERTS).exists():
         history, loads = read(run_dir)
         if history:
             yield "<h2>Experts</h2><p>One row per expert, time from left to right. "

@@ -98,7 +98,7 @@ def _claim(config: TrainConfig, run_dir: Path) -> None:
 def _clear(config: TrainConfig, run_dir: Path) -> None:
     """Forget the run that is in this directory: its records, its checkpoints and what its faults left."""
     from elastic_moe.checkpoint.writer import discard_after
-    from elastic_moe.runtime.worker import checkpoint_root
+    from elastic_moe.runtime.checkpoints import checkpoint_root
 
     discard_after(checkpoint_root(config), -1)
     for name in (METRICS, EVENTS, EXPERTS, "report.html"):

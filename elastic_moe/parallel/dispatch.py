@@ -199,12 +199,11 @@ class ExpertParallel:
         self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
     ) -> torch.Tensor:
         self.weights_arrive()
-        counts_RE = self._counts(expert_ids_TK)
-        most = int(self._per_rank(self._split(counts_RE, moe_layer).tokens_P).max()) if self._most_rows else 0
-        chunks = -(-most // self._most_rows) if most else 1
+        split = self._split(expert_ids_TK, moe_layer)
+        chunks = -(-int(self._per_rank(split.tokens_P).max()) // self._most_rows) if self._most_rows else 1
         self.chunks = max(self.chunks, chunks)
-        if chunks == 1:
-            return combine(self._experts(moe_layer, x_TD, expert_ids_TK, counts_RE, False), gates_TK)
+        if chunks <= 1:
+            return combine(self._experts(moe_layer, x_TD, expert_ids_TK, split, False), gates_TK)
         pieces = []
         for x, ids in zip(x_TD.tensor_split(chunks), expert_ids_TK.tensor_split(chunks), strict=True):
             rows = x + 0 * self._anchor  # every rank joins the backward collectives, or none
@@ -212,26 +211,20 @@ class ExpertParallel:
             pieces.append(checkpoint(run, moe_layer, rows, ids, None, use_reentrant=False, preserve_rng_state=False))
         return combine(torch.cat(pieces), gates_TK)
 
-    def _counts(self, expert_ids_TK: torch.Tensor) -> NDArray[np.int64]:
-        """Rows from each rank to each expert, int64[R, E]; collective."""
-        flat_N = expert_ids_TK.reshape(-1).cpu()
-        return self._group.all_gather(torch.bincount(flat_N, minlength=self.num_experts)).numpy()
-
     def _experts(
         self,
         moe_layer: int,
         x_TD: torch.Tensor,
         expert_ids_TK: torch.Tensor,
-        counts_RE: NDArray[np.int64] | None,
+        split: RankSplit | None,
         again: bool,
     ) -> torch.Tensor:
         """Outputs of the tokens' experts, [T, K, D]."""
         num_tokens, num_choices = expert_ids_TK.shape
-        flat_N = expert_ids_TK.reshape(-1).cpu()
-        split = self._split(self._counts(expert_ids_TK) if counts_RE is None else counts_RE, moe_layer)
+        split = split or self._split(expert_ids_TK, moe_layer)
         if not again:
             self._count(moe_layer, self._per_rank(split.tokens_P), split.far)
-        route = self._route(flat_N, split, moe_layer, num_choices, x_TD.device)
+        route = self._route(expert_ids_TK, split, moe_layer, x_TD.device)
         rows_MD = _ToSlots.apply(x_TD, self._anchor, self._transport, route)
         started = time.perf_counter()
         y_MD = self._compute(moe_layer, rows_MD, split.here_RS)
@@ -242,7 +235,10 @@ class ExpertParallel:
         y_ND = _FromSlots.apply(y_MD, self._transport, route)
         return y_ND.view(num_tokens, num_choices, x_TD.shape[1])
 
-    def _split(self, counts_RE: NDArray[np.int64], moe_layer: int) -> RankSplit:
+    def _split(self, expert_ids_TK: torch.Tensor, moe_layer: int) -> RankSplit:
+        """What goes where, from what all ranks want; collective."""
+        mine_E = torch.bincount(expert_ids_TK.reshape(-1).cpu(), minlength=self.num_experts)
+        counts_RE = self._group.all_gather(mine_E).numpy()
         placement, rank, speeds = self._placement, self._rank, self._speeds
         if self._grid is not None:
             return of_rank(split_whole(counts_RE, placement, moe_layer, speeds), placement, rank)
@@ -270,19 +266,19 @@ class ExpertParallel:
 
     def _route(
         self,
-        flat_N: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
         split: RankSplit,
         moe_layer: int,
-        num_choices: int,
         device: torch.device,
     ) -> Route:
         mine_P, here_RS = split.sent_P, split.here_RS
-        order_N = _sending_order(flat_N.numpy(), mine_P, self._placement.expert_of_slot[moe_layer])
+        flat_N = expert_ids_TK.reshape(-1).cpu().numpy()
+        order_N = _sending_order(flat_N, mine_P, self._placement.expert_of_slot[moe_layer])
         by_slot_M = _interleave(here_RS)
         plan = (order_N, _inverse(order_N), by_slot_M, _inverse(by_slot_M))
         order, undo, by_slot, by_source = (torch.from_numpy(t).to(device) for t in plan)
         sent, arrived = self._per_rank(mine_P).tolist(), here_RS.sum(axis=1).tolist()
-        return Route(order, undo, by_slot, by_source, sent, arrived, split.rows_RR, num_choices)
+        return Route(order, undo, by_slot, by_source, sent, arrived, split.rows_RR, expert_ids_TK.shape[1])
 
 
 class _Twice:

@@ -18,6 +18,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -92,18 +93,18 @@ def sweep() -> int:
 class Pending:
     """A collective under way. `wait` must be called before the tensors are used, and may be called again."""
 
-    def __init__(
-        self, group: Group | None, started: list[tuple[dist.Work, torch.Tensor]], out: torch.Tensor | None = None
-    ) -> None:
-        self._group, self._started, self._out = group, started, out
+    def __init__(self, group: Group, tensors: tuple[torch.Tensor, ...], then: Callable[[], None]) -> None:
+        self.work: dist.Work | None = None
+        self.tensors = tensors
+        self._group: Group | None = group
+        self._then = then
 
     def wait(self) -> None:
         """Return once it has completed. Raises GroupAborted if the generation is over."""
         group, self._group = self._group, None
         if group is not None:
-            group.finish(self, self._started)
-            if self._out is not None:
-                _copy_back(self._out, self._started[0][1])
+            group.finish(self)
+            self._then()
 
 
 class Group:
@@ -146,7 +147,7 @@ class Group:
         self._counter = completed if completed is not None else [0]
         self._abort, self._group = abort, None
         self._failed: str | None = None
-        self._pending: dict[Pending, list[tuple[dist.Work, torch.Tensor]]] = {}
+        self._pending: set[Pending] = set()
         sweep()
         abort.check()
         if world_size > 1:
@@ -200,36 +201,50 @@ class Group:
         """Whether this is a part that was formed under that name."""
         return self._name.rpartition(".")[0] == name
 
-    def _run(self, start: Callable[[dist.ProcessGroupGloo], dist.Work], *tensors: torch.Tensor) -> None:
-        """Start an operation and wait until it has completed or the generation is over."""
+    def _begin(
+        self,
+        start: Callable[[dist.ProcessGroupGloo], dist.Work],
+        *tensors: torch.Tensor,
+        then: Callable[[], None] = lambda: None,
+    ) -> Pending:
+        """Start an operation on these tensors; `then` is called once it has been waited for."""
         self._abort.check()
         if self._failed is not None:
             raise GroupAborted(self._failed)
         self._counter[0] += 1
+        pending = Pending(self, tensors, then)
         if self.world_size > 1:
             assert self._group is not None, "the group is closed"
             try:
-                work = start(self._group)
-                while not _ended(work):
+                pending.work = start(self._group)
+            except RuntimeError as error:
+                self._fail(error)
+            self._pending.add(pending)
+        return pending
+
+    def finish(self, pending: Pending) -> None:
+        """Wait until an operation has completed or the generation is over; `Pending.wait` calls it."""
+        if pending.work is not None:
+            try:
+                while not _ended(pending.work):
                     if self._abort.is_set:
-                        self._abandon(work, tensors)
+                        self.close()
                         self._abort.check()
             except GroupAborted:
                 raise
             except RuntimeError as error:
-                self._failed = f"collective failed: {error}"
-                raise GroupAborted(self._failed) from error
+                self._fail(error)
+            self._pending.discard(pending)
         self._counter[0] += 1
         self.completed += 1
 
-    def _abandon(self, work: dist.Work, tensors: tuple[torch.Tensor, ...]) -> None:
-        self._keep(work, tensors)
-        self.close()
+    def _fail(self, error: RuntimeError) -> NoReturn:
+        self._failed = f"collective failed: {error}"
+        raise GroupAborted(self._failed) from error
 
-    def _keep(self, work: dist.Work, tensors: tuple[torch.Tensor, ...]) -> None:
-        assert self._group is not None
-        with _abandoned_lock:
-            _abandoned.append(_Abandoned(self._group, work, tensors))
+    def _run(self, start: Callable[[dist.ProcessGroupGloo], dist.Work], *tensors: torch.Tensor) -> None:
+        """Start an operation and wait for it."""
+        self._begin(start, *tensors).wait()
 
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = SUM) -> None:
         """Reduce in place over all ranks."""
@@ -250,60 +265,21 @@ class Group:
 
     def all_to_all(self, out: torch.Tensor, inp: torch.Tensor, out_splits: list[int], in_splits: list[int]) -> None:
         """Uneven all-to-all along dim 0: `in_splits[d]` rows go to rank d, `out_splits[s]` rows come from rank s."""
-        if self.world_size == 1:
-            self._run(lambda g: g.barrier())  # counts, and ends with the generation
-            out.copy_(inp)
-            return
-        host_out, host_in = _host(out), _host(inp)
-        self._run(lambda g: g.alltoall_base(host_out, host_in, out_splits, in_splits), host_out, host_in)
-        _copy_back(out, host_out)
+        self.begin_all_to_all(out, inp, out_splits, in_splits).wait()
 
     def begin_all_to_all(
         self, out: torch.Tensor, inp: torch.Tensor, out_splits: list[int], in_splits: list[int]
     ) -> Pending:
         """As `all_to_all`, but returns at once; other collectives may come before its end, on all ranks alike."""
-        self._counter[0] += 2
+        host_out, host_in = _host(out), _host(inp)
         if self.world_size == 1:
-            out.copy_(inp)
-            return Pending(None, [])
-        self._abort.check()
-        if self._failed is not None:
-            raise GroupAborted(self._failed)
-        assert self._group is not None, "the group is closed"
-        try:
-            host_out, host_in = _host(out), _host(inp)
-            work = self._group.alltoall_base(host_out, host_in, out_splits, in_splits)
-        except RuntimeError as error:
-            self._failed = f"collective failed: {error}"
-            raise GroupAborted(self._failed) from error
-        started = [(work, host_out), (work, host_in)]
-        pending = Pending(self, started, out)
-        self._pending[pending] = started
-        return pending
-
-    def finish(self, pending: Pending, started: list[tuple[dist.Work, torch.Tensor]]) -> None:
-        """Wait for what was begun."""
-        try:
-            self._abort.check()
-            self._finish(started)
-        except RuntimeError as error:
-            if isinstance(error, GroupAborted):
-                raise
-            self._failed = f"collective failed: {error}"
-            raise GroupAborted(self._failed) from error
-        self._pending.pop(pending, None)
-        self.completed += 1
-
-    def _finish(self, started: list[tuple[dist.Work, torch.Tensor]]) -> None:
-        """Wait for several operations; an abort keeps all of those that are under way."""
-        for index, (work, _) in enumerate(started):
-            while not _ended(work):
-                if self._abort.is_set:
-                    for other, tensor in started[index:]:
-                        if not other.is_completed():
-                            self._keep(other, (tensor,))
-                    self.close()
-                    self._abort.check()
+            host_out.copy_(host_in)
+        return self._begin(
+            lambda g: g.alltoall_base(host_out, host_in, out_splits, in_splits),
+            host_out,
+            host_in,
+            then=lambda: _copy_back(out, host_out),
+        )
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:
         """Copy rank src's tensor to all, in place."""
@@ -320,10 +296,10 @@ class Group:
     def close(self) -> None:
         """Drop the group; never blocks. What is still under way in it is handed to the abandoned."""
         if self._group is not None:
-            for started in self._pending.values():
-                for work, tensor in started:
-                    if not work.is_completed():
-                        self._keep(work, (tensor,))
+            with _abandoned_lock:
+                for pending in self._pending:
+                    if pending.work is not None and not pending.work.is_completed():
+                        _abandoned.append(_Abandoned(self._group, pending.work, pending.tensors))
         self._pending.clear()
         self._group = None
         for part in self._parts:

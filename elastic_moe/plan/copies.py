@@ -46,8 +46,7 @@ def index_copies(expert_P: Ints, where: Ints, copies_E: Ints) -> None:
     copies_E[:] = 0
     for slot in range(len(expert_P)):
         if expert_P[slot] >= 0:
-            where[expert_P[slot], copies_E[expert_P[slot]]] = slot
-            copies_E[expert_P[slot]] += 1
+            add_copy(expert_P[slot], slot, expert_P, where, copies_E)
 
 
 @compiled
@@ -69,30 +68,10 @@ def _find(link: Ints, vertex: int) -> int:
 
 
 @compiled
-def _put(
-    expert: int, rank: int, slot: int, expert_P: Ints, where: Ints, copies_E: Ints, free_R: Ints, link: Ints
-) -> None:
-    expert_P[slot] = expert
-    where[expert, copies_E[expert]] = slot
-    copies_E[expert] += 1
-    free_R[rank] -= 1
-    link[_find(link, len(free_R) + expert)] = _find(link, rank)
-
-
-@compiled
-def _free_slot(rank: int, start_R: Ints, expert_P: Ints) -> int:
-    for slot in range(start_R[rank], start_R[rank + 1]):
-        if expert_P[slot] < 0:
-            return slot
-    return -1
-
-
-@compiled
 def _choose_rank(
     expert: int,
     share: float,
     linking: bool,
-    expert_P: Ints,
     rank_P: Ints,
     where: Ints,
     copies_E: Ints,
@@ -130,6 +109,40 @@ def _choose_rank(
         if not linking:
             break
     return best
+
+
+@compiled
+def _place(
+    expert: int,
+    share: float,
+    linking: bool,
+    start_R: Ints,
+    expert_P: Ints,
+    rank_P: Ints,
+    where: Ints,
+    copies_E: Ints,
+    free_R: Ints,
+    link: Ints,
+    node_R: Ints,
+    target_R: Floats,
+    load_R: Floats,
+    has_R: NDArray[np.bool_],
+    has_N: NDArray[np.bool_],
+) -> bool:
+    """One more copy of an expert, which brings its rank this share of load. Whether there was a rank for it."""
+    rank = _choose_rank(
+        expert, share, linking, rank_P, where, copies_E, free_R, link, node_R, target_R, load_R, has_R, has_N
+    )
+    if rank < 0:
+        return False
+    slot = start_R[rank]
+    while expert_P[slot] >= 0:
+        slot += 1
+    add_copy(expert, slot, expert_P, where, copies_E)
+    free_R[rank] -= 1
+    load_R[rank] += share
+    link[_find(link, len(free_R) + expert)] = _find(link, rank)
+    return True
 
 
 @compiled
@@ -191,14 +204,14 @@ def construct(
         if expert_P[slot] >= 0:
             load_R[rank_P[slot]] += load_E[expert_P[slot]] / wanted_E[expert_P[slot]]
     share_E = load_E / wanted_E
-    for expert in np.argsort(-share_E, kind="mergesort"):
-        if wanted_E[expert] == 1:
-            continue
-        while copies_E[expert] < wanted_E[expert]:
-            rank = _choose_rank(
+    by_share = np.argsort(-share_E, kind="mergesort")
+    for expert in by_share:
+        while wanted_E[expert] > 1 and copies_E[expert] < wanted_E[expert]:
+            if not _place(
                 expert,
                 share_E[expert],
                 linking,
+                start_R,
                 expert_P,
                 rank_P,
                 where,
@@ -210,19 +223,17 @@ def construct(
                 load_R,
                 has_R,
                 has_N,
-            )
-            if rank < 0:
+            ):
                 break
-            _put(expert, rank, _free_slot(rank, start_R, expert_P), expert_P, where, copies_E, free_R, link)
-            load_R[rank] += share_E[expert]
     if linking:
         load_R *= _FIXED_WEIGHT
     for expert in np.argsort(-load_E, kind="mergesort"):
         if copies_E[expert] == 0:
-            rank = _choose_rank(
+            _place(
                 expert,
                 share_E[expert],
                 False,
+                start_R,
                 expert_P,
                 rank_P,
                 where,
@@ -235,30 +246,26 @@ def construct(
                 has_R,
                 has_N,
             )
-            _put(expert, rank, _free_slot(rank, start_R, expert_P), expert_P, where, copies_E, free_R, link)
-            load_R[rank] += load_E[expert]
     # an expert may have found no further rank: others take what is left
-    for expert in np.argsort(-share_E, kind="mergesort"):
-        while True:
-            rank = _choose_rank(
-                expert,
-                0.0,
-                True,
-                expert_P,
-                rank_P,
-                where,
-                copies_E,
-                free_R,
-                link,
-                node_R,
-                target_R,
-                load_R,
-                has_R,
-                has_N,
-            )
-            if rank < 0:
-                break
-            _put(expert, rank, _free_slot(rank, start_R, expert_P), expert_P, where, copies_E, free_R, link)
+    for expert in by_share:
+        while _place(
+            expert,
+            0.0,
+            True,
+            start_R,
+            expert_P,
+            rank_P,
+            where,
+            copies_E,
+            free_R,
+            link,
+            node_R,
+            target_R,
+            load_R,
+            has_R,
+            has_N,
+        ):
+            pass
 
 
 @compiled

@@ -67,6 +67,17 @@ def choose_homes(cap_R: Ints, rank_P: Ints, where: Ints, copies_E: Ints, home_E:
 
 
 @compiled
+def _held(load_E: Ints, home_E: Ints, num_ranks: int) -> tuple[Ints, Ints]:
+    """Homes of each rank, and their load."""
+    count_R, load_R = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
+    for expert in range(len(load_E)):
+        if home_E[expert] >= 0:
+            count_R[home_E[expert]] += 1
+            load_R[home_E[expert]] += load_E[expert]
+    return count_R, load_R
+
+
+@compiled
 def release_homes(
     load_E: Ints, target_R: Floats, most_R: Ints, slots_R: Ints, has_ER: NDArray[np.bool_], home_E: Ints
 ) -> None:
@@ -74,11 +85,7 @@ def release_homes(
     rank with the fewest homes that has a copy, while it has less than `most_R`.
     """
     num_experts, num_ranks = len(load_E), len(target_R)
-    count_R, load_R = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
-    for expert in range(num_experts):
-        if home_E[expert] >= 0:
-            count_R[home_E[expert]] += 1
-            load_R[home_E[expert]] += load_E[expert]
+    count_R, load_R = _held(load_E, home_E, num_ranks)
     for rank in range(num_ranks):
         while count_R[rank] > most_R[rank]:
             wish = (load_R[rank] - target_R[rank]) / (count_R[rank] - most_R[rank])
@@ -115,12 +122,8 @@ def release_homes(
 @compiled
 def place_homeless(load_E: Ints, target_R: Floats, cap_R: Ints, slots_R: Ints, home_E: Ints) -> None:
     """Experts without a home, heaviest first, to the least loaded rank under its cap; beyond the caps where that is not enough."""
-    num_experts, num_ranks = len(load_E), len(target_R)
-    count_R, load_R = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
-    for expert in range(num_experts):
-        if home_E[expert] >= 0:
-            count_R[home_E[expert]] += 1
-            load_R[home_E[expert]] += load_E[expert]
+    num_ranks = len(target_R)
+    count_R, load_R = _held(load_E, home_E, num_ranks)
     for expert in np.argsort(-load_E, kind="mergesort"):
         best, best_cost = -1, np.inf
         for turn in range(2):

@@ -17,14 +17,12 @@ from elastic_moe.plan.mend import TOLERANCE, mend
 from elastic_moe.plan.pieces import cut_pieces
 
 GOOD = 1 + 1.5 * TOLERANCE
-ENOUGH, POOR = (
-    1 / 0.99,
-    1 / 0.98,
-)  # with copies there already: a plan worse than this costs more changes, or is made anew
+ENOUGH = 1 / 0.99  # with copies there already: a plan worse than this is worth more changes
+POOR = 1 / 0.98  # one worse than this is made anew, where homes may move
 
 
 @compiled
-def _relabel(has_ER: NDArray[np.bool_], target_R: Floats, start_R: Ints, node_R: Ints, expert_P: Ints) -> None:
+def _relabel(has_ER: NDArray[np.bool_], target_R: Floats, start_R: Ints, expert_P: Ints) -> None:
     """Give each rank's contents to the equal rank that holds most of them already, greedily."""
     num_ranks = len(target_R)
     common = np.zeros((num_ranks, num_ranks), np.int64)
@@ -65,7 +63,6 @@ def _fresh(
     copies_E: Ints,
 ) -> float:
     """Copies without regard to the past: construct and mend; where that falls short, cut pieces instead, or pack without links."""
-    num_slots = len(expert_P)
     changes, free = 2 * len(target_R) + 16, 1 << 30
     nowhere = np.full(len(load_E), -1)
     index_copies(expert_P, where, copies_E)
@@ -74,7 +71,7 @@ def _fresh(
     for way in range(3):  # pieces; packed without links and mended; packed only
         if z <= GOOD:
             break
-        other_P = np.full(num_slots, EMPTY)
+        other_P = np.full(len(expert_P), EMPTY)
         copies_E[:] = 0
         if way == 0:
             cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
@@ -127,7 +124,7 @@ def plan_layer(
     if not (home_E >= 0).any():
         z = _fresh(load_E, target_R, start_R, rank_P, node_R, turn_R, has_ER, expert_P, where, copies_E)
         if has_ER.any():
-            _relabel(has_ER, target_R, start_R, node_R, expert_P)
+            _relabel(has_ER, target_R, start_R, expert_P)
             index_copies(expert_P, where, copies_E)
         choose_homes(cap_R, rank_P, where, copies_E, home_E)
         return z
@@ -164,7 +161,7 @@ def plan_layer(
         other_z = _fresh(load_E, target_R, start_R, rank_P, node_R, turn_R, has_ER, other_P, where, copies_E)
         if other_z < z:
             z = other_z
-            _relabel(has_ER, target_R, start_R, node_R, other_P)
+            _relabel(has_ER, target_R, start_R, other_P)
             expert_P[:] = other_P
             index_copies(expert_P, where, copies_E)
             for expert in range(num_experts):

@@ -127,13 +127,10 @@ def _exchange(
     best_in, best_out, best_gain = -1, -1, np.int64(crumb)
     for outside in range(len(expert_P)):
         rank, cold = rank_P[outside], expert_P[outside]
-        if seen_R[rank] or room_R[rank] <= crumb or cold < 0 or copies_E[cold] != 1:
+        if seen_R[rank] or room_R[rank] <= best_gain or cold < 0 or copies_E[cold] != 1:
             continue
         pinned = 1 if home_E[cold] >= 0 else 0
         if pinned > home_moves:
-            continue
-        space = room_R[rank] + load_E[cold]
-        if space - load_E[cold] <= best_gain:
             continue
         for inside in range(len(expert_P)):
             hot = expert_P[inside]

@@ -17,7 +17,7 @@ _LOOK_AHEAD = 8  # ranks compared before one takes its turn
 
 
 @compiled
-def _window(rank: int, pool: Ints, size: int, rest_E: Ints, need: int, slots: int) -> tuple[int, int]:
+def _window(pool: Ints, size: int, rest_E: Ints, need: int, slots: int) -> tuple[int, int]:
     """(begin, width) of the first window of `slots` consecutive pieces that reaches what the rank needs, or the last window."""
     width = min(slots, size)
     total = np.int64(0)
@@ -94,7 +94,7 @@ def cut_pieces(
             if chosen < 0 or (over and need_R[chosen] >= 0):
                 best, looked = -1, 0
             looked += 1
-            first, wide = _window(rank, pool, size, rest_E, max(need_R[rank], 0), free_R[rank])
+            first, wide = _window(pool, size, rest_E, max(need_R[rank], 0), free_R[rank])
             common = 0
             for index in range(wide):
                 common += has_ER[pool[first + index], rank]

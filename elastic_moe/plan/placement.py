@@ -174,5 +174,8 @@ def _whole(load_E: NDArray[np.float64]) -> NDArray[np.int64]:
 
 def _alternating(node_R: NDArray[np.int64]) -> NDArray[np.int64]:
     """The ranks, first one of each node, then the second of each, and so on."""
-    nth_R = np.array([int((node_R[:rank] == node).sum()) for rank, node in enumerate(node_R)], dtype=np.int64)
+    seen: dict[int, int] = {}
+    nth_R = np.empty(len(node_R), dtype=np.int64)
+    for rank, node in enumerate(node_R.tolist()):
+        nth_R[rank] = seen[node] = seen.get(node, -1) + 1
     return np.lexsort((node_R, nth_R)).astype(np.int64)

@@ -196,14 +196,12 @@ def _split(
         cap, room = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
         by_rank, first_r = arcs_by_rank(arc_r, num_ranks)
         first_caps(total, fixed_R, speeds, reach_R, cap, room)
-        near_first(quota, left_K, room, own_A, near_G[:num_groups], arc_r, first_k, group_A)
         near = near_G[:num_groups]
+        near_first(quota, left_K, room, own_A, near, arc_r, first_k, group_A)
         balance_quota(
             quota, left_K, total_K, fixed_R, speeds, arc_k, arc_r, first_k, by_rank, first_r, cap, room, near, group_A
         )
-        shorten_ways(
-            quota, room, own_A, near_G[:num_groups], arc_r, group_A, expert_G[:num_groups], num_ranks, num_flexible
-        )
+        shorten_ways(quota, room, own_A, near, arc_r, group_A, expert_G[:num_groups], num_ranks, num_flexible)
         for arc in range(num_arcs):
             tokens_P[arc_slot[arc]] = quota[arc]
     return _deal(counts_RE, total_E, rank_P, node_R, tokens_P, first_E, slots_E, only, out_RP, here_RS)

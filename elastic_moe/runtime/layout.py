@@ -33,6 +33,11 @@ class ComputeTensors:
     slots: Sequence[tuple[torch.Tensor, ...]]
 
 
+def _empty(world: range) -> list[list[int]]:
+    """A schedule, units per peer, with nothing in it."""
+    return [[] for _ in world]
+
+
 class Layout:
     """The exchange schedule of one generation on one rank.
 
@@ -53,16 +58,6 @@ class Layout:
         primary = ownership.primary.tolist()
         # slot_of[r][(layer, expert)] = index among the rank's own slots
         self.slot_of: list[dict[tuple[int, int], int]] = []
-        self.grad_out: list[list[int]]
-        self.grad_in: list[list[int]]
-        self.mirror_out: list[list[int]]
-        self.mirror_in: list[list[int]]
-        self.weight_out: list[list[int]]
-        self.weight_in: list[list[int]]
-        self.expert_out: list[list[int]]
-        self.expert_in: list[list[int]]
-        self.frozen_out: list[list[int]]
-        self.frozen_in: list[list[int]]
         for r in world:
             span = placement.slots_of(r)
             experts_LS = placement.expert_of_slot[:, span]
@@ -75,9 +70,11 @@ class Layout:
             for key in slots:
                 ranks_of.setdefault(key, []).append(r)
         here = self.slot_of[rank]
-        self.grad_out, self.grad_in, self.mirror_out, self.mirror_in = ([[] for _ in world] for _ in range(4))
-        self.weight_out, self.weight_in, self.frozen_out, self.frozen_in = ([[] for _ in world] for _ in range(4))
-        self.expert_out, self.expert_in = ([[] for _ in world] for _ in range(2))
+        self.grad_out, self.grad_in = _empty(world), _empty(world)
+        self.mirror_out, self.mirror_in = _empty(world), _empty(world)
+        self.weight_out, self.weight_in = _empty(world), _empty(world)
+        self.expert_out, self.expert_in = _empty(world), _empty(world)
+        self.frozen_out, self.frozen_in = _empty(world), _empty(world)
         for u, unit in enumerate(units):
             expert = None if unit.expert is None or unit.moe_layer is None else (unit.moe_layer, unit.expert)
             kept = unit.optimizer == "frozen"
@@ -148,12 +145,29 @@ class Exchanger:
             for way in ("out", "in")
         }
 
-    def _swap(self, kind: str, pieces: list[torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def _send(
+        self, kind: str, pieces: list[torch.Tensor], dtype: torch.dtype = torch.float32
+    ) -> tuple[Pending, torch.Tensor]:
+        """Begin an exchange by one of the schedules. Returns it with the tensor that takes what arrives."""
         out_splits, in_splits = self._splits[f"{kind}_in"], self._splits[f"{kind}_out"]
         send = torch.cat(pieces) if pieces else torch.empty(0, dtype=dtype)
         received = torch.empty(sum(out_splits), dtype=dtype)
-        self._group.all_to_all(received, send, out_splits, in_splits)
+        return self._group.begin_all_to_all(received, send, out_splits, in_splits), received
+
+    def _swap(self, kind: str, pieces: list[torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        pending, received = self._send(kind, pieces, dtype)
+        pending.wait()
         return received
+
+    def _weights(self, kind: str) -> list[torch.Tensor]:
+        """This rank's master weights, in the order of a schedule."""
+        return [self._held.states[u].weight for peer in getattr(self._layout, f"{kind}_out") for u in peer]
+
+    def _install(self, kind: str, received: torch.Tensor) -> None:
+        """Copy weights that arrived into the compute weights."""
+        windows = self._weight_windows[kind]
+        if windows:
+            torch._foreach_copy_(windows, list(received.split([w.numel() for w in windows])))
 
     def reduce(self) -> float:
         """Sum every holder's gradients at the primaries. Returns the sum of squares over the units this rank is primary of."""
@@ -188,19 +202,12 @@ class Exchanger:
         """
         self.arrive()
         started = time.perf_counter()
-        schedule = self._layout.expert_out
-        send = [self._held.states[u].weight for peer in schedule for u in peer]
-        out_splits, in_splits = self._splits["expert_in"], self._splits["expert_out"]
-        incoming = torch.empty(sum(out_splits))
-        outgoing = torch.cat(send) if send else torch.empty(0)
-        pending = self._group.begin_all_to_all(incoming, outgoing, out_splits, in_splits)
+        pending, incoming = self._send("expert", self._weights("expert"))
         self._coming = pending, incoming, started
         self.publish_bytes = 4 * incoming.numel()
         for kind in ("weight", "frozen") if frozen else ("weight",):
-            schedule, windows = getattr(self._layout, f"{kind}_out"), self._weight_windows[kind]
-            received = self._swap(kind, [self._held.states[u].weight for peer in schedule for u in peer])
-            if windows:
-                torch._foreach_copy_(windows, list(received.split([w.numel() for w in windows])))
+            received = self._swap(kind, self._weights(kind))
+            self._install(kind, received)
             self.publish_bytes += 4 * received.numel()
 
     def arrive(self) -> None:
@@ -209,9 +216,7 @@ class Exchanger:
             return
         (pending, incoming, started), self._coming = self._coming, None
         pending.wait()
-        windows = self._weight_windows["expert"]
-        if windows:
-            torch._foreach_copy_(windows, list(incoming.split([w.numel() for w in windows])))
+        self._install("expert", incoming)
         self.publish_s = time.perf_counter() - started
 
 

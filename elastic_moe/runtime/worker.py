@@ -7,10 +7,8 @@ newest view, and goes on from the committed step; the process, its imports and i
 from __future__ import annotations
 
 import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +16,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
-from elastic_moe.checkpoint.writer import write_shard
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import Prepared
 from elastic_moe.data.shards import TokenShard
@@ -34,75 +30,15 @@ from elastic_moe.parallel.groups import AbortSignal, Group
 from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.units import build_units
 from elastic_moe.plan.warm import warm_up as warm_up_planner
+from elastic_moe.runtime.checkpoints import CheckpointStorage, ShardWriter, checkpoint_root
 from elastic_moe.runtime.faults import Faults
 from elastic_moe.runtime.layout import ComputeTensors, Exchanger, Layout
 from elastic_moe.runtime.line import Line, ViewMessage
 from elastic_moe.runtime.rebalance import Change, Rebalancer, moves_between
-from elastic_moe.runtime.reconfigure import Entered, Storage, enter_view, take_over
-from elastic_moe.runtime.state import FIELDS, HeldState, VoteResult
+from elastic_moe.runtime.reconfigure import Entered, enter_view, take_over
+from elastic_moe.runtime.state import HeldState, VoteResult
 from elastic_moe.runtime.step import Outcome, Progress, Session, Stepper, share_of_batch
 from elastic_moe.types import ParamSpec, View
-
-
-def checkpoint_root(config: TrainConfig) -> str:
-    """Directory or URI of the run's durable checkpoints."""
-    return config.checkpoint.dir or str(Path(config.run.dir) / "checkpoints")
-
-
-class CheckpointStorage(Storage):
-    """Durable checkpoints as a reconfiguration sees them."""
-
-    def __init__(self, root: str) -> None:
-        self._root = root
-
-    def latest_step(self) -> int:
-        manifest = find_latest(self._root)
-        return -1 if manifest is None else manifest.step
-
-    def read(self, step: int, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
-        return read_units(load_manifest(self._root, step), names)
-
-
-class ShardWriter:
-    """Writes this worker's checkpoint shards in a thread, while training goes on; a failure is reported, never raised."""
-
-    def __init__(self, root: str, line: Line) -> None:
-        self._root, self._line = root, line
-        self._jobs: queue.Queue[tuple[int, str, dict[str, torch.Tensor], int] | None] = queue.Queue(maxsize=2)
-        self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
-        self._thread.start()
-
-    def save(self, step: int, tag: str, held: HeldState, primary: Sequence[int], generation: int) -> None:
-        """Take a consistent copy of the owned units now, write it later."""
-        tensors = {
-            f"{held.units[u].name}/{field}": getattr(held.states[u], field).clone()
-            for u in primary
-            for field in FIELDS[held.units[u].optimizer]
-        }
-        self._jobs.put((step, tag, tensors, generation))
-
-    def drain(self) -> None:
-        """Wait until everything saved so far is written or has failed."""
-        self._jobs.join()
-
-    def close(self) -> None:
-        self._jobs.put(None)
-        self._thread.join(timeout=30)
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            step, tag, tensors, generation = job
-            started = time.perf_counter()
-            try:
-                info = write_shard(self._root, step, tag, tensors)
-                self._line.shard(
-                    {"step": step, "generation": generation, **info.as_dict(), "write_s": time.perf_counter() - started}
-                )
-            except OSError as error:
-                self._line.event({"event": "checkpoint_failed", "step": step, "reason": str(error)})
-            finally:
-                self._jobs.task_done()
-        self._jobs.task_done()
 
 
 def first_values(config: TrainConfig) -> Callable[[ParamSpec], torch.Tensor]:
@@ -123,11 +59,6 @@ def first_values(config: TrainConfig) -> Callable[[ParamSpec], torch.Tensor]:
         return last[spec.name]
 
     return value
-
-
-def _speeds(view: View) -> list[float]:
-    """Speeds for the token split: a draining rank has no slots anyway."""
-    return [m.speed for m in view.members]
 
 
 class Worker:
@@ -272,7 +203,7 @@ class Worker:
             group.rank,
             config.model,
             self._device,
-            _speeds(view),
+            [m.speed for m in view.members],
             grid,
             limit,
             config.balance.by_node,

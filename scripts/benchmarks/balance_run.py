@@ -7,7 +7,6 @@ machine disturbs both alike. Step times are compared step by step; the first ste
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import statistics
@@ -17,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.metrics.recorder import EVENTS, METRICS, read_jsonl
 from scripts.benchmarks import common
 
 SIDES = {
@@ -66,8 +66,8 @@ def measure(pieces: int, steps: int, workers: int) -> dict[str, Any]:
             for side, run_dir in names.items():
                 piece(side, run_dir, number * steps, workers, corpus, pieces * steps)
                 common.say(f"balancing {side}: {number * steps} of {pieces * steps} steps")
-        records = {side: lines(run_dir / "metrics.jsonl") for side, run_dir in names.items()}
-        changes = [e for e in lines(names["on"] / "events.jsonl") if e["event"] == "rebalanced"]
+        records = {side: read_jsonl(run_dir / METRICS) for side, run_dir in names.items()}
+        changes = [e for e in read_jsonl(names["on"] / EVENTS) if e["event"] == "rebalanced"]
     timed = [i for i in range(pieces * steps) if i % steps >= WARM_UP]
     result: dict[str, Any] = {
         "benchmark": "balance_run",
@@ -99,10 +99,6 @@ def measure(pieces: int, steps: int, workers: int) -> dict[str, Any]:
         "switch_s": statistics.fmean(e["measured"]["switch_s"] for e in changes) if changes else None,
     }
     return result
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from elastic_moe.plan.compiled import compiled
 from elastic_moe.plan.flow import Floats, Ints
 
 EMPTY = -1
+WAYS = 5  # to fill slots, see `construct`
+LINK, PACK, PACK_REPLICAS, PACK_SPREAD, PACK_REPLICAS_SPREAD = range(WAYS)
 _FIXED_WEIGHT = 0.7  # how much a rank's shares of replicated experts count when the others are placed
 _NODE_WORTH = 0.1  # of a rank's mean load: what a copy in another node may cost
 
@@ -102,7 +104,7 @@ def _choose_rank(
             if turn == 0 and linking and _find(link, rank) == mine:
                 continue
             cost = (load_R[rank] + share) / target_R[rank]
-            if has_N[node_R[rank]]:
+            if linking and has_N[node_R[rank]]:
                 cost += _NODE_WORTH
             if cost < best_cost:
                 best, best_cost = rank, cost
@@ -146,6 +148,25 @@ def _place(
 
 
 @compiled
+def _linking_order(load_E: Ints, wanted_E: Ints, copies_E: Ints, start_R: Ints, link: Ints) -> Ints:
+    """In which order experts get their further copies: the hottest that suffice to link all ranks, the least of these first; then the rest.
+
+    What two linked parts can pass to one another is bounded by the load of the expert that links them, and the larger the parts, the more
+    there will be to pass. Parts grow, so the later a link is made, the hotter its expert should be.
+    """
+    num_ranks, missing = len(start_R) - 1, -1
+    for rank in range(num_ranks):
+        missing += start_R[rank + 1] > start_R[rank] and _find(link, rank) == rank
+    order = np.argsort(-load_E, kind="mergesort")
+    chosen = 0
+    while chosen < len(order) and missing > 0:
+        missing -= wanted_E[order[chosen]] - max(copies_E[order[chosen]], 1)
+        chosen += 1
+    order[:chosen] = order[:chosen][::-1].copy()
+    return order
+
+
+@compiled
 def construct(
     load_E: Ints,
     target_R: Floats,
@@ -155,14 +176,16 @@ def construct(
     expert_P: Ints,
     where: Ints,
     copies_E: Ints,
-    linking: bool,
+    way: int,
 ) -> None:
     """Fill the empty slots of `expert_P`; `where` [E, R] and `copies_E` say what is there already, and are kept up to date.
 
-    Without `linking`, copies go to the least loaded rank whatever it is linked to: better where slots are too few to link all ranks.
+    In the other ways than LINK, copies go to the least loaded rank whatever it is linked to: better where slots are too few to link all
+    ranks. PACK takes the heaviest copy first, PACK_REPLICAS those of experts with several, and _SPREAD gives the hottest fewer copies.
     """
     num_experts, num_ranks = len(load_E), len(target_R)
-    hunger_E = appetite(load_E) if linking else load_E.astype(np.float64)
+    linking, packing = way == LINK, way in (PACK, PACK_SPREAD)
+    hunger_E = load_E.astype(np.float64) if way in (PACK, PACK_REPLICAS) else appetite(load_E)
     free_R = np.zeros(num_ranks, np.int64)
     link = np.arange(num_ranks + num_experts)
     has_R, has_N = np.zeros(num_ranks, np.bool_), np.zeros(num_ranks, np.bool_)
@@ -205,8 +228,9 @@ def construct(
             load_R[rank_P[slot]] += load_E[expert_P[slot]] / wanted_E[expert_P[slot]]
     share_E = load_E / wanted_E
     by_share = np.argsort(-share_E, kind="mergesort")
-    for expert in by_share:
-        while wanted_E[expert] > 1 and copies_E[expert] < wanted_E[expert]:
+    order = _linking_order(load_E, wanted_E, copies_E, start_R, link) if linking else by_share
+    for expert in order:
+        while (wanted_E[expert] > 1 or packing) and copies_E[expert] < wanted_E[expert]:
             if not _place(
                 expert,
                 share_E[expert],

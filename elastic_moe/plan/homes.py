@@ -81,18 +81,22 @@ def _held(load_E: Ints, home_E: Ints, num_ranks: int) -> tuple[Ints, Ints]:
 def release_homes(
     load_E: Ints, target_R: Floats, most_R: Ints, slots_R: Ints, has_ER: NDArray[np.bool_], home_E: Ints
 ) -> None:
-    """Ranks give up the homes beyond `most_R`, the experts that bring them nearest to their target. A lost home (-1) goes to the
-    rank with the fewest homes that has a copy, while it has less than `most_R`.
+    """Ranks give up the homes beyond `most_R`: first those of which they have no copy (a dead rank's, which their mirrors inherited), then
+    the experts that bring them nearest to their target. A lost home (-1) goes to the rank with the fewest homes that has a copy, while it
+    has less than `most_R`.
     """
     num_experts, num_ranks = len(load_E), len(target_R)
     count_R, load_R = _held(load_E, home_E, num_ranks)
     for rank in range(num_ranks):
         while count_R[rank] > most_R[rank]:
             wish = (load_R[rank] - target_R[rank]) / (count_R[rank] - most_R[rank])
-            gone, miss = -1, np.inf
+            gone, absent, miss = -1, False, np.inf
             for expert in range(num_experts):
-                if home_E[expert] == rank and abs(load_E[expert] - wish) < miss:
-                    gone, miss = expert, abs(load_E[expert] - wish)
+                if home_E[expert] != rank:
+                    continue
+                away, distance = not has_ER[expert, rank], abs(load_E[expert] - wish)
+                if gone < 0 or (away and not absent) or (away == absent and distance < miss):
+                    gone, absent, miss = expert, away, distance
             home_E[gone] = -1
             count_R[rank] -= 1
             load_R[rank] -= load_E[gone]

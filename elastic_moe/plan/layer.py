@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.plan.compiled import compiled
-from elastic_moe.plan.copies import EMPTY, construct, index_copies, keep_copies
+from elastic_moe.plan.copies import EMPTY, LINK, WAYS, construct, index_copies, keep_copies
 from elastic_moe.plan.flow import Floats, Ints
 from elastic_moe.plan.homes import choose_homes, place_homeless, release_homes
 from elastic_moe.plan.mend import TOLERANCE, mend
 from elastic_moe.plan.pieces import cut_pieces
 
-GOOD = 1 + 1.5 * TOLERANCE
+FITS, GOOD = 1 + TOLERANCE, 1 + 1.5 * TOLERANCE
 ENOUGH = 1 / 0.99  # with copies there already: a plan worse than this is worth more changes
 POOR = 1 / 0.98  # one worse than this is made anew, where homes may move
 
@@ -50,6 +50,38 @@ def _relabel(has_ER: NDArray[np.bool_], target_R: Floats, start_R: Ints, expert_
 
 
 @compiled
+def _settle(
+    load_E: Ints,
+    target_R: Floats,
+    start_R: Ints,
+    rank_P: Ints,
+    expert_P: Ints,
+    where: Ints,
+    copies_E: Ints,
+    home_E: Ints,
+    home_moves: int,
+) -> float:
+    """Mend a plan; what cannot be made to fit at once, by less at a time, since changes towards a goal out of reach do harm. Returns the time."""
+    changes = 2 * len(target_R) + 16
+    first_home, best_home, best_P = home_E.copy(), home_E.copy(), expert_P.copy()
+    index_copies(expert_P, where, copies_E)
+    z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, home_E, 0, 0, FITS)
+    part = 1.0
+    while z > GOOD and part > 0.04:
+        goal = max(FITS, 1 + (z - 1) * (1 - part))
+        left = home_moves - (best_home != first_home).sum()
+        other_z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, home_E, changes, left, goal)
+        if other_z < z:
+            z = other_z
+            best_P[:], best_home[:] = expert_P, home_E
+        if other_z > goal + 1e-6:
+            part /= 2
+        expert_P[:], home_E[:] = best_P, best_home
+        index_copies(expert_P, where, copies_E)
+    return z
+
+
+@compiled
 def _fresh(
     load_E: Ints,
     target_R: Floats,
@@ -64,25 +96,23 @@ def _fresh(
 ) -> float:
     """Copies without regard to the past: construct and mend; where that falls short, cut pieces instead, or pack without links."""
     changes, free = 2 * len(target_R) + 16, 1 << 30
-    nowhere = np.full(len(load_E), -1)
+    nowhere, other_P = np.full(len(load_E), -1), np.empty(len(expert_P), np.int64)
     index_copies(expert_P, where, copies_E)
-    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E, True)
-    z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, nowhere, changes, free)
-    for way in range(3):  # pieces; packed without links and mended; packed only
+    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E, LINK)
+    z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, nowhere, changes, free, FITS)
+    for way in range(WAYS):
         if z <= GOOD:
             break
-        other_P = np.full(len(expert_P), EMPTY)
+        other_P[:] = EMPTY
         copies_E[:] = 0
-        if way == 0:
+        if way == LINK:
             cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
-        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E, way == 0)
-        other_z = mend(
-            load_E, target_R, start_R, rank_P, other_P, where, copies_E, nowhere, changes if way < 2 else 0, free
-        )
+        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E, way)
+        other_z = _settle(load_E, target_R, start_R, rank_P, other_P, where, copies_E, nowhere, free)
         if other_z < z:
             z = other_z
             expert_P[:] = other_P
-        index_copies(expert_P, where, copies_E)
+    index_copies(expert_P, where, copies_E)
     return z
 
 
@@ -135,24 +165,23 @@ def plan_layer(
     place_homeless(load_E, target_R, cap_R, slots_R, home_E)
     keep_copies(has_ER, load_E, home_E, start_R, expert_P)
     index_copies(expert_P, where, copies_E)
-    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E, True)
+    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E, LINK)
     changes = 2 * num_ranks + 16
-    z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, home_E, changes, 0)
+    z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, home_E, changes, 0, FITS)
     other_P, other_home = np.full(len(expert_P), EMPTY), stay_E.copy()
     if z > ENOUGH:  # keep the homes that stay, and nothing else
         keep_copies(np.zeros_like(has_ER), load_E, stay_E, start_R, other_P)
         index_copies(other_P, where, copies_E)
         cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
-        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E, True)
-        other_z = mend(load_E, target_R, start_R, rank_P, other_P, where, copies_E, other_home, changes, 0)
+        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E, LINK)
+        other_z = mend(load_E, target_R, start_R, rank_P, other_P, where, copies_E, other_home, changes, 0, FITS)
         if other_z < z:
             z = other_z
             choose_homes(cap_R, rank_P, where, copies_E, other_home)
             expert_P[:], home_E[:] = other_P, other_home
     if z > ENOUGH and home_moves > 0:
         other_P[:], other_home[:] = expert_P, home_E
-        index_copies(other_P, where, copies_E)
-        other_z = mend(load_E, target_R, start_R, rank_P, other_P, where, copies_E, other_home, changes, home_moves)
+        other_z = _settle(load_E, target_R, start_R, rank_P, other_P, where, copies_E, other_home, home_moves)
         if other_z < z:
             z = other_z
             expert_P[:], home_E[:] = other_P, other_home

@@ -175,13 +175,14 @@ def mend(
     home_E: Ints,
     changes: int,
     home_moves: int,
+    goal: float,
 ) -> float:
-    """Change copies until today's load fits, or no change helps, or `changes` are used up. Returns the time reached, 1 is the mean.
+    """Change copies until today's load fits into a time of `goal`, or no change helps, or `changes` are used up.
 
-    `home_E` pins copies (-1: not pinned); at most `home_moves` pinned ones may change places with another.
+    Returns the time reached, 1 is the mean. `home_E` pins copies (-1: not pinned); at most `home_moves` pinned ones may change places.
     """
     num_experts, num_ranks, num_slots = len(load_E), len(target_R), len(expert_P)
-    z = 1.0 + TOLERANCE
+    z = goal
     quota = np.zeros(num_slots, np.int64)
     left_E = load_E.copy()
     room_R = np.empty(num_ranks, np.int64)
@@ -220,8 +221,8 @@ def mend(
         seen_E[:] = False
         seen_R[:] = False
         seen_E[start], out_E[start], flow_E[start], queue[0] = True, -1, left_E[start], start
-        head, tail, goal = 0, 1, -1
-        while head < tail and goal < 0:
+        head, tail, end = 0, 1, -1
+        while head < tail and end < 0:
             expert = queue[head]
             head += 1
             for index in range(copies_E[expert]):
@@ -231,7 +232,7 @@ def mend(
                     continue
                 seen_R[rank], into_R[rank] = True, slot
                 if room_R[rank] > 0:
-                    goal = rank
+                    end = rank
                     break
                 for other in range(start_R[rank], start_R[rank + 1]):
                     found = expert_P[other]
@@ -239,8 +240,8 @@ def mend(
                         seen_E[found], out_E[found], queue[tail] = True, other, found
                         flow_E[found] = min(flow_E[expert], quota[other])
                         tail += 1
-        if goal >= 0:
-            _augment(start, goal, into_R, out_E, quota, left_E, room_R, expert_P, rank_P)
+        if end >= 0:
+            _augment(start, end, into_R, out_E, quota, left_E, room_R, expert_P, rank_P)
             continue
         if changes > 0:
             done = _cross(

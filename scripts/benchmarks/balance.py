@@ -107,26 +107,40 @@ def series(load: Loads, ranks: int, slots: int) -> dict[str, list[float]]:
 
 
 def merged(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, float]:
-    """Means over everything; the minimum of what is called worst."""
-    return {
-        key: round(min(v for p in parts for v in p[key]) if key.endswith("worst") else statistics.fmean(v for p in parts for v in p[key]), 4)
-        for key in parts[0]
-    }  # fmt: skip
+    """Means over everything; the minimum of what is called worst; for what is called next also the standard error over the parts."""
+    out: dict[str, float] = {}
+    for key in parts[0]:
+        values = [v for p in parts for v in p[key]]
+        out[key] = round(min(values) if key.endswith("worst") else statistics.fmean(values), 4)
+        if key.endswith("_next") and len(parts) > 1:
+            spread = statistics.stdev(statistics.fmean(p[key]) for p in parts)
+            out[f"{key}_error"] = round(spread / len(parts) ** 0.5, 4)
+    return out
 
 
-def copy_bound(load_E: Loads, slots: int, speeds: Sequence[float]) -> float:
-    """Time that no placement with so many slots beats: the mean, and copies enough that each expert fits on that many ranks."""
+def copy_bound(load_E: Loads, slots: Sequence[int], speeds: Sequence[float]) -> float:
+    """Time that no placement into these slots beats.
+
+    The mean; copies enough that each expert fits on that many ranks; and, for equal speeds, what shares the ranks of an expert: with c copies
+    on ranks of s slots and x slots to spare, c (s - 1) - (x - c + 1) experts are on those ranks and nowhere else, at best the lightest.
+    """
     best_speed = np.cumsum(sorted(speeds, reverse=True))
     low, high = float(load_E.sum() / sum(speeds)), float(load_E.max() / best_speed[0] + load_E.sum())
     for _ in range(60):
         middle = (low + high) / 2
         need = np.searchsorted(best_speed, load_E / middle * (1 - 1e-12)) + 1
-        low, high = (low, middle) if need.sum() <= slots and need.max() <= len(speeds) else (middle, high)
-    if (
-        slots == len(load_E) and len(set(speeds)) == 1 and slots % len(speeds) == 0
-    ):  # all slots are full, each expert is whole
-        light_E = np.sort(load_E)
-        high = max(high, float(light_E[-1] + light_E[: slots // len(speeds) - 1].sum()))
+        low, high = (low, middle) if need.sum() <= sum(slots) and need.max() <= len(speeds) else (middle, high)
+    if len(set(speeds)) == 1:
+        heavy_E = np.sort(load_E)[::-1]
+        light = np.concatenate([[0.0], np.cumsum(heavy_E[::-1])])
+        spare = sum(slots) - len(load_E)
+        best_E = np.full(len(load_E), np.inf)
+        for copies in range(1, min(spare + 1, len(speeds)) + 1):
+            others = np.clip(
+                copies * (min(slots) - 1) - (spare - copies + 1), 0, len(load_E) - 1 - np.arange(len(load_E))
+            )
+            best_E = np.minimum(best_E, (heavy_E + light[others]) / copies / speeds[0])
+        high = max(high, float(best_E.max()))
     return high
 
 
@@ -173,7 +187,7 @@ def uneven(quick: bool) -> list[dict[str, Any]]:
         for family in FAMILIES:
             load_LE = generate(family, experts, 0, 1)[0]
             placement = plan_placement(load_LE, where, slots)
-            bound_L = np.array([copy_bound(load_E, sum(slots), where.speeds) for load_E in load_LE])
+            bound_L = np.array([copy_bound(load_E, slots, where.speeds) for load_E in load_LE])
             row[family] = round(float((bound_L / times(load_LE, placement, where.speeds)).min()), 4)
         rows.append(row)
     return rows
@@ -289,7 +303,7 @@ def measure(quick: bool, seeds: int, directory: Path | None) -> dict[str, Any]:
             for load_LE in generate(family, experts, 0):
                 time_L = times(load_LE, plan_placement(load_LE, topology(ranks), each), [1.0] * ranks)
                 ratios += [
-                    copy_bound(load_E, slots, [1.0] * ranks) / t for load_E, t in zip(load_LE, time_L, strict=True)
+                    copy_bound(load_E, each, [1.0] * ranks) / t for load_E, t in zip(load_LE, time_L, strict=True)
                 ]
         few[f"{experts}/{ranks}/{slots}"] = {"mean": round(statistics.fmean(ratios), 4), "worst": round(min(ratios), 4)}
     common.say("uneven ranks and membership changes")
@@ -300,14 +314,14 @@ def measure(quick: bool, seeds: int, directory: Path | None) -> dict[str, Any]:
         "cells": cells,
         "fewer_slots_bound_over_time": few,
         "uneven_bound_over_time": uneven(quick),
-        "membership": membership(1 if quick else seeds),
+        "membership": membership(min(seeds, 5)),
         "time": timing(quick),
     }
 
 
 if __name__ == "__main__":
     parser = common.arguments("balance", __doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="seeds of the generated loads")
+    parser.add_argument("--seeds", type=int, default=20, help="seeds of the generated loads")
     parser.add_argument(
         "--loads", type=Path, help="directory with further loads, *.npz with arrays [intervals, layers, experts]"
     )

@@ -175,7 +175,7 @@ def uneven_cases(quick: bool) -> list[tuple[str, int, Topology, list[int]]]:
 
 
 def uneven(quick: bool) -> list[dict[str, Any]]:
-    """Each case on every family: the worst layer's bound / time."""
+    """Each case on every family: the worst layer's bound / time, and EPLB's where it runs."""
     rows = []
     for name, experts, where, slots in uneven_cases(quick):
         row: dict[str, Any] = {
@@ -189,6 +189,9 @@ def uneven(quick: bool) -> list[dict[str, Any]]:
             placement = plan_placement(load_LE, where, slots)
             bound_L = np.array([copy_bound(load_E, slots, where.speeds) for load_E in load_LE])
             row[family] = round(float((bound_L / times(load_LE, placement, where.speeds)).min()), 4)
+            if len(set(slots)) == len(set(where.speeds)) == 1:
+                theirs = times(load_LE, eplb(load_LE, len(slots), sum(slots)), where.speeds)
+                row[f"{family}_eplb"] = round(float((bound_L / theirs).min()), 4)
         rows.append(row)
     return rows
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from elastic_moe.data.tokenizer import TextTokenizer
 from elastic_moe.errors import UserError
 from elastic_moe.model.experts import LocalExperts
 from elastic_moe.model.hf import named_tensors
@@ -33,6 +34,19 @@ def load(saved: Saved) -> Transformer:
     for spec in param_specs(saved.cfg):
         tensors[spec.name].copy_(saved.read(spec))
     return model
+
+
+def pieces(shown: str, prompt: Sequence[int], continued: Iterable[int], tokenizer: TextTokenizer) -> Iterator[str]:
+    """The text of tokens as they come, after what is shown already. A character may take several tokens: it waits for the last of them."""
+    tokens, text = list(prompt), shown
+    for token in continued:
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if text.startswith(shown) and not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    if text.startswith(shown) and text != shown:  # ended within a character
+        yield text[len(shown) :]
 
 
 def _positive(text: str) -> int:
@@ -76,15 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"elastic_moe: {error}", file=sys.stderr)
         return 2
-    tokens, shown = list(prompt), options.prompt
-    print(shown, end="", flush=True)
     settings = (options.max_tokens, options.temperature, options.top_p, options.seed, saved.tokenizer.end_id)
-    for token in generate(model, saved.cfg.num_layers, prompt, *settings):
-        tokens.append(token)
-        text = saved.tokenizer.decode(tokens)
-        if text.startswith(shown) and not text.endswith("\ufffd"):  # a character may take several tokens
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+    print(options.prompt, end="", flush=True)
+    for text in pieces(
+        options.prompt, prompt, generate(model, saved.cfg.num_layers, prompt, *settings), saved.tokenizer
+    ):
+        print(text, end="", flush=True)
     print()
     return 0
 

@@ -10,6 +10,8 @@ sums does not matter. Shapes: E experts, R ranks, P slots.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,8 +19,6 @@ from elastic_moe.plan.compiled import compiled
 from elastic_moe.plan.flow import Floats, Ints
 
 EMPTY = -1
-WAYS = 5  # to fill slots, see `construct`
-LINK, PACK, PACK_REPLICAS, PACK_SPREAD, PACK_REPLICAS_SPREAD = range(WAYS)
 _FIXED_WEIGHT = 0.7  # how much a rank's shares of replicated experts count when the others are placed
 _NODE_WORTH = 0.1  # of a rank's mean load: what a copy in another node may cost
 
@@ -69,42 +69,45 @@ def _find(link: Ints, vertex: int) -> int:
     return vertex
 
 
+class _Filling(NamedTuple):
+    """What is in the slots, and what the ranks carry and are linked to (`link`: vertices are the ranks, then the experts)."""
+
+    start_R: Ints
+    rank_P: Ints
+    node_R: Ints
+    target_R: Floats
+    expert_P: Ints
+    where: Ints
+    copies_E: Ints
+    free_R: Ints
+    link: Ints
+    load_R: Floats
+    has_R: NDArray[np.bool_]  # of the expert looked at
+    has_N: NDArray[np.bool_]
+
+
 @compiled
-def _choose_rank(
-    expert: int,
-    share: float,
-    linking: bool,
-    rank_P: Ints,
-    where: Ints,
-    copies_E: Ints,
-    free_R: Ints,
-    link: Ints,
-    node_R: Ints,
-    target_R: Floats,
-    load_R: Floats,
-    has_R: NDArray[np.bool_],
-    has_N: NDArray[np.bool_],
-) -> int:
+def _choose_rank(now: _Filling, expert: int, share: float, linking: bool) -> int:
     """The rank with the least load for its speed that a copy would link anew, else any; another node if that costs little; -1: none."""
-    num_ranks = len(free_R)
-    has_R[:] = False
-    has_N[:] = False
-    for index in range(copies_E[expert]):
-        rank = rank_P[where[expert, index]]
-        has_R[rank] = True
-        has_N[node_R[rank]] = True
-    mine = _find(link, num_ranks + expert)
+    num_ranks = len(now.free_R)
+    now.has_R[:] = False
+    now.has_N[:] = False
+    for index in range(now.copies_E[expert]):
+        rank = now.rank_P[now.where[expert, index]]
+        now.has_R[rank] = True
+        now.has_N[now.node_R[rank]] = True
+    mine = _find(now.link, num_ranks + expert)
     best, best_cost = -1, np.inf
     for turn in range(2):
         if turn == 1 and best >= 0:
             break
         for rank in range(num_ranks):
-            if free_R[rank] <= 0 or has_R[rank]:
+            if now.free_R[rank] <= 0 or now.has_R[rank]:
                 continue
-            if turn == 0 and linking and _find(link, rank) == mine:
+            if turn == 0 and linking and _find(now.link, rank) == mine:
                 continue
-            cost = (load_R[rank] + share) / target_R[rank]
-            if linking and has_N[node_R[rank]]:
+            cost = (now.load_R[rank] + share) / now.target_R[rank]
+            if linking and now.has_N[now.node_R[rank]]:
                 cost += _NODE_WORTH
             if cost < best_cost:
                 best, best_cost = rank, cost
@@ -114,36 +117,18 @@ def _choose_rank(
 
 
 @compiled
-def _place(
-    expert: int,
-    share: float,
-    linking: bool,
-    start_R: Ints,
-    expert_P: Ints,
-    rank_P: Ints,
-    where: Ints,
-    copies_E: Ints,
-    free_R: Ints,
-    link: Ints,
-    node_R: Ints,
-    target_R: Floats,
-    load_R: Floats,
-    has_R: NDArray[np.bool_],
-    has_N: NDArray[np.bool_],
-) -> bool:
+def _place(now: _Filling, expert: int, share: float, linking: bool) -> bool:
     """One more copy of an expert, which brings its rank this share of load. Whether there was a rank for it."""
-    rank = _choose_rank(
-        expert, share, linking, rank_P, where, copies_E, free_R, link, node_R, target_R, load_R, has_R, has_N
-    )
+    rank = _choose_rank(now, expert, share, linking)
     if rank < 0:
         return False
-    slot = start_R[rank]
-    while expert_P[slot] >= 0:
+    slot = now.start_R[rank]
+    while now.expert_P[slot] >= 0:
         slot += 1
-    add_copy(expert, slot, expert_P, where, copies_E)
-    free_R[rank] -= 1
-    load_R[rank] += share
-    link[_find(link, len(free_R) + expert)] = _find(link, rank)
+    add_copy(expert, slot, now.expert_P, now.where, now.copies_E)
+    now.free_R[rank] -= 1
+    now.load_R[rank] += share
+    now.link[_find(now.link, len(now.free_R) + expert)] = _find(now.link, rank)
     return True
 
 
@@ -176,16 +161,10 @@ def construct(
     expert_P: Ints,
     where: Ints,
     copies_E: Ints,
-    way: int,
 ) -> None:
-    """Fill the empty slots of `expert_P`; `where` [E, R] and `copies_E` say what is there already, and are kept up to date.
-
-    In the other ways than LINK, copies go to the least loaded rank whatever it is linked to: better where slots are too few to link all
-    ranks. PACK takes the heaviest copy first, PACK_REPLICAS those of experts with several, and _SPREAD gives the hottest fewer copies.
-    """
+    """Fill the empty slots of `expert_P`; `where` [E, R] and `copies_E` say what is there already, and are kept up to date."""
     num_experts, num_ranks = len(load_E), len(target_R)
-    linking, packing = way == LINK, way in (PACK, PACK_SPREAD)
-    hunger_E = load_E.astype(np.float64) if way in (PACK, PACK_REPLICAS) else appetite(load_E)
+    hunger_E = appetite(load_E)
     free_R = np.zeros(num_ranks, np.int64)
     link = np.arange(num_ranks + num_experts)
     has_R, has_N = np.zeros(num_ranks, np.bool_), np.zeros(num_ranks, np.bool_)
@@ -226,69 +205,20 @@ def construct(
     for slot in range(len(expert_P)):
         if expert_P[slot] >= 0:
             load_R[rank_P[slot]] += load_E[expert_P[slot]] / wanted_E[expert_P[slot]]
+    now = _Filling(start_R, rank_P, node_R, target_R, expert_P, where, copies_E, free_R, link, load_R, has_R, has_N)
     share_E = load_E / wanted_E
     by_share = np.argsort(-share_E, kind="mergesort")
-    order = _linking_order(load_E, wanted_E, copies_E, start_R, link) if linking else by_share
-    for expert in order:
-        while (wanted_E[expert] > 1 or packing) and copies_E[expert] < wanted_E[expert]:
-            if not _place(
-                expert,
-                share_E[expert],
-                linking,
-                start_R,
-                expert_P,
-                rank_P,
-                where,
-                copies_E,
-                free_R,
-                link,
-                node_R,
-                target_R,
-                load_R,
-                has_R,
-                has_N,
-            ):
+    for expert in _linking_order(load_E, wanted_E, copies_E, start_R, link):
+        while wanted_E[expert] > 1 and copies_E[expert] < wanted_E[expert]:
+            if not _place(now, expert, share_E[expert], True):
                 break
-    if linking:
-        load_R *= _FIXED_WEIGHT
+    load_R *= _FIXED_WEIGHT
     for expert in np.argsort(-load_E, kind="mergesort"):
         if copies_E[expert] == 0:
-            _place(
-                expert,
-                share_E[expert],
-                False,
-                start_R,
-                expert_P,
-                rank_P,
-                where,
-                copies_E,
-                free_R,
-                link,
-                node_R,
-                target_R,
-                load_R,
-                has_R,
-                has_N,
-            )
+            _place(now, expert, share_E[expert], False)
     # an expert may have found no further rank: others take what is left
     for expert in by_share:
-        while _place(
-            expert,
-            0.0,
-            True,
-            start_R,
-            expert_P,
-            rank_P,
-            where,
-            copies_E,
-            free_R,
-            link,
-            node_R,
-            target_R,
-            load_R,
-            has_R,
-            has_N,
-        ):
+        while _place(now, expert, 0.0, True):
             pass
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.plan.compiled import compiled
-from elastic_moe.plan.copies import EMPTY, LINK, WAYS, construct, index_copies, keep_copies
+from elastic_moe.plan.copies import EMPTY, construct, index_copies, keep_copies
 from elastic_moe.plan.flow import Floats, Ints
+from elastic_moe.plan.grouped import group_copies
 from elastic_moe.plan.homes import choose_homes, place_homeless, release_homes
 from elastic_moe.plan.mend import TOLERANCE, mend
 from elastic_moe.plan.pieces import cut_pieces
@@ -94,21 +95,26 @@ def _fresh(
     where: Ints,
     copies_E: Ints,
 ) -> float:
-    """Copies without regard to the past: construct and mend; where that falls short, cut pieces instead, or pack without links."""
+    """Copies without regard to the past: construct and mend; where that falls short, cut pieces instead, or group the ranks."""
     changes, free = 2 * len(target_R) + 16, 1 << 30
     nowhere, other_P = np.full(len(load_E), -1), np.empty(len(expert_P), np.int64)
     index_copies(expert_P, where, copies_E)
-    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E, LINK)
+    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E)
     z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, nowhere, changes, free, FITS)
-    for way in range(WAYS):
+    for grouped in (False, True):
         if z <= GOOD:
             break
         other_P[:] = EMPTY
         copies_E[:] = 0
-        if way == LINK:
+        goal, left = 1.0, changes
+        if grouped:
+            goal, left = group_copies(load_E, target_R, start_R, turn_R, other_P, where, copies_E, GOOD), 0
+        else:
             cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
-        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E, way)
-        other_z = _settle(load_E, target_R, start_R, rank_P, other_P, where, copies_E, nowhere, free)
+        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E)
+        other_z = mend(load_E, target_R, start_R, rank_P, other_P, where, copies_E, nowhere, left, free, FITS)
+        if grouped and other_z > max(GOOD, goal + TOLERANCE):  # unequal ranks may not divide their group's load exactly
+            other_z = _settle(load_E, target_R, start_R, rank_P, other_P, where, copies_E, nowhere, free)
         if other_z < z:
             z = other_z
             expert_P[:] = other_P
@@ -165,7 +171,7 @@ def plan_layer(
     place_homeless(load_E, target_R, cap_R, slots_R, home_E)
     keep_copies(has_ER, load_E, home_E, start_R, expert_P)
     index_copies(expert_P, where, copies_E)
-    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E, LINK)
+    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E)
     changes = 2 * num_ranks + 16
     z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, home_E, changes, 0, FITS)
     other_P, other_home = np.full(len(expert_P), EMPTY), stay_E.copy()
@@ -173,7 +179,7 @@ def plan_layer(
         keep_copies(np.zeros_like(has_ER), load_E, stay_E, start_R, other_P)
         index_copies(other_P, where, copies_E)
         cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
-        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E, LINK)
+        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E)
         other_z = mend(load_E, target_R, start_R, rank_P, other_P, where, copies_E, other_home, changes, 0, FITS)
         if other_z < z:
             z = other_z

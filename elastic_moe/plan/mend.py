@@ -6,6 +6,8 @@ Shapes: E experts, R ranks, P slots.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,150 +18,134 @@ from elastic_moe.plan.flow import Floats, Ints
 TOLERANCE = 1 / 512  # a plan this close to the bound is not changed any more
 
 
-@compiled
-def _augment(
-    start: int,
-    goal: int,
-    into_R: Ints,
-    out_E: Ints,
-    quota: Ints,
-    left_E: Ints,
-    room_R: Ints,
-    expert_P: Ints,
-    rank_P: Ints,
-) -> None:
-    amount = min(left_E[start], room_R[goal])
-    rank = goal
-    while True:
-        gives = out_E[expert_P[into_R[rank]]]
-        if gives < 0:
-            break
-        amount = min(amount, quota[gives])
-        rank = rank_P[gives]
-    room_R[goal] -= amount
-    left_E[start] -= amount
-    rank = goal
-    while True:
-        quota[into_R[rank]] += amount
-        gives = out_E[expert_P[into_R[rank]]]
-        if gives < 0:
-            break
-        quota[gives] -= amount
-        rank = rank_P[gives]
+class _Flow(NamedTuple):
+    """Copies, and how the load flows through them: what each slot takes, what experts have left, what room ranks have."""
+
+    load_E: Ints
+    start_R: Ints
+    rank_P: Ints
+    expert_P: Ints
+    where: Ints
+    copies_E: Ints
+    home_E: Ints
+    quota: Ints
+    left_E: Ints
+    room_R: Ints
+    seen_E: NDArray[np.bool_]  # the search for a way: inside the cut
+    seen_R: NDArray[np.bool_]
+    into_R: Ints  # slot by which a rank was reached
+    out_E: Ints  # slot from which an expert was reached
+    flow_E: Ints
 
 
 @compiled
-def _cross(
-    load_E: Ints,
-    start_R: Ints,
-    rank_P: Ints,
-    expert_P: Ints,
-    where: Ints,
-    copies_E: Ints,
-    home_E: Ints,
-    quota: Ints,
-    left_E: Ints,
-    room_R: Ints,
-    seen_E: NDArray[np.bool_],
-    seen_R: NDArray[np.bool_],
-    flow_E: Ints,
-    crumb: int,
-) -> bool:
+def _augment(now: _Flow, start: int, goal: int) -> None:
+    amount = min(now.left_E[start], now.room_R[goal])
+    rank = goal
+    while True:
+        gives = now.out_E[now.expert_P[now.into_R[rank]]]
+        if gives < 0:
+            break
+        amount = min(amount, now.quota[gives])
+        rank = now.rank_P[gives]
+    now.room_R[goal] -= amount
+    now.left_E[start] -= amount
+    rank = goal
+    while True:
+        now.quota[now.into_R[rank]] += amount
+        gives = now.out_E[now.expert_P[now.into_R[rank]]]
+        if gives < 0:
+            break
+        now.quota[gives] -= amount
+        rank = now.rank_P[gives]
+
+
+@compiled
+def _cross(now: _Flow, crumb: int) -> bool:
     """Add one copy across the cut: of an expert inside (seen), on a rank outside, where least is lost. Whether that helped."""
     best_slot, best_gain = -1, np.int64(crumb)
     most = np.int64(0)
-    for expert in range(len(load_E)):
-        if seen_E[expert]:
-            most = max(most, flow_E[expert])
-    for rank in range(len(room_R)):
-        if seen_R[rank] or room_R[rank] <= crumb:
+    for expert in range(len(now.load_E)):
+        if now.seen_E[expert]:
+            most = max(most, now.flow_E[expert])
+    for rank in range(len(now.room_R)):
+        if now.seen_R[rank] or now.room_R[rank] <= crumb:
             continue
-        for slot in range(start_R[rank], start_R[rank + 1]):
-            expert = expert_P[slot]
+        for slot in range(now.start_R[rank], now.start_R[rank + 1]):
+            expert = now.expert_P[slot]
             lost = np.int64(0)
             if expert >= 0:
-                if copies_E[expert] == 1 or home_E[expert] == rank:
+                if now.copies_E[expert] == 1 or now.home_E[expert] == rank:
                     continue
-                lost = quota[slot]
-            gain = min(most, room_R[rank] + lost) - lost
+                lost = now.quota[slot]
+            gain = min(most, now.room_R[rank] + lost) - lost
             if gain > best_gain:
                 best_slot, best_gain = slot, gain
     if best_slot < 0:
         return False
-    rank = rank_P[best_slot]
-    dropped = expert_P[best_slot]
-    space = room_R[rank] + quota[best_slot]
+    rank = now.rank_P[best_slot]
+    dropped = now.expert_P[best_slot]
+    space = now.room_R[rank] + now.quota[best_slot]
     best, best_flow = -1, np.int64(0)
-    for expert in range(len(load_E)):
-        if seen_E[expert] and expert != dropped:
-            flow = min(flow_E[expert], space)
-            if flow > best_flow or (flow == best_flow and best >= 0 and load_E[expert] > load_E[best]):
+    for expert in range(len(now.load_E)):
+        if now.seen_E[expert] and expert != dropped:
+            flow = min(now.flow_E[expert], space)
+            if flow > best_flow or (flow == best_flow and best >= 0 and now.load_E[expert] > now.load_E[best]):
                 best, best_flow = expert, flow
     if best < 0 or best_flow <= crumb:
         return False
     if dropped >= 0:
-        left_E[dropped] += quota[best_slot]
-        room_R[rank] += quota[best_slot]
-        quota[best_slot] = 0
-        drop_copy(best_slot, expert_P, where, copies_E)
-    add_copy(best, best_slot, expert_P, where, copies_E)
+        now.left_E[dropped] += now.quota[best_slot]
+        now.room_R[rank] += now.quota[best_slot]
+        now.quota[best_slot] = 0
+        drop_copy(best_slot, now.expert_P, now.where, now.copies_E)
+    add_copy(best, best_slot, now.expert_P, now.where, now.copies_E)
     return True
 
 
 @compiled
-def _exchange(
-    load_E: Ints,
-    start_R: Ints,
-    rank_P: Ints,
-    expert_P: Ints,
-    where: Ints,
-    copies_E: Ints,
-    home_E: Ints,
-    quota: Ints,
-    left_E: Ints,
-    room_R: Ints,
-    seen_E: NDArray[np.bool_],
-    seen_R: NDArray[np.bool_],
-    crumb: int,
-    home_moves: int,
-) -> int:
+def _exchange(now: _Flow, crumb: int, home_moves: int) -> int:
     """Let a copy inside the cut change places with a cold expert outside that has no other. Returns home moves made; -1: no pair."""
     best_in, best_out, best_gain = -1, -1, np.int64(crumb)
-    for outside in range(len(expert_P)):
-        rank, cold = rank_P[outside], expert_P[outside]
-        if seen_R[rank] or room_R[rank] <= best_gain or cold < 0 or copies_E[cold] != 1:
+    for outside in range(len(now.expert_P)):
+        rank, cold = now.rank_P[outside], now.expert_P[outside]
+        if now.seen_R[rank] or now.room_R[rank] <= best_gain or cold < 0 or now.copies_E[cold] != 1:
             continue
-        pinned = 1 if home_E[cold] >= 0 else 0
+        pinned = 1 if now.home_E[cold] >= 0 else 0
         if pinned > home_moves:
             continue
-        for inside in range(len(expert_P)):
-            hot = expert_P[inside]
-            if hot < 0 or not seen_R[rank_P[inside]] or not seen_E[hot]:
+        for inside in range(len(now.expert_P)):
+            hot = now.expert_P[inside]
+            if hot < 0 or not now.seen_R[now.rank_P[inside]] or not now.seen_E[hot]:
                 continue
-            if pinned + (1 if home_E[hot] == rank_P[inside] else 0) > home_moves:
+            if pinned + (1 if now.home_E[hot] == now.rank_P[inside] else 0) > home_moves:
                 continue
-            gain = load_E[hot] - load_E[cold]
-            if gain > room_R[rank]:
-                gain = room_R[rank] if copies_E[hot] > 1 else 2 * room_R[rank] - gain  # alone, it brings too much
-            if gain > best_gain or (best_in >= 0 and gain == best_gain and load_E[hot] > load_E[expert_P[best_in]]):
+            gain = now.load_E[hot] - now.load_E[cold]
+            if gain > now.room_R[rank]:
+                gain = (
+                    now.room_R[rank] if now.copies_E[hot] > 1 else 2 * now.room_R[rank] - gain
+                )  # alone, it brings too much
+            if gain > best_gain or (
+                best_in >= 0 and gain == best_gain and now.load_E[hot] > now.load_E[now.expert_P[best_in]]
+            ):
                 best_in, best_out, best_gain = inside, outside, gain
     if best_in < 0:
         return -1
-    hot, cold = expert_P[best_in], expert_P[best_out]
+    hot, cold = now.expert_P[best_in], now.expert_P[best_out]
     moved = 0
     for slot in (best_in, best_out):
-        expert, rank = expert_P[slot], rank_P[slot]
-        if home_E[expert] == rank:
-            home_E[expert] = rank_P[best_out] if slot == best_in else rank_P[best_in]
+        expert, rank = now.expert_P[slot], now.rank_P[slot]
+        if now.home_E[expert] == rank:
+            now.home_E[expert] = now.rank_P[best_out] if slot == best_in else now.rank_P[best_in]
             moved += 1
-        left_E[expert] += quota[slot]
-        room_R[rank] += quota[slot]
-        quota[slot] = 0
-    expert_P[best_in], expert_P[best_out] = cold, hot
-    where[cold, 0] = best_in
-    for index in range(copies_E[hot]):
-        if where[hot, index] == best_in:
-            where[hot, index] = best_out
+        now.left_E[expert] += now.quota[slot]
+        now.room_R[rank] += now.quota[slot]
+        now.quota[slot] = 0
+    now.expert_P[best_in], now.expert_P[best_out] = cold, hot
+    now.where[cold, 0] = best_in
+    for index in range(now.copies_E[hot]):
+        if now.where[hot, index] == best_in:
+            now.where[hot, index] = best_out
     return moved
 
 
@@ -210,6 +196,23 @@ def mend(
         np.empty(num_experts, np.int64),
         np.empty(num_experts, np.int64),
     )
+    now = _Flow(
+        load_E,
+        start_R,
+        rank_P,
+        expert_P,
+        where,
+        copies_E,
+        home_E,
+        quota,
+        left_E,
+        room_R,
+        seen_E,
+        seen_R,
+        into_R,
+        out_E,
+        flow_E,
+    )
     queue = np.empty(num_experts, np.int64)
     crumb = np.int64(target_R.max() / 8192)
     start, idle = 0, 0
@@ -241,42 +244,12 @@ def mend(
                         flow_E[found] = min(flow_E[expert], quota[other])
                         tail += 1
         if end >= 0:
-            _augment(start, end, into_R, out_E, quota, left_E, room_R, expert_P, rank_P)
+            _augment(now, start, end)
             continue
         if changes > 0:
-            done = _cross(
-                load_E,
-                start_R,
-                rank_P,
-                expert_P,
-                where,
-                copies_E,
-                home_E,
-                quota,
-                left_E,
-                room_R,
-                seen_E,
-                seen_R,
-                flow_E,
-                crumb,
-            )
+            done = _cross(now, crumb)
             if not done:
-                moved = _exchange(
-                    load_E,
-                    start_R,
-                    rank_P,
-                    expert_P,
-                    where,
-                    copies_E,
-                    home_E,
-                    quota,
-                    left_E,
-                    room_R,
-                    seen_E,
-                    seen_R,
-                    crumb,
-                    home_moves,
-                )
+                moved = _exchange(now, crumb, home_moves)
                 if moved >= 0:
                     done = True
                     home_moves -= moved

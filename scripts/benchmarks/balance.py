@@ -27,6 +27,7 @@ from elastic_moe.plan.split import split_for_rank, split_tokens
 from elastic_moe.types import Member, Unit, View
 from scripts.benchmarks import common
 from scripts.benchmarks.expert_loads import FAMILIES, eplb, generate, recorded
+from scripts.benchmarks.placement_bound import least_time
 
 Loads = NDArray[np.float64]
 CELLS = [
@@ -118,32 +119,6 @@ def merged(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, float]:
     return out
 
 
-def copy_bound(load_E: Loads, slots: Sequence[int], speeds: Sequence[float]) -> float:
-    """Time that no placement into these slots beats.
-
-    The mean; copies enough that each expert fits on that many ranks; and, for equal speeds, what shares the ranks of an expert: with c copies
-    on ranks of s slots and x slots to spare, c (s - 1) - (x - c + 1) experts are on those ranks and nowhere else, at best the lightest.
-    """
-    best_speed = np.cumsum(sorted(speeds, reverse=True))
-    low, high = float(load_E.sum() / sum(speeds)), float(load_E.max() / best_speed[0] + load_E.sum())
-    for _ in range(60):
-        middle = (low + high) / 2
-        need = np.searchsorted(best_speed, load_E / middle * (1 - 1e-12)) + 1
-        low, high = (low, middle) if need.sum() <= sum(slots) and need.max() <= len(speeds) else (middle, high)
-    if len(set(speeds)) == 1:
-        heavy_E = np.sort(load_E)[::-1]
-        light = np.concatenate([[0.0], np.cumsum(heavy_E[::-1])])
-        spare = sum(slots) - len(load_E)
-        best_E = np.full(len(load_E), np.inf)
-        for copies in range(1, min(spare + 1, len(speeds)) + 1):
-            others = np.clip(
-                copies * (min(slots) - 1) - (spare - copies + 1), 0, len(load_E) - 1 - np.arange(len(load_E))
-            )
-            best_E = np.minimum(best_E, (heavy_E + light[others]) / copies / speeds[0])
-        high = max(high, float(best_E.max()))
-    return high
-
-
 def uneven_cases(quick: bool) -> list[tuple[str, int, Topology, list[int]]]:
     """(name, experts, topology, slots): the named cases, and random ones."""
 
@@ -187,7 +162,7 @@ def uneven(quick: bool) -> list[dict[str, Any]]:
         for family in FAMILIES:
             load_LE = generate(family, experts, 0, 1)[0]
             placement = plan_placement(load_LE, where, slots)
-            bound_L = np.array([copy_bound(load_E, slots, where.speeds) for load_E in load_LE])
+            bound_L = np.array([least_time(load_E, slots, where.speeds) for load_E in load_LE])
             row[family] = round(float((bound_L / times(load_LE, placement, where.speeds)).min()), 4)
             if len(set(slots)) == len(set(where.speeds)) == 1:
                 theirs = times(load_LE, eplb(load_LE, len(slots), sum(slots)), where.speeds)
@@ -306,7 +281,7 @@ def measure(quick: bool, seeds: int, directory: Path | None) -> dict[str, Any]:
             for load_LE in generate(family, experts, 0):
                 time_L = times(load_LE, plan_placement(load_LE, topology(ranks), each), [1.0] * ranks)
                 ratios += [
-                    copy_bound(load_E, each, [1.0] * ranks) / t for load_E, t in zip(load_LE, time_L, strict=True)
+                    least_time(load_E, each, [1.0] * ranks) / t for load_E, t in zip(load_LE, time_L, strict=True)
                 ]
         few[f"{experts}/{ranks}/{slots}"] = {"mean": round(statistics.fmean(ratios), 4), "worst": round(min(ratios), 4)}
     common.say("uneven ranks and membership changes")

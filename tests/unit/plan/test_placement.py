@@ -173,32 +173,6 @@ def test_a_lost_rank_costs_few_copies(kind: int, most: float) -> None:
     assert _balance(load, after, topology.speeds) >= 0.97
 
 
-@pytest.mark.parametrize("slots", [[6] * 12, [5] * 60])
-def test_too_few_slots_for_links_are_packed(slots: list[int]) -> None:
-    """P < E + R - 1: no proof, but at least as good as packing each copy, heaviest first, into the least loaded rank, as EPLB does."""
-    experts = 64 if len(slots) == 12 else 256
-    rng = np.random.default_rng(2)
-    topology = Topology(tuple(f"n{rank // 8}" for rank in range(len(slots))), (1.0,) * len(slots))
-    for kind in (0, 0, 0, 1, 1, 1):
-        load = _loads(kind, experts, rng)[None]
-        placement = plan_placement(load, topology, slots)
-        _check(placement, slots, experts)
-        assert _balance(load, placement, topology.speeds) >= _packed(load[0], slots) - 0.002
-
-
-def _packed(load_E: np.ndarray, slots: list[int]) -> float:
-    """Balance with even shares of an expert's copies, each to the least loaded rank that has a slot."""
-    copies_E = np.ones(len(load_E), np.int64)
-    for _ in range(sum(slots) - len(load_E)):
-        copies_E[(load_E / copies_E).argmax()] += 1
-    load_R, free_R = np.zeros(len(slots)), np.array(slots)
-    for share in sorted(np.repeat(load_E / copies_E, copies_E), reverse=True):
-        rank = np.where(free_R > 0, load_R, np.inf).argmin()
-        load_R[rank] += share
-        free_R[rank] -= 1
-    return load_E.sum() / len(slots) / load_R.max()
-
-
 def test_no_more_homes_move_than_allowed() -> None:
     rng = np.random.default_rng(0)
     topology, slots = Topology(tuple("aaaabbbb"), (1.0,) * 8), [9] * 8

@@ -1,0 +1,360 @@
+# pyright: reportArgumentType=false, reportReturnType=false
+"""Too few slots to link all ranks: ranks in groups that are linked within, and the experts divided over the groups.
+
+Two ranks that share an expert belong to one group. m ranks with s slots in all need m - 1 of these to be linked, so they hold s - m + 1
+experts; and those they can divide exactly (`pieces.py`). With P slots there is room for P - E such links, so the best placement is the
+best division of the ranks into R - (P - E) groups, and of the experts over these, each with a limit to their number: number partitioning
+with limited cardinality. It begins with every rank for itself. What is too full exchanges experts with the other groups, and what no
+exchange can help is merged with the emptiest; when no links are left, ranks change groups.
+
+Shapes: E experts, the heaviest first; R ranks; G = R groups, each goes by the number of one of its ranks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic_moe.plan.compiled import compiled
+from elastic_moe.plan.copies import index_copies
+from elastic_moe.plan.flow import Floats, Ints
+from elastic_moe.plan.pieces import cut_pieces
+
+_TRIALS = 256  # changes of ranks looked at before the division is left as it is
+_STEP = 1e-6  # of the mean: what a change must bring
+
+
+class _Division(NamedTuple):
+    """The groups of ranks and experts; target, load, slots and numbers of each group, `live_G` where there is one."""
+
+    load_E: Ints
+    target_R: Floats
+    slots_R: Ints
+    group_E: Ints
+    group_R: Ints
+    live_G: NDArray[np.bool_]
+    target_G: Floats
+    most_G: Ints
+    experts_G: Ints
+    load_G: Ints
+
+
+@compiled
+def _copied(now: _Division) -> _Division:
+    return _Division(
+        now.load_E,
+        now.target_R,
+        now.slots_R,
+        now.group_E.copy(),
+        now.group_R.copy(),
+        now.live_G.copy(),
+        now.target_G.copy(),
+        now.most_G.copy(),
+        now.experts_G.copy(),
+        now.load_G.copy(),
+    )
+
+
+@compiled
+def _fullest(now: _Division) -> tuple[int, float]:
+    group, z = -1, -1.0
+    for other in range(len(now.load_G)):
+        if now.live_G[other] and now.load_G[other] / now.target_G[other] > z:
+            group, z = other, now.load_G[other] / now.target_G[other]
+    return group, z
+
+
+@compiled
+def _give(now: _Division, expert: int, group: int) -> None:
+    """An expert goes to another group."""
+    before = now.group_E[expert]
+    now.experts_G[before] -= 1
+    now.load_G[before] -= now.load_E[expert]
+    now.group_E[expert] = group
+    now.experts_G[group] += 1
+    now.load_G[group] += now.load_E[expert]
+
+
+@compiled
+def _give_rank(now: _Division, rank: int, group: int) -> None:
+    """A rank goes to another group; the number of links stays."""
+    before = now.group_R[rank]
+    now.target_G[before] -= now.target_R[rank]
+    now.most_G[before] -= now.slots_R[rank] - 1
+    now.group_R[rank] = group
+    now.target_G[group] += now.target_R[rank]
+    now.most_G[group] += now.slots_R[rank] - 1
+
+
+@compiled
+def _begin(load_E: Ints, target_R: Floats, slots_R: Ints) -> _Division:
+    """Every rank for itself: each expert, the heaviest first, to the rank that is done first and has a slot."""
+    num_ranks = len(slots_R)
+    now = _Division(
+        load_E,
+        target_R,
+        slots_R,
+        np.full(len(load_E), -1),
+        np.arange(num_ranks),
+        slots_R > 0,
+        target_R.copy(),
+        slots_R.copy(),
+        np.zeros(num_ranks, np.int64),
+        np.zeros(num_ranks, np.int64),
+    )
+    for expert in range(len(load_E)):
+        best, best_z = -1, np.inf
+        for rank in range(num_ranks):
+            if now.experts_G[rank] < slots_R[rank]:
+                z = (now.load_G[rank] + load_E[expert]) / target_R[rank]
+                if z < best_z:
+                    best, best_z = rank, z
+        now.group_E[expert] = best
+        now.experts_G[best] += 1
+        now.load_G[best] += load_E[expert]
+    return now
+
+
+@compiled
+def _exchange_experts(now: _Division) -> tuple[int, float]:
+    """While it helps, the fullest group gives an expert away or for a lighter one. Returns the fullest group and its time."""
+    num_experts, num_groups = len(now.load_E), len(now.load_G)
+    while True:
+        group, z = _fullest(now)
+        gives, takes, goal, best_z = -1, -1, -1, z - _STEP
+        for expert in range(num_experts):
+            if now.group_E[expert] != group:
+                continue
+            left = (now.load_G[group] - now.load_E[expert]) / now.target_G[group]
+            for other in range(num_groups):
+                if now.live_G[other] and other != group and now.experts_G[other] < now.most_G[other]:
+                    worse = max(left, (now.load_G[other] + now.load_E[expert]) / now.target_G[other])
+                    if worse < best_z:
+                        gives, takes, goal, best_z = expert, -1, other, worse
+            for lighter in range(num_experts - 1, expert, -1):
+                less = now.load_E[expert] - now.load_E[lighter]
+                left = (now.load_G[group] - less) / now.target_G[group]
+                if left >= best_z:
+                    break  # the next ones are heavier
+                other = now.group_E[lighter]
+                if other != group:
+                    worse = max(left, (now.load_G[other] + less) / now.target_G[other])
+                    if worse < best_z:
+                        gives, takes, goal, best_z = expert, lighter, other, worse
+        if gives < 0:
+            return group, z
+        _give(now, gives, goal)
+        if takes >= 0:
+            _give(now, takes, group)
+
+
+@compiled
+def _make_room(now: _Division, group: int) -> None:
+    """Experts beyond what the group's slots can hold go where that is best."""
+    while now.experts_G[group] > now.most_G[group]:
+        gives, goal, best_z = -1, -1, np.inf
+        for other in range(len(now.load_G)):
+            if now.live_G[other] and other != group and now.experts_G[other] < now.most_G[other]:
+                for expert in range(len(now.load_E)):
+                    if now.group_E[expert] == group:
+                        left = (now.load_G[group] - now.load_E[expert]) / now.target_G[group]
+                        worse = max(left, (now.load_G[other] + now.load_E[expert]) / now.target_G[other])
+                        if worse < best_z:
+                            gives, goal, best_z = expert, other, worse
+        _give(now, gives, goal)
+
+
+@compiled
+def _merge(now: _Division, group: int) -> bool:
+    """Link a group with the one that leaves both fastest. Whether there was one."""
+    best, best_z = -1, np.inf
+    for other in range(len(now.load_G)):
+        if now.live_G[other] and other != group:
+            z = (now.load_G[group] + now.load_G[other]) / (now.target_G[group] + now.target_G[other])
+            if z < best_z:
+                best, best_z = other, z
+    if best < 0:
+        return False
+    for rank in range(len(now.group_R)):
+        if now.group_R[rank] == best:
+            _give_rank(now, rank, group)
+    for expert in range(len(now.load_E)):
+        if now.group_E[expert] == best:
+            _give(now, expert, group)
+    now.live_G[best] = False
+    _make_room(now, group)
+    return True
+
+
+@compiled
+def _stands_for_others(now: _Division, rank: int) -> bool:
+    """Whether no earlier rank of its group is like it."""
+    for other in range(rank):
+        if (
+            now.group_R[other] == now.group_R[rank]
+            and now.slots_R[other] == now.slots_R[rank]
+            and now.target_R[other] == now.target_R[rank]
+        ):
+            return False
+    return True
+
+
+@compiled
+def _exchange_ranks(now: _Division, goal: float) -> _Division:
+    """While it helps, the fullest group gets a rank from another group, or a larger one for a smaller."""
+    num_ranks = len(now.group_R)
+    group, z = _fullest(now)
+    trials, found = 0, True
+    while z > goal and found:
+        found = False
+        ranks_G = np.zeros(num_ranks, np.int64)
+        for rank in range(num_ranks):
+            ranks_G[now.group_R[rank]] += 1
+        order = np.argsort(np.where(now.live_G, now.load_G / np.maximum(now.target_G, 1e-9), np.inf), kind="mergesort")
+        for other in order:
+            if not now.live_G[other] or other == group:
+                continue
+            for rank in range(num_ranks):
+                if found or trials >= _TRIALS:
+                    break
+                if now.group_R[rank] != other or not _stands_for_others(now, rank):
+                    continue
+                for back in range(-1, num_ranks):  # -1: none
+                    if found or trials >= _TRIALS:
+                        break
+                    if back < 0 and ranks_G[other] < 2:
+                        continue
+                    if back >= 0 and (
+                        now.group_R[back] != group
+                        or (now.slots_R[back] == now.slots_R[rank] and now.target_R[back] == now.target_R[rank])
+                        or not _stands_for_others(now, back)
+                    ):
+                        continue
+                    trial = _copied(now)
+                    trials += 1
+                    _give_rank(trial, rank, group)
+                    if back >= 0:
+                        _give_rank(trial, back, other)
+                    _make_room(trial, other)
+                    _make_room(trial, group)
+                    fullest, trial_z = _exchange_experts(trial)
+                    if trial_z < z - _STEP:
+                        found = True
+                        now, group, z = trial, fullest, trial_z
+    return now
+
+
+@compiled
+def _least_time(now: _Division, light: Ints, links: int) -> float:
+    """A guess of the shortest time: u spare slots leave an expert's group with u + 1 ranks and as few others as can be; P - E are for all."""
+    num_experts, slots, target = len(now.load_E), now.slots_R.max(), now.target_R.max()
+    for rank in range(len(now.slots_R)):
+        if now.slots_R[rank] > 0:
+            slots = min(slots, now.slots_R[rank])
+    low, high = 1.0, 1.0 + now.load_E[0] / target
+    for _ in range(16):
+        z, used = (low + high) / 2, 0
+        for expert in range(num_experts):
+            first = used
+            while used <= links:
+                own = used - first
+                others = min(max((own + 1) * slots - own - 1, 0), num_experts - 1)
+                if now.load_E[expert] + light[others] <= (own + 1) * z * target:
+                    break
+                used += 1
+            if used == first or used > links:
+                break
+        low, high = (z, high) if used > links else (low, z)
+    return high
+
+
+@compiled
+def divide(load_E: Ints, target_R: Floats, slots_R: Ints, goal: float) -> _Division:
+    """Ranks and experts in groups, so that the fullest group takes as little time as possible, or `goal` times the least that could be.
+
+    Args:
+        load_E: the heaviest first.
+        target_R: the share of the load that each rank's speed makes its own.
+        slots_R: slots; none for a rank that computes nothing.
+    """
+    now = _begin(load_E, target_R, slots_R)
+    links = slots_R.sum() - len(load_E)
+    light = np.zeros(len(load_E) + 1, np.int64)  # of the n lightest
+    light[1:] = np.cumsum(load_E[::-1])
+    goal *= _least_time(now, light, links)
+    while True:
+        group, z = _fullest(now)
+        if z <= goal:
+            break
+        hot = 0
+        while now.group_E[hot] != group:
+            hot += 1
+        others = max(min(now.most_G[group] - links, now.experts_G[group]) - 1, 0)
+        if links == 0 or load_E[hot] + light[others] <= goal * now.target_G[group]:
+            group, z = _exchange_experts(now)
+            if z <= goal or links == 0:
+                break
+        if not _merge(now, group):
+            break
+        links -= 1
+    return _exchange_ranks(now, goal)
+
+
+@compiled
+def group_copies(
+    load_E: Ints,
+    target_R: Floats,
+    start_R: Ints,
+    turn_R: Ints,
+    expert_P: Ints,
+    where: Ints,
+    copies_E: Ints,
+    goal: float,
+) -> float:
+    """Fill empty slots by groups. Returns the fullest group's time, 1 is the mean, if each divides its load exactly.
+
+    Ranks that are alike are alike to the division: each group takes them in turns over the nodes (`turn_R`).
+    """
+    num_ranks = len(target_R)
+    order = np.argsort(-load_E, kind="mergesort")
+    slots_R = start_R[1:] - start_R[:-1]
+    groups = divide(load_E[order], target_R, slots_R, goal)
+    taken_R = np.zeros(num_ranks, np.bool_)
+    for group in range(num_ranks):
+        if not groups.live_G[group]:
+            continue
+        ranks, size = np.empty(num_ranks, np.int64), 0
+        for like in range(num_ranks):
+            if groups.group_R[like] != group:
+                continue
+            for rank in turn_R:
+                if not taken_R[rank] and slots_R[rank] == slots_R[like] and target_R[rank] == target_R[like]:
+                    taken_R[rank] = True
+                    ranks[size] = rank
+                    size += 1
+                    break
+        ranks = ranks[:size]
+        experts = order[groups.group_E == group]
+        start = np.zeros(size + 1, np.int64)
+        start[1:] = np.cumsum(slots_R[ranks])
+        target = target_R[ranks] * (groups.load_G[group] / groups.target_G[group])
+        inside_P = np.full(start[size], -1)
+        inside = np.empty((len(experts), size), np.int64)
+        cut_pieces(
+            load_E[experts],
+            target,
+            start,
+            np.arange(size),
+            np.zeros((len(experts), size), np.bool_),
+            inside_P,
+            inside,
+            np.zeros(len(experts), np.int64),
+        )
+        for index in range(size):
+            for slot in range(start[index], start[index + 1]):
+                if inside_P[slot] >= 0:
+                    expert_P[start_R[ranks[index]] + slot - start[index]] = experts[inside_P[slot]]
+    index_copies(expert_P, where, copies_E)
+    return _fullest(groups)[1]

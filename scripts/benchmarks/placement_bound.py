@@ -1,0 +1,96 @@
+"""A time that no placement into the given slots beats: what a plan may be measured against.
+
+Two ranks that share an expert, directly or through others, are in one component. A component of m ranks needs m - 1 of its slots for the
+copies that join them, so of the x = slots - experts spare slots it uses u >= m - 1, and its other slots hold one expert each. One that holds
+a set A of hot experts therefore has at least s(m) - u experts, s(m) being the slots of the m smallest ranks, and at best the others are the
+lightest of all: m z >= load(A) + light(s(m) - u - |A|). The least u for which some m allows that in a time z is what A costs; however the
+hottest experts are divided into components, the sum of what these cost is at most x. For equal ranks; unequal ones have a weaker bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic_moe.plan.compiled import compiled
+
+_HOTTEST = 13  # experts whose divisions are tried; time grows with 3 to this power
+
+
+def least_time(load_E: NDArray[np.float64], slots: Sequence[int], speeds: Sequence[float]) -> float:
+    """In load per unit of speed. Not every bound is reached by a placement."""
+    time = _enough_copies(load_E, slots, speeds)
+    if len(set(speeds)) == 1:
+        time = max(time, _components(load_E, slots) / speeds[0])
+    return time
+
+
+def _enough_copies(load_E: NDArray[np.float64], slots: Sequence[int], speeds: Sequence[float]) -> float:
+    """The mean, and copies enough that each expert fits on that many of the fastest ranks."""
+    best_speed = np.cumsum(sorted(speeds, reverse=True))
+    low, high = float(load_E.sum() / sum(speeds)), float(load_E.max() / best_speed[0] + load_E.sum())
+    for _ in range(60):
+        middle = (low + high) / 2
+        need = np.searchsorted(best_speed, load_E / middle * (1 - 1e-12)) + 1
+        low, high = (low, middle) if need.sum() <= sum(slots) and need.max() <= len(speeds) else (middle, high)
+    return low
+
+
+def _components(load_E: NDArray[np.float64], slots: Sequence[int]) -> float:
+    heavy_E = np.sort(load_E)[::-1].copy()
+    light_E = np.concatenate([[0.0], np.cumsum(heavy_E[::-1])])
+    slots_M = np.concatenate([[0], np.cumsum(np.sort(slots))]).astype(np.int64)
+    spare = int(sum(slots)) - len(load_E)
+    low = float(load_E.sum() / len(slots))
+    for hottest in range(1, min(_HOTTEST, len(load_E)) + 1):
+        if _cost(heavy_E, light_E, slots_M, spare, low, hottest) <= spare:
+            continue
+        high = float(load_E.sum())
+        for _ in range(40):
+            middle = (low + high) / 2
+            if _cost(heavy_E, light_E, slots_M, spare, middle, hottest) <= spare:
+                high = middle
+            else:
+                low = middle
+    return low
+
+
+@compiled
+def _cost(
+    heavy_E: NDArray[np.float64],
+    light_E: NDArray[np.float64],
+    slots_M: NDArray[np.int64],
+    spare: int,
+    time: float,
+    hottest: int,
+) -> int:
+    """The fewest spare slots with which these experts take no longer than `time`, over all their divisions into components."""
+    sets = 1 << hottest
+    alone, best = np.full(sets, spare + 1), np.full(sets, spare + 1)
+    for chosen in range(1, sets):
+        load, size = 0.0, 0
+        for expert in range(hottest):
+            if chosen >> expert & 1:
+                load += heavy_E[expert]
+                size += 1
+        for used in range(spare + 1):
+            for ranks in range(1, min(used + 1, len(slots_M) - 1) + 1):
+                others = min(max(0, slots_M[ranks] - used - size), len(heavy_E) - size)
+                if load + light_E[others] <= ranks * time * (1 + 1e-12):
+                    alone[chosen] = used
+                    break
+            if alone[chosen] <= spare:
+                break
+    best[0] = 0
+    for chosen in range(1, sets):
+        first = chosen & -chosen
+        rest = chosen ^ first
+        others = rest
+        while True:
+            best[chosen] = min(best[chosen], alone[others | first] + best[rest ^ others])
+            if others == 0:
+                break
+            others = (others - 1) & rest
+    return best[sets - 1]

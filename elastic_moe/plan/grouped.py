@@ -248,31 +248,43 @@ def _exchange_ranks(now: _Division, goal: float) -> _Division:
 
 @compiled
 def _least_time(now: _Division, light: Ints, links: int) -> float:
-    """A guess of the shortest time: u spare slots leave an expert's group with u + 1 ranks and as few others as can be; P - E are for all."""
+    """A guess of the shortest time: what the hot experts must share their ranks with.
+
+    With u of the spare slots an expert's group has at most u + 1 ranks, and u fewer experts than slots. Experts that take longer than the time
+    on one rank are counted as if each had a group of its own; two others that need a slot to spare may share it.
+    """
     num_experts, slots, target = len(now.load_E), now.slots_R.max(), now.target_R.max()
     for rank in range(len(now.slots_R)):
         if now.slots_R[rank] > 0:
             slots = min(slots, now.slots_R[rank])
     low, high = 1.0, 1.0 + now.load_E[0] / target
     for _ in range(16):
-        z, used = (low + high) / 2, 0
+        z = (low + high) / 2
+        left, halves = links, 0
         for expert in range(num_experts):
-            first = used
-            while used <= links:
-                own = used - first
-                others = min(max((own + 1) * slots - own - 1, 0), num_experts - 1)
-                if now.load_E[expert] + light[others] <= (own + 1) * z * target:
-                    break
+            used, fits = -1, False
+            while not fits and used < left:
                 used += 1
-            if used == first or used > links:
+                for ranks in range(1, used + 2):
+                    others = min(max(ranks * slots - used - 1, 0), num_experts - 1)
+                    fits |= now.load_E[expert] + light[others] <= ranks * z * target
+            if not fits:
+                left = -1
+            elif now.load_E[expert] > z * target:
+                left -= used
+            else:
+                halves += min(used, 1)
+            if used == 0 or left < 0:
                 break
-        low, high = (z, high) if used > links else (low, z)
+        low, high = (z, high) if left < (halves + 1) // 2 else (low, z)
     return high
 
 
 @compiled
-def divide(load_E: Ints, target_R: Floats, slots_R: Ints, goal: float) -> _Division:
+def divide(load_E: Ints, target_R: Floats, slots_R: Ints, goal: float) -> tuple[_Division, float]:
     """Ranks and experts in groups, so that the fullest group takes as little time as possible, or `goal` times the least that could be.
+
+    Returns the groups, and that least time.
 
     Args:
         load_E: the heaviest first.
@@ -283,7 +295,8 @@ def divide(load_E: Ints, target_R: Floats, slots_R: Ints, goal: float) -> _Divis
     links = slots_R.sum() - len(load_E)
     light = np.zeros(len(load_E) + 1, np.int64)  # of the n lightest
     light[1:] = np.cumsum(load_E[::-1])
-    goal *= _least_time(now, light, links)
+    least = _least_time(now, light, links)
+    goal *= least
     while True:
         group, z = _fullest(now)
         if z <= goal:
@@ -299,7 +312,7 @@ def divide(load_E: Ints, target_R: Floats, slots_R: Ints, goal: float) -> _Divis
         if not _merge(now, group):
             break
         links -= 1
-    return _exchange_ranks(now, goal)
+    return _exchange_ranks(now, goal), least
 
 
 @compiled
@@ -312,15 +325,15 @@ def group_copies(
     where: Ints,
     copies_E: Ints,
     goal: float,
-) -> float:
-    """Fill empty slots by groups. Returns the fullest group's time, 1 is the mean, if each divides its load exactly.
+) -> tuple[float, float]:
+    """Fill empty slots by groups. Returns the fullest group's time if each divides its load exactly, and a guess of the least possible; 1 is the mean.
 
     Ranks that are alike are alike to the division: each group takes them in turns over the nodes (`turn_R`).
     """
     num_ranks = len(target_R)
     order = np.argsort(-load_E, kind="mergesort")
     slots_R = start_R[1:] - start_R[:-1]
-    groups = divide(load_E[order], target_R, slots_R, goal)
+    groups, least = divide(load_E[order], target_R, slots_R, goal)
     taken_R = np.zeros(num_ranks, np.bool_)
     for group in range(num_ranks):
         if not groups.live_G[group]:
@@ -357,4 +370,4 @@ def group_copies(
                 if inside_P[slot] >= 0:
                     expert_P[start_R[ranks[index]] + slot - start[index]] = experts[inside_P[slot]]
     index_copies(expert_P, where, copies_E)
-    return _fullest(groups)[1]
+    return _fullest(groups)[1], least

@@ -17,6 +17,8 @@ from elastic_moe.plan.homes import choose_homes, place_homeless, release_homes
 from elastic_moe.plan.mend import TOLERANCE, mend
 from elastic_moe.plan.pieces import cut_pieces
 
+WAYS = 3  # to choose copies, see `_fresh`
+LINK, CUT, GROUP = range(WAYS)
 FITS, GOOD = 1 + TOLERANCE, 1 + 1.5 * TOLERANCE
 ENOUGH = 1 / 0.99  # with copies there already: a plan worse than this is worth more changes
 POOR = 1 / 0.98  # one worse than this is made anew, where homes may move
@@ -95,25 +97,28 @@ def _fresh(
     where: Ints,
     copies_E: Ints,
 ) -> float:
-    """Copies without regard to the past: construct and mend; where that falls short, cut pieces instead, or group the ranks."""
+    """Copies without regard to the past: linked by load, of pieces cut to fit, or in groups of ranks; the best, and no more than it takes.
+
+    Groups come first where slots are too few to link all ranks, and last elsewhere.
+    """
     changes, free = 2 * len(target_R) + 16, 1 << 30
     nowhere, other_P = np.full(len(load_E), -1), np.empty(len(expert_P), np.int64)
-    index_copies(expert_P, where, copies_E)
-    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E)
-    z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, nowhere, changes, free, FITS)
-    for grouped in (False, True):
-        if z <= GOOD:
+    first = GROUP if len(expert_P) < len(load_E) + (start_R[1:] > start_R[:-1]).sum() - 1 else LINK
+    z, least = np.inf, 1.0
+    for turn in range(WAYS):
+        if z <= GOOD * least:
             break
+        way, grouped_z = (first + turn) % WAYS, np.inf
         other_P[:] = EMPTY
         copies_E[:] = 0
-        goal, left = 1.0, changes
-        if grouped:
-            goal, left = group_copies(load_E, target_R, start_R, turn_R, other_P, where, copies_E, GOOD), 0
-        else:
+        if way == CUT:
             cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
+        elif way == GROUP:
+            grouped_z, least = group_copies(load_E, target_R, start_R, turn_R, other_P, where, copies_E, GOOD)
         construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E)
+        left = 0 if way == GROUP else changes
         other_z = mend(load_E, target_R, start_R, rank_P, other_P, where, copies_E, nowhere, left, free, FITS)
-        if grouped and other_z > max(GOOD, goal + TOLERANCE):  # unequal ranks may not divide their group's load exactly
+        if way == GROUP and other_z > max(GOOD, grouped_z + TOLERANCE):  # unequal ranks may not divide exactly
             other_z = _settle(load_E, target_R, start_R, rank_P, other_P, where, copies_E, nowhere, free)
         if other_z < z:
             z = other_z

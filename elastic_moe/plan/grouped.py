@@ -350,7 +350,9 @@ def group_copies(
                     ranks[size] = rank
                     size += 1
                     break
-        ranks = ranks[:size]
+        ranks = ranks[:size][
+            np.argsort(slots_R[ranks[:size]], kind="mergesort")
+        ]  # those with few slots need the heavy pieces
         experts = order[groups.group_E == group]
         start = np.zeros(size + 1, np.int64)
         start[1:] = np.cumsum(slots_R[ranks])

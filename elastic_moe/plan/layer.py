@@ -20,8 +20,10 @@ from elastic_moe.plan.pieces import cut_pieces
 WAYS = 3  # to choose copies, see `_fresh`
 LINK, CUT, GROUP = range(WAYS)
 FITS, GOOD = 1 + TOLERANCE, 1 + 1.5 * TOLERANCE
-ENOUGH = 1 / 0.99  # with copies there already: a plan worse than this is worth more changes
-POOR = 1 / 0.98  # one worse than this is made anew, where homes may move
+ENOUGH = (
+    1 / 0.995
+)  # with copies there already: a plan worse than this is worth more changes, and made anew where homes may move
+CROWDED_ENOUGH, CROWDED_POOR = 1 / 0.99, 1 / 0.98  # where ranks came or went: worth more changes; made anew
 
 
 @compiled
@@ -176,6 +178,8 @@ def plan_layer(
             index_copies(expert_P, where, copies_E)
         choose_homes(cap_R, rank_P, where, copies_E, home_E)
         return z
+    enough = least * (CROWDED_ENOUGH if crowded else ENOUGH)
+    poor = least * (CROWDED_POOR if crowded else ENOUGH)
     if crowded:
         release_homes(load_E, target_R, cap_R, slots_R, has_ER, home_E)
     stay_E = home_E.copy()
@@ -186,7 +190,7 @@ def plan_layer(
     changes = 2 * num_ranks + 16
     z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, home_E, changes, 0, FITS)
     other_P, other_home = np.full(len(expert_P), EMPTY), stay_E.copy()
-    if z > ENOUGH * least:  # keep the homes that stay, and nothing else
+    if z > enough:  # keep the homes that stay, and nothing else
         keep_copies(np.zeros_like(has_ER), load_E, stay_E, start_R, other_P)
         index_copies(other_P, where, copies_E)
         cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
@@ -196,13 +200,13 @@ def plan_layer(
             z = other_z
             choose_homes(cap_R, rank_P, where, copies_E, other_home)
             expert_P[:], home_E[:] = other_P, other_home
-    if z > ENOUGH * least and home_moves > 0:
+    if z > enough and home_moves > 0:
         other_P[:], other_home[:] = expert_P, home_E
         other_z = _settle(load_E, target_R, start_R, rank_P, other_P, where, copies_E, other_home, home_moves)
         if other_z < z:
             z = other_z
             expert_P[:], home_E[:] = other_P, other_home
-    if z > POOR * least and home_moves >= num_experts:
+    if z > poor and home_moves >= num_experts:
         other_P[:] = EMPTY
         other_z = _fresh(
             load_E, target_R, start_R, rank_P, node_R, turn_R, has_ER, tight, least, other_P, where, copies_E

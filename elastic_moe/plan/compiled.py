@@ -1,6 +1,6 @@
 """Machine code for the planner's loops: `numba`, which needs no compiler on the user's machine.
 
-Compiling takes some twenty seconds, once per machine and version: the code is kept in the user's cache directory under a digest of this
+Compiling takes some forty seconds, once per machine and version: the code is kept in the user's cache directory under a digest of this
 package's source, because numba's own cache does not notice a change in a file that another one calls. It computes with integers where
 order could matter, so ranks with different processors make the same plan.
 """

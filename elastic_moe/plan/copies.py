@@ -23,6 +23,23 @@ _FIXED_WEIGHT = 0.7  # how much a rank's shares of replicated experts count when
 _NODE_WORTH = 0.1  # of a rank's mean load: what a copy in another node may cost
 
 
+class Layer(NamedTuple):
+    """What a layer's copies are chosen for, and the index of those that the plan in hand has.
+
+    load_E: none is zero. target_R: the share of the load that each rank's speed makes its own. start_R [R + 1]: where each rank's slots begin.
+    rank_P: rank of each slot. node_R: node of each rank. turn_R: the ranks in an order that alternates between nodes.
+    """
+
+    load_E: Ints
+    target_R: Floats
+    start_R: Ints
+    rank_P: Ints
+    node_R: Ints
+    turn_R: Ints
+    where: Ints
+    copies_E: Ints
+
+
 @compiled
 def add_copy(expert: int, slot: int, expert_P: Ints, where: Ints, copies_E: Ints) -> None:
     expert_P[slot] = expert
@@ -152,17 +169,9 @@ def _linking_order(load_E: Ints, wanted_E: Ints, copies_E: Ints, start_R: Ints, 
 
 
 @compiled
-def construct(
-    load_E: Ints,
-    target_R: Floats,
-    start_R: Ints,
-    rank_P: Ints,
-    node_R: Ints,
-    expert_P: Ints,
-    where: Ints,
-    copies_E: Ints,
-) -> None:
-    """Fill the empty slots of `expert_P`; `where` [E, R] and `copies_E` say what is there already, and are kept up to date."""
+def construct(layer: Layer, expert_P: Ints) -> None:
+    """Fill the empty slots of `expert_P`; the index says what is there already, and is kept up to date."""
+    load_E, target_R, start_R, rank_P, node_R, _, where, copies_E = layer
     num_experts, num_ranks = len(load_E), len(target_R)
     hunger_E = appetite(load_E)
     free_R = np.zeros(num_ranks, np.int64)

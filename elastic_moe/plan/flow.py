@@ -189,7 +189,7 @@ def near_first(
 ) -> None:
     """A good start: tokens stay on their rank, then in their node, then go where most room is, as far as there is room.
 
-    Experts with the least choice first: the fewest copies, then the fewest tokens. That leaves half as much to `shorten_ways` as any order.
+    Experts with the least choice first: the fewest copies, then the fewest tokens. With two copies each that leaves half as much to `shorten_ways`.
     """
     order = np.argsort((first_k[1:] - first_k[:-1]) * (np.int64(1) << 40) + left_K, kind="mergesort")
     taken_G = np.zeros(len(near_G), np.int64)

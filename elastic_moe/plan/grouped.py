@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.plan.compiled import compiled
-from elastic_moe.plan.copies import index_copies
+from elastic_moe.plan.copies import Layer, index_copies
 from elastic_moe.plan.flow import Floats, Ints
 from elastic_moe.plan.pieces import cut_pieces
 
@@ -118,6 +118,12 @@ def _begin(load_E: Ints, target_R: Floats, slots_R: Ints) -> _Division:
 
 
 @compiled
+def _after(now: _Division, group: int, load: int, other: int) -> float:
+    """The slower one's time once a group has given so much load to another."""
+    return max((now.load_G[group] - load) / now.target_G[group], (now.load_G[other] + load) / now.target_G[other])
+
+
+@compiled
 def _exchange_experts(now: _Division) -> float:
     """While it helps, the fullest group gives an expert away or for a lighter one. Returns the fullest group's time."""
     num_experts, num_groups = len(now.load_E), len(now.load_G)
@@ -127,20 +133,18 @@ def _exchange_experts(now: _Division) -> float:
         for expert in range(num_experts):
             if now.group_E[expert] != group:
                 continue
-            left = (now.load_G[group] - now.load_E[expert]) / now.target_G[group]
             for other in range(num_groups):
                 if now.live_G[other] and other != group and now.experts_G[other] < now.most_G[other]:
-                    worse = max(left, (now.load_G[other] + now.load_E[expert]) / now.target_G[other])
+                    worse = _after(now, group, now.load_E[expert], other)
                     if worse < best_z:
                         gives, takes, goal, best_z = expert, -1, other, worse
             for lighter in range(num_experts - 1, expert, -1):
                 less = now.load_E[expert] - now.load_E[lighter]
-                left = (now.load_G[group] - less) / now.target_G[group]
-                if left >= best_z:
+                if (now.load_G[group] - less) / now.target_G[group] >= best_z:
                     break  # the next ones are heavier
                 other = now.group_E[lighter]
                 if other != group:
-                    worse = max(left, (now.load_G[other] + less) / now.target_G[other])
+                    worse = _after(now, group, less, other)
                     if worse < best_z:
                         gives, takes, goal, best_z = expert, lighter, other, worse
         if gives < 0:
@@ -159,8 +163,7 @@ def _make_room(now: _Division, group: int) -> None:
             if now.live_G[other] and other != group and now.experts_G[other] < now.most_G[other]:
                 for expert in range(len(now.load_E)):
                     if now.group_E[expert] == group:
-                        left = (now.load_G[group] - now.load_E[expert]) / now.target_G[group]
-                        worse = max(left, (now.load_G[other] + now.load_E[expert]) / now.target_G[other])
+                        worse = _after(now, group, now.load_E[expert], other)
                         if worse < best_z:
                             gives, goal, best_z = expert, other, worse
         _give(now, gives, goal)
@@ -239,7 +242,15 @@ def _other_ranks(now: _Division, trials: int) -> tuple[_Division, int]:
 
 
 @compiled
-def guess_least(load_E: Ints, light: Ints, target_R: Floats, slots_R: Ints) -> float:
+def _sums_from_lightest(load_E: Ints) -> Ints:
+    """Load of the n lightest experts, [E + 1], of loads with the heaviest first."""
+    light = np.zeros(len(load_E) + 1, np.int64)
+    light[1:] = np.cumsum(load_E[::-1])
+    return light
+
+
+@compiled
+def guess_least(load_E: Ints, target_R: Floats, slots_R: Ints) -> float:
     """A guess of the shortest time, 1 is the mean: what the hot experts must share their ranks with.
 
     With u of the spare slots an expert's group has at most u + 1 ranks, and u fewer experts than slots. Experts that take longer than the time
@@ -247,8 +258,8 @@ def guess_least(load_E: Ints, light: Ints, target_R: Floats, slots_R: Ints) -> f
 
     Args:
         load_E: the heaviest first.
-        light: load of the n lightest, [E + 1].
     """
+    light = _sums_from_lightest(load_E)
     num_experts, slots, target, links = len(load_E), slots_R.max(), target_R.max(), slots_R.sum() - len(load_E)
     for rank in range(len(slots_R)):
         if slots_R[rank] > 0:
@@ -277,14 +288,6 @@ def guess_least(load_E: Ints, light: Ints, target_R: Floats, slots_R: Ints) -> f
 
 
 @compiled
-def sums_from_lightest(load_E: Ints) -> Ints:
-    """Load of the n lightest experts, [E + 1], of loads with the heaviest first."""
-    light = np.zeros(len(load_E) + 1, np.int64)
-    light[1:] = np.cumsum(load_E[::-1])
-    return light
-
-
-@compiled
 def divide(load_E: Ints, target_R: Floats, slots_R: Ints, goal: float) -> _Division:
     """Ranks and experts in groups, so that the fullest group takes as little time as possible, or `goal`; 1 is the mean.
 
@@ -295,7 +298,7 @@ def divide(load_E: Ints, target_R: Floats, slots_R: Ints, goal: float) -> _Divis
     """
     now = _begin(load_E, target_R, slots_R)
     links = slots_R.sum() - len(load_E)
-    light = sums_from_lightest(load_E)
+    light = _sums_from_lightest(load_E)
     while True:
         group, z = _fullest(now)
         if z <= goal:
@@ -318,20 +321,12 @@ def divide(load_E: Ints, target_R: Floats, slots_R: Ints, goal: float) -> _Divis
 
 
 @compiled
-def group_copies(
-    load_E: Ints,
-    target_R: Floats,
-    start_R: Ints,
-    turn_R: Ints,
-    expert_P: Ints,
-    where: Ints,
-    copies_E: Ints,
-    goal: float,
-) -> float:
+def group_copies(layer: Layer, expert_P: Ints, goal: float) -> float:
     """Fill empty slots by groups. Returns the fullest group's time, 1 is the mean, if each divides its load exactly.
 
     Ranks that are alike are alike to the division: each group takes them in turns over the nodes (`turn_R`).
     """
+    load_E, target_R, start_R, _, _, turn_R, where, copies_E = layer
     num_ranks = len(target_R)
     order = np.argsort(-load_E, kind="mergesort")
     slots_R = start_R[1:] - start_R[:-1]
@@ -345,14 +340,13 @@ def group_copies(
             if groups.group_R[like] != group:
                 continue
             for rank in turn_R:
-                if not taken_R[rank] and slots_R[rank] == slots_R[like] and target_R[rank] == target_R[like]:
+                if not taken_R[rank] and _alike(groups, rank, like):
                     taken_R[rank] = True
                     ranks[size] = rank
                     size += 1
                     break
-        ranks = ranks[:size][
-            np.argsort(slots_R[ranks[:size]], kind="mergesort")
-        ]  # those with few slots need the heavy pieces
+        few_first = np.argsort(slots_R[ranks[:size]], kind="mergesort")  # ranks with few slots need the heavy pieces
+        ranks = ranks[few_first]
         experts = order[groups.group_E == group]
         start = np.zeros(size + 1, np.int64)
         start[1:] = np.cumsum(slots_R[ranks])

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.plan.compiled import compiled
-from elastic_moe.plan.copies import EMPTY, construct, index_copies, keep_copies
+from elastic_moe.plan.copies import EMPTY, Layer, construct, index_copies, keep_copies
 from elastic_moe.plan.flow import Floats, Ints
-from elastic_moe.plan.grouped import group_copies, guess_least, sums_from_lightest
+from elastic_moe.plan.grouped import group_copies, guess_least
 from elastic_moe.plan.homes import choose_homes, place_homeless, release_homes
 from elastic_moe.plan.mend import TOLERANCE, mend
 from elastic_moe.plan.pieces import cut_pieces
@@ -20,9 +20,8 @@ from elastic_moe.plan.pieces import cut_pieces
 WAYS = 3  # to choose copies, see `_fresh`
 LINK, CUT, GROUP = range(WAYS)
 FITS, GOOD = 1 + TOLERANCE, 1 + 1.5 * TOLERANCE
-ENOUGH = (
-    1 / 0.995
-)  # with copies there already: a plan worse than this is worth more changes, and made anew where homes may move
+# With copies there already: a plan worse than this is worth more changes, and made anew where homes may move.
+ENOUGH = 1 / 0.995
 CROWDED_ENOUGH, CROWDED_POOR = 1 / 0.99, 1 / 0.98  # where ranks came or went: worth more changes; made anew
 
 
@@ -55,56 +54,34 @@ def _relabel(has_ER: NDArray[np.bool_], target_R: Floats, start_R: Ints, expert_
 
 
 @compiled
-def _settle(
-    load_E: Ints,
-    target_R: Floats,
-    start_R: Ints,
-    rank_P: Ints,
-    expert_P: Ints,
-    where: Ints,
-    copies_E: Ints,
-    home_E: Ints,
-    home_moves: int,
-) -> float:
+def _settle(layer: Layer, expert_P: Ints, home_E: Ints, home_moves: int) -> float:
     """Mend a plan; what cannot be made to fit at once, by less at a time, since changes towards a goal out of reach do harm. Returns the time."""
-    changes = 2 * len(target_R) + 16
+    changes = 2 * len(layer.target_R) + 16
     first_home, best_home, best_P = home_E.copy(), home_E.copy(), expert_P.copy()
-    index_copies(expert_P, where, copies_E)
-    z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, home_E, 0, 0, FITS)
+    index_copies(expert_P, layer.where, layer.copies_E)
+    z = mend(layer, expert_P, home_E, 0, 0, FITS)
     part = 1.0
     while z > GOOD and part > 0.04:
         goal = max(FITS, 1 + (z - 1) * (1 - part))
         left = home_moves - (best_home != first_home).sum()
-        other_z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, home_E, changes, left, goal)
+        other_z = mend(layer, expert_P, home_E, changes, left, goal)
         if other_z < z:
             z = other_z
             best_P[:], best_home[:] = expert_P, home_E
         if other_z > goal + 1e-6:
             part /= 2
         expert_P[:], home_E[:] = best_P, best_home
-        index_copies(expert_P, where, copies_E)
+        index_copies(expert_P, layer.where, layer.copies_E)
     return z
 
 
 @compiled
-def _fresh(
-    load_E: Ints,
-    target_R: Floats,
-    start_R: Ints,
-    rank_P: Ints,
-    node_R: Ints,
-    turn_R: Ints,
-    has_ER: NDArray[np.bool_],
-    tight: bool,
-    least: float,
-    expert_P: Ints,
-    where: Ints,
-    copies_E: Ints,
-) -> float:
+def _fresh(layer: Layer, has_ER: NDArray[np.bool_], tight: bool, least: float, expert_P: Ints) -> float:
     """Copies without regard to the past: linked by load, of pieces cut to fit, or in groups of ranks; the best, and no more than it takes.
 
     Groups come first where slots are too few to link all ranks (`tight`), and last elsewhere. No plan is expected to take less time than `least`.
     """
+    load_E, target_R, start_R, _, _, turn_R, where, copies_E = layer
     changes, free = 2 * len(target_R) + 16, 1 << 30
     nowhere, other_P = np.full(len(load_E), -1), np.empty(len(expert_P), np.int64)
     first = GROUP if tight else LINK
@@ -118,12 +95,12 @@ def _fresh(
         if way == CUT:
             cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
         elif way == GROUP:
-            grouped_z = group_copies(load_E, target_R, start_R, turn_R, other_P, where, copies_E, GOOD * least)
-        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E)
+            grouped_z = group_copies(layer, other_P, GOOD * least)
+        construct(layer, other_P)
         left = 0 if way == GROUP else changes
-        other_z = mend(load_E, target_R, start_R, rank_P, other_P, where, copies_E, nowhere, left, free, FITS)
+        other_z = mend(layer, other_P, nowhere, left, free, FITS)
         if way == GROUP and other_z > max(GOOD, grouped_z + TOLERANCE):  # unequal ranks may not divide exactly
-            other_z = _settle(load_E, target_R, start_R, rank_P, other_P, where, copies_E, nowhere, free)
+            other_z = _settle(layer, other_P, nowhere, free)
         if other_z < z:
             z = other_z
             expert_P[:] = other_P
@@ -165,14 +142,14 @@ def plan_layer(
     num_experts, num_ranks = len(load_E), len(target_R)
     where = np.empty((num_experts, num_ranks), np.int64)
     copies_E = np.empty(num_experts, np.int64)
+    layer = Layer(load_E, target_R, start_R, rank_P, node_R, turn_R, where, copies_E)
     expert_P[:] = EMPTY
     slots_R = start_R[1:] - start_R[:-1]
     tight, least = len(expert_P) < num_experts + (slots_R > 0).sum() - 1, 1.0
     if tight:
-        heavy_E = -np.sort(-load_E)
-        least = guess_least(heavy_E, sums_from_lightest(heavy_E), target_R, slots_R)
+        least = guess_least(-np.sort(-load_E), target_R, slots_R)
     if not (home_E >= 0).any():
-        z = _fresh(load_E, target_R, start_R, rank_P, node_R, turn_R, has_ER, tight, least, expert_P, where, copies_E)
+        z = _fresh(layer, has_ER, tight, least, expert_P)
         if has_ER.any():
             _relabel(has_ER, target_R, start_R, expert_P)
             index_copies(expert_P, where, copies_E)
@@ -186,31 +163,29 @@ def plan_layer(
     place_homeless(load_E, target_R, cap_R, slots_R, home_E)
     keep_copies(has_ER, load_E, home_E, start_R, expert_P)
     index_copies(expert_P, where, copies_E)
-    construct(load_E, target_R, start_R, rank_P, node_R, expert_P, where, copies_E)
+    construct(layer, expert_P)
     changes = 2 * num_ranks + 16
-    z = mend(load_E, target_R, start_R, rank_P, expert_P, where, copies_E, home_E, changes, 0, FITS)
+    z = mend(layer, expert_P, home_E, changes, 0, FITS)
     other_P, other_home = np.full(len(expert_P), EMPTY), stay_E.copy()
     if z > enough:  # keep the homes that stay, and nothing else
         keep_copies(np.zeros_like(has_ER), load_E, stay_E, start_R, other_P)
         index_copies(other_P, where, copies_E)
         cut_pieces(load_E, target_R, start_R, turn_R, has_ER, other_P, where, copies_E)
-        construct(load_E, target_R, start_R, rank_P, node_R, other_P, where, copies_E)
-        other_z = mend(load_E, target_R, start_R, rank_P, other_P, where, copies_E, other_home, changes, 0, FITS)
+        construct(layer, other_P)
+        other_z = mend(layer, other_P, other_home, changes, 0, FITS)
         if other_z < z:
             z = other_z
             choose_homes(cap_R, rank_P, where, copies_E, other_home)
             expert_P[:], home_E[:] = other_P, other_home
     if z > enough and home_moves > 0:
         other_P[:], other_home[:] = expert_P, home_E
-        other_z = _settle(load_E, target_R, start_R, rank_P, other_P, where, copies_E, other_home, home_moves)
+        other_z = _settle(layer, other_P, other_home, home_moves)
         if other_z < z:
             z = other_z
             expert_P[:], home_E[:] = other_P, other_home
     if z > poor and home_moves >= num_experts:
         other_P[:] = EMPTY
-        other_z = _fresh(
-            load_E, target_R, start_R, rank_P, node_R, turn_R, has_ER, tight, least, other_P, where, copies_E
-        )
+        other_z = _fresh(layer, has_ER, tight, least, other_P)
         if other_z < z:
             z = other_z
             _relabel(has_ER, target_R, start_R, other_P)

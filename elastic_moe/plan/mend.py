@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.plan.compiled import compiled
-from elastic_moe.plan.copies import add_copy, drop_copy
-from elastic_moe.plan.flow import Floats, Ints
+from elastic_moe.plan.copies import Layer, add_copy, drop_copy
+from elastic_moe.plan.flow import Ints
 
 TOLERANCE = 1 / 512  # a plan this close to the bound is not changed any more
 
@@ -150,23 +150,12 @@ def _exchange(now: _Flow, crumb: int, home_moves: int) -> int:
 
 
 @compiled
-def mend(
-    load_E: Ints,
-    target_R: Floats,
-    start_R: Ints,
-    rank_P: Ints,
-    expert_P: Ints,
-    where: Ints,
-    copies_E: Ints,
-    home_E: Ints,
-    changes: int,
-    home_moves: int,
-    goal: float,
-) -> float:
+def mend(layer: Layer, expert_P: Ints, home_E: Ints, changes: int, home_moves: int, goal: float) -> float:
     """Change copies until today's load fits into a time of `goal`, or no change helps, or `changes` are used up.
 
     Returns the time reached, 1 is the mean. `home_E` pins copies (-1: not pinned); at most `home_moves` pinned ones may change places.
     """
+    load_E, target_R, start_R, rank_P, _, _, where, copies_E = layer
     num_experts, num_ranks, num_slots = len(load_E), len(target_R), len(expert_P)
     z = goal
     quota = np.zeros(num_slots, np.int64)

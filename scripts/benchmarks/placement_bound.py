@@ -17,7 +17,7 @@ lightest of all: (1) m z >= load(A) + light(s(m) - u - |A|). Two bounds follow, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -36,15 +36,23 @@ def least_time(load_E: NDArray[np.float64], slots: Sequence[int], speeds: Sequen
     return time
 
 
+def _first_that(fits: Callable[[float], bool], low: float, high: float) -> float:
+    """The least time that fits, from below."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return low
+
+
 def _enough_copies(load_E: NDArray[np.float64], slots: Sequence[int], speeds: Sequence[float]) -> float:
     """The mean, and copies enough that each expert fits on that many of the fastest ranks."""
     best_speed = np.cumsum(sorted(speeds, reverse=True))
-    low, high = float(load_E.sum() / sum(speeds)), float(load_E.max() / best_speed[0] + load_E.sum())
-    for _ in range(60):
-        middle = (low + high) / 2
-        need = np.searchsorted(best_speed, load_E / middle * (1 - 1e-12)) + 1
-        low, high = (low, middle) if need.sum() <= sum(slots) and need.max() <= len(speeds) else (middle, high)
-    return low
+
+    def fits(time: float) -> bool:
+        need_E = np.searchsorted(best_speed, load_E / time * (1 - 1e-12)) + 1
+        return need_E.sum() <= sum(slots) and need_E.max() <= len(speeds)
+
+    return _first_that(fits, float(load_E.sum() / sum(speeds)), float(load_E.max() / best_speed[0] + load_E.sum()))
 
 
 def _components(load_E: NDArray[np.float64], slots: Sequence[int]) -> float:
@@ -55,15 +63,11 @@ def _components(load_E: NDArray[np.float64], slots: Sequence[int]) -> float:
     costs = [partial(_alone, heavy_E, light_E, min(slots), spare)]
     for hottest in range(1, min(_HOTTEST, len(load_E)) + 1):
         costs.append(partial(_together, heavy_E, light_E, slots_M, spare, hottest))
-    low = float(load_E.sum() / len(slots))
+    least = float(load_E.sum() / len(slots))
     for cost in costs:
-        if cost(low) <= spare:
-            continue
-        high = float(load_E.sum())
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (low, middle) if cost(middle) <= spare else (middle, high)
-    return low
+        if cost(least) > spare:
+            least = _first_that(lambda time, cost=cost: cost(time) <= spare, least, float(load_E.sum()))
+    return least
 
 
 @compiled

@@ -15,14 +15,14 @@ from elastic_moe.config.build import build
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.data.tokenizer import TextTokenizer, load_tokenizer, read_tokenizer_file
 from elastic_moe.errors import UserError
-from elastic_moe.model.hf import HFCheckpoint, read_fields
+from elastic_moe.model.hf.checkpoint import HFCheckpoint, read_fields
 from elastic_moe.types import ParamSpec
 
 TOKENIZER = "tokenizer.json"  # in the run directory
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedModel:
     """A model on disk.
 
     Attributes:
@@ -40,7 +40,7 @@ class Saved:
     what: str
 
 
-def open_run(path: str, step: int | None = None) -> Saved:
+def open_run(path: str, step: int | None = None) -> SavedModel:
     """A run directory, or one of its checkpoints.
 
     Raises:
@@ -59,10 +59,10 @@ def open_run(path: str, step: int | None = None) -> Saved:
     cfg = with_tokenizer(config.model, tokenizer)
     manifest = find_checkpoint(root, own_step if step is None else step)
     what = f"step {manifest.step} of {run_dir.name}"
-    return Saved(cfg, weight_reader(manifest, cfg), tokenizer, config.data.seq_len, what)
+    return SavedModel(cfg, weight_reader(manifest, cfg), tokenizer, config.data.seq_len, what)
 
 
-def open_hf(path: str) -> Saved:
+def open_hf(path: str) -> SavedModel:
     """A Hugging Face directory.
 
     Raises:
@@ -77,10 +77,10 @@ def open_hf(path: str) -> Saved:
         return torch.zeros(spec.shape) if value is None else value  # a balancing bias that the family does not have
 
     tokenizer = read_tokenizer_file(directory / "tokenizer.json") if (directory / "tokenizer.json").is_file() else None
-    return Saved(cfg, read, tokenizer, 0, directory.name)
+    return SavedModel(cfg, read, tokenizer, 0, directory.name)
 
 
-def open_saved(path: str, step: int | None = None) -> Saved:
+def open_model(path: str, step: int | None = None) -> SavedModel:
     """A run, a checkpoint of one, or a Hugging Face directory."""
     if (Path(path).expanduser() / "config.json").is_file():
         return open_hf(path)

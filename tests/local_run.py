@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.actors.book import CheckpointBook
-from elastic_moe.actors.server import ControlServer
 from elastic_moe.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -22,11 +20,13 @@ from elastic_moe.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from elastic_moe.coordination.checkpoints import CheckpointCommitter
+from elastic_moe.coordination.server import ControlServer
 from elastic_moe.data.prepare import Prepared, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.metrics.recorder import Recorder, read_jsonl
 from elastic_moe.model.params import param_specs
-from elastic_moe.plan.units import build_units
+from elastic_moe.plan.state.units import build_units
 from elastic_moe.saved import with_tokenizer
 
 WAIT_S = 90.0
@@ -72,7 +72,9 @@ class LocalRun:
         self._prepared, self._nodes = prepared, nodes or workers
         self._recorder = Recorder(self.dir)
         units = build_units(param_specs(self.config.model), self.config.model.max_unit_elements)
-        self._book = CheckpointBook(str(self.dir / "checkpoints"), 3, [u.name for u in units], {}, self._recorder.event)
+        self._book = CheckpointCommitter(
+            str(self.dir / "checkpoints"), 3, [u.name for u in units], {}, self._recorder.event
+        )
         self.server = ControlServer(
             self.config, "secret", workers,
             on_record=self._recorder.record, on_event=self._event, on_shard=self._book.add,

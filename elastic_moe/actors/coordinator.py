@@ -12,13 +12,13 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.actors.book import CheckpointBook
-from elastic_moe.actors.drain import NodeWatcher
-from elastic_moe.actors.server import ControlServer
+from elastic_moe.actors.node_watcher import NodeWatcher
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.coordination.checkpoints import CheckpointCommitter
+from elastic_moe.coordination.server import ControlServer
 from elastic_moe.metrics.recorder import METRICS, Recorder, read_jsonl
 from elastic_moe.model.params import param_specs
-from elastic_moe.plan.units import build_units
+from elastic_moe.plan.state.units import build_units
 
 RECENT = 1000  # records kept in memory for the driver, which asks for new ones several times a second
 
@@ -45,7 +45,7 @@ class Coordinator:
         self._recent_lock = threading.Lock()
         self._closed = threading.Event()
         units = build_units(param_specs(config.model), config.model.max_unit_elements)
-        self._book = CheckpointBook(
+        self._book = CheckpointCommitter(
             config.checkpoint.dir or str(self._run_dir / "checkpoints"),
             config.checkpoint.keep,
             [unit.name for unit in units],
@@ -111,10 +111,10 @@ class Coordinator:
 
     def _on_event(self, event: dict[str, Any]) -> None:
         if event.get("event") == "entered" and event.get("source") in ("checkpoint", "initialisation"):
-            self._fall_back(int(event["generation"]), max(0, int(event["step"])))
+            self._roll_back_to(int(event["generation"]), max(0, int(event["step"])))
         self._recorder.event(event)
 
-    def _fall_back(self, generation: int, step: int) -> None:
+    def _roll_back_to(self, generation: int, step: int) -> None:
         """The state of this generation came from storage: what was recorded after that step did not happen."""
         if generation == self._fell_back:
             return  # members report it one by one, and later ones may come after the first new record
@@ -122,6 +122,6 @@ class Coordinator:
         with self._recent_lock:
             self._recent.clear()
         dropped = self._recorder.truncate_after(step)
-        self._book.fall_back(step)
+        self._book.roll_back_to(step)
         if dropped:
             self._recorder.event({"event": "fell_back", "generation": generation, "step": step, "lost_steps": dropped})

@@ -75,7 +75,7 @@ class CoordinatorLink:
         """Seconds since the coordinator last answered."""
         return self._clock() - self._answered_s
 
-    def tell(self, event: dict[str, Any]) -> None:
+    def submit(self, event: dict[str, Any]) -> None:
         """Hand an event over; Ray retries it if the coordinator restarts."""
         if (handle := self._find()) is not None:
             handle.submit.remote(event)

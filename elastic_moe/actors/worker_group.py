@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Ended:
+class WorkerExit:
     """A worker that is no longer there.
 
     Attributes:
@@ -65,16 +65,16 @@ class Ended:
     value: Any = None
 
 
-def judge(worker: str, node: str, pid: int, status: WorkerStatus) -> Ended | None:
+def classify_exit(worker: str, node: str, pid: int, status: WorkerStatus) -> WorkerExit | None:
     """What a health check says about one worker: None while its train function runs."""
     if status.error is None:
-        return None if status.running else Ended(worker, node, pid, value=status.return_value)
+        return None if status.running else WorkerExit(worker, node, pid, value=status.return_value)
     error: BaseException = status.error
     if isinstance(error, UserExceptionWithTraceback):
-        return Ended(worker, node, pid, error=error._base_exc)
+        return WorkerExit(worker, node, pid, error=error._base_exc)
     if isinstance(error, WorkerHealthCheckFailedError) and error.health_check_failure is not None:
         error = error.health_check_failure
-    return Ended(worker, node, pid, error=error, died=True)
+    return WorkerExit(worker, node, pid, error=error, died=True)
 
 
 def worker_id(worker: Worker) -> str:
@@ -82,7 +82,7 @@ def worker_id(worker: Worker) -> str:
     return worker.actor._actor_id.hex()
 
 
-class _Bringup(threading.Thread):
+class WorkerStart(threading.Thread):
     """One attempt to fill one slot: placement group, actor, train context, train function; then `worker` or `error` is set."""
 
     def __init__(self, group: ElasticWorkerGroup, index: int) -> None:
@@ -133,7 +133,7 @@ class _Bringup(threading.Thread):
 class _Slot:
     """Room for one worker: empty, being filled, or with a running worker."""
 
-    bringup: _Bringup | None = None
+    bringup: WorkerStart | None = None
     worker: Worker | None = None
     failures: int = 0
     retry_at_s: float = 0.0
@@ -153,32 +153,32 @@ class ElasticWorkerGroup(WorkerGroup):
         self._assert_inactive()
         self._worker_health_check_timeout_s = HUNG_WORKER_S
         self._slots = [_Slot() for _ in range(self._worker_group_context.num_workers)]
-        self._ended: list[Ended] = []
+        self._ended: list[WorkerExit] = []
         self._unreachable_since_s: dict[str, float] = {}
         self.supplying = True
         self.last_bringup_error: Exception | None = None
         self._worker_group_state = WorkerGroupState(time_monotonic(), None, [], None)  # type: ignore[arg-type]
-        self.supply()
+        self.fill_slots()
 
-    def supply(self) -> None:
+    def fill_slots(self) -> None:
         """Take in the workers that came up since, and start filling empty slots. Never waits."""
         now_s = time_monotonic()
         for index, slot in enumerate(self._slots):
             if slot.bringup is not None and slot.worker is None and not slot.bringup.is_alive():
                 self._take_in(slot, slot.bringup, now_s)
             if slot.bringup is None and self.supplying and now_s >= slot.retry_at_s:
-                slot.bringup = _Bringup(self, index)
+                slot.bringup = WorkerStart(self, index)
                 slot.bringup.start()
         self._set_workers([slot.worker for slot in self._slots if slot.worker is not None])
 
     def poll_status(self, timeout: float | None = None) -> WorkerGroupPollStatus:
         """Supply, then ask every worker how it is, and drop those that ended. Callbacks about reports are not called."""
         self._assert_active()
-        self.supply()
+        self.fill_slots()
         workers = self.get_workers()
         results = self._poll_workers_and_collect_errors(timeout) if workers else []
         for worker, result in zip(workers, results, strict=True):
-            ended = judge(worker_id(worker), worker.metadata.node_id, worker.metadata.pid, result)
+            ended = classify_exit(worker_id(worker), worker.metadata.node_id, worker.metadata.pid, result)
             if ended is None:
                 self._unreachable_since_s.pop(worker_id(worker), None)
             elif not self._may_come_back(ended):
@@ -186,13 +186,13 @@ class ElasticWorkerGroup(WorkerGroup):
         self._latest_poll_status = WorkerGroupPollStatus(worker_statuses=dict(enumerate(results)))
         return self._latest_poll_status
 
-    def _may_come_back(self, ended: Ended) -> bool:
+    def _may_come_back(self, ended: WorkerExit) -> bool:
         if not isinstance(ended.error, ActorUnavailableError):
             return False
         now_s = time_monotonic()
         return now_s - self._unreachable_since_s.setdefault(ended.worker, now_s) < UNAVAILABLE_S
 
-    def take_ended(self) -> list[Ended]:
+    def take_ended(self) -> list[WorkerExit]:
         """Workers that ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
@@ -202,7 +202,7 @@ class ElasticWorkerGroup(WorkerGroup):
         for member in self.get_workers():
             if worker_id(member) == worker:
                 error = RuntimeError("evicted by the coordinator")
-                self._drop(member, Ended(worker, member.metadata.node_id, member.metadata.pid, error, died=True))
+                self._drop(member, WorkerExit(worker, member.metadata.node_id, member.metadata.pid, error, died=True))
 
     def progressed(self) -> None:
         """The run made a step: slots that failed before may be tried again at once."""
@@ -224,7 +224,7 @@ class ElasticWorkerGroup(WorkerGroup):
     def abort(self) -> None:
         self.shutdown()
 
-    def _take_in(self, slot: _Slot, bringup: _Bringup, now_s: float) -> None:
+    def _take_in(self, slot: _Slot, bringup: WorkerStart, now_s: float) -> None:
         if bringup.worker is not None:
             slot.worker = bringup.worker
             meta = bringup.worker.metadata
@@ -235,7 +235,7 @@ class ElasticWorkerGroup(WorkerGroup):
         bringup.cancel()
         self._empty(slot, now_s, failed=True)
 
-    def _drop(self, worker: Worker, ended: Ended) -> None:
+    def _drop(self, worker: Worker, ended: WorkerExit) -> None:
         slot = next(slot for slot in self._slots if slot.worker is worker)
         ray.kill(worker.actor)
         assert slot.bringup is not None

@@ -15,7 +15,7 @@ from elastic_moe.checkpoint.manifest import ShardInfo
 MAX_PENDING = 8  # steps under way; the oldest is given up beyond this
 
 
-class Ledger:
+class PendingShards:
     """Shards of the steps under way."""
 
     def __init__(self, max_pending: int = MAX_PENDING) -> None:
@@ -76,7 +76,7 @@ class Ledger:
         """Steps under way, in order."""
         return tuple(sorted(set(self._expected) | set(self._shards)))
 
-    def forget_after(self, step: int) -> None:
+    def discard_after(self, step: int) -> None:
         """The run fell back to this step: shards of later ones belong to a past that no longer is."""
         for later in [s for s in self.pending if s > step]:
             self._drop(later)

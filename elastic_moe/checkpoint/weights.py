@@ -17,7 +17,7 @@ from elastic_moe.checkpoint.storage import CorruptCheckpoint
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.params import param_specs
-from elastic_moe.plan.units import build_units
+from elastic_moe.plan.state.units import build_units
 from elastic_moe.types import ParamSpec, Part
 
 

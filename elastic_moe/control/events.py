@@ -144,7 +144,7 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
+class Pause:
     """Too few workers: those named keep their state and wait."""
 
     generation: int
@@ -190,7 +190,7 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class LogEvent:
     """A line for the event log."""
 
     event: str
@@ -200,7 +200,7 @@ class Note:
     reason: str = ""
 
 
-Command = Welcome | Publish | Hold | Probe | Release | Evict | StopAll | End | Note
+Command = Welcome | Publish | Pause | Probe | Release | Evict | StopAll | End | LogEvent
 
 # --- the wire ---------------------------------------------------------------------------------------------------------
 

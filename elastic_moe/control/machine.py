@@ -1,6 +1,6 @@
 """Who is in the run: the membership state machine, `transition(state, event, now_s, config) -> (state, commands, reason)`.
 
-Every event is first *absorbed* (it changes what is known), then the rules are applied to what is known (`rules.settle`), so that a death is
+Every event is first *absorbed* (it changes what is known), then the rules are applied to what is known (`rules.apply_rules`), so that a death is
 answered in the same call in which it is heard, and no rule depends on which event revealed its condition. Pure: time is an argument.
 Messages about a generation that is not the newest are dropped in `_stale`, and nowhere else.
 """
@@ -20,11 +20,11 @@ from elastic_moe.control.events import (
     Finished,
     Heartbeat,
     Hello,
-    Hold,
     Left,
+    LogEvent,
     Lost,
     NodeLost,
-    Note,
+    Pause,
     Probe,
     Publish,
     Ready,
@@ -35,8 +35,8 @@ from elastic_moe.control.events import (
     Tick,
     Welcome,
 )
-from elastic_moe.control.rules import settle
-from elastic_moe.control.state import FINISHING, RUNNING, WAITING, Seat, State
+from elastic_moe.control.rules import apply_rules
+from elastic_moe.control.state import FINISHING, RUNNING, WAITING, State, WorkerRecord
 from elastic_moe.types import Member
 
 PAUSE_S = 2.0  # a longer gap between two looks at the clock means that the coordinator itself was stopped
@@ -66,13 +66,13 @@ def transition(
     """
     state = _forgive_pause(state, now_s)
     if not isinstance(event, Hello | Lost | NodeLost | Drain | Stop | Tick):
-        if event.worker not in state.seats:
+        if event.worker not in state.records:
             return state, (), f"{type(event).__name__} of unknown worker {event.worker}"
-        state = state.with_seat(event.worker, seen_s=now_s, missing=False)
+        state = state.with_record(event.worker, last_heard_s=now_s, missing=False)
         if _stale(state, event):
             return state, (), f"stale {type(event).__name__} of {event.worker}"
-    state, commands = _absorb(state, event, now_s, config)
-    state, decided, reason = settle(state, now_s, config)
+    state, commands = _observe(state, event, now_s, config)
+    state, decided, reason = apply_rules(state, now_s, config)
     return state, (*commands, *decided), reason
 
 
@@ -82,8 +82,11 @@ def _forgive_pause(state: State, now_s: float) -> State:
     state = replace(state, ticked_s=now_s)
     if gap_s <= PAUSE_S:
         return state
-    seats = {w: replace(s, seen_s=s.seen_s + gap_s, moved_s=s.moved_s + gap_s) for w, s in state.seats.items()}
-    return replace(state, seats=seats)
+    records = {
+        w: replace(s, last_heard_s=s.last_heard_s + gap_s, last_progress_s=s.last_progress_s + gap_s)
+        for w, s in state.records.items()
+    }
+    return replace(state, records=records)
 
 
 def _stale(state: State, event: Event) -> bool:
@@ -93,28 +96,32 @@ def _stale(state: State, event: Event) -> bool:
     return False
 
 
-def _absorb(state: State, event: Event, now_s: float, config: ElasticConfig) -> Step:
+def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) -> Step:
     match event:
         case Hello():
             return _hello(state, event, now_s, config)
         case Ready(worker):
-            if state.seats[worker].ready_s is not None:
+            if state.records[worker].ready_s is not None:
                 return state, []
-            return state.with_seat(worker, ready_s=now_s), [_note(state, "worker_ready", worker)]
+            return state.with_record(worker, ready_s=now_s), [_note(state, "worker_ready", worker)]
         case Heartbeat(worker, generation, step, progress):
-            mark = (generation, step, progress)
+            last_progress = (generation, step, progress)
             if step - 1 > state.step:
                 state = replace(state, step=step - 1, reforms=0)
-            return (state.with_seat(worker, mark=mark, moved_s=now_s) if mark > state.seats[worker].mark else state), []
+            return (
+                state.with_record(worker, last_progress=last_progress, last_progress_s=now_s)
+                if last_progress > state.records[worker].last_progress
+                else state
+            ), []
         case Suspect(worker, _, error):
             note = _note(state, "suspect", worker, error)
             if state.suspected_s is not None:
                 return state, [note]
             return replace(state, suspected_s=now_s), [note, Probe(state.view_workers)]
         case Entered(worker, _):
-            return replace(state.with_seat(worker, moved_s=now_s), entered=state.entered | {worker}), []
+            return replace(state.with_record(worker, last_progress_s=now_s), entered=state.entered | {worker}), []
         case Finished(worker):
-            state = state.with_seat(worker, finished=True)
+            state = state.with_record(worker, finished=True)
             if state.phase == RUNNING:
                 state = replace(state, phase=FINISHING, finishing_s=now_s)
             return state, [_note(state, "worker_finished", worker)]
@@ -125,14 +132,14 @@ def _absorb(state: State, event: Event, now_s: float, config: ElasticConfig) -> 
             return _lost(state, [worker], reason)
         case NodeLost(node, reason):
             state = replace(state, draining_nodes={n: t for n, t in state.draining_nodes.items() if n != node})
-            return _lost(state, [w for w, s in state.seats.items() if s.member.node == node], reason)
+            return _lost(state, [w for w, s in state.records.items() if s.member.node == node], reason)
         case Drain():
             return _drain(state, event, now_s, config)
         case Stop(reason):
             if state.stopping or state.over:
                 return state, []
             state = replace(state, stopping=True, reason=reason)
-            return state, [Note("stop", reason=reason), StopAll(state.view_workers)]
+            return state, [LogEvent("stop", reason=reason), StopAll(state.view_workers)]
         case Tick():
             nodes = {n: until_s for n, until_s in state.draining_nodes.items() if now_s < until_s}
             return replace(state, draining_nodes=nodes), []
@@ -140,25 +147,25 @@ def _absorb(state: State, event: Event, now_s: float, config: ElasticConfig) -> 
 
 def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> Step:
     worker = event.worker
-    if worker in state.gone:
+    if worker in state.removed:
         return state, [Evict(worker, "no longer a member")]
     if state.over:
         return state, [Release(worker)]
     commands: list[Command] = []
     if event.view is not None and _adoptable(state, event):
         state = _adopt(state, event, now_s, config)
-        commands.append(Note("adopted", reason=f"generation {state.generation - ADOPTION_GAP} of {worker}"))
+        commands.append(LogEvent("adopted", reason=f"generation {state.generation - ADOPTION_GAP} of {worker}"))
     if event.view is not None and not state.in_view(worker):
         return state.without(worker), [*commands, Evict(worker, "the run went on without it")]
-    known = state.seats.get(worker)
+    known = state.records.get(worker)
     if known is None:
         until_s = state.draining_nodes.get(event.node)
         if until_s is not None:
             return state, [*commands, Release(worker)]
         member = Member(worker, event.node, event.pid, slots=event.slots)
-        seat = Seat(member, now_s if event.ready else None, now_s, moved_s=now_s)
-        state = replace(state, seats={**state.seats, worker: seat})
-    state = state.with_seat(worker, seen_s=now_s, missing=False)
+        record = WorkerRecord(member, now_s if event.ready else None, now_s, last_progress_s=now_s)
+        state = replace(state, records={**state.records, worker: record})
+    state = state.with_record(worker, last_heard_s=now_s, missing=False)
     state = replace(state, step=max(state.step, event.step))
     commands += [Welcome(worker), _note(state, "worker_connected", worker)]
     view = state.view
@@ -168,7 +175,7 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> S
         if event.view is None or event.view.generation < view.generation:
             commands.append(Publish(view, False, "re-registered", (worker,)))
         if state.phase == WAITING:
-            commands.append(Hold(view.generation, (worker,), state.reason))
+            commands.append(Pause(view.generation, (worker,), state.reason))
         if state.stopping:
             commands.append(StopAll((worker,)))
     return state, commands
@@ -187,18 +194,20 @@ def _adopt(state: State, event: Hello, now_s: float, config: ElasticConfig) -> S
     """Take over a view. Members that do not re-register fall silent and are lost like any other."""
     view = event.view
     assert view is not None
-    seats = {w: s for w, s in state.seats.items() if not s.missing}
+    records = {w: s for w, s in state.records.items() if not s.missing}
     for m in view.members:
         drain_s = now_s + config.drain_deadline_s if m.draining else None
-        if m.worker in seats:
-            seats[m.worker] = replace(seats[m.worker], member=replace(m, draining=False), drain_s=drain_s)
-        elif m.worker not in state.gone:
-            seats[m.worker] = Seat(replace(m, draining=False), now_s, now_s, (0, 0, 0), now_s, drain_s, missing=True)
+        if m.worker in records:
+            records[m.worker] = replace(records[m.worker], member=replace(m, draining=False), drain_s=drain_s)
+        elif m.worker not in state.removed:
+            records[m.worker] = WorkerRecord(
+                replace(m, draining=False), now_s, now_s, (0, 0, 0), now_s, drain_s, missing=True
+            )
     return replace(
         state,
         phase=RUNNING,
         reason="re-registered",
-        seats=seats,
+        records=records,
         view=view,
         generation=max(state.generation, view.generation + ADOPTION_GAP),
         entered=frozenset(),
@@ -210,11 +219,11 @@ def _adopt(state: State, event: Hello, now_s: float, config: ElasticConfig) -> S
 def _lost(state: State, workers: Sequence[str], reason: str) -> Step:
     notes: list[Command] = []
     for worker in workers:
-        seat = state.seats.get(worker)
-        if seat is None:
-            state = replace(state, gone=state.gone | {worker})
+        record = state.records.get(worker)
+        if record is None:
+            state = replace(state, removed=state.removed | {worker})
             continue
-        quiet = seat.released or seat.finished or state.over
+        quiet = record.released or record.finished or state.over
         notes.append(_note(state, "worker_left" if quiet else "worker_lost", worker, reason))
         if not quiet:
             notes.append(Evict(worker, reason))
@@ -227,19 +236,19 @@ def _drain(state: State, event: Drain, now_s: float, config: ElasticConfig) -> S
     if event.node:
         state = replace(state, draining_nodes={**state.draining_nodes, event.node: until_s + config.drain_deadline_s})
     commands: list[Command] = []
-    for worker, seat in state.seats.items():
-        if worker != event.worker and (not event.node or seat.member.node != event.node):
+    for worker, record in state.records.items():
+        if worker != event.worker and (not event.node or record.member.node != event.node):
             continue
         commands.append(_note(state, "drain", worker, event.reason))
         if state.in_view(worker):
-            sooner_s = until_s if seat.drain_s is None else min(seat.drain_s, until_s)
-            state = state.with_seat(worker, drain_s=sooner_s)
+            sooner_s = until_s if record.drain_s is None else min(record.drain_s, until_s)
+            state = state.with_record(worker, drain_s=sooner_s)
         else:
             commands.append(Release(worker))
-            state = state.with_seat(worker, released=True)
+            state = state.with_record(worker, released=True)
     return state, commands
 
 
-def _note(state: State, event: str, worker: str, reason: str = "") -> Note:
-    member = state.seats[worker].member
-    return Note(event, worker, member.node, member.pid, reason)
+def _note(state: State, event: str, worker: str, reason: str = "") -> LogEvent:
+    member = state.records[worker].member
+    return LogEvent(event, worker, member.node, member.pid, reason)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from elastic_moe.config.schema import ElasticConfig
-from elastic_moe.control.events import Command, End, Evict, Hold, Note, Publish, Release
+from elastic_moe.control.events import Command, End, Evict, LogEvent, Pause, Publish, Release
 from elastic_moe.control.state import FAILED, FINISHED, FINISHING, RUNNING, WAITING, State
 from elastic_moe.types import Member, View
 
@@ -23,7 +23,7 @@ MAX_REFORMS = 20  # views in a row that failed although everyone lived
 Decision = tuple[State, list[Command], str]
 
 
-def settle(state: State, now_s: float, config: ElasticConfig) -> Decision:
+def apply_rules(state: State, now_s: float, config: ElasticConfig) -> Decision:
     """Apply the rules. Returns the state, the commands and why they were given."""
     if state.over:
         return state, [], ""
@@ -33,7 +33,7 @@ def settle(state: State, now_s: float, config: ElasticConfig) -> Decision:
         if decision is not None:
             state, more, reason = decision
             return state, commands + more, reason
-    return state, commands, commands[0].reason if commands and isinstance(commands[0], Note) else ""
+    return state, commands, commands[0].reason if commands and isinstance(commands[0], LogEvent) else ""
 
 
 # --- who is given up --------------------------------------------------------------------------------------------------
@@ -42,17 +42,17 @@ def settle(state: State, now_s: float, config: ElasticConfig) -> Decision:
 def _give_up(state: State, now_s: float, config: ElasticConfig) -> tuple[State, list[Command]]:
     """Evict the silent, the hung, and those whose drain deadline has passed."""
     verdicts: dict[str, str] = {}
-    for worker, seat in state.seats.items():
-        if now_s - seat.seen_s > config.heartbeat_timeout_s:
+    for worker, record in state.records.items():
+        if now_s - record.last_heard_s > config.heartbeat_timeout_s:
             verdicts[worker] = f"silent for {config.heartbeat_timeout_s:g} s"
-        elif seat.drain_s is not None and now_s > seat.drain_s and not seat.released:
+        elif record.drain_s is not None and now_s > record.drain_s and not record.released:
             verdicts[worker] = "drain deadline passed"
     for worker in _hung(state, now_s, config):
         verdicts.setdefault(worker, f"no progress for {config.hang_timeout_s:g} s while others waited")
     commands: list[Command] = []
     for worker, reason in verdicts.items():
-        member = state.seats[worker].member
-        commands += [Note("worker_evicted", worker, member.node, member.pid, reason), Evict(worker, reason)]
+        member = state.records[worker].member
+        commands += [LogEvent("worker_evicted", worker, member.node, member.pid, reason), Evict(worker, reason)]
         state = state.without(worker)
     return state, commands
 
@@ -62,13 +62,14 @@ def _hung(state: State, now_s: float, config: ElasticConfig) -> list[str]:
     workers = state.view_workers
     if state.phase != RUNNING or not workers:
         return []
-    marks = [state.seats[w].mark for w in workers]
+    marks = [state.records[w].last_progress for w in workers]
     if min(marks) == max(marks):
         return []
     return [
         w
         for w in workers
-        if state.seats[w].mark == min(marks) and now_s - state.seats[w].moved_s > config.hang_timeout_s
+        if state.records[w].last_progress == min(marks)
+        and now_s - state.records[w].last_progress_s > config.hang_timeout_s
     ]
 
 
@@ -79,7 +80,7 @@ def _finish(state: State, now_s: float, config: ElasticConfig) -> Decision | Non
     """Finishing members have all passed the last barrier, so nothing is lost if one of them goes without a word."""
     if state.phase == FINISHING:
         assert state.finishing_s is not None
-        waiting = [w for w in state.view_workers if not state.seats[w].finished]
+        waiting = [w for w in state.view_workers if not state.records[w].finished]
         if waiting and now_s - state.finishing_s < FINISH_GRACE_S and state.suspected_s is None:
             return None
         return _end(state, FINISHED, state.reason if state.stopping else "all steps are committed")
@@ -94,10 +95,10 @@ def _finish(state: State, now_s: float, config: ElasticConfig) -> Decision | Non
 
 
 def _end(state: State, phase: str, reason: str) -> Decision:
-    releases: list[Command] = [Release(w) for w, seat in state.seats.items() if not seat.finished]
+    releases: list[Command] = [Release(w) for w, record in state.records.items() if not record.finished]
     return (
         replace(state, phase=phase, reason=reason),
-        [Note(phase, reason=reason), *releases, End(phase, reason)],
+        [LogEvent(phase, reason=reason), *releases, End(phase, reason)],
         reason,
     )
 
@@ -112,11 +113,11 @@ def _start(state: State, now_s: float, config: ElasticConfig) -> Decision | None
     if state.waiting_s is None:
         state = replace(state, waiting_s=now_s)
     ready = _joiners(state)
-    since_s = [s for w in ready if (s := state.seats[w].ready_s) is not None]
-    enough = len(ready) >= _least(config) and now_s - min(since_s) >= START_GRACE_S
-    if len(ready) < max(_least(config), min(state.target, _most(state, config))) and not enough:
+    since_s = [s for w in ready if (s := state.records[w].ready_s) is not None]
+    enough = len(ready) >= min_workers(config) and now_s - min(since_s) >= START_GRACE_S
+    if len(ready) < max(min_workers(config), min(state.target, max_workers(state, config))) and not enough:
         return state, [], ""
-    members = [state.seats[w].member for w in ready[: _most(state, config)]]
+    members = [state.records[w].member for w in ready[: max_workers(state, config)]]
     return _publish(state, members, True, "start", now_s)
 
 
@@ -124,10 +125,10 @@ def _survive(state: State, now_s: float, config: ElasticConfig) -> Decision | No
     """A member died: go on with the survivors at once, or hold if they are too few."""
     if state.view is None or state.phase != RUNNING or len(state.view_workers) == state.view.world_size:
         return None
-    dead = [m.worker for m in state.view.members if m.worker not in state.seats]
+    dead = [m.worker for m in state.view.members if m.worker not in state.records]
     reason = "lost " + ", ".join(dead)
     survivors = state.view_workers
-    if len(survivors) >= _least(config):
+    if len(survivors) >= min_workers(config):
         return _publish(state, _members(state, survivors, config), False, reason, now_s)
     reason += f"; {len(survivors)} left, waiting for elastic.min_workers={config.min_workers}"
     generation = state.view.generation
@@ -135,7 +136,7 @@ def _survive(state: State, now_s: float, config: ElasticConfig) -> Decision | No
     state, published, why = _resume(state, now_s, config) or (state, [], "")
     if published:
         return state, published, why
-    return state, [Note("hold", reason=reason), Hold(generation, survivors, reason)], reason
+    return state, [LogEvent("hold", reason=reason), Pause(generation, survivors, reason)], reason
 
 
 def _resume(state: State, now_s: float, config: ElasticConfig) -> Decision | None:
@@ -143,9 +144,9 @@ def _resume(state: State, now_s: float, config: ElasticConfig) -> Decision | Non
     if state.view is None or state.phase != WAITING:
         return None
     workers = (*state.view_workers, *_joiners(state))
-    if len(workers) < _least(config):
+    if len(workers) < min_workers(config):
         return None
-    workers = workers[: max(_most(state, config), len(state.view_workers))]
+    workers = workers[: max(max_workers(state, config), len(state.view_workers))]
     return _publish(state, _members(state, workers, config), False, "enough workers again", now_s)
 
 
@@ -153,17 +154,17 @@ def _reform(state: State, now_s: float, config: ElasticConfig) -> Decision | Non
     """Re-form a view that does not work although all its members live."""
     if state.view is None or state.phase != RUNNING:
         return None
-    seats = [state.seats[w] for w in state.view_workers]
+    records = [state.records[w] for w in state.view_workers]
     reason, moved = "", False
     if state.suspected_s is not None:
         grace_s = min(REFORM_GRACE_S * 2.0**state.reforms, 10.0)
-        answered = all(seat.seen_s > state.suspected_s for seat in seats)
+        answered = all(record.last_heard_s > state.suspected_s for record in records)
         reason = "a collective failed, all members live" if answered and now_s - state.suspected_s >= grace_s else ""
-    elif state.adopted_s is not None and not state.all_entered and not any(seat.missing for seat in seats):
+    elif state.adopted_s is not None and not state.all_entered and not any(record.missing for record in records):
         reason = (
             "the coordinator was lost while a view was entered" if now_s - state.adopted_s > ADOPTED_GRACE_S else ""
         )
-    elif all(now_s - seat.moved_s > config.hang_timeout_s for seat in seats):
+    elif all(now_s - record.last_progress_s > config.hang_timeout_s for record in records):
         reason, moved = f"nobody progressed for {config.hang_timeout_s:g} s", True
     if not reason:
         return None
@@ -180,13 +181,13 @@ def _plan(state: State, now_s: float, config: ElasticConfig) -> Decision | None:
     handed_over = [m.worker for m in state.view.members if m.draining]
     staying = [w for w in state.view_workers if w not in handed_over]
     joiners = _joiners(state)
-    oldest_s = min((s for w in joiners if (s := state.seats[w].ready_s) is not None), default=now_s)
-    leaving = [w for w in staying if state.seats[w].drain_s is not None]
+    oldest_s = min((s for w in joiners if (s := state.records[w].ready_s) is not None), default=now_s)
+    leaving = [w for w in staying if state.records[w].drain_s is not None]
     if not leaving and now_s - oldest_s < config.join_settle_s:
         joiners = []
-    joiners = joiners[: max(0, _most(state, config) - len(staying) + len(leaving))]
+    joiners = joiners[: max(0, max_workers(state, config) - len(staying) + len(leaving))]
     members = _members(state, [*staying, *joiners], config)
-    if tuple(members) == state.view.members or sum(not m.draining for m in members) < _least(config):
+    if tuple(members) == state.view.members or sum(not m.draining for m in members) < min_workers(config):
         return None
     causes = {
         "join": bool(joiners),
@@ -196,9 +197,9 @@ def _plan(state: State, now_s: float, config: ElasticConfig) -> Decision | None:
     reason = ", ".join(cause for cause, holds in causes.items() if holds)
     state, commands, _ = _publish(state, members, True, reason, now_s)
     for worker in handed_over:
-        member = state.seats[worker].member
-        commands += [Note("worker_released", worker, member.node, member.pid, reason), Release(worker)]
-        state = state.with_seat(worker, released=True)
+        member = state.records[worker].member
+        commands += [LogEvent("worker_released", worker, member.node, member.pid, reason), Release(worker)]
+        state = state.with_record(worker, released=True)
     return state, commands, reason
 
 
@@ -206,18 +207,18 @@ def _publish(
     state: State, members: Sequence[Member], planned: bool, reason: str, now_s: float, keep_moved: bool = False
 ) -> Decision:
     view = View(state.generation + 1, tuple(members))
-    seats = dict(state.seats)
+    records = dict(state.records)
     for member in members:
         if not keep_moved:
-            seats[member.worker] = replace(seats[member.worker], moved_s=now_s)
-    told = [m.worker for m in members]
+            records[member.worker] = replace(records[member.worker], last_progress_s=now_s)
+    recipients = [m.worker for m in members]
     if not planned:  # a released worker that waits in a collective of an older view must be interrupted too
-        told += [w for w, seat in seats.items() if seat.released]
+        recipients += [w for w, record in records.items() if record.released]
     state = replace(
         state,
         phase=RUNNING,
         reason=reason,
-        seats=seats,
+        records=records,
         view=view,
         generation=view.generation,
         entered=frozenset(),
@@ -225,31 +226,31 @@ def _publish(
         suspected_s=None,
         waiting_s=None,
     )
-    return state, [Publish(view, planned, reason, tuple(told))], reason
+    return state, [Publish(view, planned, reason, tuple(recipients))], reason
 
 
 def _members(state: State, workers: Sequence[str], config: ElasticConfig) -> list[Member]:
     """Members in the order given; those that must leave are draining, the most urgent first, while enough stay active."""
     urgent = sorted(
-        (w for w in workers if state.seats[w].drain_s is not None), key=lambda w: state.seats[w].drain_s or 0.0
+        (w for w in workers if state.records[w].drain_s is not None), key=lambda w: state.records[w].drain_s or 0.0
     )
-    spare = max(0, len(workers) - _least(config))
+    spare = max(0, len(workers) - min_workers(config))
     draining = set(urgent[:spare])
-    return [replace(state.seats[w].member, draining=w in draining) for w in workers]
+    return [replace(state.records[w].member, draining=w in draining) for w in workers]
 
 
 def _joiners(state: State) -> list[str]:
     """Workers that are ready and wait outside the view, in order of arrival."""
     return [
         w
-        for w, seat in state.seats.items()
-        if seat.ready_s is not None and not seat.released and seat.drain_s is None and not state.in_view(w)
+        for w, record in state.records.items()
+        if record.ready_s is not None and not record.released and record.drain_s is None and not state.in_view(w)
     ]
 
 
-def _least(config: ElasticConfig) -> int:
+def min_workers(config: ElasticConfig) -> int:
     return max(1, config.min_workers)
 
 
-def _most(state: State, config: ElasticConfig) -> int:
-    return max(config.max_workers or state.target, _least(config))
+def max_workers(state: State, config: ElasticConfig) -> int:
+    return max(config.max_workers or state.target, min_workers(config))

@@ -1,4 +1,4 @@
-"""What the coordinator knows, as frozen values: one `Seat` per living worker, and the state of the run around them."""
+"""What the coordinator knows, as frozen values: one `WorkerRecord` per living worker, and the state of the run around them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ WAITING, RUNNING, FINISHING, FINISHED, FAILED = "waiting", "running", "finishing
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class WorkerRecord:
     """One living worker.
 
     Attributes:
         member: who it is; its `draining` flag is not used, the view's is.
         ready_s: when it became ready; None before.
-        seen_s: when anything was last heard of it.
-        mark: newest (generation, step, progress) of its main thread.
-        moved_s: when `mark` last grew.
+        last_heard_s: when anything was last heard of it.
+        last_progress: newest (generation, step, progress) of its main thread.
+        last_progress_s: when `last_progress` last grew.
         drain_s: by when it must have left; None if it may stay.
         missing: it is in an adopted view and has not re-registered with this coordinator.
         finished: it did all steps.
@@ -29,9 +29,9 @@ class Seat:
 
     member: Member
     ready_s: float | None = None
-    seen_s: float = 0.0
-    mark: tuple[int, int, int] = (0, 0, 0)
-    moved_s: float = 0.0
+    last_heard_s: float = 0.0
+    last_progress: tuple[int, int, int] = (0, 0, 0)
+    last_progress_s: float = 0.0
     drain_s: float | None = None
     missing: bool = False
     finished: bool = False
@@ -46,8 +46,8 @@ class State:
         target: number of workers to start with, and the largest number where the configuration names none.
         phase: waiting (for the first view, or for enough workers), running, finishing, finished, failed.
         reason: why the phase is what it is.
-        seats: living workers by id, in order of arrival.
-        gone: ids of workers that were lost or evicted; they never come back.
+        records: living workers by id, in order of arrival.
+        removed: ids of workers that were lost or evicted; they never come back.
         view: the newest view; `generation` is the highest number ever used and never decreases.
         entered: members that have entered the newest view.
         adopted_s: when the newest view was taken over from workers after a restart; None if this coordinator published it.
@@ -64,8 +64,8 @@ class State:
     target: int
     phase: str = WAITING
     reason: str = "waiting for workers"
-    seats: Mapping[str, Seat] = field(default_factory=dict[str, Seat])
-    gone: frozenset[str] = frozenset()
+    records: Mapping[str, WorkerRecord] = field(default_factory=dict[str, WorkerRecord])
+    removed: frozenset[str] = frozenset()
     view: View | None = None
     generation: int = 0
     entered: frozenset[str] = frozenset()
@@ -86,7 +86,7 @@ class State:
     @property
     def view_workers(self) -> tuple[str, ...]:
         """Ids of the newest view's members that still live, in rank order."""
-        return tuple(m.worker for m in self.view.members if m.worker in self.seats) if self.view else ()
+        return tuple(m.worker for m in self.view.members if m.worker in self.records) if self.view else ()
 
     @property
     def all_entered(self) -> bool:
@@ -96,13 +96,13 @@ class State:
     def in_view(self, worker: str) -> bool:
         return self.view is not None and self.view.rank_of(worker) is not None
 
-    def with_seat(self, worker: str, **changes: Any) -> State:
+    def with_record(self, worker: str, **changes: Any) -> State:
         """The state with one seat changed; unchanged if there is no such worker."""
-        if worker not in self.seats:
+        if worker not in self.records:
             return self
-        return replace(self, seats={**self.seats, worker: replace(self.seats[worker], **changes)})
+        return replace(self, records={**self.records, worker: replace(self.records[worker], **changes)})
 
     def without(self, worker: str) -> State:
         """The state with a worker gone for good."""
-        seats = {name: seat for name, seat in self.seats.items() if name != worker}
-        return replace(self, seats=seats, gone=self.gone | {worker})
+        records = {name: record for name, record in self.records.items() if name != worker}
+        return replace(self, records=records, removed=self.removed | {worker})

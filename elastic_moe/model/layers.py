@@ -31,12 +31,12 @@ class Init:
     decay: bool = True
 
 
-def inward(cfg: ModelConfig) -> Init:
+def init_in(cfg: ModelConfig) -> Init:
     """Of matrices that read the residual stream."""
     return Init(std=cfg.init_std)
 
 
-def outward(cfg: ModelConfig) -> Init:
+def init_out(cfg: ModelConfig) -> Init:
     """Of projections back into the residual stream: GPT-2's depth scaling (Radford et al. 2019, section 2.3)."""
     return Init(std=cfg.init_std / math.sqrt(2 * cfg.num_layers))
 
@@ -173,9 +173,9 @@ class SwiGLU(nn.Module):
     def __init__(self, cfg: ModelConfig, hidden: int) -> None:
         super().__init__()
         self._limit = cfg.swiglu_limit
-        self.gate = Linear(cfg.hidden_size, hidden, inward(cfg))
-        self.up = Linear(cfg.hidden_size, hidden, inward(cfg))
-        self.down = Linear(hidden, cfg.hidden_size, outward(cfg))
+        self.gate = Linear(cfg.hidden_size, hidden, init_in(cfg))
+        self.up = Linear(cfg.hidden_size, hidden, init_in(cfg))
+        self.down = Linear(hidden, cfg.hidden_size, init_out(cfg))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(swiglu(self.gate(x), self.up(x), self._limit))

@@ -17,7 +17,7 @@ import re
 import torch
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.layers import Layer, inward, outward
+from elastic_moe.model.layers import Layer, init_in, init_out
 from elastic_moe.types import ParamSpec
 
 _ROWS = 4096  # rows of an expert table made at once
@@ -33,7 +33,7 @@ def expert_specs(cfg: ModelConfig, moe_layer: int) -> list[ParamSpec]:
     """Gate, up and down [F, D], [F, D], [D, F] of each routed expert of one MoE layer."""
     layer, at = layer_path(cfg, moe_layer)
     wide, back = (cfg.expert_hidden, cfg.hidden_size), (cfg.hidden_size, cfg.expert_hidden)
-    kinds = (("gate", wide, inward(cfg)), ("up", wide, inward(cfg)), ("down", back, outward(cfg)))
+    kinds = (("gate", wide, init_in(cfg)), ("up", wide, init_in(cfg)), ("down", back, init_out(cfg)))
     return [
         ParamSpec(
             f"{at}.moe.experts.{expert}.{name}", shape, std=init.std, layer=layer, expert=expert, moe_layer=moe_layer

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.layers import Init, Layer, inward
+from elastic_moe.model.layers import Init, Layer, init_in
 
 
 class Routing(NamedTuple):
@@ -60,7 +60,7 @@ class Router(Layer):
     def __init__(self, cfg: ModelConfig, hashed: bool) -> None:
         super().__init__()
         self._cfg, self.hashed = cfg, hashed
-        self.declare("weight", (cfg.num_experts, cfg.hidden_size), inward(cfg))
+        self.declare("weight", (cfg.num_experts, cfg.hidden_size), init_in(cfg))
         if hashed:  # expert ids as floats, exact below 2^24, so that the table travels like any other state
             rows = Init(init="experts", bound=cfg.num_experts, optimizer="frozen", decay=False)
             self.declare("table", (cfg.vocab_size, cfg.experts_per_token), rows)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from elastic_moe.model.context import KVCache
+from elastic_moe.model.attention.context import KVCache
 from elastic_moe.model.transformer import Transformer
 
 

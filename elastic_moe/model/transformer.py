@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.attention import GroupedQueryAttention, LatentAttention
-from elastic_moe.model.compressed import CompressedAttention
-from elastic_moe.model.context import Context, KVCache
-from elastic_moe.model.experts import ExpertBackend
-from elastic_moe.model.layers import Embedding, Init, Layer, Linear, RMSNorm, SwiGLU, inward
+from elastic_moe.model.attention.compressed import CompressedAttention
+from elastic_moe.model.attention.context import Context, KVCache
+from elastic_moe.model.attention.dense import GroupedQueryAttention, LatentAttention
+from elastic_moe.model.experts.local import ExpertBackend
+from elastic_moe.model.layers import Embedding, Init, Layer, Linear, RMSNorm, SwiGLU, init_in
 from elastic_moe.model.moe import MoE
 from elastic_moe.model.params import init_param
-from elastic_moe.model.residual import ReadOut, Segments, composite_gains, make_residual, spread
+from elastic_moe.model.residual.connections import ReadOut, Segments, composite_gains, expand_streams, make_residual
 from elastic_moe.types import ParamSpec
 
 STATS = ("mtp_sum", "mtp_tokens", "index_sum", "gain_forward", "gain_backward", "gain_backward_min")
@@ -98,7 +98,7 @@ class Block(nn.Module):
             assert self.mlp is not None
             y_BSD = self.mlp(h_BSD)
         x = self.ffn_mix.write(x, y_BSD, ffn_link)
-        maps = [self.attn_mix.map_of(attn_link), self.ffn_mix.map_of(ffn_link)]
+        maps = [self.attn_mix.residual_map(attn_link), self.ffn_mix.residual_map(ffn_link)]
         return BlockOutput(x, balance, index, load_E, [m for m in maps if m is not None])
 
 
@@ -110,7 +110,7 @@ class NextPrediction(nn.Module):
         self._cfg = cfg
         self.hidden_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.embed_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        self.proj = Linear(2 * cfg.hidden_size, cfg.hidden_size, inward(cfg))
+        self.proj = Linear(2 * cfg.hidden_size, cfg.hidden_size, init_in(cfg))
         self.block = Block(cfg, cfg.num_layers)
         self.readout = ReadOut(cfg)
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
@@ -220,7 +220,7 @@ class Transformer(nn.Module):
         index = torch.zeros((), device=tokens_BS.device)
         loads, maps = [], []
         segments = Segments(self._cfg, tokens_BS.device)
-        x = spread(self.embed(tokens_BS), self._cfg)
+        x = expand_streams(self.embed(tokens_BS), self._cfg)
         for block in self.layers:
             out = cast(BlockOutput, block(x, tokens_BS, context, segments, self.experts))
             x = out.x

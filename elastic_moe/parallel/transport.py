@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from elastic_moe.parallel.groups import Group, Pending
+from elastic_moe.parallel.collectives.group import Group, Pending
 
 
 class Transport(Protocol):

@@ -1,6 +1,6 @@
 """Which samples make up a step, and which rank computes which of them.
 
-`order` depends on the seed and the step alone, never on the world size: a disturbed run sees the same data as an undisturbed
+`sample_ids` depends on the seed and the step alone, never on the world size: a disturbed run sees the same data as an undisturbed
 one, and the only data state of a checkpoint is the step. Each epoch is a permutation from a Feistel network with cycle
 walking (Black & Rogaway 2002, https://web.cs.ucdavis.edu/~rogaway/papers/subset.pdf), so a step costs O(batch), not O(samples).
 Round function: the splitmix64 finaliser (https://prng.di.unimi.it/splitmix64.c).
@@ -36,7 +36,7 @@ def _permute(x: NDArray[np.uint64], key: NDArray[np.uint64], half_bits: int) -> 
     return (left << half) | right
 
 
-def order(seed: int, step: int, global_batch: int, num_samples: int) -> NDArray[np.int64]:
+def sample_ids(seed: int, step: int, global_batch: int, num_samples: int) -> NDArray[np.int64]:
     """Sample ids of one step, int64[global_batch].
 
     Steps take consecutive stretches of an endless sequence of epochs; within an epoch no sample repeats.
@@ -61,7 +61,7 @@ def order(seed: int, step: int, global_batch: int, num_samples: int) -> NDArray[
     return x.astype(np.int64)
 
 
-def assign(global_batch: int, speeds: Sequence[float]) -> list[slice]:
+def split_batch(global_batch: int, speeds: Sequence[float]) -> list[slice]:
     """Consecutive slices of the step's batch, one per rank, in proportion to speed (largest remainder).
 
     Args:

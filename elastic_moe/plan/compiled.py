@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def cache_dir() -> Path:
     """Where the machine code is kept; made if it is not there."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         if b"compiled" in (code := source.read_bytes()):
             digest.update(code)
     name = f"plan-{digest.hexdigest()[:16]}"

@@ -1,26 +1,6 @@
-"""Compile the planner before it is needed: `python -m elastic_moe.plan.warm`, and every worker before it joins.
+"""Entry point of `python -m elastic_moe.plan.warm`; the work is done by `elastic_moe.runtime.warm_planner`."""
 
-Of the processes of one machine that start together, one compiles; the others wait for it and load the result.
-"""
-
-from __future__ import annotations
-
-import fcntl
-
-import numpy as np
-
-from elastic_moe.plan.compiled import cache_dir
-from elastic_moe.plan.placement import Topology, plan_placement
-from elastic_moe.plan.split import split_tokens
-
-
-def warm_up() -> None:
-    """Run the planner and the split once, with every type of argument that they see later."""
-    with open(cache_dir() / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        placement = plan_placement(np.ones((1, 4)), Topology(("a", "b"), (1.0, 1.0)), [3, 3])
-        split_tokens(np.ones((2, 4), dtype=np.int64), placement, 0)
-
+from elastic_moe.runtime.warm_planner import warm_up
 
 if __name__ == "__main__":
     warm_up()

@@ -13,7 +13,7 @@ import torch
 from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
 from elastic_moe.checkpoint.writer import write_shard
 from elastic_moe.config.schema import TrainConfig
-from elastic_moe.runtime.line import Line
+from elastic_moe.runtime.coordinator_client import CoordinatorClient
 from elastic_moe.runtime.reconfigure import Storage
 from elastic_moe.runtime.state import FIELDS, HeldState
 
@@ -40,7 +40,7 @@ class CheckpointStorage(Storage):
 class ShardWriter:
     """Writes this worker's checkpoint shards in a thread, while training goes on; a failure is reported, never raised."""
 
-    def __init__(self, root: str, line: Line) -> None:
+    def __init__(self, root: str, line: CoordinatorClient) -> None:
         self._root, self._line = root, line
         self._jobs: queue.Queue[tuple[int, str, dict[str, torch.Tensor], int] | None] = queue.Queue(maxsize=2)
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from elastic_moe.parallel.exact import Grid
+from elastic_moe.parallel.reproducible import Grid
 
 
 class DenseGradients:

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.config.schema import BalanceConfig
-from elastic_moe.plan.ownership import Ownership, plan_ownership
 from elastic_moe.plan.placement import Placement, Topology, plan_placement
 from elastic_moe.plan.split import slowest_times
-from elastic_moe.plan.transfers import Transfer, plan_transfers
+from elastic_moe.plan.state.ownership import Ownership, plan_ownership
+from elastic_moe.plan.state.transfers import Transfer, plan_transfers
 from elastic_moe.runtime.state import MEASURES, VoteResult, packed_numel
 from elastic_moe.types import Unit, View
 
@@ -111,7 +111,7 @@ class Rebalancer:
         self._looks, self._lasted = 0, 0
         self._watched: _Watched | None = None
 
-    def look(self, vote: VoteResult) -> Change | None:
+    def propose(self, vote: VoteResult) -> Change | None:
         """Take in a step's vote, and say whether to change over now."""
         self._rates.update(vote)
         keep = 0.5 ** (1 / self._config.window)

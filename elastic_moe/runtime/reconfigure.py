@@ -15,12 +15,12 @@ import torch
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.optim.adamw import UnitState
-from elastic_moe.parallel.exchange import exchange
-from elastic_moe.parallel.groups import Group
-from elastic_moe.plan.ownership import NONE, Ownership, plan_ownership
+from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.transfer import exchange
 from elastic_moe.plan.placement import Placement, Topology, default_slots, plan_placement
-from elastic_moe.plan.transfers import Transfer, plan_transfers
-from elastic_moe.runtime.layout import homes_from_roles
+from elastic_moe.plan.state.ownership import NONE, Ownership, plan_ownership
+from elastic_moe.plan.state.transfers import Transfer, plan_transfers
+from elastic_moe.runtime.exchange.exchanger import homes_from_roles
 from elastic_moe.runtime.state import HeldState, VoteResult, merge_roles, packed_numel, unpack_state
 from elastic_moe.runtime.step import Progress
 from elastic_moe.types import ParamSpec, Unit, View

@@ -15,7 +15,7 @@ import torch
 from elastic_moe.config.schema import ModelConfig, OptimConfig
 from elastic_moe.model.transformer import STATS
 from elastic_moe.optim.adamw import UnitState, apply_adamw, apply_bias
-from elastic_moe.plan.ownership import NONE
+from elastic_moe.plan.state.ownership import NONE
 from elastic_moe.types import Unit
 
 MEASURES = ("expert_s", "expert_rows", "far_rows", "publish_s", "publish_bytes", "switch_s")

@@ -20,11 +20,11 @@ from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.sampling import pick
 from elastic_moe.model.transformer import STATS, Transformer
 from elastic_moe.optim.schedule import lr_at
-from elastic_moe.parallel.exact import Grid
-from elastic_moe.parallel.groups import Group
-from elastic_moe.plan.batch import assign, order
+from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.reproducible import Grid
+from elastic_moe.plan.batch import sample_ids, split_batch
+from elastic_moe.runtime.exchange.exchanger import Exchanger, Layout
 from elastic_moe.runtime.gradients import DenseGradients
-from elastic_moe.runtime.layout import Exchanger, Layout
 from elastic_moe.runtime.state import MEASURES, HeldState, VoteResult
 
 RECENT_RECORDS = 16
@@ -50,17 +50,17 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What a completed step says to the loop: the metrics record, what the members agreed on at the vote, the session from now on."""
 
     record: dict[str, Any]
     reconfigure: bool
     stop: bool
-    session: Session
+    session: GenerationContext
 
 
 @dataclass(frozen=True)
-class Session:
+class GenerationContext:
     """Everything one generation of one worker needs to make steps; rebuilt at each reconfiguration and change of placement.
 
     Attributes:
@@ -79,11 +79,11 @@ class Session:
 def share_of_batch(layout: Layout, global_batch: int, whole: int = 1) -> list[slice]:
     """Slice of the global batch per rank, in multiples of `whole` sequences; draining ranks get an empty one."""
     members = layout.view.members
-    shares = assign(-(-global_batch // whole), [0.0 if m.draining else m.speed for m in members])
+    shares = split_batch(-(-global_batch // whole), [0.0 if m.draining else m.speed for m in members])
     return [slice(min(s.start * whole, global_batch), min(s.stop * whole, global_batch)) for s in shares]
 
 
-class Stepper:
+class StepRunner:
     """Makes training and evaluation steps on the current session.
 
     Args:
@@ -115,7 +115,7 @@ class Stepper:
         self.grid = Grid(tokens) if config.elastic.reproducible else None
         self.gradients = DenseGradients(model, self.grid)
 
-    def _micro_batches(self, shard: TokenShard, ids: np.ndarray, session: Session):
+    def _micro_batches(self, shard: TokenShard, ids: np.ndarray, session: GenerationContext):
         """This rank's micro-batches; every rank yields equally many, empty ones at the end where it has fewer."""
         config = self._config.data
         mine = ids[session.shares[session.rank]]
@@ -126,11 +126,11 @@ class Stepper:
 
     def train_step(
         self,
-        session: Session,
+        session: GenerationContext,
         progress: Progress,
-        wanted: Callable[[], tuple[bool, bool]],
-        rebalance: Callable[[Session, VoteResult], Session] = lambda session, _: session,
-    ) -> Outcome:
+        control_flags: Callable[[], tuple[bool, bool]],
+        rebalance: Callable[[GenerationContext, VoteResult], GenerationContext] = lambda session, _: session,
+    ) -> StepResult:
         """Make step `progress.committed + 1` and commit it.
 
         Args:
@@ -146,7 +146,7 @@ class Stepper:
         step = progress.committed + 1
         self._started_s = time.perf_counter()
         self._fault(step, "compute")
-        ids = order(config.seed, step - 1, config.data.global_batch, self._train.num_samples(config.data.seq_len))
+        ids = sample_ids(config.seed, step - 1, config.data.global_batch, self._train.num_samples(config.data.seq_len))
         experts = self._model.experts
         experts.reset_balance()
         experts.zero_grads()
@@ -167,7 +167,7 @@ class Stepper:
             ce_sum += float(out.ce_sum)
             tokens += int(out.num_tokens)
             load_LE += out.load_LE.cpu()
-        session.exchanger.arrive()  # they have long arrived, unless the model has no experts
+        session.exchanger.wait_expert_weights()  # they have long arrived, unless the model has no experts
         self._fault(step, "reduce")
         progress.reduced = -1
         square = session.exchanger.reduce()
@@ -175,7 +175,7 @@ class Stepper:
         session.exchanger.mirror()
         progress.reduced = step
         self._fault(step, "vote")
-        reconfigure, stop = wanted()
+        reconfigure, stop = control_flags()
         rank_load = np.zeros(session.group.world_size)
         rank_load[session.rank] = experts.local_tokens
         ballot = np.concatenate(
@@ -183,7 +183,7 @@ class Stepper:
                 [ce_sum, tokens, square if np.isfinite(square) else 0.0, float(not np.isfinite(square))],
                 [float(reconfigure), float(stop)],
                 stats,
-                [experts.compute_s, experts.local_tokens, experts.far_rows],
+                [experts.compute_s, experts.local_tokens, experts.cross_node_rows],
                 [session.exchanger.publish_s, session.exchanger.publish_bytes, session.switch_s],
                 rank_load,
                 load_LE.numpy().astype(np.float64).ravel(),
@@ -222,7 +222,7 @@ class Stepper:
         record = progress.records[-1]
         record["step_s"] = time.perf_counter() - self._started_s
         record["tokens_per_s"] = vote.tokens / record["step_s"]
-        return Outcome(record, agreed, bool(total[5] > 0), session)
+        return StepResult(record, agreed, bool(total[5] > 0), session)
 
     def commit(self, held: HeldState, progress: Progress, vote: VoteResult) -> None:
         """Apply a vote's result to the held state. Purely local, so a rank that has the result cannot fail to commit."""
@@ -253,14 +253,14 @@ class Stepper:
         )
 
     @torch.no_grad()
-    def evaluate(self, session: Session) -> float:
+    def evaluate(self, session: GenerationContext) -> float:
         """Mean validation loss over the first `run.eval_sequences` sequences of the validation shard; collective."""
         config = self._config
         available = self._val.num_samples(config.data.seq_len)
         ids = np.arange(min(config.run.eval_sequences, available), dtype=np.int64)
         shares = share_of_batch(session.layout, len(ids))
         total = torch.zeros(2, dtype=torch.float64)
-        whole = Session(session.rank, session.layout, session.group, session.exchanger, session.held, shares)
+        whole = GenerationContext(session.rank, session.layout, session.group, session.exchanger, session.held, shares)
         for inputs, targets in self._micro_batches(self._val, ids, whole):
             with self._autocast():
                 out = self._model.loss(inputs, targets)
@@ -269,7 +269,7 @@ class Stepper:
         return float(total[0] / total[1])
 
     @torch.no_grad()
-    def sample(self, session: Session, prompt: list[int], num_tokens: int, seed: int) -> list[int]:
+    def sample(self, session: GenerationContext, prompt: list[int], num_tokens: int, seed: int) -> list[int]:
         """Generate text with the sharded model; collective. The first active rank holds the text, the others join its all-to-alls.
 
         Returns:

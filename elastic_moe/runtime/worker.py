@@ -21,23 +21,23 @@ from elastic_moe.data.prepare import Prepared
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import GroupAborted, UserError
-from elastic_moe.model.hf import HFCheckpoint
+from elastic_moe.model.hf.checkpoint import HFCheckpoint
 from elastic_moe.model.params import init_param, param_specs
-from elastic_moe.model.residual import warm_up
+from elastic_moe.model.residual.connections import warm_up_kernels
 from elastic_moe.model.transformer import Transformer
-from elastic_moe.parallel.dispatch import ExpertParallel
-from elastic_moe.parallel.groups import AbortSignal, Group
+from elastic_moe.parallel.collectives.group import AbortSignal, Group
+from elastic_moe.parallel.expert_parallel import ExpertParallel
 from elastic_moe.plan.placement import Placement
-from elastic_moe.plan.units import build_units
-from elastic_moe.plan.warm import warm_up as warm_up_planner
+from elastic_moe.plan.state.units import build_units
 from elastic_moe.runtime.checkpoints import CheckpointStorage, ShardWriter, checkpoint_root
+from elastic_moe.runtime.coordinator_client import CoordinatorClient, ViewMessage
+from elastic_moe.runtime.exchange.exchanger import ComputeTensors, Exchanger, Layout
 from elastic_moe.runtime.faults import Faults
-from elastic_moe.runtime.layout import ComputeTensors, Exchanger, Layout
-from elastic_moe.runtime.line import Line, ViewMessage
 from elastic_moe.runtime.rebalance import Change, Rebalancer, moves_between
 from elastic_moe.runtime.reconfigure import Entered, enter_view, take_over
 from elastic_moe.runtime.state import HeldState, VoteResult
-from elastic_moe.runtime.step import Outcome, Progress, Session, Stepper, share_of_batch
+from elastic_moe.runtime.step import GenerationContext, Progress, StepResult, StepRunner, share_of_batch
+from elastic_moe.runtime.warm_planner import warm_up as warm_up_planner
 from elastic_moe.types import ParamSpec, View
 
 
@@ -70,7 +70,7 @@ class Worker:
         line: the connection to the coordinator, started.
     """
 
-    def __init__(self, config: TrainConfig, prepared: Prepared, line: Line) -> None:
+    def __init__(self, config: TrainConfig, prepared: Prepared, line: CoordinatorClient) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         self._config, self._prepared, self._line = config, prepared, line
@@ -91,7 +91,7 @@ class Worker:
             torch.use_deterministic_algorithms(True)
         self._faults = Faults(config.faults, Path(config.run.dir) / "faults")
         self._rank = -1
-        self._stepper = Stepper(
+        self._stepper = StepRunner(
             config,
             self._model,
             TokenShard.open(prepared.train_path),
@@ -115,7 +115,9 @@ class Worker:
         Raises:
             Evicted: the coordinator no longer counts this worker as a member.
         """
-        warm_up(self._config.model, self._device, torch.bfloat16 if self._config.precision == "bf16" else torch.float32)
+        warm_up_kernels(
+            self._config.model, self._device, torch.bfloat16 if self._config.precision == "bf16" else torch.float32
+        )
         warm_up_planner()
         self._line.ready()
         generation = 0
@@ -130,7 +132,7 @@ class Worker:
                     self._line.left()
                     return self._summary("released")
                 try:
-                    ended = self._live(message, rank)
+                    ended = self._run_generation(message, rank)
                 except GroupAborted as error:
                     self._line.suspect(generation, str(error))
                     continue
@@ -145,7 +147,7 @@ class Worker:
     def _summary(self, ended: str) -> dict[str, float | int]:
         return {"committed": self._progress.committed, "ended": ended}  # type: ignore[dict-item]
 
-    def _live(self, message: ViewMessage, rank: int) -> str:
+    def _run_generation(self, message: ViewMessage, rank: int) -> str:
         """Live through one generation. Returns why the worker is done, or "" when a newer view is to be entered."""
         view = message.view
         abort = AbortSignal()
@@ -172,12 +174,12 @@ class Worker:
             if rank == view.active_ranks[0]:
                 for record in self._progress.records:
                     self._line.record(record)
-                self._tell_placement(session, "membership", None, entered.placement)
+                self._report_placement(session, "membership", None, entered.placement)
             return self._train(session, message, balancer)
         finally:
             group.close()
 
-    def _enter(self, message: ViewMessage, group: Group) -> tuple[Session, Entered, Rebalancer]:
+    def _enter(self, message: ViewMessage, group: Group) -> tuple[GenerationContext, Entered, Rebalancer]:
         view, config = message.view, self._config
         entered = enter_view(
             config,
@@ -215,7 +217,7 @@ class Worker:
         session.exchanger.publish(frozen=True)
         return session, entered, balancer
 
-    def _session(self, view: View, group: Group, balancer: Rebalancer, held: HeldState) -> Session:
+    def _session(self, view: View, group: Group, balancer: Rebalancer, held: HeldState) -> GenerationContext:
         """The schedule of exchanges for the present placement; the experts' slots are those of the model's backend."""
         config, experts = self._config, self._model.experts
         layout = Layout(self._units, view, group.rank, balancer.ownership, balancer.placement)
@@ -224,14 +226,14 @@ class Worker:
         weights = ComputeTensors(dense, [tuple(t.data for t in experts.slot_params(i)) for i in layers])
         gradients = ComputeTensors(self._stepper.gradients.tensors, [experts.slot_grads(i) for i in layers])
         exchanger = Exchanger(layout, weights, gradients, held, group)
-        experts.weights_arrive = exchanger.arrive
+        experts.before_experts = exchanger.wait_expert_weights
         whole = config.data.micro_batch if self._stepper.grid is not None else 1
         shares = share_of_batch(layout, config.data.global_batch, whole)
-        return Session(group.rank, layout, group, exchanger, held, shares)
+        return GenerationContext(group.rank, layout, group, exchanger, held, shares)
 
-    def _rebalance(self, session: Session, vote: VoteResult, balancer: Rebalancer) -> Session:
+    def _rebalance(self, session: GenerationContext, vote: VoteResult, balancer: Rebalancer) -> GenerationContext:
         """Change the placement where that pays; collective where homes move. Every rank decides alike."""
-        change = balancer.look(vote)
+        change = balancer.propose(vote)
         leads = session.rank == session.layout.view.active_ranks[0]
         if leads:
             for record in balancer.finished:
@@ -257,10 +259,10 @@ class Worker:
         self._model.experts.adopt(change.placement)
         new = self._session(session.layout.view, group, balancer, held)
         if leads:
-            self._tell_placement(session, "load", before, change.placement, change)
+            self._report_placement(session, "load", before, change.placement, change)
         return replace(new, switch_s=time.perf_counter() - started)
 
-    def _tell_load(self) -> None:
+    def _report_load(self) -> None:
         """Tokens of every expert, summed over `balance.log_every` steps."""
         every, vote = self._config.balance.log_every, self._progress.vote
         if not every or vote is None:
@@ -272,8 +274,13 @@ class Worker:
             self._line.event({"event": "expert_load", "step": vote.step, "steps": steps + 1, "load": load})
             self._load = None
 
-    def _tell_placement(
-        self, session: Session, why: str, before: Placement | None, after: Placement, change: Change | None = None
+    def _report_placement(
+        self,
+        session: GenerationContext,
+        why: str,
+        before: Placement | None,
+        after: Placement,
+        change: Change | None = None,
     ) -> None:
         """For the record of where the experts are, and why."""
         members = session.layout.view.members
@@ -290,7 +297,7 @@ class Worker:
         }
         self._line.event({key: value for key, value in record.items() if value is not None})
 
-    def _train(self, session: Session, message: ViewMessage, balancer: Rebalancer) -> str:
+    def _train(self, session: GenerationContext, message: ViewMessage, balancer: Rebalancer) -> str:
         config, progress, line = self._config, self._progress, self._line
         leads = session.rank == session.layout.view.active_ranks[0]
         stop = False
@@ -309,12 +316,12 @@ class Worker:
                 return ""
         return self._finish(session, leads, stop)
 
-    def _committed(self, session: Session, outcome: Outcome, leads: bool) -> None:
+    def _committed(self, session: GenerationContext, outcome: StepResult, leads: bool) -> None:
         """What follows a commit: the record, a checkpoint, an evaluation."""
         config, step = self._config, self._progress.committed
         if leads:
             self._line.record(outcome.record)
-            self._tell_load()
+            self._report_load()
         last = step == config.run.steps or outcome.stop
         if last or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
             self._save(session)
@@ -322,13 +329,13 @@ class Worker:
         if not outcome.reconfigure and every and step % every == 0:
             self._evaluate(session, leads)
 
-    def _save(self, session: Session) -> None:
+    def _save(self, session: GenerationContext) -> None:
         step, generation = self._progress.committed, session.layout.view.generation
         owned = session.layout.ownership.owned(session.rank).tolist()
         self._writer.save(step, f"g{generation:05d}-r{session.rank:05d}", session.held, owned, generation)
         self._saved_step = step
 
-    def _evaluate(self, session: Session, leads: bool) -> None:
+    def _evaluate(self, session: GenerationContext, leads: bool) -> None:
         started = time.perf_counter()
         loss = self._stepper.evaluate(session)
         self._progress.evaluated = self._progress.committed
@@ -336,10 +343,10 @@ class Worker:
             took = time.perf_counter() - started
             self._line.event({"event": "evaluated", "step": self._progress.committed, "val_loss": loss, "eval_s": took})
 
-    def _finish(self, session: Session, leads: bool, stopped: bool) -> str:
+    def _finish(self, session: GenerationContext, leads: bool, stopped: bool) -> str:
         """The end of a run: checkpoint, last evaluation, sample; every part may be repeated after a failure."""
         config, progress = self._config, self._progress
-        session.exchanger.arrive()
+        session.exchanger.wait_expert_weights()
         if self._saved_step != progress.committed:
             self._save(session)
         if not stopped:
@@ -381,7 +388,9 @@ def run_worker(
     Raises:
         Evicted: this worker was removed from the run and must not go on.
     """
-    line = Line(find, token, worker, node, os.getpid(), config.elastic.slots_per_worker, config.elastic.heartbeat_s)
+    line = CoordinatorClient(
+        find, token, worker, node, os.getpid(), config.elastic.slots_per_worker, config.elastic.heartbeat_s
+    )
     line.start()
     try:
         return Worker(config, prepared, line).run()

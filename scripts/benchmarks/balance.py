@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastic_moe.plan.ownership import NONE, plan_ownership
 from elastic_moe.plan.placement import LOST, Placement, Topology, plan_placement
 from elastic_moe.plan.split import split_for_rank, split_tokens
+from elastic_moe.plan.state.ownership import NONE, plan_ownership
 from elastic_moe.types import Member, Unit, View
 from scripts.benchmarks import common
 from scripts.benchmarks.expert_loads import FAMILIES, eplb, generate, recorded
@@ -200,15 +200,15 @@ def membership(seeds: int) -> list[dict[str, Any]]:
             for seed in range(seeds):
                 for load_LE in generate(family, experts, seed):
                     old = plan_placement(load_LE, topology(before_ranks), slots_before)
-                    carried = old.carried(rank_of)
+                    remap_ranks = old.remap_ranks(rank_of)
                     homes, gone = promoted(old, rank_of, old_nodes)
-                    carried = Placement(carried.expert_of_slot, carried.rank_of_slot, homes)
-                    new = plan_placement(load_LE, where, slots_after, carried)
+                    remap_ranks = Placement(remap_ranks.expert_of_slot, remap_ranks.rank_of_slot, homes)
+                    new = plan_placement(load_LE, where, slots_after, remap_ranks)
                     ideal_L = load_LE.sum(axis=1) / after_ranks
                     time_L = times(load_LE, new, where.speeds)
                     parts.append(
                         {
-                            "fetched": [fetched(carried, new)],
+                            "fetched": [fetched(remap_ranks, new)],
                             "balance": [float(ideal_L.sum() / time_L.sum())],
                             "balance_worst": [float((ideal_L / time_L).min())],
                             "state_lost": [float(gone)],

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from elastic_moe.parallel.groups import AbortSignal, Group
+from elastic_moe.parallel.collectives.group import AbortSignal, Group
 from elastic_moe.parallel.transport import ByNode, Flat
 from scripts.benchmarks import common
 

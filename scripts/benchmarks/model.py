@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.context import Context
-from elastic_moe.model.experts import LocalExperts
-from elastic_moe.model.hf import load_model
-from elastic_moe.model.residual import Segments
+from elastic_moe.model.attention.context import Context
+from elastic_moe.model.experts.local import LocalExperts
+from elastic_moe.model.hf.checkpoint import load_model
+from elastic_moe.model.residual.connections import Segments
 from elastic_moe.model.transformer import Transformer
 from scripts.benchmarks import common
 

@@ -24,20 +24,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from elastic_moe.actors.server import ControlServer
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.coordination.server import ControlServer
 from elastic_moe.data.prepare import Prepared, prepare
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.transformer import Transformer
-from elastic_moe.parallel.dispatch import ExpertParallel
-from elastic_moe.parallel.groups import AbortSignal, Group
-from elastic_moe.plan.units import build_units
-from elastic_moe.runtime.layout import ComputeTensors, Exchanger, Layout
+from elastic_moe.parallel.collectives.group import AbortSignal, Group
+from elastic_moe.parallel.expert_parallel import ExpertParallel
+from elastic_moe.plan.state.units import build_units
+from elastic_moe.runtime.exchange.exchanger import ComputeTensors, Exchanger, Layout
 from elastic_moe.runtime.reconfigure import Storage, enter_view
 from elastic_moe.runtime.state import HeldState
-from elastic_moe.runtime.step import Progress, Session, Stepper, share_of_batch
+from elastic_moe.runtime.step import GenerationContext, Progress, StepRunner, share_of_batch
 from elastic_moe.runtime.worker import first_values
 from elastic_moe.types import Member, View
 from scripts.benchmarks.common import arguments, machine, median, run, say
@@ -96,7 +96,7 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     device = torch.device("cpu")
     model = Transformer(config.model, None)
     train, val = TokenShard.open(prepared.train_path), TokenShard.open(prepared.val_path)
-    stepper = Stepper(config, model, train, val, lambda _step, _phase: None, contextlib.nullcontext, device)  # type: ignore[arg-type]
+    stepper = StepRunner(config, model, train, val, lambda _step, _phase: None, contextlib.nullcontext, device)  # type: ignore[arg-type]
     view = View(1, tuple(Member(f"w{r}", f"n{r}", 0) for r in range(WORKERS)))
     group = Group("127.0.0.1", port, 1, rank, WORKERS, AbortSignal(), config.elastic.form_timeout_s)
     progress, holdings = Progress(), list[HeldState]()
@@ -121,10 +121,12 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     weights = ComputeTensors(dense, [tuple(t.data for t in experts.slot_params(i)) for i in range(shape[0])])
     gradients = ComputeTensors(stepper.gradients.tensors, [experts.slot_grads(i) for i in range(shape[0])])
     exchanger = Exchanger(layout, weights, gradients, entered.held, group)
-    experts.weights_arrive = exchanger.arrive
+    experts.before_experts = exchanger.wait_expert_weights
     exchanger.mirror = lambda: None  # type: ignore[method-assign]  # nobody mirrors: not even an empty all-to-all
     exchanger.publish()
-    session = Session(rank, layout, group, exchanger, entered.held, share_of_batch(layout, config.data.global_batch))
+    session = GenerationContext(
+        rank, layout, group, exchanger, entered.held, share_of_batch(layout, config.data.global_batch)
+    )
     times = []
     while progress.committed < config.run.steps:
         outcome = stepper.train_step(session, progress, lambda: (False, False))

@@ -25,9 +25,9 @@ import ray
 from omegaconf import OmegaConf
 from ray.exceptions import RayError
 
-from elastic_moe.actors.launch import make_trainer, start_coordinator
+from elastic_moe.actors.cluster import MIB, ray_session
+from elastic_moe.actors.driver import make_trainer, start_coordinator
 from elastic_moe.actors.link import CoordinatorLink, actor_name
-from elastic_moe.actors.session import MIB, ray_session
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import Prepared, prepare
@@ -135,7 +135,7 @@ class ElasticSide:
 
     def close(self) -> None:
         """Stop the run; what does not stop is ended with the cluster."""
-        self._link.tell({"event": "stop", "reason": "benchmark over"})
+        self._link.submit({"event": "stop", "reason": "benchmark over"})
         self._fit.join(60)
         try:
             ray.get(self._coordinator.close.remote(), timeout=30)

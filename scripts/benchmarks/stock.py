@@ -32,10 +32,10 @@ def stock_loop(config: dict[str, Any]) -> None:
     from ray import train
 
     from elastic_moe.data.shards import TokenShard
-    from elastic_moe.model.experts import LocalExperts
+    from elastic_moe.model.experts.local import LocalExperts
     from elastic_moe.model.params import init_param, param_specs
     from elastic_moe.model.transformer import Transformer
-    from elastic_moe.plan.batch import assign, order
+    from elastic_moe.plan.batch import sample_ids, split_batch
 
     torch.set_num_threads(1)
     model_config, data = ModelConfig(**config["model"]), DataConfig(**config["data"])
@@ -58,9 +58,9 @@ def stock_loop(config: dict[str, Any]) -> None:
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"] + 1
     rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
-    share = assign(data.global_batch, [1.0] * world)[rank]
+    share = split_batch(data.global_batch, [1.0] * world)[rank]
     for step in range(first, config["steps"] + 1):
-        ids = order(0, step - 1, data.global_batch, shard.num_samples(data.seq_len))[share]
+        ids = sample_ids(0, step - 1, data.global_batch, shard.num_samples(data.seq_len))[share]
         optimizer.zero_grad()
         for start in range(0, len(ids), data.micro_batch):
             tokens, targets = shard.batch(np.asarray(ids[start : start + data.micro_batch]), data.seq_len)

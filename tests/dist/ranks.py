@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from elastic_moe.parallel.groups import AbortSignal, Group
+from elastic_moe.parallel.collectives.group import AbortSignal, Group
 
 PATIENCE_S = 60.0
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.actors.server import ControlServer
+from elastic_moe.coordination.server import ControlServer
 from elastic_moe.config.schema import ElasticConfig, RunConfig, TrainConfig
 from elastic_moe.errors import Evicted
-from elastic_moe.runtime.line import RECENT, Line, ViewMessage
+from elastic_moe.runtime.coordinator_client import RECENT, CoordinatorClient, ViewMessage
 
 TOKEN = "secret"
 TIMEOUT_S = 10.0
 PEER = """
 import os, sys, threading
-from elastic_moe.runtime.line import Line
+from elastic_moe.runtime.coordinator_client import Line
 line = Line(lambda: ("127.0.0.1", int(sys.argv[1])), "secret", "child", "n9", os.getpid(), 0, 0.05)
 line.start()
 line.ready()
@@ -52,7 +52,7 @@ class Bench:
         self.target = target
         self.events: list[dict[str, Any]] = []
         self.records: list[dict[str, Any]] = []
-        self.lines: dict[str, Line] = {}
+        self.lines: dict[str, CoordinatorClient] = {}
         self.aborts: dict[str, list[str]] = {}
         self.address: tuple[str, int] | None = None
         self.server: ControlServer
@@ -64,8 +64,8 @@ class Bench:
         )
         self.address = self.server.start()
 
-    def line(self, worker: str, node: str = "n0", token: str = TOKEN) -> Line:
-        line = Line(lambda: self.address, token, worker, node, os.getpid(), 0, 0.05)
+    def line(self, worker: str, node: str = "n0", token: str = TOKEN) -> CoordinatorClient:
+        line = CoordinatorClient(lambda: self.address, token, worker, node, os.getpid(), 0, 0.05)
         line.start()
         line.ready()
         self.lines[worker] = line
@@ -91,14 +91,14 @@ class Bench:
         self.server.close()
 
 
-def wait_view(line: Line, after: int) -> ViewMessage:
+def wait_view(line: CoordinatorClient, after: int) -> ViewMessage:
     until(lambda: line.newer_than(after) or line._evicted, f"a view after {after}")
     message = line.wait_view(after)
     assert message is not None
     return message
 
 
-def cut(line: Line) -> None:
+def cut(line: CoordinatorClient) -> None:
     """Let the connection die as with the process, and keep the line from coming back."""
     line._find = lambda: None
     connection = until(lambda: line._connection, "a connection")
@@ -195,7 +195,7 @@ def test_coordinator_restart_does_not_interrupt(bench: Bench) -> None:
 def test_records_that_nobody_read_come_again_after_a_long_absence() -> None:
     void = socket.create_server(("127.0.0.1", 0))
     address: list[tuple[str, int] | None] = [void.getsockname()]
-    line = Line(lambda: address[0], TOKEN, "a", "n0", os.getpid(), 0, 0.05)
+    line = CoordinatorClient(lambda: address[0], TOKEN, "a", "n0", os.getpid(), 0, 0.05)
     line.start()
     for step in range(1, 6):
         line.record({"step": step})

@@ -15,9 +15,9 @@ import torch
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import GroupAborted
-from elastic_moe.model.experts import LocalExperts
-from elastic_moe.parallel.dispatch import ExpertParallel, _interleave, _inverse, _sending_order
-from elastic_moe.parallel.groups import AbortSignal, Group
+from elastic_moe.model.experts.local import LocalExperts
+from elastic_moe.parallel.expert_parallel import ExpertParallel, _interleave, _inverse, _sending_order
+from elastic_moe.parallel.collectives.group import AbortSignal, Group
 from elastic_moe.parallel.transport import ByNode
 from elastic_moe.plan.placement import Placement, Topology, plan_placement
 from tests.dist.ranks import Seat, results

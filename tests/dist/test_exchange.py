@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_moe.parallel.exchange import exchange
-from elastic_moe.parallel.groups import AbortSignal, Group
+from elastic_moe.parallel.transfer import exchange
+from elastic_moe.parallel.collectives.group import AbortSignal, Group
 from tests.dist.ranks import Seat, results
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from elastic_moe.errors import GroupAborted
-from elastic_moe.parallel.groups import MAX, AbortSignal, Group, sweep
+from elastic_moe.parallel.collectives.group import MAX, AbortSignal, Group, sweep
 from tests.dist.ranks import Ranks, Seat, results
 
 FAST_S = 60.0  # far below the operation's own timeout of an hour: an abort ends a wait, a timeout does not

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from elastic_moe.config.schema import BalanceConfig, TrainConfig
-from elastic_moe.plan import explain
-from elastic_moe.report import write_report
+from elastic_moe.cli import explain
+from elastic_moe.cli.report import write_report
 from tests.dist.test_runtime import CORPUS, with_steps
 from tests.local_run import LocalRun, tiny_config
 

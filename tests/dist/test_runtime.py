@@ -12,7 +12,7 @@ from elastic_moe.config.schema import TrainConfig
 from tests.local_run import LocalRun, tiny_config
 
 RTOL = 1e-5
-CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split.py"
+CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split" / "split.py"
 pytestmark = pytest.mark.timeout(240)
 
 

@@ -12,10 +12,10 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from elastic_moe.actors.launch import start_coordinator
+from elastic_moe.actors.driver import start_coordinator
 from elastic_moe.actors.link import CoordinatorLink, Finder, actor_name, this_node
 from elastic_moe.config.schema import ModelConfig, RunConfig, TrainConfig
-from elastic_moe.runtime.line import Line
+from elastic_moe.runtime.coordinator_client import CoordinatorClient
 
 
 @pytest.mark.timeout(120)
@@ -31,7 +31,7 @@ def test_comes_back_with_records_and_a_new_address(
     address = find()
     assert address is not None
 
-    line = Line(find, "token", "w1", "n1", os.getpid())
+    line = CoordinatorClient(find, "token", "w1", "n1", os.getpid())
     line.start()
     try:
         record: dict[str, Any] = {"step": 1, "loss": 2.0, "generation": 1}
@@ -44,7 +44,7 @@ def test_comes_back_with_records_and_a_new_address(
         until(lambda: len(ray.get(actor.records_since.remote(1))) == 1, "the line found the new coordinator")
 
         link = CoordinatorLink(name)
-        link.tell({"event": "stop", "reason": "test"})
+        link.submit({"event": "stop", "reason": "test"})
         until(lambda: "phase" in link.poll(), "status")
     finally:
         line.close()

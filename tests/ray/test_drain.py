@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from elastic_moe.actors.drain import NodeWatcher, Seen, changes
+from elastic_moe.actors.node_watcher import NodeWatcher, Seen, changes
 
 
 def test_changes() -> None:

@@ -17,9 +17,9 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 
+from elastic_moe.actors.controller import ElasticTrainer
 from elastic_moe.actors.link import NAMESPACE, actor_name
-from elastic_moe.actors.ray_train import ElasticTrainer
-from elastic_moe.actors.worker_group import judge
+from elastic_moe.actors.worker_group import classify_exit
 from elastic_moe.errors import UserError
 
 
@@ -158,10 +158,14 @@ def test_coordinator_gives_up(run: Run, cluster: Cluster, until: Callable[..., N
 
 
 def test_judge() -> None:
-    assert judge("w", "n", 1, WorkerStatus(running=True)) is None
-    returned = judge("w", "n", 1, WorkerStatus(running=False, return_value=3))
+    assert classify_exit("w", "n", 1, WorkerStatus(running=True)) is None
+    returned = classify_exit("w", "n", 1, WorkerStatus(running=False, return_value=3))
     assert returned is not None and returned.value == 3 and returned.error is None
-    raised = judge("w", "n", 1, WorkerStatus(running=False, error=UserExceptionWithTraceback(KeyError("k"), "")))
+    raised = classify_exit(
+        "w", "n", 1, WorkerStatus(running=False, error=UserExceptionWithTraceback(KeyError("k"), ""))
+    )
     assert raised is not None and isinstance(raised.error, KeyError) and not raised.died
-    dead = judge("w", "n", 1, WorkerStatus(running=False, error=WorkerHealthCheckFailedError("m", OSError("gone"))))
+    dead = classify_exit(
+        "w", "n", 1, WorkerStatus(running=False, error=WorkerHealthCheckFailedError("m", OSError("gone")))
+    )
     assert dead is not None and isinstance(dead.error, OSError) and dead.died

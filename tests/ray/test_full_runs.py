@@ -17,7 +17,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from elastic_moe.actors.launch import make_trainer, start_coordinator
+from elastic_moe.actors.driver import make_trainer, start_coordinator
 from elastic_moe.actors.link import CoordinatorLink, actor_name
 from elastic_moe.config.schema import ClusterConfig, TrainConfig
 from elastic_moe.data.prepare import prepare
@@ -25,7 +25,7 @@ from elastic_moe.metrics.recorder import Tail
 from tests.local_run import tiny_config
 from tests.ray.test_drain import drain_node
 
-CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split.py"
+CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split" / "split.py"
 WORKERS = 3
 Until = Callable[..., None]
 
@@ -73,7 +73,7 @@ class FullRun:
 
     def finish(self) -> None:
         """Stop the run and check its records: every step once, none lost."""
-        self.link.tell({"event": "stop", "reason": "enough"})
+        self.link.submit({"event": "stop", "reason": "enough"})
         self.thread.join(60)
         assert not self.thread.is_alive() and self.error is None
         assert [line["step"] for line in self._metrics.lines()] == list(range(1, self.steps() + 1))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from elastic_moe.actors.launch import launch
+from elastic_moe.actors.driver import launch
 from elastic_moe.config.schema import (
     CheckpointConfig,
     ClusterConfig,

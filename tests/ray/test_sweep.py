@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The command line, with a count of the calls of ray.init.
 DRIVER = """
 import sys
-from elastic_moe.train import main
+from elastic_moe.cli.train import main
 import ray
 init, calls = ray.init, []
 ray.init = lambda *args, **kwargs: (calls.append(kwargs), init(*args, **kwargs))[1]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from elastic_moe.cli.generate import pieces
 from elastic_moe.data.tokenizer import BytesTokenizer
-from elastic_moe.generate import pieces
 
 
 @pytest.mark.parametrize(

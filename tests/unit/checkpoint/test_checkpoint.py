@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from elastic_moe.checkpoint import storage as storage_module
-from elastic_moe.checkpoint.ledger import Ledger
+from elastic_moe.checkpoint.ledger import PendingShards
 from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo, step_dir, step_of
 from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
@@ -235,7 +235,7 @@ def info_of(file: str, *units: str) -> ShardInfo:
 
 
 def test_ledger_completes_once() -> None:
-    ledger = Ledger()
+    ledger = PendingShards()
     assert not ledger.add(5, info_of("a", "x"))  # before it is expected
     ledger.expect(5, ["x", "y", "z"])
     assert ledger.missing(5) == {"y", "z"}
@@ -249,7 +249,7 @@ def test_ledger_completes_once() -> None:
 
 
 def test_ledger_expects_after_the_last_shard() -> None:
-    ledger = Ledger()
+    ledger = PendingShards()
     assert not ledger.add(5, info_of("a", "x", "y"))
     assert ledger.expect(5, ["x", "y"])
     assert not ledger.expect(5, ["x", "y"])
@@ -257,7 +257,7 @@ def test_ledger_expects_after_the_last_shard() -> None:
 
 
 def test_ledger_completes_by_the_next_generations_shards() -> None:
-    ledger = Ledger()
+    ledger = PendingShards()
     ledger.expect(5, ["x", "y"])
     assert not ledger.add(5, info_of("g1-r0", "x"))
     assert ledger.add(5, info_of("g2-r0", "x", "y"))
@@ -265,13 +265,13 @@ def test_ledger_completes_by_the_next_generations_shards() -> None:
 
 
 def test_ledger_forgets() -> None:
-    ledger = Ledger(max_pending=2)
+    ledger = PendingShards(max_pending=2)
     for step in (1, 2, 3):
         ledger.expect(step, ["x", "y"])
         ledger.add(step, info_of("a", "x"))
     assert ledger.pending == (2, 3)
     assert ledger.add(3, info_of("b", "y"))
-    ledger.forget_after(1)
+    ledger.discard_after(1)
     assert ledger.pending == ()
     ledger.expect(3, ["x", "y"])
     assert not ledger.add(3, info_of("b", "y"))

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from hydra.core.config_store import ConfigStore
 
+from elastic_moe.cli.train import check, config_dir
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
-from elastic_moe.train import check, config_dir
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -27,13 +27,13 @@ import contextlib, json, sys, types
 def launch(config, raw_yaml):
     print("LAUNCH", json.dumps([config.run.dir, config.seed, config.run.steps, f"seed: {config.seed}" in raw_yaml]))
     return config.threads
-stub = types.ModuleType("elastic_moe.actors.launch")
+stub = types.ModuleType("elastic_moe.actors.driver")
 stub.launch = launch
-sys.modules["elastic_moe.actors.launch"] = stub
-session = types.ModuleType("elastic_moe.actors.session")
+sys.modules["elastic_moe.actors.driver"] = stub
+session = types.ModuleType("elastic_moe.actors.cluster")
 session.sweep_session = contextlib.nullcontext
-sys.modules["elastic_moe.actors.session"] = session
-from elastic_moe.train import main
+sys.modules["elastic_moe.actors.cluster"] = session
+from elastic_moe.cli.train import main
 code = main()
 print("RAY", "ray" in sys.modules, "TORCH", "torch" in sys.modules)
 sys.exit(code)

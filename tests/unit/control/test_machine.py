@@ -50,7 +50,7 @@ class Machine:
         given: list[ev.Command] = []
         for tick in range(round(seconds / 0.5)):
             self.now_s += 0.5
-            for worker in list(self.state.seats):
+            for worker in list(self.state.records):
                 if worker not in silent:
                     given += self.on(ev.Heartbeat(worker, 0, step, tick if step else 0))
             given += self.on(ev.Tick())
@@ -135,7 +135,7 @@ def test_a_pause_of_the_coordinator_evicts_nobody() -> None:
 def test_hold_below_minimum_and_resume() -> None:
     machine = running("a", "b", min_workers=2)
     commands = machine.on(ev.Lost("b"))
-    assert any(isinstance(c, ev.Hold) and c.workers == ("a",) for c in commands)
+    assert any(isinstance(c, ev.Pause) and c.workers == ("a",) for c in commands)
     assert machine.state.phase == WAITING
     machine.join("c")
     assert machine.members == ["a", "c"]
@@ -391,7 +391,7 @@ def test_total_and_consistent(trace: list[tuple[ev.Event, float]], target: int, 
         before = state
         state, commands, _ = transition(state, event, now_s, config)
         adopted |= any(
-            isinstance(c, ev.Note) and c.event == "adopted" for c in commands
+            isinstance(c, ev.LogEvent) and c.event == "adopted" for c in commands
         )  # may be smaller than allowed here
         assert state.generation >= before.generation
         for publish in (c for c in commands if isinstance(c, ev.Publish) and c.reason != "re-registered"):
@@ -399,10 +399,10 @@ def test_total_and_consistent(trace: list[tuple[ev.Event, float]], target: int, 
             assert publish.view.generation > generation
             generation = publish.view.generation
             assert len({m.worker for m in members}) == len(members)
-            assert all(m.worker in state.seats for m in members)
+            assert all(m.worker in state.records for m in members)
             assert adopted or len(publish.view.active_ranks) >= max(1, config.min_workers)
             assert not publish.planned or before.view is None or before.over or _was_entered(before, event)
-        assert not state.gone & set(state.seats)
+        assert not state.removed & set(state.records)
 
 
 def _was_entered(before: State, event: ev.Event) -> bool:
@@ -428,7 +428,7 @@ def test_a_fair_trace_ends(trace: list[tuple[ev.Event, float]], target: int, con
             break
         now_s += 0.5
         events: list[ev.Event] = [ev.Tick()]
-        events += [ev.Ready(w) for w in state.seats] + [ev.Heartbeat(w, 99, 99, round_) for w in state.seats]
+        events += [ev.Ready(w) for w in state.records] + [ev.Heartbeat(w, 99, 99, round_) for w in state.records]
         view = state.view
         if view is not None:
             events += [ev.Entered(w, view.generation) for w in state.view_workers]

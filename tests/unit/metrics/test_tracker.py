@@ -12,7 +12,7 @@ import pytest
 
 from elastic_moe.config.schema import TrackingConfig
 from elastic_moe.errors import UserError
-from elastic_moe.metrics.tracker import MAX_QUEUED, Tracker, has_account, wandb_mode
+from elastic_moe.metrics.sinks.wandb import MAX_QUEUED, Tracker, has_account, wandb_mode
 
 HERE = {"HOME": "/nonexistent"}
 

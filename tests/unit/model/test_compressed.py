@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.compressed import CompressedAttention, index_loss
-from elastic_moe.model.context import KVCache
-from elastic_moe.model.experts import LocalExperts
-from elastic_moe.model.sinks import sink_attention, sink_attention_plain
+from elastic_moe.model.attention.compressed import CompressedAttention, index_loss
+from elastic_moe.model.attention.context import KVCache
+from elastic_moe.model.attention.sinks import sink_attention, sink_attention_plain
+from elastic_moe.model.experts.local import LocalExperts
 from elastic_moe.model.transformer import Transformer
 
 END = 49

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.experts import LocalExperts, grouped_swiglu, loop_swiglu
+from elastic_moe.model.experts.local import LocalExperts, grouped_swiglu, loop_swiglu
 from elastic_moe.model.params import init_param, param_specs
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model import kernels as kernels_module
-from elastic_moe.model import mhc
-from elastic_moe.model import residual as residual_module
-from elastic_moe.model.blocked import BlockedKernels
-from elastic_moe.model.experts import LocalExperts
-from elastic_moe.model.residual import ManifoldHyperConnection, Segments, composite_gains, warm_up
-from elastic_moe.model.sinkhorn import sinkhorn
+from elastic_moe.model.experts.local import LocalExperts
+from elastic_moe.model.residual import connections as residual_module
+from elastic_moe.model.residual import kernels as kernels_module
+from elastic_moe.model.residual import mhc
+from elastic_moe.model.residual.blocked import BlockedKernels
+from elastic_moe.model.residual.connections import ManifoldHyperConnection, Segments, composite_gains, warm_up_kernels
+from elastic_moe.model.residual.sinkhorn import sinkhorn
 from elastic_moe.model.transformer import Transformer
 
 SHAPE = {
@@ -166,12 +166,12 @@ def test_warming_up_runs_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return run
 
-    form = kernels_module.Guarded("test", {name: noted(name) for name in kernels_module.PASSES})  # type: ignore[misc]
+    form = kernels_module.FallbackKernels("test", {name: noted(name) for name in kernels_module.PASSES})  # type: ignore[misc]
     monkeypatch.setattr(residual_module, "choose_kernels", lambda *_: form)
-    warm_up(ModelConfig(**SHAPE, residual="mhc"), torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+    warm_up_kernels(ModelConfig(**SHAPE, residual="mhc"), torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
     assert sorted(ran) == sorted(kernels_module.PASSES)
     ran.clear()
-    warm_up(ModelConfig(**SHAPE), torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+    warm_up_kernels(ModelConfig(**SHAPE), torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
     assert not ran
 
 
@@ -317,7 +317,7 @@ def test_hc_coefficients_see_their_own_stream_alone() -> None:
     other[:, :, 2] += 1.0
     cfg = ModelConfig(**SHAPE, residual="hc")  # type: ignore[arg-type]
     with torch.no_grad():
-        maps = [mix.map_of(mix.read(t, Segments(cfg, torch.device("cpu")))[2])[0, 0] for t in (x, other)]
+        maps = [mix.residual_map(mix.read(t, Segments(cfg, torch.device("cpu")))[2])[0, 0] for t in (x, other)]
     changed = (maps[0] - maps[1]).abs().amax(dim=0)  # by column, the stream that is read
     assert changed[2] > 1e-6 and changed[[0, 1, 3]].max() == 0
 

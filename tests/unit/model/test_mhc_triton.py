@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from elastic_moe.model import mhc
+from elastic_moe.model.residual import mhc
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +31,7 @@ def test_in_the_interpreter() -> None:
 def kernels() -> mhc.Kernels:
     if not INTERPRETED:
         pytest.skip("runs in a process with the interpreter")
-    from elastic_moe.model.mhc_triton import TritonKernels
+    from elastic_moe.model.residual.triton import TritonKernels
 
     return TritonKernels()
 

@@ -15,8 +15,16 @@ import pytest
 import torch
 
 from elastic_moe.errors import UserError
-from elastic_moe.model.hf import FAMILIES, INDEX, HFCheckpoint, load_model, named_tensors, read_fields, write_checkpoint
-from elastic_moe.model.hf_families import swap_streams
+from elastic_moe.model.hf.checkpoint import (
+    FAMILIES,
+    INDEX,
+    HFCheckpoint,
+    load_model,
+    named_tensors,
+    read_fields,
+    write_checkpoint,
+)
+from elastic_moe.model.hf.families import swap_streams
 from elastic_moe.model.params import param_specs
 
 transformers = pytest.importorskip("transformers")

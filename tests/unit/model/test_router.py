@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.experts import LocalExperts
+from elastic_moe.model.experts.local import LocalExperts
 from elastic_moe.model.params import init_param, param_specs
 from elastic_moe.model.router import Router, affinity
 from elastic_moe.model.transformer import Transformer
@@ -85,8 +85,8 @@ def test_the_token_after_the_next_by_definition(residual: str) -> None:
     out = model.loss(rows[:, :-1], rows[:, 1:], mtp_weight=0.4)
     hook.remove()
     total, count = torch.zeros(()), 0
-    from elastic_moe.model.context import Context
-    from elastic_moe.model.residual import Segments
+    from elastic_moe.model.attention.context import Context
+    from elastic_moe.model.residual.connections import Segments
 
     for b in range(3):
         hidden = found[0][b : b + 1, :7]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.experts import LocalExperts
+from elastic_moe.model.experts.local import LocalExperts
 from elastic_moe.model.sampling import generate, pick
 from elastic_moe.model.transformer import Transformer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.experts import LocalExperts
+from elastic_moe.model.experts.local import LocalExperts
 from elastic_moe.model.moe import MoE, sequence_balance
 from elastic_moe.model.transformer import Transformer
 

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from elastic_moe.model.experts import grouped_swiglu
-from elastic_moe.parallel.exact import Grid, pieces_swiglu
+from elastic_moe.model.experts.local import grouped_swiglu
+from elastic_moe.parallel.reproducible import Grid, pieces_swiglu
 
 HIDDEN, WIDTH, SLOTS = 16, 8, 3
 

@@ -7,35 +7,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_moe.plan.batch import assign, order
+from elastic_moe.plan.batch import sample_ids, split_batch
 
 
 @given(st.integers(0, 2**40), st.integers(1, 300), st.integers(1, 50), st.integers(0, 4))
 def test_every_epoch_is_a_permutation(seed: int, num_samples: int, batch: int, epoch: int) -> None:
     first = epoch * num_samples // batch
     last = (epoch + 1) * num_samples // batch + 1
-    ids = np.concatenate([order(seed, step, batch, num_samples) for step in range(first, last)])
+    ids = np.concatenate([sample_ids(seed, step, batch, num_samples) for step in range(first, last)])
     begin = epoch * num_samples - first * batch
     assert sorted(ids[begin : begin + num_samples].tolist()) == list(range(num_samples))
 
 
 def test_order_depends_on_seed_and_epoch() -> None:
-    base = order(0, 0, 1000, 1000)
+    base = sample_ids(0, 0, 1000, 1000)
     assert base.dtype == np.int64 and base.shape == (1000,)
-    assert not np.array_equal(base, order(1, 0, 1000, 1000))
-    assert not np.array_equal(base, order(0, 1, 1000, 1000))
-    assert np.array_equal(base, np.concatenate([order(0, step, 100, 1000) for step in range(10)]))
+    assert not np.array_equal(base, sample_ids(1, 0, 1000, 1000))
+    assert not np.array_equal(base, sample_ids(0, 1, 1000, 1000))
+    assert np.array_equal(base, np.concatenate([sample_ids(0, step, 100, 1000) for step in range(10)]))
 
 
 def test_order_looks_shuffled() -> None:
     n = 10_000
-    ids = order(3, 0, n, n)
+    ids = sample_ids(3, 0, n, n)
     assert abs(np.corrcoef(np.arange(n), ids)[0, 1]) < 0.05
     assert np.mean(np.diff(ids) == 1) < 0.01
 
 
 def test_order_costs_the_batch_not_the_corpus() -> None:
-    ids = order(0, 10**6, 8, 10**12)
+    ids = sample_ids(0, 10**6, 8, 10**12)
     assert len(set(ids.tolist())) == 8 and ids.min() >= 0 and ids.max() < 10**12
 
 
@@ -43,7 +43,7 @@ def test_order_costs_the_batch_not_the_corpus() -> None:
 def test_assign_covers(global_batch: int, speeds: list[float]) -> None:
     if sum(speeds) == 0:
         speeds = [*speeds, 1.0]
-    slices = assign(global_batch, speeds)
+    slices = split_batch(global_batch, speeds)
     covered = [i for part in slices for i in range(global_batch)[part]]
     assert covered == list(range(global_batch)) and len(slices) == len(speeds)
     for part, speed in zip(slices, speeds, strict=True):
@@ -54,4 +54,4 @@ def test_assign_covers(global_batch: int, speeds: list[float]) -> None:
 
 @pytest.mark.parametrize(("batch", "speeds", "shares"), [(32, [1, 1, 1], [11, 11, 10]), (10, [2, 0, 1], [7, 0, 3])])
 def test_assign_examples(batch: int, speeds: list[float], shares: list[int]) -> None:
-    assert [part.stop - part.start for part in assign(batch, speeds)] == shares
+    assert [part.stop - part.start for part in split_batch(batch, speeds)] == shares

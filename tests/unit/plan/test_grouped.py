@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.plan.grouped import divide
 from elastic_moe.plan.placement import Placement, Topology, plan_placement
+from elastic_moe.plan.placement.partition import divide
 from elastic_moe.plan.split import slowest_times
 from scripts.benchmarks.placement_bound import least_time
 

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_moe.plan.ownership import MIRROR, NONE, PRIMARY, Ownership, plan_ownership
-from elastic_moe.plan.transfers import plan_transfers
+from elastic_moe.plan.state.ownership import MIRROR, NONE, PRIMARY, Ownership, plan_ownership
+from elastic_moe.plan.state.transfers import plan_transfers
 from elastic_moe.types import Member, Part, Unit, View
 
 

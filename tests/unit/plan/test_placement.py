@@ -150,11 +150,11 @@ def test_a_lost_node_costs_few_copies() -> None:
     """64 -> 56 ranks of 8 nodes: what is not lost stays, and the load is balanced again."""
     load = _loads(0, 256, np.random.default_rng(3))[None]
     before = plan_placement(load, Topology(tuple(f"n{rank // 8}" for rank in range(64)), (1.0,) * 64), [6] * 64)
-    carried = before.carried([LOST] * 8 + list(range(56)))
+    remap_ranks = before.remap_ranks([LOST] * 8 + list(range(56)))
     topology = Topology(tuple(f"n{1 + rank // 8}" for rank in range(56)), (1.0,) * 56)
-    after = plan_placement(load, topology, [6] * 56, carried)
+    after = plan_placement(load, topology, [6] * 56, remap_ranks)
     _check(after, [6] * 56, 256)
-    assert _fetched(carried, after) <= 0.2
+    assert _fetched(remap_ranks, after) <= 0.2
     assert _balance(load, after, topology.speeds) >= 0.95
 
 
@@ -164,8 +164,10 @@ def test_a_lost_rank_costs_few_copies(kind: int, most: float) -> None:
     rng = np.random.default_rng(1)
     load = np.stack([_loads(kind, 64, rng) for _ in range(12)])
     before = plan_placement(load, Topology(("a",) * 8, (1.0,) * 8), [10] * 8)
-    carried = before.carried([*range(7), LOST])
-    inherited = Placement(carried.expert_of_slot, carried.rank_of_slot, np.where(carried.home == LOST, 0, carried.home))
+    remap_ranks = before.remap_ranks([*range(7), LOST])
+    inherited = Placement(
+        remap_ranks.expert_of_slot, remap_ranks.rank_of_slot, np.where(remap_ranks.home == LOST, 0, remap_ranks.home)
+    )
     topology = Topology(("a",) * 7, (1.0,) * 7)
     after = plan_placement(load, topology, [10] * 7, inherited)
     _check(after, [10] * 7, 64)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_moe.plan.units import build_units
+from elastic_moe.plan.state.units import build_units
 from elastic_moe.types import ParamSpec
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from elastic_moe.config.schema import BalanceConfig
-from elastic_moe.plan.ownership import NONE, plan_ownership
 from elastic_moe.plan.placement import Topology, plan_placement
 from elastic_moe.plan.split import slowest_times
+from elastic_moe.plan.state.ownership import NONE, plan_ownership
 from elastic_moe.runtime.rebalance import Rebalancer, moves_between
 from elastic_moe.runtime.state import MEASURES, VoteResult
 from elastic_moe.types import Member, Part, Unit, View
@@ -61,14 +61,16 @@ def _on_one_rank(balancer: Rebalancer) -> list[int]:
 
 def test_an_even_load_changes_nothing() -> None:
     balancer = _rebalancer()
-    assert all(balancer.look(_vote(balancer, step, np.full((LAYERS, EXPERTS), 50.0))) is None for step in range(1, 30))
+    assert all(
+        balancer.propose(_vote(balancer, step, np.full((LAYERS, EXPERTS), 50.0))) is None for step in range(1, 30)
+    )
 
 
 def test_replicas_follow_the_load_and_homes_stay() -> None:
     balancer = _rebalancer(home_moves=0)
     load_LE = _hot(_on_one_rank(balancer)[:2])
     vote = _vote(balancer, 1, load_LE)
-    change = balancer.look(vote)
+    change = balancer.propose(vote)
     assert change is not None and change.ownership is None and change.transfers == ()
     assert np.array_equal(change.placement.home, balancer.placement.home)
     assert change.estimate["balance_after"] > change.estimate["balance_before"]
@@ -76,7 +78,7 @@ def test_replicas_follow_the_load_and_homes_stay() -> None:
     balancer.adopted(change)
     later = _vote(balancer, 2, load_LE)
     assert later.layer_time_L.sum() < before
-    assert balancer.look(later) is None, "nothing is left to gain"
+    assert balancer.propose(later) is None, "nothing is left to gain"
     [record] = balancer.finished
     assert record["step"] == 1 and record["measured"]["steps"] == 1
     assert abs(record["measured"]["gain_s"] - record["expected"]["gain_s"]) < 1e-6, (
@@ -88,7 +90,7 @@ def test_a_change_must_pay_for_changing_over() -> None:
     balancer = _rebalancer(home_moves=0, payback_steps=10)
     load_LE = _hot(_on_one_rank(balancer)[:2])
     gain_s = float(_rebalancer_gain(load_LE))
-    first = [balancer.look(_vote(balancer, step, load_LE, switch_s=RANKS * 4.5 * gain_s)) for step in range(1, 8)]
+    first = [balancer.propose(_vote(balancer, step, load_LE, switch_s=RANKS * 4.5 * gain_s)) for step in range(1, 8)]
     assert first[:4] == [None] * 4, (
         "a placement that lasted 4 steps is not replaced for a change that takes as long as 4.5"
     )
@@ -97,7 +99,7 @@ def test_a_change_must_pay_for_changing_over() -> None:
 
 def _rebalancer_gain(load_LE: np.ndarray) -> float:
     balancer = _rebalancer(home_moves=0)
-    change = balancer.look(_vote(balancer, 1, load_LE))
+    change = balancer.propose(_vote(balancer, 1, load_LE))
     assert change is not None
     return float(change.estimate["gain_s"])
 
@@ -106,7 +108,7 @@ def test_homes_move_only_where_their_bytes_are_cheap() -> None:
     def homes_moved(bytes_per_s: float) -> int:
         balancer = _rebalancer(home_every=1, home_moves=4)
         load_LE = _hot(np.flatnonzero(balancer.placement.home[0] < 2).tolist())  # two spare slots elsewhere are too few
-        change = balancer.look(_vote(balancer, 1, load_LE, publish_bytes=bytes_per_s))
+        change = balancer.propose(_vote(balancer, 1, load_LE, publish_bytes=bytes_per_s))
         if change is None:
             return 0
         if change.ownership is not None:
@@ -124,7 +126,7 @@ def test_every_rank_decides_alike() -> None:
     for step in range(1, 12):
         load_LE = np.rint(rng.pareto(1.0, (LAYERS, EXPERTS)) * 100)
         vote = _vote(one, step, load_LE)
-        mine, theirs = one.look(vote), other.look(replace(vote, load_LE=load_LE.copy()))
+        mine, theirs = one.propose(vote), other.propose(replace(vote, load_LE=load_LE.copy()))
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:
             assert np.array_equal(mine.placement.expert_of_slot, theirs.placement.expert_of_slot)
@@ -138,7 +140,7 @@ def test_moves_say_what_changed() -> None:
     everything = moves_between(None, old)
     assert sum(what == 2 for *_, what in everything) == LAYERS * EXPERTS
     assert sum(what == 1 for *_, what in everything) == LAYERS * 5 * RANKS
-    change = balancer.look(_vote(balancer, 1, _hot(_on_one_rank(balancer)[:2])))
+    change = balancer.propose(_vote(balancer, 1, _hot(_on_one_rank(balancer)[:2])))
     assert change is not None
     moves = moves_between(old, change.placement)
     assert moves and sum(what for *_, what in moves) == 0, "slots are full before and after"

@@ -1,0 +1,191 @@
+"""Ray Train's trainer and controller, made elastic: the run goes on with whoever is there.
+
+Stock Ray Train (2.60, v2) restarts the whole worker group when one worker fails or one more could be had, about 14 s for a death and 77 s
+for a lost node. `ElasticController` keeps the group, drops what died, fills what is missing, and leaves every decision about the training
+itself to the coordinator actor: the run is over when the coordinator says so.
+
+Uses internals of ray.train.v2: `tests/ray/test_ray_contract.py` holds them; source: ray/train/v2/_internal/execution/controller.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+
+import ray  # noqa: E402
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR  # noqa: E402
+from ray.train import BackendConfig, Result  # noqa: E402
+from ray.train.backend import Backend  # noqa: E402
+from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback  # noqa: E402
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback  # noqa: E402
+from ray.train.v2._internal.constants import get_env_vars_to_propagate  # noqa: E402
+from ray.train.v2._internal.execution.callback import RayTrainCallback  # noqa: E402
+from ray.train.v2._internal.execution.controller import TrainController  # noqa: E402
+from ray.train.v2._internal.execution.controller.controller import TrainControllerLoopIterationResult  # noqa: E402
+from ray.train.v2._internal.execution.controller.state import (  # noqa: E402
+    ErroredState,
+    FinishedState,
+    RunningState,
+    ShuttingDownState,
+    TrainControllerState,
+)
+from ray.train.v2._internal.util import time_monotonic  # noqa: E402
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # noqa: E402
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError  # noqa: E402
+
+from elastic_moe.actors.link import CoordinatorLink, this_node  # noqa: E402
+from elastic_moe.actors.worker_group import ElasticWorkerGroup, WorkerExit  # noqa: E402
+from elastic_moe.errors import Evicted, UserError  # noqa: E402
+
+POLL_S = 0.25  # between two looks at the workers; a death is known to the coordinator earlier, by the closed connection
+END_GRACE_S = 60.0  # train functions that have not returned this long after the run ended are not waited for
+EVICTED_GRACE_S = 10.0  # an evicted worker that has not ended by itself is killed after this
+COORDINATOR_SILENT_S = 300.0
+NOT_USED = (DatasetsCallback, WorkingDirectorySetupCallback, PlacementGroupCleanerCallback)
+
+logger = logging.getLogger(__name__)
+
+
+class ElasticBackend(Backend):
+    """No process group is set up here: workers form their own. One replica group per worker, so no preemption watcher either."""
+
+    has_replica_groups = True
+
+
+class ElasticBackendConfig(BackendConfig):
+    """Names `ElasticBackend`."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return ElasticBackend
+
+
+class ElasticController(TrainController):
+    """Runs the worker group until the coordinator says that the run has finished or failed.
+
+    Args:
+        coordinator: name of the coordinator actor.
+        **stock: what `TrainController` takes.
+    """
+
+    worker_group_cls = ElasticWorkerGroup
+
+    def __init__(self, *, coordinator: str, **stock: Any) -> None:
+        self._link = CoordinatorLink(coordinator)
+        self._step_seen = -1
+        self._raised = 0  # train functions that raised since the last committed step
+        self._over_since_s: float | None = None
+        self._evicted_since_s: dict[str, float] = {}
+        super().__init__(**stock)
+        self._health_check_interval_s = POLL_S
+
+    async def _step(self) -> TrainControllerLoopIterationResult:
+        state = self.get_state()
+        if not isinstance(state, RunningState):
+            return await super()._step()
+        await self._poll_workers()
+        group = self._worker_group
+        assert isinstance(group, ElasticWorkerGroup)
+        status = self._link.poll()
+        if status.get("step", -1) != self._step_seen:
+            self._step_seen, self._raised = status.get("step", -1), 0
+            group.progressed()
+        failure = self._report_ended(group) or self._failure(group, status)
+        self._kill_evicted(group, status)
+        return TrainControllerLoopIterationResult(
+            run_attempt_id=self._get_run_attempt_id(),
+            previous_state=state,
+            next_state=self._next_state(group, status, failure),
+            training_failed_error=failure,
+        )
+
+    def _next_state(
+        self, group: ElasticWorkerGroup, status: dict[str, Any], failure: TrainingFailedError | None
+    ) -> TrainControllerState:
+        if failure is not None:
+            return ShuttingDownState(next_state=ErroredState(training_failed_error=failure))
+        if status.get("phase") != "finished":
+            return RunningState()
+        if self._over_since_s is None:
+            self._over_since_s = time_monotonic()
+            group.supplying = False
+        if len(group) and time_monotonic() - self._over_since_s < END_GRACE_S:
+            return RunningState()
+        return ShuttingDownState(next_state=FinishedState())
+
+    def _report_ended(self, group: ElasticWorkerGroup) -> TrainingFailedError | None:
+        """Tell the coordinator who is gone. Returns an error when the run cannot go on because of how one ended."""
+        for ended in group.take_ended():
+            if ended.error is None:
+                self._return_value = ended.value
+                continue
+            logger.warning("worker %s on node %s ended: %r", ended.worker[:8], ended.node[:8], ended.error)
+            self._link.submit(
+                {
+                    "event": "worker_lost",
+                    "worker": ended.worker,
+                    "node": ended.node,
+                    "pid": ended.pid,
+                    "reason": f"{type(ended.error).__name__}: {ended.error}".splitlines()[0],
+                }
+            )
+            if isinstance(ended.error, UserError):
+                return _as_failure(ended)
+            if not ended.died and not isinstance(ended.error, Evicted):
+                self._raised += 1
+                if self._raised >= max(6, 3 * group.get_worker_group_context().num_workers):
+                    return _as_failure(ended)  # a fault of the program: every replacement would end the same way
+        return None
+
+    def _failure(self, group: ElasticWorkerGroup, status: dict[str, Any]) -> TrainingFailedError | None:
+        if status.get("phase") == "failed":
+            return ControllerError(RuntimeError(status.get("reason") or "the coordinator gave the run up"))
+        if self._link.silent_s > COORDINATOR_SILENT_S:
+            return ControllerError(RuntimeError(f"no answer from the coordinator for {COORDINATOR_SILENT_S:.0f} s"))
+        return None
+
+    def _kill_evicted(self, group: ElasticWorkerGroup, status: dict[str, Any]) -> None:
+        """End evicted workers that cannot end themselves: a stopped or deadlocked process would keep its slot for ever."""
+        now_s = time_monotonic()
+        for worker in status.get("evicted", ()):
+            if now_s - self._evicted_since_s.setdefault(worker, now_s) > EVICTED_GRACE_S:
+                group.evict(worker)
+
+
+def _as_failure(ended: WorkerExit) -> TrainingFailedError:
+    assert isinstance(ended.error, Exception)
+    return WorkerGroupError(f"worker {ended.worker} on node {ended.node}: {ended.error!r}", {0: ended.error})
+
+
+class ElasticTrainer(DataParallelTrainer):
+    """`DataParallelTrainer` whose `scaling_config.num_workers` is the largest number of workers; it starts with one or more.
+
+    Args:
+        train_loop_per_worker: see `DataParallelTrainer`.
+        coordinator: name of the coordinator actor, which decides when the run is over.
+        **stock: what `DataParallelTrainer` takes.
+    """
+
+    def __init__(self, train_loop_per_worker: Any, *, coordinator: str, **stock: Any) -> None:
+        self._coordinator = coordinator
+        super().__init__(train_loop_per_worker, backend_config=ElasticBackendConfig(), **stock)
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, NOT_USED)]
+
+    def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
+        env_vars = get_env_vars_to_propagate() | {
+            "RAY_TRAIN_V2_ENABLED": "1",
+            RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0",
+        }
+        controller_cls = ray.remote(
+            num_cpus=0,
+            label_selector=this_node(),
+            runtime_env={"env_vars": env_vars},
+        )(ElasticController)
+        controller = controller_cls.remote(coordinator=self._coordinator, **controller_init_kwargs)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())

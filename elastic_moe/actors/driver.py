@@ -1,0 +1,298 @@
+"""Starts a run and stays with it until it ends: data, cluster, coordinator, trainer, progress, Ctrl-C, summary.
+
+The driver only looks: it may be interrupted at any time, and what it shows is read from the coordinator. The first Ctrl-C asks for a final
+checkpoint and a clean end, the second ends at once.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+from tqdm import tqdm
+
+from elastic_moe.actors.cluster import max_workers, ray_session, resources_per_worker, start_workers
+from elastic_moe.actors.controller import ElasticTrainer
+from elastic_moe.actors.coordinator import Coordinator
+from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, Finder, actor_name, this_node
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
+from elastic_moe.data.tokenizer import load_tokenizer
+from elastic_moe.errors import UserError
+from elastic_moe.metrics.format_event import format_event
+from elastic_moe.metrics.recorder import EVENTS, EXPERTS, METRICS, Tail, read_jsonl
+from elastic_moe.metrics.sinks.wandb import Tracker
+from elastic_moe.model.hf.checkpoint import HFCheckpoint
+from elastic_moe.saved import with_tokenizer
+
+POLL_S = 0.2
+CLOSE_TIMEOUT_S = 60.0
+EXIT_USER, EXIT_FAILED = 2, 1
+
+
+def launch(config: TrainConfig, raw_yaml: str) -> int:
+    """Run a training to its end.
+
+    Args:
+        config: the validated configuration; it is not changed.
+        raw_yaml: the same as the user gave it, kept in the run directory.
+
+    Returns:
+        Exit code: 0 when `run.steps` are committed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, else 1.
+    """
+    try:
+        config = replace(config, run=replace(config.run, dir=str(Path(config.run.dir).expanduser().absolute())))
+        run_dir = Path(config.run.dir)
+        _check_device(config)
+        _claim(config, run_dir)
+        prepared = prepare(config.data, default_cache_root(config.data, run_dir))
+        tokenizer = load_tokenizer(prepared.tokenizer_path)
+        config = replace(config, model=with_tokenizer(config.model, tokenizer))
+        if config.model.init_from:
+            HFCheckpoint(config.model.init_from, config.model)
+        config.seal()
+        (run_dir / "config.yaml").write_text(raw_yaml)
+        tokenizer.save(run_dir / "tokenizer.json")
+        tracker = Tracker(config.tracking, run_dir, asdict(config))
+        try:
+            with ray_session(config), _signals() as stop:
+                return _Driver(config, prepared, tracker, stop).run()
+        finally:
+            tracker.close()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+
+
+def _check_device(config: TrainConfig) -> None:
+    """Refuse GPUs that are not there; on a cluster of other machines each worker looks for itself."""
+    if config.device == "cuda" and config.cluster.kind != "address" and not torch.cuda.is_available():
+        raise UserError("device is cuda, and this machine has no GPU that torch can use; set device=cpu or auto.")
+
+
+def _claim(config: TrainConfig, run_dir: Path) -> None:
+    """Make the run directory, and make sure that this run may write there."""
+    if config.run.resume not in ("never", "auto"):
+        raise UserError(f'run.resume={config.run.resume} is unknown; use "never" or "auto"')
+    taken = (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").stat().st_size > 0
+    if taken and config.run.resume == "never":
+        if not config.run.overwrite:
+            raise UserError(f"run.dir={run_dir} has a run; continue it with run.resume=auto or name another directory")
+        _clear(config, run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir={run_dir} cannot be made: {error.strerror}") from error
+
+
+def _clear(config: TrainConfig, run_dir: Path) -> None:
+    """Forget the run that is in this directory: its records, its checkpoints and what its faults left."""
+    from elastic_moe.checkpoint.writer import discard_after
+    from elastic_moe.runtime.checkpoints import checkpoint_root
+
+    discard_after(checkpoint_root(config), -1)
+    for name in (METRICS, EVENTS, EXPERTS, "report.html"):
+        (run_dir / name).unlink(missing_ok=True)
+    for path in (run_dir / "faults").glob("*"):
+        path.unlink()
+
+
+@dataclass
+class _Stop:
+    """The signal that asked for an end, if any."""
+
+    signum: int = 0
+    count: int = 0
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Turn SIGINT and SIGTERM into a wish to stop; the second one raises KeyboardInterrupt."""
+    stop = _Stop()
+
+    def note(signum: int, _frame: Any) -> None:
+        stop.signum, stop.count = signum, stop.count + 1
+        if stop.count > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def train_function(settings: dict[str, Any]) -> dict[str, Any]:
+    """What every Ray Train worker runs. Its id is its actor's, which is how the controller names it to the coordinator."""
+    from elastic_moe.runtime.worker import run_worker
+
+    context = ray.get_runtime_context()
+    return run_worker(
+        settings["config"],
+        settings["find"],
+        settings["token"],
+        context.get_node_id(),
+        settings["prepared"],
+        context.get_actor_id(),
+    )
+
+
+def start_coordinator(config: TrainConfig, name: str, token: str) -> Any:
+    """Start the coordinator actor on this node; Ray restarts it when it dies, and repeats the calls that it did not answer.
+
+    A hard condition on the node costs nothing, since the actor ends with the driver anyway. A soft one (`NodeAffinitySchedulingStrategy`)
+    is ignored by nodes that joined a moment ago, and the coordinator would be lost with one of those.
+    """
+    host = ray.util.get_node_ip_address() if config.cluster.kind == "address" else "127.0.0.1"
+    actor = (
+        ray.remote(Coordinator)
+        .options(
+            name=name,
+            namespace=NAMESPACE,
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=8,
+            label_selector=this_node(),
+        )
+        .remote(config, token, min(start_workers(config.cluster), max_workers(config)), host)
+    )
+    ray.get(actor.address.remote())
+    return actor
+
+
+def make_trainer(config: TrainConfig, prepared: Prepared, name: str, token: str) -> ElasticTrainer:
+    """The trainer of a run whose coordinator has been started under this name with this token."""
+    from ray.train import RunConfig, ScalingConfig
+
+    return ElasticTrainer(
+        train_function,
+        train_loop_config={"config": config, "find": Finder(name), "token": token, "prepared": prepared},
+        coordinator=name,
+        scaling_config=ScalingConfig(
+            num_workers=max_workers(config), resources_per_worker=resources_per_worker(config.cluster)
+        ),
+        run_config=RunConfig(name="ray", storage_path=str(Path(config.run.dir) / ".ray")),
+    )
+
+
+@dataclass
+class _Driver:
+    """The driver's part of one run."""
+
+    config: TrainConfig
+    prepared: Prepared
+    tracker: Tracker
+    stop: _Stop
+    error: BaseException | None = None
+    seen: int = 0
+    status: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._events = Tail(Path(self.config.run.dir) / EVENTS)
+        self._told = len(self._events.lines())  # a resumed run has told these before
+
+    def run(self) -> int:
+        name, token = actor_name(secrets.token_hex(4)), secrets.token_hex(16)
+        coordinator = start_coordinator(self.config, name, token)
+        fit = threading.Thread(target=self._fit, args=(name, token), name="ray-train", daemon=True)
+        fit.start()
+        link = CoordinatorLink(name)
+        interrupted = False
+        try:
+            with tqdm(total=self.config.run.steps, unit="step", dynamic_ncols=True, disable=None) as bar:
+                asked = False
+                while fit.is_alive():
+                    if self.stop.count and not asked:
+                        asked = True
+                        bar.write(
+                            "stopping: waiting for the final checkpoint (once more to end at once)", file=sys.stderr
+                        )
+                        link.submit({"event": "stop", "reason": signal.Signals(self.stop.signum).name})
+                    self._show(coordinator, link, bar)
+                    fit.join(POLL_S)
+                self._show(coordinator, link, bar)
+        except KeyboardInterrupt:
+            interrupted = True
+        try:
+            if not interrupted:
+                self.status = ray.get(coordinator.status.remote(), timeout=CLOSE_TIMEOUT_S)
+            ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)
+        except (RayError, TimeoutError) as error:
+            print(f"the coordinator did not end cleanly: {error}", file=sys.stderr)
+        ray.kill(coordinator)
+        return self._conclude()
+
+    def _fit(self, name: str, token: str) -> None:
+        try:
+            make_trainer(self.config, self.prepared, name, token).fit()
+        except Exception as error:  # noqa: BLE001 - whatever ended the run is told by the main thread
+            self.error = error
+
+    def _show(self, coordinator: Any, link: CoordinatorLink, bar: Any) -> None:
+        """Bring progress bar and tracker up to date; a coordinator that is away just now is asked again later."""
+        events = self._events.lines()
+        for line in filter(None, map(format_event, events[self._told :])):
+            bar.write(line, file=sys.stderr)
+        self._told = len(events)
+        self.status = link.poll() or self.status
+        try:
+            records = ray.get(coordinator.records_since.remote(self.seen), timeout=2)
+        except (RayError, TimeoutError):
+            return
+        for record in records:
+            self.tracker.log(record, int(record["step"]))
+            self.seen = int(record["step"])
+        if records:
+            last = records[-1]
+            bar.n = self.seen
+            bar.set_postfix_str(
+                f"loss {last['loss']:.4f}  {last.get('tokens_per_s', 0):,.0f} tok/s  "
+                f"world {last.get('world_size', '?')}  gen {last.get('generation', '?')}"
+            )
+
+    def _conclude(self) -> int:
+        events = read_jsonl(Path(self.config.run.dir) / "events.jsonl")
+        records = read_jsonl(Path(self.config.run.dir) / "metrics.jsonl")
+        step = int(records[-1]["step"]) if records else 0
+        if step >= self.config.run.steps and self.error is None:
+            self._summarise(records, events)
+            return 0
+        if self.stop.count:
+            print(f"stopped after step {step} of {self.config.run.steps}; go on with run.resume=auto")
+            return 128 + self.stop.signum
+        for cause in getattr(self.error, "worker_failures", {}).values():
+            if isinstance(cause, UserError):
+                raise cause
+        reason = self.error or self.status.get("reason") or "the run ended early"
+        print(f"failed after step {step} of {self.config.run.steps}: {reason}", file=sys.stderr)
+        return EXIT_FAILED
+
+    def _summarise(self, records: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+        last = records[-1]
+        generations = {record.get("generation") for record in records}
+        print(
+            f"{last['step']} steps, loss {last['loss']:.4f}, {len(generations)} generation(s), "
+            f"last world size {last.get('world_size')}; {self.config.run.dir}"
+        )
+        for label, key in (("evaluated", "val_loss"), ("sample", "text")):
+            found = [event[key] for event in events if event.get("event") == label and key in event]
+            if found:
+                print(f"{key}: {found[-1]:.4f}" if isinstance(found[-1], float) else f"sample: {found[-1]}")
+
+
+__all__ = ["launch", "make_trainer", "start_coordinator", "train_function"]

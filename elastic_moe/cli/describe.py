@@ -1,0 +1,225 @@
+"""What a model and a cluster come to, without allocating either: `python -m elastic_moe.describe model=NAME key=value ...`.
+
+Takes the same keys as `elastic_moe.train`, of which it uses the model, `data.micro_batch`, `data.seq_len`, `precision`, the number of workers, `elastic.redundancy`,
+`elastic.spare_slots` and `cluster.worker_memory_gb`. Parameters are counted on the meta device, exactly; bytes of weights, gradients and optimizer state are those
+that the runtime holds (DESIGN.md, section 3); activations and the buffers of exchange are estimates, and marked so.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elastic_moe.config.build import start_workers
+from elastic_moe.config.schema import ModelConfig, TrainConfig
+from elastic_moe.errors import UserError
+from elastic_moe.model.attention.compressed import layer_kind
+from elastic_moe.model.params import param_specs
+from elastic_moe.model.residual.connections import segment_length
+
+GB = 1e9
+MOST_WORKERS = 1 << 20
+FP32 = 4
+STATE = 4 * FP32  # weight, two moments, and the reduced gradient of each owned or mirrored element
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a model, trained or not.
+
+    Attributes:
+        total: all of them; embedding: the input embedding; dense: those every worker computes with; expert: one routed expert's; experts: all routed ones.
+        active: those a token meets, the input embedding left out, as papers count it; multi-token prediction is left out too.
+        mtp: those of the multi-token prediction, part of the total.
+    """
+
+    total: int
+    embedding: int
+    dense: int
+    expert: int
+    experts: int
+    active: int
+    mtp: int
+
+
+def count(cfg: ModelConfig) -> Counts:
+    """Exact parameter counts, from the meta device."""
+    specs = param_specs(cfg)
+    total = sum(s.numel for s in specs)
+    experts = sum(s.numel for s in specs if s.expert is not None)
+    embedding = cfg.vocab_size * cfg.hidden_size
+    expert = 3 * cfg.hidden_size * cfg.expert_hidden
+    mtp = sum(s.numel for s in specs if s.name.startswith("mtp."))
+    tables = sum(s.numel for s in specs if s.optimizer == "frozen")
+    mtp_dense = sum(s.numel for s in specs if s.name.startswith("mtp.") and s.expert is None)
+    routed = (cfg.num_layers - cfg.num_dense_layers) * cfg.experts_per_token * expert
+    active = total - experts - embedding - mtp_dense - tables + routed
+    return Counts(total, embedding, total - experts, expert, experts, active, mtp)
+
+
+def attention_flops(cfg: ModelConfig, seq_len: int) -> float:
+    """FLOPs of scores and values per token, forward, at the mean number of positions seen."""
+    total = 0.0
+    for layer in range(cfg.num_layers):
+        if cfg.attention == "v4":
+            seen = min(cfg.window, seq_len / 2)
+            kind = layer_kind(cfg, layer)
+            if kind == "hca":
+                seen += seq_len / 2 / cfg.hca_rate
+            elif kind == "csa":
+                entries = seq_len / 2 / cfg.csa_rate
+                seen += min(cfg.index_topk, entries)
+                total += 2 * cfg.index_heads * cfg.index_dim * entries
+            total += 4 * cfg.num_heads * cfg.head_dim * seen
+        else:
+            widths = 2 * cfg.head_dim
+            if cfg.attention == "mla":
+                widths = cfg.head_dim + cfg.rope_dim + cfg.value_dim
+            total += 2 * cfg.num_heads * widths * seq_len / 2
+    return total
+
+
+def training_flops(cfg: ModelConfig, seq_len: int) -> float:
+    """FLOPs per token, forward and backward: six per parameter in a product, and attention; multi-token prediction included."""
+    counts = count(cfg)
+    mtp = 0.0
+    if cfg.mtp_depth:
+        own = counts.mtp - cfg.num_experts * counts.expert + cfg.experts_per_token * counts.expert
+        mtp = own + cfg.vocab_size * cfg.hidden_size + attention_flops(cfg, seq_len) / cfg.num_layers / 2
+    return 6 * (counts.active + mtp) + 3 * attention_flops(cfg, seq_len)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest worker; the last two are estimates."""
+
+    weights: float
+    gradients: float
+    state: float
+    exchange: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.state + self.exchange + self.activations
+
+
+def slots_per_layer(config: TrainConfig, workers: int) -> int:
+    """Expert slots of a worker per MoE layer: an even share and the spare ones."""
+    even = -(-config.model.num_experts // workers)
+    wanted = min(even + config.elastic.spare_slots, config.model.num_experts)
+    return min(wanted, config.elastic.slots_per_worker or wanted)
+
+
+def memory(config: TrainConfig, workers: int, counts: Counts | None = None) -> Memory:
+    """What the fullest of so many workers holds."""
+    cfg, counts = config.model, counts or count(config.model)
+    computed = counts.dense + slots_per_layer(config, workers) * cfg.num_moe_layers * counts.expert
+    copies = min(1 + config.elastic.redundancy, workers)
+    owned = counts.total * copies / workers
+    received = counts.total / workers + counts.dense
+    return Memory(
+        weights=FP32 * computed,
+        gradients=FP32 * computed,
+        state=STATE * owned,
+        exchange=FP32 * (computed + received),
+        activations=activation_bytes(config),
+    )
+
+
+def activation_bytes(config: TrainConfig) -> float:
+    """What one micro-batch leaves for its backward pass, estimated from the widths of what each layer saves."""
+    cfg = config.model
+    size = 2 if config.precision == "bf16" else 4
+    width, n = cfg.hidden_size, cfg.num_streams
+    if cfg.attention == "gqa":
+        heads = (2 * cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+    elif cfg.attention == "mla":
+        heads = (
+            cfg.num_heads * (3 * (cfg.head_dim + cfg.rope_dim) + 2 * cfg.value_dim) + cfg.kv_latent + cfg.query_latent
+        )
+    else:
+        heads = 2 * cfg.num_heads * cfg.head_dim + 3 * cfg.head_dim + cfg.query_latent
+    routed = (
+        cfg.experts_per_token * (2 * width + 3 * cfg.expert_hidden) + 3 * cfg.num_shared_experts * cfg.expert_hidden
+    )
+    per_layer = 4 * width + heads + routed
+    streams = 0.0
+    if cfg.has_streams:
+        segment = segment_length(cfg)
+        streams = 2 * (n * width / segment + width) + (n + 2) * width * (segment > 1)
+    layers = cfg.num_layers + cfg.mtp_depth
+    head = (1 + cfg.mtp_depth) * cfg.vocab_size * (size + 4)
+    tokens = config.data.micro_batch * config.data.seq_len
+    return tokens * (size * layers * (per_layer + streams) + head)
+
+
+def smallest(config: TrainConfig, limit: float) -> int | None:
+    """The smallest number of workers whose fullest one fits into so many bytes; None when none does."""
+    low, high, counts = 0, 1, count(config.model)
+    while memory(config, high, counts).total > limit:
+        low, high = high, 2 * high
+        if high > MOST_WORKERS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if memory(config, middle, counts).total > limit else (low, middle)
+    return high
+
+
+def report(config: TrainConfig) -> str:
+    """The description as text."""
+    cfg, counts = config.model, count(config.model)
+    workers, seq_len = start_workers(config), config.data.seq_len
+    held, limit = memory(config, workers, counts), config.cluster.worker_memory_gb * GB
+    fits = smallest(config, limit)
+    at_least = f"{fits} workers" if fits else "no number of workers: what each one holds in any case is more"
+    lines = [
+        ("parameters", f"{_number(counts.total)}" + (f" ({_number(counts.mtp)} of them predict the token after the next)" if counts.mtp else "")),
+        ("  active per token", f"{_number(counts.active)} without the input embedding ({_number(counts.embedding)})"),
+        ("  routed experts", f"{_number(counts.experts)}: {cfg.num_moe_layers} layers of {cfg.num_experts} with {_number(counts.expert)} each"),
+        ("  on every worker", _number(counts.dense)),
+        ("FLOPs per token", f"{_number(training_flops(cfg, seq_len))} forward and backward, at {seq_len} tokens per sequence"),
+        (f"memory per worker, {workers} of them", f"{held.total / GB:,.2f} GB"),
+        ("  weights", f"{held.weights / GB:,.2f} GB ({slots_per_layer(config, workers)} expert slots per layer)"),
+        ("  gradients", f"{held.gradients / GB:,.2f} GB"),
+        ("  owned and mirrored state", f"{held.state / GB:,.2f} GB (redundancy {config.elastic.redundancy})"),
+        ("  exchange, about", f"{held.exchange / GB:,.2f} GB"),
+        ("  activations, about", f"{held.activations / GB:,.2f} GB ({config.data.micro_batch} sequences of {seq_len})"),
+        (f"fits into {config.cluster.worker_memory_gb:g} GB with", at_least),
+    ]  # fmt: skip
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def _number(value: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}" if value < 1e15 else f"{value / size:.0f}{unit}"
+    return f"{value:.0f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; exit code 2 and one sentence for a bad configuration."""
+    from elastic_moe.cli.train import BAD_CONFIG, check, register_schema
+
+    register_schema()
+    overrides = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(overrides):
+        print(__doc__)
+        return 0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (config,) = check(overrides)
+    except UserError as error:
+        print(f"elastic_moe: {error}", file=sys.stderr)
+        return BAD_CONFIG
+    print(report(config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

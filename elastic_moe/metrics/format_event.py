@@ -1,0 +1,35 @@
+"""What a driver says about the events of a run while it goes on: one line for each that a person would want to know."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+def format_event(event: dict[str, Any]) -> str | None:
+    """One line about an event of events.jsonl, or None if it is not worth one."""
+    step = f"step {event.get('step', 0)}"
+    match event["event"]:
+        case "worker_lost" | "worker_evicted":
+            return f"{step}: lost the worker with process id {event.get('pid')}: {_short(event.get('reason', ''))}"
+        case "entered" if event["generation"] > 1:
+            lost = event.get("lost_steps", 0)
+            return (
+                f"{step}: {event['world_size']} workers go on, re-formed in {event['total_s']:.2f} s, "
+                f"{lost or 'no'} committed step{'' if lost == 1 else 's'} lost"
+            )
+        case "view" if event["generation"] > 1 and event["planned"]:
+            return f"{step}: {_short(event['reason'])}"
+        case "hold":
+            return f"{step}: waiting: {_short(event.get('reason', ''))}"
+        case "checkpoint_failed":
+            return f"{step}: the checkpoint failed: {event.get('reason')}"
+        case "evaluated":
+            return f"{step}: validation loss {event['val_loss']:.4f}"
+        case _:
+            return None
+
+
+def _short(reason: str) -> str:
+    """Ids of 32 hexadecimal digits cut to their first eight."""
+    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{24}\b", r"\1", reason)

@@ -1,0 +1,268 @@
+"""Hugging Face checkpoint directories, read and written tensor by tensor.
+
+A reader opens a directory's headers and then only what it is asked for, so a worker reads the units it owns and no process needs to see all
+weights; a writer takes one tensor at a time and fills shards of a bounded size. Names and layouts are those of hf_families.py.
+Needs safetensors beside torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from elastic_moe.config.schema import ModelConfig
+from elastic_moe.errors import UserError
+from elastic_moe.model.experts.local import LocalExperts
+from elastic_moe.model.hf.families import FAMILIES, config_of, family_of, fields_from
+from elastic_moe.model.params import param_specs
+from elastic_moe.model.transformer import Transformer
+from elastic_moe.types import ParamSpec
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SHARD_BYTES = 4 << 30
+
+
+def read_fields(directory: str | Path) -> dict[str, Any]:
+    """Fields of ModelConfig that the directory's config.json implies.
+
+    Raises:
+        UserError: no such file, or a model that cannot be expressed.
+    """
+    return fields_from(_config(Path(directory)), str(Path(directory) / "config.json"))
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    try:
+        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{directory / 'config.json'} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{directory / 'config.json'} is not JSON.") from error
+
+
+def _aliases(name: str) -> Iterable[str]:
+    """A tensor's name, and what DeepSeek's own V4 files call it."""
+    yield name
+    bare = name.removeprefix("model.")
+    yield (
+        bare.replace("embed_tokens.", "embed.")
+        .replace("hc_head.hc_", "hc_head_")
+        .replace("attn.norm.", "attn.kv_norm.")
+    )
+
+
+class HFCheckpoint:
+    """A directory of safetensors, by our parameter names.
+
+    Args:
+        directory: with config.json and one or several safetensors files.
+        cfg: the model's shape; that of the directory, with whatever else the caller adds.
+
+    Raises:
+        UserError: a tensor is missing or has another shape, a file cannot be read, or weights are left that this model has no place for.
+    """
+
+    def __init__(self, directory: str | Path, cfg: ModelConfig) -> None:
+        self._directory = Path(directory)
+        config = _config(self._directory)
+        self._family = FAMILIES[config["model_type"]]
+        self._tied = bool(config.get("tie_word_embeddings"))
+        self._files: dict[str, str] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in self._list_files():
+            with self._open(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    self._files[name] = file
+                    self._shapes[name] = tuple(opened.get_slice(name).get_shape())
+        self._check(cfg)
+
+    def _list_files(self) -> list[str]:
+        try:
+            index = self._directory / INDEX
+            if index.exists():
+                return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{self._directory / INDEX} is damaged.") from error
+        if (self._directory / SINGLE).exists():
+            return [SINGLE]
+        raise UserError(f"{self._directory} has neither {SINGLE} nor {INDEX}.")
+
+    def _open(self, file: str) -> Any:
+        try:
+            return safe_open(self._directory / file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self._directory / file} cannot be read: {error}.") from error
+
+    def _find(self, ours: str) -> str | None:
+        """Name in the files of a parameter of ours."""
+        theirs = self._family.name(ours)
+        if theirs is None:
+            return None
+        if theirs == "lm_head.weight" and self._tied and theirs not in self._files:
+            theirs = "model.embed_tokens.weight"
+        return next((name for name in _aliases(theirs) if name in self._files), theirs)
+
+    def _check(self, cfg: ModelConfig) -> None:
+        used: set[str] = set()
+        for spec in param_specs(cfg):
+            name = self._find(spec.name)
+            if name is None or (spec.optimizer == "bias" and name not in self._files):
+                continue
+            if name not in self._files:
+                raise UserError(f"{self._directory} has no tensor {name}.")
+            if self._shapes[name] != spec.shape:
+                raise UserError(f"{self._directory}: {name} is {self._shapes[name]}, not {spec.shape}.")
+            used.add(name)
+        extra = [n for n in self._files if n not in used and not self._is_ignored(n, cfg)]
+        if extra:
+            raise UserError(f"{self._directory}: this model has no place for {extra[0]} and {len(extra) - 1} others.")
+
+    def _is_ignored(self, name: str, cfg: ModelConfig) -> bool:
+        """Empty tensors, rotary tables, and multi-token prediction, which transformers drops too."""
+        empty = 0 in self._shapes[name]
+        predicts = name.startswith("mtp.") or f".layers.{cfg.num_layers}." in f".{name}"
+        return empty or predicts or name.endswith("rotary_emb.inv_freq") or (self._tied and name == "lm_head.weight")
+
+    def read(self, spec: ParamSpec) -> torch.Tensor | None:
+        """A parameter's fp32 value; None when the directory has no such parameter."""
+        name = self._find(spec.name)
+        if name is None or name not in self._files:
+            return None
+        with self._open(self._files[name]) as opened:
+            tensor = opened.get_tensor(name).float()
+        return self._family.layout(spec.name)(tensor).contiguous()
+
+
+class _ShardWriter:
+    """Collects tensors into files of a bounded size, and writes the index."""
+
+    def __init__(self, directory: Path, shard_bytes: int) -> None:
+        self._directory, self._limit = directory, shard_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._bytes = self._total = 0
+        self._placed: list[list[str]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._bytes + size > self._limit:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._bytes += size
+        self._total += size
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._directory / f".shard-{len(self._placed)}", metadata={"format": "pt"})
+        self._placed.append(list(self._pending))
+        self._pending, self._bytes = {}, 0
+
+    def close(self) -> None:
+        self._flush()
+        count = len(self._placed)
+        files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        for i, file in enumerate(files):
+            (self._directory / f".shard-{i}").rename(self._directory / file)
+        if count > 1:
+            weight_map = {name: file for file, names in zip(files, self._placed, strict=True) for name in names}
+            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            (self._directory / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def write_checkpoint(
+    directory: str | Path,
+    cfg: ModelConfig,
+    read: Callable[[ParamSpec], torch.Tensor],
+    seq_len: int,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[Iterable[ParamSpec]], Iterable[ParamSpec]] = iter,
+) -> list[str]:
+    """Write config.json and safetensors that `transformers` loads with `from_pretrained`.
+
+    Args:
+        read: fp32 value of a parameter; called once for each, in order.
+        seq_len: longest sequence trained on.
+        dtype: of the weights written; router biases and tables keep theirs.
+        progress: wraps the parameters on their way.
+
+    Returns:
+        Names of our parameters that the format has no place for: those of the multi-token prediction.
+
+    Raises:
+        UserError: the model cannot be expressed, or the directory has a checkpoint already.
+    """
+    kind = family_of(cfg)
+    family, target = FAMILIES[kind], Path(directory)
+    config = config_of(cfg, str(dtype).removeprefix("torch."), seq_len)
+    if (target / "config.json").exists():
+        raise UserError(f"{target} has a config.json already; name another directory.")
+    target.mkdir(parents=True, exist_ok=True)
+    writer, left = _ShardWriter(target, shard_bytes), []
+    for spec in progress(param_specs(cfg)):
+        name = None if spec.name.startswith("mtp.") else family.name(spec.name)
+        if name is None:
+            left.append(spec.name)
+            continue
+        tensor = family.layout(spec.name)(read(spec))
+        if spec.optimizer == "frozen":
+            tensor = tensor.long()
+        elif spec.optimizer == "bias":
+            if kind == "qwen3_moe":
+                _refuse_bias(spec.name, tensor)
+                continue
+        else:
+            tensor = tensor.to(dtype)
+        writer.add(name, tensor)
+    for name, shape in _empty_shared(cfg, kind).items():
+        writer.add(name, torch.empty(shape, dtype=dtype))
+    writer.close()
+    (target / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    return left
+
+
+def _refuse_bias(name: str, bias: torch.Tensor) -> None:
+    if bias.any():
+        raise UserError(
+            f"{name} is not zero, and Hugging Face's qwen3_moe has no balancing bias: train with model.bias_update_speed=0."
+        )
+
+
+def _empty_shared(cfg: ModelConfig, kind: str) -> Mapping[str, tuple[int, int]]:
+    """The shared expert of width 0 that two families insist on."""
+    if cfg.num_shared_experts or kind not in ("deepseek_v3", "glm4_moe"):
+        return {}
+    shapes = {"gate": (0, cfg.hidden_size), "up": (0, cfg.hidden_size), "down": (cfg.hidden_size, 0)}
+    return {
+        f"model.layers.{layer}.mlp.shared_experts.{part}_proj.weight": shape
+        for layer in range(cfg.num_dense_layers, cfg.num_layers)
+        for part, shape in shapes.items()
+    }
+
+
+def load_model(directory: str | Path, **fields: Any) -> tuple[ModelConfig, Transformer, LocalExperts]:
+    """The whole model of a directory in this process; for tests, small models and single devices.
+
+    Args:
+        fields: fields of ModelConfig beside those of the directory.
+    """
+    cfg = ModelConfig(**{**read_fields(directory), **fields})
+    checkpoint, experts = HFCheckpoint(directory, cfg), LocalExperts(cfg)
+    model = Transformer(cfg, experts)
+    model.initialize(0)
+    tensors = named_tensors(model, experts)
+    for spec in param_specs(cfg):
+        value = checkpoint.read(spec)
+        if value is not None:
+            tensors[spec.name].copy_(value)
+    return cfg, model, experts
+
+
+def named_tensors(model: Transformer, experts: LocalExperts) -> dict[str, torch.Tensor]:
+    """Views of every parameter and buffer of a whole model, by the names of `param_specs`; without gradients."""
+    tensors = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())
+    return tensors | experts.named_views()

@@ -1,0 +1,315 @@
+"""Expert parallelism over an uneven, replicated placement: tokens travel to slots, outputs travel back; dropless, unpadded.
+
+Per MoE layer: one all-gather of the counts, from which every rank computes the same split over replicas; one uneven
+all-to-all of rows there and one back, and the same two in the backward pass. Rows travel sorted by slot, so the receiver need
+only interleave its sources. Each permutation is part of the transport's autograd function: its backward is the inverse
+permutation, a gather, and not the scatter-add that autograd would derive.
+
+When the rows that reach some rank would take more memory than allowed, the tokens are sent in chunks, one after the other, and a chunk's
+rows are not kept for the backward pass but sent again: all tokens on one expert cost time, not memory.
+
+Shapes: T tokens, K experts per token, N = T * K rows sent, M rows computed here, P slots in the world, S slots here, R ranks,
+D hidden, F expert hidden.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from elastic_moe.config.schema import ModelConfig
+from elastic_moe.model.experts.local import grouped_swiglu, weighted_sum
+from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.reproducible import Grid, pieces_swiglu
+from elastic_moe.parallel.transport import ByNode, Flat, Transport
+from elastic_moe.plan.placement import Placement
+from elastic_moe.plan.split import RankSplit, of_rank, split_for_rank, split_tokens, split_whole
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the rows of one layer travel. Row n of the N is choice n % K of token n // K.
+
+    Attributes:
+        order_N, undo_N: rows in the order they are sent, by destination slot, and the inverse permutation.
+        by_slot_M, by_source_M: from arrival order to slot order, and back.
+        sent, arrived: rows to and from each rank.
+        rows_RR: rows from each rank to each other, where the transport asks for them.
+        num_choices: K.
+    """
+
+    order_N: torch.Tensor
+    undo_N: torch.Tensor
+    by_slot_M: torch.Tensor
+    by_source_M: torch.Tensor
+    sent: list[int]
+    arrived: list[int]
+    rows_RR: NDArray[np.int64] | None
+    num_choices: int
+
+
+def _dispatch(transport: Transport, rows_ND: torch.Tensor, route: Route) -> torch.Tensor:
+    """Rows in sending order -> rows in slot order at their slots."""
+    return transport(rows_ND, route.sent, route.arrived, route.rows_RR)[route.by_slot_M]
+
+
+def _combine(transport: Transport, rows_MD: torch.Tensor, route: Route) -> torch.Tensor:
+    """Rows in slot order -> rows in (token, choice) order at their origin."""
+    back_RR = None if route.rows_RR is None else route.rows_RR.T
+    return transport(rows_MD[route.by_source_M], route.arrived, route.sent, back_RR)[route.undo_N]
+
+
+class _ToSlots(torch.autograd.Function):
+    """x_TD -> rows in slot order. `anchor` requires a gradient, so that every rank joins the backward collectives or none."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, anchor: torch.Tensor, transport: Transport, route: Route) -> torch.Tensor:
+        ctx.transport, ctx.route = transport, route
+        return _dispatch(transport, x_TD[route.order_N // route.num_choices], route)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        grad_ND = _combine(ctx.transport, grad_MD, ctx.route)
+        return grad_ND.view(-1, ctx.route.num_choices, grad_ND.shape[1]).sum(dim=1), None, None, None
+
+
+class _FromSlots(torch.autograd.Function):
+    """Rows in slot order -> rows in (token, choice) order at their origin."""
+
+    @staticmethod
+    def forward(ctx: Any, y_MD: torch.Tensor, transport: Transport, route: Route) -> torch.Tensor:
+        ctx.transport, ctx.route = transport, route
+        return _combine(transport, y_MD, route)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _dispatch(ctx.transport, grad_ND[ctx.route.order_N], ctx.route), None, None
+
+
+class ExpertParallel:
+    """Expert backend of one generation on one rank.
+
+    Args:
+        group: the generation's collectives.
+        placement: experts in slots.
+        rank: of this process.
+        cfg: the model's shape.
+        device: of the slot weights.
+        speeds: relative speed per rank, for the split; None for equal ones.
+        grid: compute what each rank sends to each expert by itself, and sum the weights' gradients exactly; None: grouped, in fp32.
+        memory_limit: bytes that one layer's rows may take on a rank, with what is kept of them for the backward pass; 0 for no limit.
+            Without effect on exact sums, whose pieces may not depend on who computes them.
+        by_node: one message per pair of nodes instead of one per pair of ranks.
+
+    Attributes:
+        weights_arrive: called before the slots' weights are used; may wait until they are there.
+        local_tokens: rows that this rank's slots computed since `reset_balance`.
+        tokens_R: the same for every rank.
+        far_rows: rows that this rank's tokens sent to other nodes, counted once for all ranks on rank 0.
+        compute_s: seconds of this rank's experts in the forward passes.
+        chunks: the most pieces in which a layer's rows came.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        placement: Placement,
+        rank: int,
+        cfg: ModelConfig,
+        device: torch.device,
+        speeds: Sequence[float] | None = None,
+        grid: Grid | None = None,
+        memory_limit: int = 0,
+        by_node: bool = False,
+    ) -> None:
+        nodes = placement.node_of_rank
+        self.before_experts: Callable[[], None] = lambda: None
+        self._transport: Transport = Flat(group)
+        if by_node and nodes is not None and len(set(nodes.tolist())) > 1:
+            self._transport = ByNode(group, nodes.tolist())
+        row_bytes = 4 * (3 * cfg.hidden_size + 4 * cfg.expert_hidden)
+        self._most_rows = max(1, memory_limit // row_bytes) if memory_limit and grid is None else 0
+        self._group, self._placement, self._rank, self._speeds = group, placement, rank, speeds
+        self._grid, self._limit = grid, cfg.swiglu_limit
+        self._span = placement.slots_of(rank)
+        self.num_layers, self.num_experts = placement.expert_of_slot.shape[0], cfg.num_experts
+        slots = self._span.stop - self._span.start
+        shapes = ((slots, 2 * cfg.expert_hidden, cfg.hidden_size), (slots, cfg.hidden_size, cfg.expert_hidden))
+        self._slots = [
+            tuple(torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes)
+            for _ in range(self.num_layers)
+        ]
+        dtype = torch.float32 if grid is None else torch.float64
+        self._grads = [tuple(torch.zeros(s, device=device, dtype=dtype) for s in shapes) for _ in self._slots]
+        if grid is None:
+            for slots_of, grads_of in zip(self._slots, self._grads, strict=True):
+                for tensor, grad in zip(slots_of, grads_of, strict=True):
+                    tensor.grad = grad
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        starts = [placement.slots_of(r).start for r in range(group.world_size)]
+        self._bounds = np.array([*starts, len(placement.rank_of_slot)])
+        self.reset_balance()
+
+    def adopt(self, placement: Placement) -> None:
+        """Go over to another placement with the same slots; the slots' weights are then those of other experts, and must be set anew."""
+        assert np.array_equal(placement.rank_of_slot, self._placement.rank_of_slot)
+        self._placement = placement
+
+    def slot_params(self, moe_layer: int) -> tuple[torch.nn.Parameter, ...]:
+        """(w_gate_up [S, 2F, D], w_down [S, D, F]) of one layer: an expert's unit, one matrix after the other."""
+        return self._slots[moe_layer]
+
+    def slot_grads(self, moe_layer: int) -> tuple[torch.Tensor, ...]:
+        """Gradients of `slot_params`, fp64 with a grid; the tensors are never replaced."""
+        return self._grads[moe_layer]
+
+    def zero_grads(self) -> None:
+        """Begin a step's sums."""
+        for tensor in (t for layer in self._grads for t in layer):
+            tensor.zero_()
+
+    def reset_balance(self) -> None:
+        """Begin counting anew, at the start of a step."""
+        self.local_tokens = 0
+        self.tokens_R = np.zeros(self._group.world_size, dtype=np.int64)
+        self._mean_L, self._max_L = np.zeros(self.num_layers), np.zeros(self.num_layers)
+        self.cross_node_rows, self.compute_s, self.chunks = 0, 0.0, 1
+
+    @property
+    def balance(self) -> float:
+        """Mean over maximum of the ranks' rows, of ranks with slots, weighted over the calls since `reset_balance`; 1 is perfect."""
+        return float(self._mean_L.sum() / self._max_L.sum()) if self._max_L.any() else 1.0
+
+    @property
+    def layer_time_L(self) -> NDArray[np.float64]:
+        """Rows of the slowest rank over the mean, per MoE layer, since `reset_balance`; 1 is perfect. The same on every rank."""
+        return np.where(self._mean_L > 0, self._max_L / np.maximum(self._mean_L, 1e-9), 1.0)
+
+    def __call__(
+        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
+    ) -> torch.Tensor:
+        self.before_experts()
+        split = self._split(expert_ids_TK, moe_layer)
+        chunks = -(-int(self._per_rank(split.tokens_P).max()) // self._most_rows) if self._most_rows else 1
+        self.chunks = max(self.chunks, chunks)
+        if chunks <= 1:
+            return weighted_sum(self._experts(moe_layer, x_TD, expert_ids_TK, split, False), gates_TK)
+        pieces = []
+        for x, ids in zip(x_TD.tensor_split(chunks), expert_ids_TK.tensor_split(chunks), strict=True):
+            rows = x + 0 * self._anchor  # every rank joins the backward collectives, or none
+            run = _Twice(self._experts)
+            pieces.append(checkpoint(run, moe_layer, rows, ids, None, use_reentrant=False, preserve_rng_state=False))
+        return weighted_sum(torch.cat(pieces), gates_TK)
+
+    def _experts(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        split: RankSplit | None,
+        again: bool,
+    ) -> torch.Tensor:
+        """Outputs of the tokens' experts, [T, K, D]."""
+        num_tokens, num_choices = expert_ids_TK.shape
+        split = split or self._split(expert_ids_TK, moe_layer)
+        if not again:
+            self._count(moe_layer, self._per_rank(split.tokens_P), split.far)
+        route = self._route(expert_ids_TK, split, moe_layer, x_TD.device)
+        rows_MD = _ToSlots.apply(x_TD, self._anchor, self._transport, route)
+        started = time.perf_counter()
+        y_MD = self._compute(moe_layer, rows_MD, split.here_RS)
+        if y_MD.is_cuda:
+            torch.cuda.synchronize(y_MD.device)  # the rows are to go through host memory in any case
+        if not again:
+            self.compute_s += time.perf_counter() - started
+        y_ND = _FromSlots.apply(y_MD, self._transport, route)
+        return y_ND.view(num_tokens, num_choices, x_TD.shape[1])
+
+    def _split(self, expert_ids_TK: torch.Tensor, moe_layer: int) -> RankSplit:
+        """What goes where, from what all ranks want; collective."""
+        mine_E = torch.bincount(expert_ids_TK.reshape(-1).cpu(), minlength=self.num_experts)
+        counts_RE = self._group.all_gather(mine_E).numpy()
+        placement, rank, speeds = self._placement, self._rank, self._speeds
+        if self._grid is not None:
+            return of_rank(split_whole(counts_RE, placement, moe_layer, speeds), placement, rank)
+        if isinstance(self._transport, ByNode):
+            return of_rank(split_tokens(counts_RE, placement, moe_layer, speeds), placement, rank)
+        return split_for_rank(counts_RE, placement, moe_layer, rank, speeds)
+
+    def _compute(self, moe_layer: int, rows_MD: torch.Tensor, here_RS: NDArray[np.int64]) -> torch.Tensor:
+        weights = self._slots[moe_layer]
+        if self._grid is None:
+            return grouped_swiglu(rows_MD, torch.from_numpy(here_RS.sum(axis=0)), *weights, self._limit, direct=True)
+        pieces = [(slot, int(rows)) for slot, rows_R in enumerate(here_RS.T) for rows in rows_R]
+        return pieces_swiglu(rows_MD, pieces, weights, self._grads[moe_layer], self._grid, self._limit)
+
+    def _count(self, moe_layer: int, tokens_R: NDArray[np.int64], far: int) -> None:
+        self.tokens_R += tokens_R
+        self.local_tokens += int(tokens_R[self._rank])
+        self.cross_node_rows += far if self._rank == 0 else 0
+        self._mean_L[moe_layer] += float(tokens_R.sum()) / max(1, int((np.diff(self._bounds) > 0).sum()))
+        self._max_L[moe_layer] += float(tokens_R.max())
+
+    def _per_rank(self, rows_P: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows per slot -> rows per rank."""
+        return np.diff(np.concatenate([[0], np.cumsum(rows_P)])[self._bounds])
+
+    def _route(
+        self,
+        expert_ids_TK: torch.Tensor,
+        split: RankSplit,
+        moe_layer: int,
+        device: torch.device,
+    ) -> Route:
+        mine_P, here_RS = split.sent_P, split.here_RS
+        flat_N = expert_ids_TK.reshape(-1).cpu().numpy()
+        order_N = _sending_order(flat_N, mine_P, self._placement.expert_of_slot[moe_layer])
+        by_slot_M = _interleave(here_RS)
+        plan = (order_N, _inverse(order_N), by_slot_M, _inverse(by_slot_M))
+        order, undo, by_slot, by_source = (torch.from_numpy(t).to(device) for t in plan)
+        sent, arrived = self._per_rank(mine_P).tolist(), here_RS.sum(axis=1).tolist()
+        return Route(order, undo, by_slot, by_source, sent, arrived, split.rows_RR, expert_ids_TK.shape[1])
+
+
+class _Twice:
+    """Tells the first call of a function from the later ones: a recomputation must not count its rows again."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        self._function, self._called = function, False
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        again, self._called = self._called, True
+        return self._function(*args, again)
+
+
+def _sending_order(
+    expert_N: NDArray[np.int64], split_P: NDArray[np.int64], expert_P: NDArray[np.int32]
+) -> NDArray[np.int64]:
+    """Rows by destination slot: each expert's rows, in order, are dealt to the expert's slots, in order."""
+    by_expert_N = np.argsort(expert_N, kind="stable")
+    slots = np.argsort(expert_P, kind="stable")  # slots of one expert side by side
+    slot_N = np.repeat(slots, split_P[slots])
+    return by_expert_N[np.argsort(slot_N, kind="stable")]
+
+
+def _interleave(here_RS: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Permutation that brings rows received by (source, slot) into (slot, source) order."""
+    sources, slots = here_RS.shape
+    slot_M = np.repeat(np.tile(np.arange(slots), sources), here_RS.reshape(-1))
+    return np.argsort(slot_M, kind="stable")
+
+
+def _inverse(permutation: NDArray[np.int64]) -> NDArray[np.int64]:
+    inverse = np.empty_like(permutation)
+    inverse[permutation] = np.arange(len(permutation))
+    return inverse

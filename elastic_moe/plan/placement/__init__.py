@@ -1,0 +1,7 @@
+"""Which expert sits in which slot of which rank."""
+
+from elastic_moe.plan.placement.placement import default_slots, plan_placement
+from elastic_moe.plan.placement.replicas import EMPTY
+from elastic_moe.plan.values import LOST, Placement, Topology
+
+__all__ = ["EMPTY", "LOST", "Placement", "Topology", "default_slots", "plan_placement"]

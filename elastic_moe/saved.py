@@ -13,12 +13,11 @@ from omegaconf import OmegaConf
 from elastic_moe.checkpoint.weights import find_checkpoint, locate, weight_reader
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.data.tokenizer import TextTokenizer, load_tokenizer, read_tokenizer_file
+from elastic_moe.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load_tokenizer, read_tokenizer_file
 from elastic_moe.errors import UserError
 from elastic_moe.model.hf.checkpoint import HFCheckpoint, read_fields
+from elastic_moe.run_dir import CONFIG, TOKENIZER, checkpoint_root
 from elastic_moe.types import ParamSpec
-
-TOKENIZER = "tokenizer.json"  # in the run directory
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,12 @@ def open_run(path: str, step: int | None = None) -> SavedModel:
     run_dir, root, own_step = locate(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        node = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+        node = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG))
         assert isinstance(node, dict)
         node.pop("hydra", None)
         config = build(node)
     if root is None:
-        root = config.checkpoint.dir or str(run_dir / "checkpoints")
+        root = checkpoint_root(config, run_dir)
     tokenizer = load_tokenizer(run_dir / TOKENIZER)
     cfg = with_tokenizer(config.model, tokenizer)
     manifest = find_checkpoint(root, own_step if step is None else step)
@@ -76,7 +75,7 @@ def open_hf(path: str) -> SavedModel:
         value = checkpoint.read(spec)
         return torch.zeros(spec.shape) if value is None else value  # a balancing bias that the family does not have
 
-    tokenizer = read_tokenizer_file(directory / "tokenizer.json") if (directory / "tokenizer.json").is_file() else None
+    tokenizer = read_tokenizer_file(directory / TOKENIZER_FILE) if (directory / TOKENIZER_FILE).is_file() else None
     return SavedModel(cfg, read, tokenizer, 0, directory.name)
 
 

@@ -27,6 +27,7 @@ from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.metrics.recorder import Recorder, read_jsonl
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.state.units import build_units
+from elastic_moe.run_dir import checkpoint_root
 from elastic_moe.saved import with_tokenizer
 
 WAIT_S = 90.0
@@ -73,7 +74,7 @@ class LocalRun:
         self._recorder = Recorder(self.dir)
         units = build_units(param_specs(self.config.model), self.config.model.max_unit_elements)
         self._book = CheckpointCommitter(
-            str(self.dir / "checkpoints"), 3, [u.name for u in units], {}, self._recorder.event
+            checkpoint_root(self.config), 3, [u.name for u in units], {}, self._recorder.event
         )
         self.server = ControlServer(
             self.config, "secret", workers,

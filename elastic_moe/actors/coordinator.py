@@ -16,9 +16,10 @@ from elastic_moe.actors.node_watcher import NodeWatcher
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.checkpoints import CheckpointCommitter
 from elastic_moe.coordination.server import ControlServer
-from elastic_moe.metrics.recorder import METRICS, Recorder, read_jsonl
+from elastic_moe.metrics.recorder import Recorder, read_jsonl
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.state.units import build_units
+from elastic_moe.run_dir import METRICS, checkpoint_root
 
 RECENT = 1000  # records kept in memory for the driver, which asks for new ones several times a second
 
@@ -46,7 +47,7 @@ class Coordinator:
         self._closed = threading.Event()
         units = build_units(param_specs(config.model), config.model.max_unit_elements)
         self._book = CheckpointCommitter(
-            config.checkpoint.dir or str(self._run_dir / "checkpoints"),
+            checkpoint_root(config),
             config.checkpoint.keep,
             [unit.name for unit in units],
             {"seed": config.seed, "steps": config.run.steps},

@@ -30,9 +30,10 @@ from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import UserError
 from elastic_moe.metrics.format_event import format_event
-from elastic_moe.metrics.recorder import EVENTS, EXPERTS, METRICS, Tail, read_jsonl
+from elastic_moe.metrics.recorder import Tail, read_jsonl
 from elastic_moe.metrics.sinks.wandb import Tracker
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
+from elastic_moe.run_dir import CONFIG, EVENTS, EXPERTS, FAULTS, METRICS, RAY, REPORT, TOKENIZER, checkpoint_root
 from elastic_moe.saved import with_tokenizer
 
 POLL_S = 0.2
@@ -61,8 +62,8 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
         if config.model.init_from:
             HFCheckpoint(config.model.init_from, config.model)
         config.seal()
-        (run_dir / "config.yaml").write_text(raw_yaml)
-        tokenizer.save(run_dir / "tokenizer.json")
+        (run_dir / CONFIG).write_text(raw_yaml)
+        tokenizer.save(run_dir / TOKENIZER)
         tracker = Tracker(config.tracking, run_dir, asdict(config))
         try:
             with ray_session(config), _signals() as stop:
@@ -84,7 +85,8 @@ def _claim(config: TrainConfig, run_dir: Path) -> None:
     """Make the run directory, and make sure that this run may write there."""
     if config.run.resume not in ("never", "auto"):
         raise UserError(f'run.resume={config.run.resume} is unknown; use "never" or "auto"')
-    taken = (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").stat().st_size > 0
+    metrics = run_dir / METRICS
+    taken = metrics.exists() and metrics.stat().st_size > 0
     if taken and config.run.resume == "never":
         if not config.run.overwrite:
             raise UserError(f"run.dir={run_dir} has a run; continue it with run.resume=auto or name another directory")
@@ -98,12 +100,11 @@ def _claim(config: TrainConfig, run_dir: Path) -> None:
 def _clear(config: TrainConfig, run_dir: Path) -> None:
     """Forget the run that is in this directory: its records, its checkpoints and what its faults left."""
     from elastic_moe.checkpoint.writer import discard_after
-    from elastic_moe.runtime.checkpoints import checkpoint_root
 
     discard_after(checkpoint_root(config), -1)
-    for name in (METRICS, EVENTS, EXPERTS, "report.html"):
+    for name in (METRICS, EVENTS, EXPERTS, REPORT):
         (run_dir / name).unlink(missing_ok=True)
-    for path in (run_dir / "faults").glob("*"):
+    for path in (run_dir / FAULTS).glob("*"):
         path.unlink()
 
 
@@ -186,7 +187,7 @@ def make_trainer(config: TrainConfig, prepared: Prepared, name: str, token: str)
         scaling_config=ScalingConfig(
             num_workers=max_workers(config), resources_per_worker=resources_per_worker(config.cluster)
         ),
-        run_config=RunConfig(name="ray", storage_path=str(Path(config.run.dir) / ".ray")),
+        run_config=RunConfig(name="ray", storage_path=str(Path(config.run.dir) / RAY)),
     )
 
 
@@ -266,8 +267,8 @@ class _Driver:
             )
 
     def _conclude(self) -> int:
-        events = read_jsonl(Path(self.config.run.dir) / "events.jsonl")
-        records = read_jsonl(Path(self.config.run.dir) / "metrics.jsonl")
+        events = read_jsonl(Path(self.config.run.dir) / EVENTS)
+        records = read_jsonl(Path(self.config.run.dir) / METRICS)
         step = int(records[-1]["step"]) if records else 0
         if step >= self.config.run.steps and self.error is None:
             self._summarise(records, events)

@@ -8,27 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from elastic_moe.checkpoint.storage import CorruptCheckpoint
+from elastic_moe.run_dir import step_dir
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_STEP_DIR = re.compile(r"step_(\d{8,})")
-
-
-def step_dir(step: int) -> str:
-    """Directory of a step below the checkpoint root."""
-    return f"step_{step:08d}"
-
-
-def step_of(directory: str) -> int | None:
-    """Step of a directory's name, or None when it is not a checkpoint's."""
-    match = _STEP_DIR.fullmatch(directory)
-    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo, step_dir, step_of
+from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
+from elastic_moe.run_dir import step_dir, step_of
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 

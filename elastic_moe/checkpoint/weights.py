@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from elastic_moe.checkpoint.manifest import Manifest, step_of
+from elastic_moe.checkpoint.manifest import Manifest
 from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
 from elastic_moe.checkpoint.storage import CorruptCheckpoint
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.state.units import build_units
+from elastic_moe.run_dir import CONFIG, step_of
 from elastic_moe.types import ParamSpec, Part
 
 
@@ -47,8 +48,8 @@ def locate(path: str) -> tuple[Path, str | None, int | None]:
     given = Path(path).expanduser().absolute()
     step = step_of(given.name)
     run_dir = given.parent.parent if step is not None else given
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{path} is neither a run directory (with config.yaml) nor a checkpoint in one.")
+    if not (run_dir / CONFIG).is_file():
+        raise UserError(f"{path} is neither a run directory (with {CONFIG}) nor a checkpoint in one.")
     return run_dir, None if step is None else str(given.parent), step
 
 

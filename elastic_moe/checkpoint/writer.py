@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo, as_shards, step_dir, step_of
+from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo, as_shards
 from elastic_moe.checkpoint.reader import load_manifest
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
+from elastic_moe.run_dir import step_dir, step_of
 
 
 def write_shard(root_uri: str, step: int, tag: str, tensors: Mapping[str, torch.Tensor]) -> ShardInfo:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.errors import UserError
+from elastic_moe.run_dir import EVENTS, EXPERTS
 
 CAME, WENT, HOME = 1, -1, 2  # what a recorded move says of a copy
 
@@ -74,13 +75,11 @@ def read(run_dir: str | Path) -> tuple[list[Placed], list[Loads]]:
     Raises:
         UserError: the directory has no record of experts.
     """
-    path = Path(run_dir) / "experts.jsonl"
+    path = Path(run_dir) / EXPERTS
     if not path.exists():
-        raise UserError(f"{run_dir}: there is no experts.jsonl; is it the directory of a run (run.dir)?")
+        raise UserError(f"{run_dir}: there is no {EXPERTS}; is it the directory of a run (run.dir)?")
     reasons = {
-        e.get("generation"): str(e.get("reason", ""))
-        for e in lines(Path(run_dir) / "events.jsonl")
-        if e.get("event") == "view"
+        e.get("generation"): str(e.get("reason", "")) for e in lines(Path(run_dir) / EVENTS) if e.get("event") == "view"
     }
     history: list[Placed] = []
     loads: list[Loads] = []

@@ -20,7 +20,8 @@ from typing import Any
 
 from elastic_moe.cli.explain import CAME, HOME, Loads, Placed, read
 from elastic_moe.errors import UserError
-from elastic_moe.metrics.recorder import EVENTS, EXPERTS, METRICS, read_jsonl
+from elastic_moe.metrics.recorder import read_jsonl
+from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS, REPORT
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 860, 190, 70, 14, 24
 HOT = 3.0  # times the mean load: the end of the colour scale
@@ -202,7 +203,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     path = Path(run_dir)
     page = "\n".join(body(path))
-    target = path / "report.html"
+    target = path / REPORT
     target.write_text(
         f'<!doctype html><meta charset="utf-8"><title>{html.escape(path.name)}</title><style>{STYLE}</style>\n{page}\n'
     )

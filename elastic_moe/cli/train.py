@@ -102,12 +102,14 @@ def with_origin(config: DictConfig) -> DictConfig:
     origin = config.model.init_from
     if not origin:
         return config
+    from elastic_moe.data.tokenizer import TOKENIZER_FILE
     from elastic_moe.model.hf.checkpoint import read_fields  # torch is imported only where it is needed
 
     directory = Path(origin).expanduser().absolute()
     fields: dict[str, Any] = {"model": {**read_fields(directory), "init_from": str(directory)}}
-    if (directory / "tokenizer.json").is_file() and config.data.tokenizer == TrainConfig().data.tokenizer:
-        fields["data"] = {"tokenizer": str(directory / "tokenizer.json")}
+    tokenizer = directory / TOKENIZER_FILE
+    if tokenizer.is_file() and config.data.tokenizer == TrainConfig().data.tokenizer:
+        fields["data"] = {"tokenizer": str(tokenizer)}
     merged = OmegaConf.merge(config, fields)
     assert isinstance(merged, DictConfig)
     return merged

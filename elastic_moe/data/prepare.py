@@ -21,10 +21,17 @@ from pathlib import Path
 from elastic_moe.config.schema import DataConfig
 from elastic_moe.data.corpus import Dealer, Piece, SourceFile, list_files, piece_bytes, read_pieces
 from elastic_moe.data.shards import FORMAT, TokenShard, TokenShardWriter
-from elastic_moe.data.tokenizer import BpeTokenizer, BytesTokenizer, TextTokenizer, load_tokenizer, read_tokenizer_file
+from elastic_moe.data.tokenizer import (
+    TOKENIZER_FILE,
+    BpeTokenizer,
+    BytesTokenizer,
+    TextTokenizer,
+    load_tokenizer,
+    read_tokenizer_file,
+)
 from elastic_moe.errors import UserError
 
-TRAIN, VAL, TOKENIZER = "train.bin", "val.bin", "tokenizer.json"
+TRAIN, VAL = "train.bin", "val.bin"
 _BATCH = 64  # pieces encoded at once
 
 
@@ -97,7 +104,7 @@ def _find(directory: Path) -> Prepared | None:
     if not directory.is_dir():
         return None
     try:
-        tokenizer = load_tokenizer(directory / TOKENIZER)
+        tokenizer = load_tokenizer(directory / TOKENIZER_FILE)
         shards = [TokenShard.open(directory / name) for name in (TRAIN, VAL)]
         if any(shard.vocab_size != tokenizer.vocab_size for shard in shards):
             return None
@@ -107,7 +114,7 @@ def _find(directory: Path) -> Prepared | None:
 
 
 def _prepared(directory: Path, vocab_size: int) -> Prepared:
-    return Prepared(str(directory / TRAIN), str(directory / VAL), str(directory / TOKENIZER), vocab_size)
+    return Prepared(str(directory / TRAIN), str(directory / VAL), str(directory / TOKENIZER_FILE), vocab_size)
 
 
 def _build(config: DataConfig, files: list[SourceFile], final: Path) -> Prepared:
@@ -115,7 +122,7 @@ def _build(config: DataConfig, files: list[SourceFile], final: Path) -> Prepared
     try:
         temporary.mkdir(parents=True)
         tokenizer = _tokenizer(config, files)
-        tokenizer.save(temporary / TOKENIZER)
+        tokenizer.save(temporary / TOKENIZER_FILE)
         _write_tokens(config, files, tokenizer, temporary)
         _publish(temporary, final)
     except OSError as error:

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from elastic_moe.errors import UserError
 
 END = "<|end|>"
+TOKENIZER_FILE = "tokenizer.json"  # beside a model of Hugging Face, and in the cache of prepared corpora
 MIN_BPE_VOCAB = 257  # the 256 bytes and the end token
 USUAL_ENDS = ("<|endoftext|>", "<｜end▁of▁sentence｜>", "<|im_end|>", "</s>", "<eos>")
 _BYTES_FORMAT = '{"kind": "bytes"}'
@@ -123,7 +124,7 @@ class BpeTokenizer:
 
     def export(self, directory: Path) -> None:
         """Write the files from which transformers makes a tokenizer."""
-        self._tokenizer.save(str(directory / "tokenizer.json"))
+        self._tokenizer.save(str(directory / TOKENIZER_FILE))
         described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end}
         (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
 

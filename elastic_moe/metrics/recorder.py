@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-METRICS, EVENTS, EXPERTS = "metrics.jsonl", "events.jsonl", "experts.jsonl"
+from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
+
 ABOUT_EXPERTS = {"placement", "expert_load"}  # events that go there
 MAX_HELD = 10_000  # lines kept in memory while the disk refuses them
 MAX_EARLY = 256  # steps that wait for a missing one before it is given up

@@ -6,21 +6,14 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
 from elastic_moe.checkpoint.writer import write_shard
-from elastic_moe.config.schema import TrainConfig
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
 from elastic_moe.runtime.reconfigure import Storage
 from elastic_moe.runtime.state import FIELDS, HeldState
-
-
-def checkpoint_root(config: TrainConfig) -> str:
-    """Directory or URI of the run's durable checkpoints."""
-    return config.checkpoint.dir or str(Path(config.run.dir) / "checkpoints")
 
 
 class CheckpointStorage(Storage):

@@ -29,7 +29,8 @@ from elastic_moe.parallel.collectives.group import AbortSignal, Group
 from elastic_moe.parallel.expert_parallel import ExpertParallel
 from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.state.units import build_units
-from elastic_moe.runtime.checkpoints import CheckpointStorage, ShardWriter, checkpoint_root
+from elastic_moe.run_dir import FAULTS, checkpoint_root
+from elastic_moe.runtime.checkpoints import CheckpointStorage, ShardWriter
 from elastic_moe.runtime.coordinator_client import CoordinatorClient, ViewMessage
 from elastic_moe.runtime.exchange.exchanger import ComputeTensors, Exchanger, Layout
 from elastic_moe.runtime.faults import Faults
@@ -89,7 +90,7 @@ class Worker:
         if config.elastic.reproducible:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it on GPUs
             torch.use_deterministic_algorithms(True)
-        self._faults = Faults(config.faults, Path(config.run.dir) / "faults")
+        self._faults = Faults(config.faults, Path(config.run.dir) / FAULTS)
         self._rank = -1
         self._stepper = StepRunner(
             config,

@@ -32,6 +32,7 @@ from elastic_moe.config.build import build
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import Prepared, prepare
 from elastic_moe.metrics.recorder import Tail
+from elastic_moe.run_dir import EVENTS, METRICS
 from scripts.benchmarks.common import arguments, machine, median, run, say, until
 from scripts.benchmarks.stock import TUNED, fit_stock
 
@@ -65,7 +66,7 @@ class ElasticSide:
 
     def __init__(self, config: TrainConfig, prepared: Prepared) -> None:
         self._dir = Path(config.run.dir)
-        self._metrics, self._events = Tail(self._dir / "metrics.jsonl"), Tail(self._dir / "events.jsonl")
+        self._metrics, self._events = Tail(self._dir / METRICS), Tail(self._dir / EVENTS)
         name, token = actor_name(secrets.token_hex(4)), secrets.token_hex(16)
         self._coordinator = start_coordinator(config, name, token)
         self._link = CoordinatorLink(name)

@@ -7,7 +7,6 @@ those of this machine and of eager kernels.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
@@ -17,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.metrics.recorder import read_jsonl
+from elastic_moe.run_dir import EVENTS, METRICS
 from scripts.benchmarks import common
 from scripts.benchmarks.figures import Curve, draw_curves
 
@@ -38,8 +39,7 @@ def train(kind: str, seed: int, steps: int, root: Path, threads: int) -> dict[st
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     if done.returncode:
         raise TimeoutError(f"{kind}, seed {seed}: exit code {done.returncode}: {done.stderr[-500:]}")
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    records, events = read_jsonl(run_dir / METRICS), read_jsonl(run_dir / EVENTS)
     val_loss = [e["val_loss"] for e in events if e["event"] == "evaluated"][-1]
     shutil.rmtree(run_dir)
     tail = max(1, steps // 10)

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from elastic_moe.checkpoint import storage as storage_module
 from elastic_moe.checkpoint.ledger import PendingShards
-from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo, step_dir, step_of
+from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo
 from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
 from elastic_moe.checkpoint.writer import discard_after, retain, write_manifest, write_shard
 from elastic_moe.errors import UserError
+from elastic_moe.run_dir import step_dir, step_of
 
 UNITS = ["embed#0", "embed#1", "layers.1.experts.3", "layers.1.bias"]
 

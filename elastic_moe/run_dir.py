@@ -1,0 +1,41 @@
+"""The names in a run directory. Every part that reads or writes one takes them from here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from elastic_moe.config.schema import TrainConfig
+
+CONFIG = "config.yaml"  # the configuration as the user gave it, complete
+TOKENIZER = "tokenizer.json"  # written by `data.tokenizer`, for export and generate
+METRICS = "metrics.jsonl"  # one line per committed step
+EVENTS = "events.jsonl"  # one line per event
+EXPERTS = "experts.jsonl"  # placements of the experts, and their loads
+REPORT = "report.html"  # the run as one page
+FAULTS = "faults"  # directory: one file per injected fault that has fired
+CHECKPOINTS = "checkpoints"  # directory: durable checkpoints, unless `checkpoint.dir` names another place
+RAY = ".ray"  # directory: what Ray Train stores
+
+_STEP_DIR = re.compile(r"step_(\d{8,})")
+
+
+def checkpoint_root(config: TrainConfig, run_dir: Path | None = None) -> str:
+    """Directory or URI of a run's durable checkpoints.
+
+    Args:
+        config: the run's configuration.
+        run_dir: the run directory, where it has been moved since; `run.dir` by default.
+    """
+    return config.checkpoint.dir or str((run_dir or Path(config.run.dir)) / CHECKPOINTS)
+
+
+def step_dir(step: int) -> str:
+    """Name of a step's directory below the checkpoint root."""
+    return f"step_{step:08d}"
+
+
+def step_of(directory: str) -> int | None:
+    """Step of a directory's name, or None when it is not a checkpoint's."""
+    match = _STEP_DIR.fullmatch(directory)
+    return int(match[1]) if match else None

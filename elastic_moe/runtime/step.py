@@ -246,7 +246,7 @@ class StepRunner:
                 "balance": vote.balance,
                 "layer_balance": [round(1 / float(t), 4) for t in vote.layer_time_L],
                 "layer_max_load": [round(float(w.max() / max(w.mean(), 1e-9)), 3) for w in vote.load_LE],
-                "rows_between_nodes": int(vote.measures[MEASURES.index("far_rows")]),
+                "cross_node_rows": int(vote.measures[MEASURES.index("far_rows")]),
                 "time": time.time(),
                 **vote.extras(),
             }

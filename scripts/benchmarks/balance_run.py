@@ -81,7 +81,7 @@ def measure(pieces: int, steps: int, workers: int) -> dict[str, Any]:
             "balance": statistics.fmean(rows[i]["balance"] for i in timed),
             "slowest_rank_over_mean": statistics.fmean(1 / rows[i]["balance"] for i in timed),
             "hottest_expert_over_mean": statistics.fmean(max(rows[i]["layer_max_load"]) for i in timed),
-            "rows_between_nodes": statistics.fmean(rows[i]["rows_between_nodes"] for i in timed),
+            "cross_node_rows": statistics.fmean(rows[i]["cross_node_rows"] for i in timed),
             "loss": [round(row["loss"], 5) for row in rows],
         }
     for other in ("off", "off, same slots"):

@@ -80,7 +80,7 @@ def test_metrics_have_every_layer(runs: dict[str, LocalRun]) -> None:
         assert len(record["layer_balance"]) == len(record["layer_max_load"]) == 2
         assert all(0 < value <= 1 for value in record["layer_balance"])
         assert all(value >= 1 for value in record["layer_max_load"])
-        assert record["rows_between_nodes"] > 0
+        assert record["cross_node_rows"] > 0
     loads = [e for e in _experts(runs["on"]) if e["event"] == "expert_load"]
     assert [e["step"] for e in loads] == [4, 8, 12, 16]
     tokens = sum(r["tokens"] for r in runs["on"].records())

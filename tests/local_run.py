@@ -24,11 +24,13 @@ from elastic_moe.coordination.checkpoints import CheckpointCommitter
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.data.prepare import Prepared, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
-from elastic_moe.metrics.recorder import Recorder, read_jsonl
+from elastic_moe.metrics.jsonl import read_jsonl
+from elastic_moe.metrics.recorder import Recorder
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.state.units import build_units
-from elastic_moe.run_dir import checkpoint_root
+from elastic_moe.run_dir import EVENTS, METRICS, checkpoint_root
 from elastic_moe.saved import with_tokenizer
+from tests.declared import assert_declared
 
 WAIT_S = 90.0
 
@@ -93,7 +95,7 @@ class LocalRun:
     def __enter__(self) -> LocalRun:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for process in self.processes.values():
             if process.is_alive():
                 os.kill(process.pid, signal.SIGCONT)
@@ -102,6 +104,8 @@ class LocalRun:
         self.server.close()
         self._book.close()
         self._recorder.close()
+        if error is None:
+            assert_declared(self.dir)
 
     def add(self, node: str = "") -> str:
         index = len(self.processes)
@@ -134,10 +138,10 @@ class LocalRun:
         return self.wait("the end", lambda s: s["phase"] == "finished")
 
     def records(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.dir / "metrics.jsonl")
+        return read_jsonl(self.dir / METRICS)
 
     def events(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.dir / "events.jsonl")
+        return read_jsonl(self.dir / EVENTS)
 
     def losses(self) -> list[float]:
         records = self.records()

@@ -16,7 +16,8 @@ from elastic_moe.actors.node_watcher import NodeWatcher
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.checkpoints import CheckpointCommitter
 from elastic_moe.coordination.server import ControlServer
-from elastic_moe.metrics.recorder import Recorder, read_jsonl
+from elastic_moe.metrics.jsonl import read_jsonl
+from elastic_moe.metrics.recorder import Recorder
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import METRICS, checkpoint_root
@@ -125,4 +126,6 @@ class Coordinator:
         dropped = self._recorder.truncate_after(step)
         self._book.roll_back_to(step)
         if dropped:
-            self._recorder.event({"event": "fell_back", "generation": generation, "step": step, "lost_steps": dropped})
+            self._recorder.event(
+                {"event": "rolled_back", "generation": generation, "step": step, "lost_steps": dropped}
+            )

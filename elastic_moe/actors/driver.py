@@ -30,7 +30,7 @@ from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import UserError
 from elastic_moe.metrics.format_event import format_event
-from elastic_moe.metrics.recorder import Tail, read_jsonl
+from elastic_moe.metrics.jsonl import Tail, read_jsonl
 from elastic_moe.metrics.sinks.wandb import Tracker
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
 from elastic_moe.run_dir import CONFIG, EVENTS, EXPERTS, FAULTS, METRICS, RAY, REPORT, TOKENIZER, checkpoint_root

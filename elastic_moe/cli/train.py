@@ -27,10 +27,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from elastic_moe.cli.report import write_report
 from elastic_moe.config.build import build, key_names, nearest
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
+from elastic_moe.metrics.report.page import write_report
 
 BAD_CONFIG = 2
 SIGNALLED = 128  # exit codes from here on: the run was stopped by a signal

@@ -136,7 +136,7 @@ def _survive(state: State, now_s: float, config: ElasticConfig) -> Decision | No
     state, published, why = _resume(state, now_s, config) or (state, [], "")
     if published:
         return state, published, why
-    return state, [LogEvent("hold", reason=reason), Pause(generation, survivors, reason)], reason
+    return state, [LogEvent("pause", reason=reason), Pause(generation, survivors, reason)], reason
 
 
 def _resume(state: State, now_s: float, config: ElasticConfig) -> Decision | None:

@@ -20,7 +20,7 @@ def format_event(event: dict[str, Any]) -> str | None:
             )
         case "view" if event["generation"] > 1 and event["planned"]:
             return f"{step}: {_short(event['reason'])}"
-        case "hold":
+        case "pause":
             return f"{step}: waiting: {_short(event.get('reason', ''))}"
         case "checkpoint_failed":
             return f"{step}: the checkpoint failed: {event.get('reason')}"

@@ -278,18 +278,18 @@ class Worker:
     def _report_placement(
         self,
         session: GenerationContext,
-        why: str,
+        cause: str,
         before: Placement | None,
         after: Placement,
         change: Change | None = None,
     ) -> None:
-        """For the record of where the experts are, and why."""
+        """Record the ranks of the experts, and the cause of the change."""
         members = session.layout.view.members
         record = {
             "event": "placement",
             "step": self._progress.committed,
             "generation": session.layout.view.generation,
-            "why": why,
+            "cause": cause,
             "ranks": [[m.worker, m.node] for m in members] if before is None else None,
             "shape": list(self._shape),
             "moves": moves_between(before, after),

@@ -31,7 +31,7 @@ from elastic_moe.actors.link import CoordinatorLink, actor_name
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import Prepared, prepare
-from elastic_moe.metrics.recorder import Tail
+from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.run_dir import EVENTS, METRICS
 from scripts.benchmarks.common import arguments, machine, median, run, say, until
 from scripts.benchmarks.stock import TUNED, fit_stock

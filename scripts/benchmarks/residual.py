@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.metrics.recorder import read_jsonl
+from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.run_dir import EVENTS, METRICS
 from scripts.benchmarks import common
 from scripts.benchmarks.figures import Curve, draw_curves

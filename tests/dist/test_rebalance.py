@@ -12,7 +12,8 @@ import pytest
 
 from elastic_moe.config.schema import BalanceConfig, TrainConfig
 from elastic_moe.cli import explain
-from elastic_moe.cli.report import write_report
+from elastic_moe.metrics.report.page import write_report
+from elastic_moe.metrics.expert_history import HOME_CAME, read_history
 from tests.dist.test_runtime import CORPUS, with_steps
 from tests.local_run import LocalRun, tiny_config
 
@@ -37,7 +38,7 @@ def _experts(run: LocalRun) -> list[dict[str, Any]]:
 
 def _home_moves(run: LocalRun) -> dict[int, int]:
     """Committed step -> homes that moved for the load after it."""
-    changes = [e for e in _experts(run) if e["event"] == "placement" and e["why"] == "load"]
+    changes = [e for e in _experts(run) if e["event"] == "placement" and e["cause"] == "load"]
     return {e["step"]: sum(move[3] == 2 for move in e["moves"]) for e in changes if any(m[3] == 2 for m in e["moves"])}
 
 
@@ -90,13 +91,13 @@ def test_metrics_have_every_layer(runs: dict[str, LocalRun]) -> None:
 
 def test_explain_follows_the_experts(runs: dict[str, LocalRun], capsys: pytest.CaptureFixture[str]) -> None:
     run = runs["homes"]
-    history, loads = explain.read(run.dir)
+    history, loads = read_history(run.dir)
     assert len(loads) == 4
     for placed in history:
         assert len(placed.home) == 2 * EXPERTS
         assert all(placed.home[key] in placed.copies[key] for key in placed.home)
     step = max(_home_moves(run))
-    [(layer, expert, rank, _), *_] = [m for p in history if p.step == step for m in p.moves if m[3] == explain.HOME]
+    [(layer, expert, rank, _), *_] = [m for p in history if p.step == step for m in p.moves if m[3] == HOME_CAME]
     assert explain.main([str(run.dir), "--layer", str(layer), "--expert", str(expert)]) == 0
     text = capsys.readouterr().out
     assert f"step {step}: the home moved to rank {rank}" in text and "of the mean; load:" in text
@@ -130,5 +131,5 @@ def test_kills_joins_and_moves_together(runs: dict[str, LocalRun], tmp_path: Pat
         run.wait("four workers", lambda s: s["world_size"] == 4 and s["entered"] or s["phase"] == "finished")
         run.wait_end()
         assert run.losses() == pytest.approx(runs["off"].losses(), rel=1e-5)
-        history, _ = explain.read(run.dir)
-        assert any(placed.why.startswith("lost w2") for placed in history)
+        history, _ = read_history(run.dir)
+        assert any(placed.reason.startswith("lost w2") for placed in history)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from elastic_moe.metrics.recorder import read_jsonl
+from elastic_moe.metrics.jsonl import read_jsonl
 
 FEW, MANY = 2, 4
 

@@ -21,7 +21,7 @@ from elastic_moe.actors.driver import make_trainer, start_coordinator
 from elastic_moe.actors.link import CoordinatorLink, actor_name
 from elastic_moe.config.schema import ClusterConfig, TrainConfig
 from elastic_moe.data.prepare import prepare
-from elastic_moe.metrics.recorder import Tail
+from elastic_moe.metrics.jsonl import Tail
 from tests.local_run import tiny_config
 from tests.ray.test_drain import drain_node
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.metrics.recorder import read_jsonl
+from elastic_moe.metrics.jsonl import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 

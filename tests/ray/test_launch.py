@@ -20,7 +20,7 @@ from elastic_moe.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
-from elastic_moe.metrics.recorder import read_jsonl
+from elastic_moe.metrics.jsonl import read_jsonl
 
 STEPS = 12
 

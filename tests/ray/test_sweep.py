@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_moe.metrics.recorder import read_jsonl
+from elastic_moe.metrics.jsonl import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic_moe.metrics.recorder import EVENTS, MAX_EARLY, METRICS, Recorder, read_jsonl
+from elastic_moe.metrics.jsonl import read_jsonl
+from elastic_moe.metrics.recorder import MAX_EARLY, Recorder
+from elastic_moe.run_dir import EVENTS, METRICS
 
 
 def steps_in(run_dir: Path) -> list[int]:

@@ -1,11 +1,11 @@
-"""What the driver tells about events."""
+"""The lines that a driver prints about events, and the file they are read from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from elastic_moe.metrics.format_event import format_event
-from elastic_moe.metrics.recorder import Tail
+from elastic_moe.metrics.jsonl import Tail
 
 WORKER = "0123456789abcdef0123456789abcdef"
 

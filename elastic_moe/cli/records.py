@@ -1,0 +1,25 @@
+"""The reference of a run's records: `python -m elastic_moe.cli.records` prints metrics/README.md, with `--json FILE` a JSON schema."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from elastic_moe.metrics.schema import json_schema, markdown
+from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="elastic-moe records", description="Keys of a run's records: type, unit, meaning."
+    )
+    parser.add_argument("--json", choices=(METRICS, EVENTS, EXPERTS), help="print the JSON schema of this file's lines")
+    options = parser.parse_args(arguments)
+    print(markdown() if options.json is None else json.dumps(json_schema(options.json), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,331 @@
+"""Every key of a run's records, declared once: metrics.jsonl, events.jsonl and experts.jsonl.
+
+The reference in README.md of this folder, the JSON schemas that a test applies to a real run, the titles in the report and the units that
+trackers are given are made from these declarations. A key that is written and not declared here fails that test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
+
+Json = dict[str, Any]
+
+_INT: Json = {"type": "integer"}
+_TYPES: dict[str, Json] = {  # name of a type -> JSON schema
+    "integer": _INT,
+    "number": {"type": "number"},
+    "number or null": {"type": ["number", "null"]},  # null: it was not finite
+    "string": {"type": "string"},
+    "boolean": {"type": "boolean"},
+    "list of strings": {"type": "array", "items": {"type": "string"}},
+    "list of numbers": {"type": "array", "items": {"type": "number"}},
+    "list of [string, string]": {
+        "type": "array",
+        "items": {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2},
+    },
+    "[integer, integer]": {"type": "array", "items": _INT, "minItems": 2, "maxItems": 2},
+    "list of lists of integers": {"type": "array", "items": {"type": "array", "items": _INT}},
+    "list of [integer x 4]": {
+        "type": "array",
+        "items": {"type": "array", "items": _INT, "minItems": 4, "maxItems": 4},
+    },
+    "object of [number, number]": {
+        "type": "object",
+        "additionalProperties": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a record.
+
+    Attributes:
+        name: as it stands in the file.
+        type: one of the types above, or "object" for a key that has keys of its own.
+        unit: of the value; "" for a name, a text, an index or a ratio.
+        meaning: one sentence.
+        optional: whether a record may lack it.
+        keys: of an object.
+    """
+
+    name: str
+    type: str
+    unit: str
+    meaning: str
+    optional: bool = False
+    keys: tuple[Key, ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """One kind of event.
+
+    Attributes:
+        name: value of the key `event`.
+        meaning: one sentence.
+        keys: beside those that every event has.
+    """
+
+    name: str
+    meaning: str
+    keys: tuple[Key, ...] = ()
+
+
+STEP_KEYS = (
+    Key("step", "integer", "steps", "The committed step, counted from 1."),
+    Key("loss", "number or null", "nats per token", "Cross-entropy, mean over the tokens of the global batch."),
+    Key("tokens", "integer", "tokens", "Targets of the global batch that count in the loss."),
+    Key("lr", "number", "", "Learning rate of this step's update."),
+    Key("grad_norm", "number or null", "", "Global norm of the gradient of the mean loss, before clipping."),
+    Key("generation", "integer", "", "Generation of the view that committed the step."),
+    Key("world_size", "integer", "ranks", "Active ranks of that view; a draining rank does not count."),
+    Key("step_s", "number", "s", "Duration of the step on the rank that reports it."),
+    Key("tokens_per_s", "number", "tokens/s", "`tokens` over `step_s`."),
+    Key("balance", "number", "", "Expert rows of the mean rank over those of the slowest one; 1 is perfect."),
+    Key("layer_balance", "list of numbers", "", "The same for each MoE layer."),
+    Key("layer_max_load", "list of numbers", "", "For each MoE layer: tokens of its most loaded expert over the mean."),
+    Key("cross_node_rows", "integer", "rows", "Token rows that were dispatched to an expert on another node."),
+    Key("time", "number", "s", "Wall clock at the commit, since the Unix epoch."),
+    Key("gain_forward", "number", "", "With residual streams: forward gain of the composite residual map.", True),
+    Key("gain_backward", "number", "", "With residual streams: largest backward gain of the composite map.", True),
+    Key("gain_backward_min", "number", "", "With residual streams: smallest backward gain of that map.", True),
+    Key("mtp_loss", "number or null", "nats per token", "With multi-token prediction: its cross-entropy.", True),
+    Key("index_loss", "number or null", "nats per token", "With sparse attention: loss of its indexers.", True),
+)
+"""The keys of metrics.jsonl."""
+
+COMMON_KEYS = (
+    Key("time", "number", "s", "Wall clock when the event was recorded, since the Unix epoch."),
+    Key("event", "string", "", "Kind of the event."),
+    Key("generation", "integer", "", "Generation of the view at that time; 0 before the first one.", True),
+    Key("step", "integer", "steps", "Step that was committed last, or that the event is about."),
+    Key("worker", "string", "", "Id of the worker that the event is about, or that reports it.", True),
+    Key("node", "string", "", "Node of that worker.", True),
+    Key("pid", "integer", "", "Process id of that worker on its node.", True),
+    Key("reason", "string", "", "Cause of the event, as a sentence.", True),
+)
+"""The keys that an event of events.jsonl and experts.jsonl may have whatever its kind."""
+
+_ESTIMATE = (
+    Key("gain_s", "number", "s", "Time a step is to become shorter by."),
+    Key("steps", "integer", "steps", "Steps over which the gain is counted."),
+    Key("cost_s", "number", "s", "Time the change is to take, once."),
+    Key("moved_bytes", "integer", "bytes", "State that the busiest receiver fetches."),
+    Key("balance_before", "number", "", "Balance of the old placement under the present load."),
+    Key("balance_after", "number", "", "Balance of the new placement under the same load."),
+)
+
+EVENT_KINDS = (
+    Event("worker_connected", "A worker has registered with the coordinator."),
+    Event("worker_ready", "A worker has loaded its program and can enter a view."),
+    Event("worker_lost", "A worker has died, or its connection has closed."),
+    Event("worker_evicted", "A worker was removed because it made no progress or gave no sign."),
+    Event("worker_released", "A worker is no longer needed and may end."),
+    Event("worker_left", "A released or drained worker has ended as planned."),
+    Event("worker_finished", "A worker has done its part of the last step."),
+    Event("suspect", "A worker reports that a collective failed."),
+    Event("drain", "A worker is asked to hand over its state before its node goes."),
+    Event("adopted", "A restarted coordinator has taken over the view of the living workers."),
+    Event("pause", "Too few workers are left; the run waits for more."),
+    Event("stop", "The end of the run was asked for."),
+    Event("finished", "The run has ended as it should."),
+    Event("failed", "The run has ended because it cannot go on."),
+    Event(
+        "view",
+        "The coordinator has published a membership.",
+        (
+            Key("planned", "boolean", "", "Whether the old view stays valid until the members agree at a vote."),
+            Key("world_size", "integer", "ranks", "Active ranks of the view."),
+            Key("members", "list of strings", "", "Ids of its workers, by rank."),
+        ),
+    ),
+    Event(
+        "entered",
+        "Every part of the state has an owner in the new view, and steps go on.",
+        (
+            Key("world_size", "integer", "ranks", "Active ranks of the view."),
+            Key("source", "string", "", "Origin of the state: `peers`, `checkpoint` or `initialisation`."),
+            Key("lost_steps", "integer", "steps", "Committed steps that have to be made again."),
+            Key("rolled_forward", "integer", "ranks", "Ranks that applied the last vote only now."),
+            Key("moved_bytes", "integer", "bytes", "State that the reporting rank received."),
+            Key("form_s", "number", "s", "Time to form the process group."),
+            Key("reconfigure_s", "number", "s", "Time from the view's arrival to its state, forming included."),
+            Key("total_s", "number", "s", "Time from the view's publication to this event."),
+        ),
+    ),
+    Event(
+        "rolled_back",
+        "The run goes on from a checkpoint or from the start; later records were dropped.",
+        (Key("lost_steps", "integer", "steps", "Records that were dropped."),),
+    ),
+    Event(
+        "checkpoint",
+        "A durable checkpoint is complete.",
+        (
+            Key("shards", "integer", "", "Files of the checkpoint, its manifest not counted."),
+            Key("bytes", "integer", "bytes", "Size of these files."),
+            Key("manifest_s", "number", "s", "Time to write the manifest."),
+        ),
+    ),
+    Event("checkpoint_failed", "A durable checkpoint was not written, or not removed; training goes on."),
+    Event(
+        "evaluated",
+        "The validation loss was measured.",
+        (
+            Key("val_loss", "number or null", "nats per token", "Mean over the first `run.eval_sequences` sequences."),
+            Key("eval_s", "number", "s", "Duration of the evaluation."),
+        ),
+    ),
+    Event("sample", "The trained model has written a text.", (Key("text", "string", "", "Prompt and continuation."),)),
+    Event(
+        "rebalanced",
+        "The placement was changed for the load some steps ago, and the outcome is now known.",
+        (
+            Key("expected", "object", "", "Estimate on which the decision rested.", keys=_ESTIMATE),
+            Key(
+                "measured",
+                "object",
+                "",
+                "Outcome until the next decision.",
+                keys=(
+                    Key("gain_s", "number", "s", "Time that the experts of a step became shorter by."),
+                    Key("switch_s", "number", "s", "Time that a change of placement takes, running mean."),
+                    Key("steps", "integer", "steps", "Steps that were measured."),
+                ),
+            ),
+        ),
+    ),
+)
+"""The events of events.jsonl."""
+
+EXPERT_KINDS = (
+    Event(
+        "placement",
+        "Experts have other slots from this step on.",
+        (
+            Key("cause", "string", "", "`membership`: a new view; `load`: the placement was changed within a view."),
+            Key("ranks", "list of [string, string]", "", "With `membership`: worker and node of each rank.", True),
+            Key("shape", "[integer, integer]", "", "Number of MoE layers, and of experts in each."),
+            Key(
+                "moves",
+                "list of [integer x 4]",
+                "",
+                "Layer, expert, rank, and 1 for a copy that came, -1 for a copy that went, 2 for a home that came.",
+            ),
+            Key("expected", "object", "", "With `load`: estimate on which the decision rested.", True, _ESTIMATE),
+            Key(
+                "layers",
+                "object of [number, number]",
+                "",
+                "With `load`: for each layer that changes, expected time of the slowest rank before and after; "
+                "1 is the mean.",
+                True,
+            ),
+        ),
+    ),
+    Event(
+        "expert_load",
+        "Tokens of every expert over some steps.",
+        (
+            Key("steps", "integer", "steps", "Steps that were counted, up to and with `step`."),
+            Key("load", "list of lists of integers", "tokens", "For each MoE layer, tokens of each expert."),
+        ),
+    ),
+)
+"""The records of experts.jsonl; they have the keys of events."""
+
+
+def json_schema(file: str) -> Json:
+    """JSON schema of one record of a file.
+
+    Args:
+        file: one of the names METRICS, EVENTS and EXPERTS of `run_dir`.
+    """
+    if file == METRICS:
+        return _object(STEP_KEYS)
+    kinds = {EVENTS: EVENT_KINDS, EXPERTS: EXPERT_KINDS}[file]
+    return {"oneOf": [_event_schema(kind) for kind in kinds]}
+
+
+def _event_schema(kind: Event) -> Json:
+    own = {key.name for key in kind.keys}
+    schema = _object((*(key for key in COMMON_KEYS if key.name not in own), *kind.keys))
+    schema["properties"]["event"] = {"const": kind.name}
+    return schema
+
+
+def _object(keys: Iterable[Key]) -> Json:
+    keys = tuple(keys)
+    return {
+        "type": "object",
+        "properties": {key.name: _object(key.keys) if key.keys else _TYPES[key.type] for key in keys},
+        "required": [key.name for key in keys if not key.optional],
+        "additionalProperties": False,
+    }
+
+
+def units() -> Mapping[str, str]:
+    """Unit of every numeric key of a step's record that has one, for trackers and titles."""
+    return {key.name: key.unit for key in STEP_KEYS if key.unit}
+
+
+def markdown() -> str:
+    """The reference of all records, as README.md of this folder has it."""
+    return "\n".join(_markdown())
+
+
+def _markdown() -> Iterator[str]:
+    yield "# Records of a run"
+    yield ""
+    yield "Every line of the three files is one JSON object. This page is made from the declarations in `schema.py`:"
+    yield "`python -m elastic_moe.cli.records` prints it, and `--json FILE` prints the JSON schema of a file's records."
+    yield ""
+    yield f"## {METRICS}"
+    yield ""
+    yield "One line per committed step."
+    yield ""
+    yield from _table(STEP_KEYS)
+    yield f"## {EVENTS}"
+    yield ""
+    yield "One line per event. Keys that events of every kind have, or may have:"
+    yield ""
+    yield from _table(COMMON_KEYS)
+    yield "Kinds of events:"
+    yield ""
+    yield from _kinds(EVENT_KINDS)
+    yield f"## {EXPERTS}"
+    yield ""
+    yield "Placements of the experts, and their loads. These records have the same common keys."
+    yield ""
+    yield from _kinds(EXPERT_KINDS)
+
+
+def _kinds(kinds: Iterable[Event]) -> Iterator[str]:
+    yield "| event | meaning |"
+    yield "|---|---|"
+    yield from (f"| `{kind.name}` | {kind.meaning} |" for kind in kinds)
+    yield ""
+    for kind in kinds:
+        if kind.keys:
+            yield f"Keys of `{kind.name}`:"
+            yield ""
+            yield from _table(kind.keys)
+
+
+def _table(keys: Iterable[Key]) -> Iterator[str]:
+    yield "| key | type | unit | meaning |"
+    yield "|---|---|---|---|"
+    yield from _rows(keys)
+    yield ""
+
+
+def _rows(keys: Iterable[Key], prefix: str = "") -> Iterator[str]:
+    for key in keys:
+        kind = f"{key.type}, optional" if key.optional else key.type
+        yield f"| `{prefix}{key.name}` | {kind} | {key.unit} | {key.meaning} |"
+        yield from _rows(key.keys, f"{prefix}{key.name}.")

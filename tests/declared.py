@@ -1,0 +1,25 @@
+"""Holds the records of a run against their declarations in `metrics.schema`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonschema import Draft202012Validator  # Ray depends on it
+
+from elastic_moe.metrics.jsonl import read_jsonl
+from elastic_moe.metrics.schema import json_schema
+from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
+
+
+def assert_declared(run_dir: Path) -> None:
+    """Every record of the run has the declared keys, and no other.
+
+    Raises:
+        AssertionError: one has not; the message shows the first such record of a file.
+    """
+    for file in (METRICS, EVENTS, EXPERTS):
+        validator = Draft202012Validator(json_schema(file))
+        for record in read_jsonl(run_dir / file):
+            for error in validator.iter_errors(record):
+                closest = [e.message for e in error.context or [] if e.validator != "const"]
+                raise AssertionError(f"{file}: {error.message[:200]} {closest[:3]} in {record}")

@@ -7,8 +7,6 @@ disagree with the model.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,33 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from elastic_moe.config.schema import ModelConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Init:
-    """How a parameter begins and is trained; the fields are those of `types.ParamSpec`."""
-
-    init: str = "normal"
-    std: float = 0.02
-    values: tuple[float, ...] = ()
-    bound: int = 0
-    optimizer: str = "adamw"
-    decay: bool = True
-
-
-def init_in(cfg: ModelConfig) -> Init:
-    """Of matrices that read the residual stream."""
-    return Init(std=cfg.init_std)
-
-
-def init_out(cfg: ModelConfig) -> Init:
-    """Of projections back into the residual stream: GPT-2's depth scaling (Radford et al. 2019, section 2.3)."""
-    return Init(std=cfg.init_std / math.sqrt(2 * cfg.num_layers))
-
-
-def constant(value: float) -> Init:
-    """Zeros or ones, without weight decay."""
-    return Init(init={0.0: "zeros", 1.0: "ones"}[value], decay=False)
+from elastic_moe.model.init import Init, constant, init_in, init_out
 
 
 class Layer(nn.Module):

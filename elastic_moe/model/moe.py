@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.experts.local import ExpertBackend
+from elastic_moe.model.backend import ExpertBackend
 from elastic_moe.model.layers import SwiGLU
 from elastic_moe.model.router import Router
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.layers import Init, Layer, init_in
+from elastic_moe.model.init import Init, init_in
+from elastic_moe.model.layers import Layer
 
 
 class Routing(NamedTuple):

@@ -24,10 +24,10 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.attention.compressed import CompressedAttention
 from elastic_moe.model.attention.context import Context, KVCache
 from elastic_moe.model.attention.dense import GroupedQueryAttention, LatentAttention
-from elastic_moe.model.experts.local import ExpertBackend
-from elastic_moe.model.layers import Embedding, Init, Layer, Linear, RMSNorm, SwiGLU, init_in
+from elastic_moe.model.backend import ExpertBackend
+from elastic_moe.model.init import Init, init_in, init_param
+from elastic_moe.model.layers import Embedding, Layer, Linear, RMSNorm, SwiGLU
 from elastic_moe.model.moe import MoE
-from elastic_moe.model.params import init_param
 from elastic_moe.model.residual.connections import ReadOut, Segments, composite_gains, expand_streams, make_residual
 from elastic_moe.types import ParamSpec
 
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
         experts: backend of the routed experts; may be set later, and exchanged between steps, by assigning `experts`.
     """
 
-    experts: Any  # an ExpertBackend, kept out of the module tree even where it is a module itself
+    experts: ExpertBackend | None  # kept out of the module tree, even where the backend is a module itself
 
     def __init__(self, cfg: ModelConfig, experts: ExpertBackend | None = None) -> None:
         super().__init__()

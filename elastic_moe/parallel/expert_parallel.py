@@ -26,7 +26,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.experts.local import grouped_swiglu, weighted_sum
+from elastic_moe.model.backend import ExpertStatistics
+from elastic_moe.model.experts.grouped import grouped_swiglu, weighted_sum
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.reproducible import Grid, pieces_swiglu
 from elastic_moe.parallel.transport import ByNode, Flat, Transport
@@ -97,7 +98,7 @@ class _FromSlots(torch.autograd.Function):
 
 
 class ExpertParallel:
-    """Expert backend of one generation on one rank.
+    """Expert backend of one generation on one rank; implements `model.backend.TrainableExperts`.
 
     Args:
         group: the generation's collectives.
@@ -112,10 +113,10 @@ class ExpertParallel:
         by_node: one message per pair of nodes instead of one per pair of ranks.
 
     Attributes:
-        weights_arrive: called before the slots' weights are used; may wait until they are there.
+        before_experts: called before the slots' weights are used; may wait until they are there.
         local_tokens: rows that this rank's slots computed since `reset_balance`.
         tokens_R: the same for every rank.
-        far_rows: rows that this rank's tokens sent to other nodes, counted once for all ranks on rank 0.
+        cross_node_rows: rows that this rank's tokens sent to other nodes, counted once for all ranks on rank 0.
         compute_s: seconds of this rank's experts in the forward passes.
         chunks: the most pieces in which a layer's rows came.
     """
@@ -173,10 +174,16 @@ class ExpertParallel:
         """Gradients of `slot_params`, fp64 with a grid; the tensors are never replaced."""
         return self._grads[moe_layer]
 
-    def zero_grads(self) -> None:
-        """Begin a step's sums."""
+    def begin_step(self) -> None:
+        """Set the gradients and the statistics to zero."""
         for tensor in (t for layer in self._grads for t in layer):
             tensor.zero_()
+        self.reset_balance()
+
+    def statistics(self) -> ExpertStatistics:
+        """Statistics of the calls since `begin_step`."""
+        times = torch.from_numpy(self.layer_time_L)
+        return ExpertStatistics(self.local_tokens, self.cross_node_rows, self.compute_s, times)
 
     def reset_balance(self) -> None:
         """Begin counting anew, at the start of a step."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.shards import TokenShard
+from elastic_moe.model.backend import TrainableExperts
 from elastic_moe.model.sampling import pick
 from elastic_moe.model.transformer import STATS, Transformer
 from elastic_moe.optim.schedule import lr_at
@@ -70,6 +71,7 @@ class GenerationContext:
     rank: int
     layout: Layout
     group: Group
+    experts: TrainableExperts
     exchanger: Exchanger
     held: HeldState
     shares: list[slice]
@@ -147,16 +149,14 @@ class StepRunner:
         self._started_s = time.perf_counter()
         self._fault(step, "compute")
         ids = sample_ids(config.seed, step - 1, config.data.global_batch, self._train.num_samples(config.data.seq_len))
-        experts = self._model.experts
-        experts.reset_balance()
-        experts.zero_grads()
+        session.experts.begin_step()
         self.gradients.zero()
         ce_sum, tokens = 0.0, 0
         stats = np.zeros(len(STATS))
         late = step > config.model.mtp_switch * config.run.steps
         mtp_weight = config.model.mtp_late_weight if late else config.model.mtp_weight
         watch = session.shares[session.rank].start == 0 and session.rank in session.layout.view.active_ranks
-        load_LE = torch.zeros((experts.num_layers, experts.num_experts), dtype=torch.int64)
+        load_LE = torch.zeros((config.model.num_moe_layers, config.model.num_experts), dtype=torch.int64)
         for inputs, targets in self._micro_batches(self._train, ids, session):
             with self._autocast():
                 out = self._model.loss(inputs, targets, mtp_weight, watch)
@@ -176,14 +176,15 @@ class StepRunner:
         progress.reduced = step
         self._fault(step, "vote")
         reconfigure, stop = control_flags()
+        work = session.experts.statistics()
         rank_load = np.zeros(session.group.world_size)
-        rank_load[session.rank] = experts.local_tokens
+        rank_load[session.rank] = work.local_tokens
         ballot = np.concatenate(
             [
                 [ce_sum, tokens, square if np.isfinite(square) else 0.0, float(not np.isfinite(square))],
                 [float(reconfigure), float(stop)],
                 stats,
-                [experts.compute_s, experts.local_tokens, experts.cross_node_rows],
+                [work.compute_s, work.local_tokens, work.cross_node_rows],
                 [session.exchanger.publish_s, session.exchanger.publish_bytes, session.switch_s],
                 rank_load,
                 load_LE.numpy().astype(np.float64).ravel(),
@@ -210,7 +211,7 @@ class StepRunner:
             load_LE=counts.reshape(load_LE.shape).copy(),
             stats=sums.copy(),
             measures=measures.copy(),
-            layer_time_L=experts.layer_time_L,
+            layer_time_L=work.layer_time_L.numpy(),
         )
         self._fault(step, "apply")
         self.commit(held, progress, vote)
@@ -260,8 +261,7 @@ class StepRunner:
         ids = np.arange(min(config.run.eval_sequences, available), dtype=np.int64)
         shares = share_of_batch(session.layout, len(ids))
         total = torch.zeros(2, dtype=torch.float64)
-        whole = GenerationContext(session.rank, session.layout, session.group, session.exchanger, session.held, shares)
-        for inputs, targets in self._micro_batches(self._val, ids, whole):
+        for inputs, targets in self._micro_batches(self._val, ids, replace(session, shares=shares)):
             with self._autocast():
                 out = self._model.loss(inputs, targets)
             total += torch.tensor([float(out.ce_sum), float(out.num_tokens)], dtype=torch.float64)

@@ -21,8 +21,10 @@ from elastic_moe.data.prepare import Prepared
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import GroupAborted, UserError
+from elastic_moe.model.backend import TrainableExperts
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
-from elastic_moe.model.params import init_param, param_specs
+from elastic_moe.model.init import init_param
+from elastic_moe.model.params import param_specs
 from elastic_moe.model.residual.connections import warm_up_kernels
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.parallel.collectives.group import AbortSignal, Group
@@ -200,7 +202,7 @@ class Worker:
             self._progress.records.clear()
         grid = self._stepper.grid
         limit = config.balance.dispatch_mib << 20
-        self._model.experts = ExpertParallel(
+        experts = ExpertParallel(
             group,
             entered.placement,
             group.rank,
@@ -211,16 +213,19 @@ class Worker:
             limit,
             config.balance.by_node,
         )
+        self._model.experts = experts
         balancer = Rebalancer(
             config.balance, view, self._units, config.elastic.redundancy, entered.placement, entered.ownership
         )
-        session = self._session(view, group, balancer, entered.held)
+        session = self._session(view, group, experts, balancer, entered.held)
         session.exchanger.publish(frozen=True)
         return session, entered, balancer
 
-    def _session(self, view: View, group: Group, balancer: Rebalancer, held: HeldState) -> GenerationContext:
-        """The schedule of exchanges for the present placement; the experts' slots are those of the model's backend."""
-        config, experts = self._config, self._model.experts
+    def _session(
+        self, view: View, group: Group, experts: TrainableExperts, balancer: Rebalancer, held: HeldState
+    ) -> GenerationContext:
+        """The schedule of exchanges for the present placement."""
+        config = self._config
         layout = Layout(self._units, view, group.rank, balancer.ownership, balancer.placement)
         dense = {name: p.data for name, p in self._model.named_parameters()} | dict(self._model.named_buffers())
         layers = range(self._shape[0])
@@ -230,7 +235,7 @@ class Worker:
         experts.before_experts = exchanger.wait_expert_weights
         whole = config.data.micro_batch if self._stepper.grid is not None else 1
         shares = share_of_batch(layout, config.data.global_batch, whole)
-        return GenerationContext(group.rank, layout, group, exchanger, held, shares)
+        return GenerationContext(group.rank, layout, group, experts, exchanger, held, shares)
 
     def _rebalance(self, session: GenerationContext, vote: VoteResult, balancer: Rebalancer) -> GenerationContext:
         """Change the placement where that pays; collective where homes move. Every rank decides alike."""
@@ -257,8 +262,8 @@ class Worker:
                 self._fault,
                 step,
             )
-        self._model.experts.adopt(change.placement)
-        new = self._session(session.layout.view, group, balancer, held)
+        session.experts.adopt(change.placement)
+        new = self._session(session.layout.view, group, session.experts, balancer, held)
         if leads:
             self._report_placement(session, "load", before, change.placement, change)
         return replace(new, switch_s=time.perf_counter() - started)

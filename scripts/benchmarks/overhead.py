@@ -125,7 +125,7 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     exchanger.mirror = lambda: None  # type: ignore[method-assign]  # nobody mirrors: not even an empty all-to-all
     exchanger.publish()
     session = GenerationContext(
-        rank, layout, group, exchanger, entered.held, share_of_batch(layout, config.data.global_batch)
+        rank, layout, group, experts, exchanger, entered.held, share_of_batch(layout, config.data.global_batch)
     )
     times = []
     while progress.committed < config.run.steps:

@@ -33,7 +33,8 @@ def stock_loop(config: dict[str, Any]) -> None:
 
     from elastic_moe.data.shards import TokenShard
     from elastic_moe.model.experts.local import LocalExperts
-    from elastic_moe.model.params import init_param, param_specs
+    from elastic_moe.model.init import init_param
+    from elastic_moe.model.params import param_specs
     from elastic_moe.model.transformer import Transformer
     from elastic_moe.plan.batch import sample_ids, split_batch
 

@@ -22,7 +22,8 @@ from torch import nn
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.attention.context import Context, LayerCache, Tables, rotate_tail
 from elastic_moe.model.attention.sinks import sink_attention
-from elastic_moe.model.layers import Init, Layer, Linear, RMSNorm, constant, init_in, init_out
+from elastic_moe.model.init import Init, constant, init_in, init_out
+from elastic_moe.model.layers import Layer, Linear, RMSNorm
 
 
 def layer_kind(cfg: ModelConfig, layer: int) -> str:

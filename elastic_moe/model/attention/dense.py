@@ -17,7 +17,8 @@ from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.attention.context import Context, LayerCache, rotate, yarn_mscale
-from elastic_moe.model.layers import Linear, RMSNorm, init_in, init_out
+from elastic_moe.model.init import init_in, init_out
+from elastic_moe.model.layers import Linear, RMSNorm
 
 LATENT_EPS = 1e-6  # of the latents' norms: transformers fixes it, whatever the model's own
 

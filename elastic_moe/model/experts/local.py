@@ -9,8 +9,7 @@ Shapes: T tokens, K experts per token, N = T * K routed rows, S slots, E experts
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,113 +17,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from elastic_moe.config.schema import ModelConfig
+from elastic_moe.model.experts.grouped import add_product, busy_slots, grouped_swiglu, weighted_sum
+from elastic_moe.model.experts.specs import expert_specs
+from elastic_moe.model.init import init_param
 from elastic_moe.model.layers import swiglu, swiglu_backward
-from elastic_moe.model.params import expert_specs, init_param
-
-
-class ExpertBackend(Protocol):
-    """Computes the routed experts of one layer, wherever they are."""
-
-    def __call__(
-        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
-    ) -> torch.Tensor:
-        """y_TD: per token, the sum over its K experts of gate * expert(x). T may be 0; differentiable."""
-        ...
-
-
-def grouped_swiglu(
-    x_ND: torch.Tensor,
-    counts_S: torch.Tensor,
-    w_gate_up_SGD: torch.Tensor,
-    w_down_SDF: torch.Tensor,
-    limit: float = 0.0,
-    direct: bool = False,
-) -> torch.Tensor:
-    """Slot s's SwiGLU on its rows of x, `down(silu(gate(x)) * up(x))`.
-
-    Args:
-        x_ND: rows sorted by slot.
-        counts_S: int64 rows per slot, summing to N; zeros are fine.
-        w_gate_up_SGD, w_down_SDF: the slots' weights.
-        limit: clamp of the SwiGLU's inputs; 0 for none.
-        direct: the backward pass adds the weights' gradients to their `grad`, which must exist, and hands autograd none: a stack of experts is
-            the largest tensor of a layer, and is then written once and not three times.
-
-    Returns:
-        y_ND in the dtype of x. Under autocast the products run in autocast's dtype.
-    """
-    dtype, kind = x_ND.dtype, x_ND.device.type
-    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and dtype != torch.float64 else dtype
-    sums = (w_gate_up_SGD.grad, w_down_SDF.grad) if direct else None
-    with torch.autocast(kind, enabled=False):
-        out = _GroupedSwiGLU.apply(x_ND.to(compute), counts_S.tolist(), w_gate_up_SGD, w_down_SDF, limit, compute, sums)
-    return out.to(dtype)
-
-
-class _Products:
-    """Products of the slots' rows and weights: one call where `grouped_mm` serves, else slot by slot into given memory.
-
-    On CPUs `grouped_mm` is such a loop itself, so ours costs nothing and can add to what is there. On GPUs it is one kernel; what it needs was found by
-    measurement: bf16, and strides in multiples of 16 bytes.
-    """
-
-    def __init__(self, x_ND: torch.Tensor, counts: list[int], width: int) -> None:
-        self._counts = counts
-        rows_fit = all(n * x_ND.element_size() % 16 == 0 for n in (x_ND.shape[1], width))
-        self._grouped = x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and rows_fit and len(x_ND) > 0
-        self._offs = torch.tensor(counts, device=x_ND.device).cumsum(0).to(torch.int32) if self._grouped else None
-
-    def rows(self, x: torch.Tensor, w_SKN: torch.Tensor) -> torch.Tensor:
-        """[N, K], [S, K, N'] -> [N, N']."""
-        if self._grouped:
-            return F.grouped_mm(x.contiguous(), w_SKN, offs=self._offs)
-        out = x.new_empty((len(x), w_SKN.shape[2]))
-        for slot, (piece, target) in _busy(self._counts, x, out):
-            torch.mm(piece, w_SKN[slot], out=target)
-        return out
-
-    def weights(self, a: torch.Tensor, b: torch.Tensor, to_SMK: torch.Tensor) -> None:
-        """Add a^T b of each slot's rows, [N, M] and [N, K], to [S, M, K]."""
-        if self._grouped:
-            to_SMK.add_(F.grouped_mm(a.contiguous().t(), b.contiguous(), offs=self._offs))
-            return
-        for slot, (left, right) in _busy(self._counts, a, b):
-            add_product(to_SMK[slot], left, right)
-
-
-class _GroupedSwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_ND: torch.Tensor,
-        counts: list[int],
-        w_gate_up_SGD: torch.Tensor,
-        w_down_SDF: torch.Tensor,
-        limit: float,
-        compute: torch.dtype,
-        sums: tuple[torch.Tensor, ...] | None,
-    ) -> torch.Tensor:
-        w_gate_up, w_down = w_gate_up_SGD.to(compute), w_down_SDF.to(compute)
-        products = _Products(x_ND, counts, w_down.shape[2])
-        gate_up_NG = products.rows(x_ND, w_gate_up.transpose(1, 2))
-        y_ND = products.rows(swiglu(*gate_up_NG.chunk(2, dim=1), limit), w_down.transpose(1, 2))
-        ctx.save_for_backward(x_ND, gate_up_NG, w_gate_up_SGD, w_down_SDF)
-        ctx.rest = (products, limit, compute, sums)
-        return y_ND
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_ND, gate_up_NG, *weights = ctx.saved_tensors
-        products, limit, compute, sums = ctx.rest
-        w_gate_up, w_down = (w.to(compute) for w in weights)
-        totals = [torch.zeros_like(w) for w in weights] if sums is None else sums
-        d_y = grads[0].contiguous()
-        hidden, d_gate_up = swiglu_backward(products.rows(d_y, w_down), gate_up_NG, limit)
-        products.weights(d_gate_up, x_ND, totals[0])
-        products.weights(d_y, hidden, totals[1])
-        returned = (None, None) if sums is not None else totals
-        return products.rows(d_gate_up, w_gate_up), None, *returned, None, None, None
 
 
 class _LocalSwiGLU(torch.autograd.Function):
@@ -152,7 +48,7 @@ class _LocalSwiGLU(torch.autograd.Function):
         w_gate_up, w_down = weights
         gate_up_NG = x_TD.new_empty((len(order_N), w_gate_up.shape[1]))
         y_ND = x_TD.new_empty((len(order_N), x_TD.shape[1]))
-        for slot, (tokens, gate_up, y) in _busy(counts, token_N, gate_up_NG, y_ND):
+        for slot, (tokens, gate_up, y) in busy_slots(counts, token_N, gate_up_NG, y_ND):
             torch.mm(x_TD.index_select(0, tokens), w_gate_up[slot].t(), out=gate_up)
             torch.mm(swiglu(*gate_up.chunk(2, dim=1), limit), w_down[slot].t(), out=y)
         ctx.save_for_backward(x_TD, gates_TK, order_N, undo_N, token_N, gate_up_NG, *given)
@@ -172,7 +68,7 @@ class _LocalSwiGLU(torch.autograd.Function):
         d_x_ND = x_TD.new_empty((len(order_N), x_TD.shape[1]))
         d_out_TD = grads[0].contiguous()
         w_gate_up, w_down = weights
-        for slot, pieces in _busy(counts, token_N, gate_up_NG, gates_N, d_gates_N, d_x_ND):
+        for slot, pieces in busy_slots(counts, token_N, gate_up_NG, gates_N, d_gates_N, d_x_ND):
             tokens, gate_up, weight, d_weight, d_x = pieces
             x, d_y = x_TD.index_select(0, tokens), d_out_TD.index_select(0, tokens)
             d_hidden, column = d_y @ w_down[slot], weight.to(compute).unsqueeze(1)
@@ -185,21 +81,6 @@ class _LocalSwiGLU(torch.autograd.Function):
         d_gates_TK = d_gates_N[undo_N].view(gates_TK.shape)
         returned = (None, None) if sums is not None else tuple(totals)
         return d_x_TD, d_gates_TK, None, None, None, None, None, *returned
-
-
-def _busy(counts: list[int], *tensors: torch.Tensor) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
-    """(slot, its rows of each tensor) of the slots that have rows."""
-    for slot, pieces in enumerate(zip(*(t.split(counts) for t in tensors), strict=True)):
-        if counts[slot]:
-            yield slot, pieces
-
-
-def add_product(total_MK: torch.Tensor, left_NM: torch.Tensor, right_NK: torch.Tensor) -> None:
-    """total += left^T right, in place where the types allow."""
-    if total_MK.dtype == left_NM.dtype:
-        total_MK.addmm_(left_NM.t(), right_NK)
-    else:
-        total_MK.add_(left_NM.t() @ right_NK)
 
 
 class _Gather(torch.autograd.Function):
@@ -231,34 +112,6 @@ class _Permute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return grads[0][ctx.saved_tensors[0]], None, None
-
-
-def weighted_sum(y_TKD: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
-    """[T, D]: each token's expert outputs, weighted by its gates; in the dtype of y, summed in fp32.
-
-    As a batched product nothing of the size of y is made beside y.
-    """
-    with torch.autocast(y_TKD.device.type, enabled=False):
-        return torch.bmm(gates_TK.to(y_TKD.dtype).unsqueeze(1), y_TKD).squeeze(1)
-
-
-def loop_swiglu(
-    x_ND: torch.Tensor,
-    counts_S: torch.Tensor,
-    w_gate_up_SGD: torch.Tensor,
-    w_down_SDF: torch.Tensor,
-    limit: float = 0.0,
-) -> torch.Tensor:
-    """Slow twin of `grouped_swiglu`: one slot after another; any shape, dtype and number of slots, zero included."""
-    if w_down_SDF.shape[0] == 0:
-        return x_ND.clone()  # no slots, hence no rows; stays in the graph
-    pieces = [
-        F.linear(swiglu(*F.linear(x, gate_up).chunk(2, dim=1), limit), down)
-        for x, gate_up, down in zip(
-            x_ND.split(counts_S.tolist()), w_gate_up_SGD.unbind(), w_down_SDF.unbind(), strict=True
-        )
-    ]
-    return torch.cat(pieces)
 
 
 class LocalExperts(nn.Module):

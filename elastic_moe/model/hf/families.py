@@ -19,6 +19,7 @@ import torch
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError
+from elastic_moe.model.attention.compressed import layer_kind
 
 Json = Mapping[str, Any]
 NO_LIMIT = 1e9  # what an unclamped SwiGLU is called where a limit is always applied
@@ -384,8 +385,6 @@ def config_of(cfg: ModelConfig, dtype: str, seq_len: int) -> dict[str, Any]:
 
 
 def _v4_config(cfg: ModelConfig, yarn: Json) -> dict[str, Any]:
-    from elastic_moe.model.attention.compressed import layer_kind
-
     partial = {"partial_rotary_factor": cfg.rope_dim / cfg.head_dim}
     compress = {"rope_theta": cfg.compress_theta, **yarn, **partial}
     if yarn["rope_type"] == "yarn":

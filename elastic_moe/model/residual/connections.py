@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.layers import Init, Layer, init_in
+from elastic_moe.model.init import Init, init_in
+from elastic_moe.model.layers import Layer
 from elastic_moe.model.residual import mhc
 from elastic_moe.model.residual.kernels import choose_kernels
 

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.experts.local import LocalExperts, grouped_swiglu, loop_swiglu
-from elastic_moe.model.params import init_param, param_specs
+from elastic_moe.model.experts.grouped import grouped_swiglu, loop_swiglu
+from elastic_moe.model.experts.local import LocalExperts
+from elastic_moe.model.init import init_param
+from elastic_moe.model.params import param_specs
 
 
 def make(counts: list[int], width: int, hidden: int, dtype: torch.dtype) -> list[torch.Tensor]:

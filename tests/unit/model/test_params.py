@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.params import init_param, param_specs
+from elastic_moe.model.init import init_param
+from elastic_moe.model.params import param_specs
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.types import ParamSpec
 

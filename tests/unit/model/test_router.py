@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.experts.local import LocalExperts
-from elastic_moe.model.params import init_param, param_specs
+from elastic_moe.model.init import init_param
+from elastic_moe.model.params import param_specs
 from elastic_moe.model.router import Router, affinity
 from elastic_moe.model.transformer import Transformer
 

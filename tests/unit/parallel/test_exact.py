@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from elastic_moe.model.experts.local import grouped_swiglu
+from elastic_moe.model.experts.grouped import grouped_swiglu
 from elastic_moe.parallel.reproducible import Grid, pieces_swiglu
 
 HIDDEN, WIDTH, SLOTS = 16, 8, 3

@@ -1,0 +1,87 @@
+"""The interfaces of the routed experts: the call that the model makes, and the members that a trainer needs besides.
+
+The model calls a backend once per MoE layer and knows nothing else of it. So one process that holds every expert
+(`experts.local.LocalExperts`) and a rank of an expert-parallel group (`parallel.expert_parallel.ExpertParallel`) serve
+the same model. A new way to place or compute experts is one new class that implements these Protocols.
+
+Shapes: T tokens, K experts per token, D hidden, F expert hidden, S slots of this rank, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:  # the placement's module needs numba, and the model needs torch alone
+    from elastic_moe.plan.placement import Placement
+
+
+class ExpertBackend(Protocol):
+    """Computes the routed experts of one layer, wherever their weights are."""
+
+    def __call__(
+        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Apply each token's experts and sum their outputs.
+
+        Args:
+            moe_layer: index among the MoE layers.
+            x_TD: tokens; T may be 0.
+            expert_ids_TK: int64, the experts chosen for each token.
+            gates_TK: weight of each chosen expert.
+
+        Returns:
+            y_TD: per token, the sum over its K experts of gate * expert(x), in the dtype of x. It is differentiable in
+            x and in the gates. A distributed backend is collective: every rank calls it for every layer, both ways.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertStatistics:
+    """Work of the routed experts since `TrainableExperts.begin_step`.
+
+    Attributes:
+        local_tokens: rows that this rank's slots computed.
+        cross_node_rows: rows sent to another node, of all ranks together; counted on rank 0, and 0 on the others.
+        compute_s: seconds of this rank's experts in the forward passes.
+        layer_time_L: fp64, rows of the slowest rank over the mean, per MoE layer; 1 is perfect. Equal on every rank.
+    """
+
+    local_tokens: int
+    cross_node_rows: int
+    compute_s: float
+    layer_time_L: torch.Tensor
+
+
+class TrainableExperts(ExpertBackend, Protocol):
+    """A backend whose weights lie in slots that a trainer fills, and whose gradients it reduces.
+
+    Attributes:
+        before_experts: called before the slots' weights are used; it may wait until they have arrived.
+    """
+
+    before_experts: Callable[[], None]
+
+    def slot_params(self, moe_layer: int) -> tuple[torch.Tensor, ...]:
+        """(w_gate_up [S, 2F, D], w_down [S, D, F]) of one layer. The tensors are never replaced, only written to."""
+        ...
+
+    def slot_grads(self, moe_layer: int) -> tuple[torch.Tensor, ...]:
+        """Gradients of `slot_params`, summed since `begin_step`. The tensors are never replaced."""
+        ...
+
+    def begin_step(self) -> None:
+        """Set the gradients and the statistics to zero."""
+        ...
+
+    def statistics(self) -> ExpertStatistics:
+        """Statistics of the calls since `begin_step`."""
+        ...
+
+    def adopt(self, placement: Placement) -> None:
+        """Use another placement with the same number of slots per rank. The caller then sets the slots' weights anew."""
+        ...

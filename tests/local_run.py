@@ -1,4 +1,4 @@
-"""A whole run without Ray: a control server here, workers as plain processes that can be killed, stopped and added."""
+"""A whole run without Ray: its coordinator here, workers as plain processes that can be killed, stopped and added."""
 
 from __future__ import annotations
 
@@ -20,15 +20,11 @@ from elastic_moe.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from elastic_moe.coordination.checkpoints import CheckpointCommitter
-from elastic_moe.coordination.server import ControlServer
+from elastic_moe.coordination.coordinator import RunCoordinator
 from elastic_moe.data.prepare import Prepared, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.metrics.jsonl import read_jsonl
-from elastic_moe.metrics.recorder import Recorder
-from elastic_moe.model.params import param_specs
-from elastic_moe.plan.state.units import build_units
-from elastic_moe.run_dir import EVENTS, METRICS, checkpoint_root
+from elastic_moe.run_dir import EVENTS, METRICS
 from elastic_moe.saved import with_tokenizer
 from tests.declared import assert_declared
 
@@ -73,24 +69,11 @@ class LocalRun:
         self.dir = Path(config.run.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         self._prepared, self._nodes = prepared, nodes or workers
-        self._recorder = Recorder(self.dir)
-        units = build_units(param_specs(self.config.model), self.config.model.max_unit_elements)
-        self._book = CheckpointCommitter(
-            checkpoint_root(self.config), 3, [u.name for u in units], {}, self._recorder.event
-        )
-        self.server = ControlServer(
-            self.config, "secret", workers,
-            on_record=self._recorder.record, on_event=self._event, on_shard=self._book.add,
-        )  # fmt: skip
-        self._address = self.server.start()
+        self.coordinator = RunCoordinator(self.config, "secret", workers)
+        self._address = self.coordinator.address
         self.processes: dict[str, Any] = {}
         for _ in range(workers):
             self.add()
-
-    def _event(self, event: dict[str, Any]) -> None:
-        if event["event"] == "entered" and event.get("source") != "peers":
-            self._recorder.truncate_after(max(0, int(event["step"])))
-        self._recorder.event(event)
 
     def __enter__(self) -> LocalRun:
         return self
@@ -101,9 +84,7 @@ class LocalRun:
                 os.kill(process.pid, signal.SIGCONT)
                 process.kill()
             process.join(10)
-        self.server.close()
-        self._book.close()
-        self._recorder.close()
+        self.coordinator.close()
         if error is None:
             assert_declared(self.dir)
 
@@ -123,13 +104,13 @@ class LocalRun:
         """Wait until the status satisfies a condition."""
         deadline_s = time.monotonic() + WAIT_S
         while time.monotonic() < deadline_s:
-            status = self.server.status()
+            status = self.coordinator.status()
             if holds(status):
                 return status
             if status["phase"] == "failed":
                 break
             time.sleep(0.02)
-        raise AssertionError(f"waited in vain for {what}: {self.server.status()}; {self.events()[-5:]}")
+        raise AssertionError(f"waited in vain for {what}: {self.coordinator.status()}; {self.events()[-5:]}")
 
     def wait_step(self, step: int) -> dict[str, Any]:
         return self.wait(f"step {step}", lambda s: s["step"] >= step)

@@ -1,14 +1,13 @@
-"""Events that the membership machine takes and commands that it gives, as values; and their form on the wire.
+"""Events that the membership machine takes and commands that it gives, as frozen values.
 
-The shell (`actors/server.py`) turns messages and observations into events and carries commands out; nothing else does either.
+Only `coordination/membership.py` makes events of messages and requests, and only it carries commands out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from elastic_moe.types import Member, View
+from elastic_moe.types import View
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -201,19 +200,3 @@ class LogEvent:
 
 
 Command = Welcome | Publish | Pause | Probe | Release | Evict | StopAll | End | LogEvent
-
-# --- the wire ---------------------------------------------------------------------------------------------------------
-
-
-def view_to_wire(view: View) -> dict[str, Any]:
-    """A view as JSON-able values."""
-    members = [[m.worker, m.node, m.pid, m.speed, m.slots, m.draining] for m in view.members]
-    return {"generation": view.generation, "members": members}
-
-
-def view_from_wire(message: dict[str, Any]) -> View | None:
-    """The view in a message, or None when it has none."""
-    members: list[list[Any]] | None = message.get("members")
-    if not members:
-        return None
-    return View(int(message["generation"]), tuple(Member(*member) for member in members))

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.control.messages import ViewMessage
 from elastic_moe.data.prepare import Prepared
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.data.tokenizer import load_tokenizer
@@ -33,7 +34,7 @@ from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import FAULTS, checkpoint_root
 from elastic_moe.runtime.checkpoints import CheckpointStorage, ShardWriter
-from elastic_moe.runtime.coordinator_client import CoordinatorClient, ViewMessage
+from elastic_moe.runtime.coordinator_client import CoordinatorClient
 from elastic_moe.runtime.exchange.exchanger import ComputeTensors, Exchanger, Layout
 from elastic_moe.runtime.faults import Faults
 from elastic_moe.runtime.rebalance import Change, Rebalancer, moves_between
@@ -156,7 +157,7 @@ class Worker:
         abort = AbortSignal()
         self._rank = rank
         completed = [0]
-        self._line.watch(view, abort.set, lambda: (self._progress.committed + 1, completed[0]))
+        self._line.begin_view(view, abort.set, lambda: (self._progress.committed + 1, completed[0]))
         started = time.perf_counter()
         host, port = message.store
         timeout_s = self._config.elastic.form_timeout_s
@@ -311,7 +312,7 @@ class Worker:
             outcome = self._stepper.train_step(
                 session,
                 progress,
-                lambda: (line.newer_than(message.view.generation), line.stop_requested),
+                lambda: (line.superseded(message.view.generation), line.stop_requested),
                 lambda session, vote: self._rebalance(session, vote, balancer),
             )
             session = outcome.session

@@ -1,4 +1,4 @@
-"""The control line for real: one server, several lines in threads and in a process that is stopped."""
+"""The connection to the coordinator for real: one server, clients in threads and in a process that is stopped."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from typing import Any
 
 import pytest
 
+from elastic_moe.control.messages import DrainRequest, StopRequest, ViewMessage
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.config.schema import ElasticConfig, RunConfig, TrainConfig
 from elastic_moe.errors import Evicted
-from elastic_moe.runtime.coordinator_client import RECENT, CoordinatorClient, ViewMessage
+from elastic_moe.runtime.coordinator_client import CoordinatorClient
+from elastic_moe.runtime.mailbox import RECENT
 
 TOKEN = "secret"
 TIMEOUT_S = 10.0
 PEER = """
 import os, sys, threading
-from elastic_moe.runtime.coordinator_client import Line
-line = Line(lambda: ("127.0.0.1", int(sys.argv[1])), "secret", "child", "n9", os.getpid(), 0, 0.05)
-line.start()
-line.ready()
-message = line.wait_view(0)
-line.watch(message.view, lambda reason: None)
-line.entered(message.view.generation, {})
+from elastic_moe.runtime.coordinator_client import CoordinatorClient
+client = CoordinatorClient(lambda: ("127.0.0.1", int(sys.argv[1])), "secret", "child", "n9", os.getpid(), 0, 0.05)
+client.start()
+client.ready()
+message = client.wait_view(0)
+client.begin_view(message.view, lambda reason: None)
+client.entered(message.view.generation, {})
 threading.Event().wait(60)
 """
 
@@ -44,7 +46,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 class Bench:
-    """A server that can be replaced, and lines to it."""
+    """A server that can be replaced, and clients to it."""
 
     def __init__(self, target: int, **elastic: Any) -> None:
         values = {"heartbeat_s": 0.05, "heartbeat_timeout_s": 5.0, "join_settle_s": 0.0} | elastic
@@ -52,7 +54,7 @@ class Bench:
         self.target = target
         self.events: list[dict[str, Any]] = []
         self.records: list[dict[str, Any]] = []
-        self.lines: dict[str, CoordinatorClient] = {}
+        self.clients: dict[str, CoordinatorClient] = {}
         self.aborts: dict[str, list[str]] = {}
         self.address: tuple[str, int] | None = None
         self.server: ControlServer
@@ -64,21 +66,21 @@ class Bench:
         )
         self.address = self.server.start()
 
-    def line(self, worker: str, node: str = "n0", token: str = TOKEN) -> CoordinatorClient:
-        line = CoordinatorClient(lambda: self.address, token, worker, node, os.getpid(), 0, 0.05)
-        line.start()
-        line.ready()
-        self.lines[worker] = line
+    def client(self, worker: str, node: str = "n0", token: str = TOKEN) -> CoordinatorClient:
+        client = CoordinatorClient(lambda: self.address, token, worker, node, os.getpid(), 0, 0.05)
+        client.start()
+        client.ready()
+        self.clients[worker] = client
         self.aborts[worker] = []
-        return line
+        return client
 
     def enter(self, workers: list[str], after: int) -> ViewMessage:
         """Let these workers enter the next view."""
         message = None
         for worker in workers:
-            message = wait_view(self.lines[worker], after)
-            self.lines[worker].watch(message.view, self.aborts[worker].append)
-            self.lines[worker].entered(message.view.generation, {"step": 0, "source": "peers"})
+            message = wait_view(self.clients[worker], after)
+            self.clients[worker].begin_view(message.view, self.aborts[worker].append)
+            self.clients[worker].entered(message.view.generation, {"step": 0, "source": "peers"})
         assert message is not None
         return message
 
@@ -86,22 +88,22 @@ class Bench:
         return [str(e.get("worker")) for e in self.events if e["event"] == event]
 
     def close(self) -> None:
-        for line in self.lines.values():
-            line.close(timeout_s=0.2)
+        for client in self.clients.values():
+            client.close(timeout_s=0.2)
         self.server.close()
 
 
-def wait_view(line: CoordinatorClient, after: int) -> ViewMessage:
-    until(lambda: line.newer_than(after) or line._evicted, f"a view after {after}")
-    message = line.wait_view(after)
+def wait_view(client: CoordinatorClient, after: int) -> ViewMessage:
+    until(lambda: client.superseded(after) or client._inbox.evicted, f"a view after {after}")
+    message = client.wait_view(after)
     assert message is not None
     return message
 
 
-def cut(line: CoordinatorClient) -> None:
-    """Let the connection die as with the process, and keep the line from coming back."""
-    line._find = lambda: None
-    connection = until(lambda: line._connection, "a connection")
+def cut(client: CoordinatorClient) -> None:
+    """Let the connection die as with the process, and keep the client from coming back."""
+    client._connection.find = lambda: None
+    connection = until(lambda: client._connection.connection, "a connection")
     connection.shutdown(socket.SHUT_RDWR)
 
 
@@ -111,7 +113,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     bench = Bench(**getattr(request, "param", {"target": 3}))
     yield bench
     bench.close()
-    left = [t.name for t in threading.enumerate() if t not in threads and t.name in ("line", "control-server")]
+    left = [t.name for t in threading.enumerate() if t not in threads and t.name in ("coordinator-client", "control-server")]
     assert left == []
 
 
@@ -121,13 +123,13 @@ def workers_of(message: ViewMessage) -> list[str]:
 
 def test_first_view_and_death(bench: Bench) -> None:
     for worker in ("a", "b", "c"):
-        bench.line(worker)
+        bench.client(worker)
     first = bench.enter(["a", "b", "c"], 0)
     assert sorted(workers_of(first)) == ["a", "b", "c"]
     assert first.store[1] > 0
     until(lambda: bench.server.status()["entered"], "entered")
-    cut(bench.lines["b"])
-    after = wait_view(bench.lines["a"], first.view.generation)
+    cut(bench.clients["b"])
+    after = wait_view(bench.clients["a"], first.view.generation)
     assert workers_of(after) == [w for w in workers_of(first) if w != "b"]
     assert not after.planned
     until(lambda: bench.aborts["a"] and bench.aborts["c"], "both survivors are interrupted")
@@ -136,7 +138,7 @@ def test_first_view_and_death(bench: Bench) -> None:
 
 @pytest.mark.parametrize("bench", [{"target": 2, "heartbeat_timeout_s": 0.6}], indirect=True)
 def test_stopped_process_is_evicted(bench: Bench) -> None:
-    bench.line("a")
+    bench.client("a")
     command = [sys.executable, "-c", PEER, str(bench.address[1] if bench.address else 0)]
     child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()})
     try:
@@ -144,7 +146,7 @@ def test_stopped_process_is_evicted(bench: Bench) -> None:
         assert set(workers_of(first)) == {"a", "child"}
         until(lambda: bench.server.status()["entered"], "the child enters")
         os.kill(child.pid, signal.SIGSTOP)
-        second = wait_view(bench.lines["a"], first.view.generation)
+        second = wait_view(bench.clients["a"], first.view.generation)
         assert workers_of(second) == ["a"]
         assert bench.names("worker_evicted") == ["child"]
         assert bench.server.status()["evicted"] == ["child"]
@@ -155,17 +157,17 @@ def test_stopped_process_is_evicted(bench: Bench) -> None:
 
 def test_join_drain_release(bench: Bench) -> None:
     for worker in ("a", "b", "c"):
-        bench.line(worker, f"n{worker}")
+        bench.client(worker, f"n{worker}")
     first = bench.enter(["a", "b", "c"], 0)
-    bench.server.submit({"event": "drain", "node": "nb", "deadline_s": 30})
+    bench.server.submit(DrainRequest(node="nb", deadline_s=30))
     draining = bench.enter(["a", "b", "c"], first.view.generation)
     assert draining.planned
     assert [m.worker for m in draining.view.members if m.draining] == ["b"]
-    until(lambda: bench.lines["b"].newer_than(draining.view.generation), "release")
-    assert bench.lines["b"].wait_view(draining.view.generation) is None
+    until(lambda: bench.clients["b"].superseded(draining.view.generation), "release")
+    assert bench.clients["b"].wait_view(draining.view.generation) is None
     without = bench.enter(["a", "c"], draining.view.generation)
     assert sorted(workers_of(without)) == ["a", "c"]
-    bench.line("d", "nd")
+    bench.client("d", "nd")
     joined = bench.enter(["a", "c", "d"], without.view.generation)
     assert joined.planned
     assert workers_of(joined) == [*workers_of(without), "d"]
@@ -174,39 +176,39 @@ def test_join_drain_release(bench: Bench) -> None:
 
 def test_coordinator_restart_does_not_interrupt(bench: Bench) -> None:
     for worker in ("a", "b", "c"):
-        bench.line(worker)
-    bench.lines["a"].record({"step": 1, "loss": 1.0})
+        bench.client(worker)
+    bench.clients["a"].record({"step": 1, "loss": 1.0})
     first = bench.enter(["a", "b", "c"], 0)
     until(lambda: bench.server.status()["entered"], "entered")
     bench.server.close()
-    bench.lines["a"].record({"step": 2, "loss": 0.5})
+    bench.clients["a"].record({"step": 2, "loss": 0.5})
     bench.serve()
     until(lambda: bench.server.status()["entered"], "the new server knows the view")
     status = bench.server.status()
     assert (status["generation"], status["world_size"], status["phase"]) == (first.view.generation, 3, "running")
     until(lambda: any(r["step"] == 2 for r in bench.records), "the record is sent again")
     assert not any(bench.aborts.values())
-    assert not bench.lines["a"].newer_than(first.view.generation)
-    cut(bench.lines["c"])
-    second = wait_view(bench.lines["a"], first.view.generation)
+    assert not bench.clients["a"].superseded(first.view.generation)
+    cut(bench.clients["c"])
+    second = wait_view(bench.clients["a"], first.view.generation)
     assert "c" not in workers_of(second)
 
 
 def test_records_that_nobody_read_come_again_after_a_long_absence() -> None:
     void = socket.create_server(("127.0.0.1", 0))
     address: list[tuple[str, int] | None] = [void.getsockname()]
-    line = CoordinatorClient(lambda: address[0], TOKEN, "a", "n0", os.getpid(), 0, 0.05)
-    line.start()
+    client = CoordinatorClient(lambda: address[0], TOKEN, "a", "n0", os.getpid(), 0, 0.05)
+    client.start()
     for step in range(1, 6):
-        line.record({"step": step})
+        client.record({"step": step})
     connection, _ = void.accept()
-    until(line._idle.is_set, "all is sent")
+    until(client._outbox._empty.is_set, "all is sent")
     address[0] = None
     connection.close()
     void.close()
     steps = list(range(1, 6 + 2 * RECENT))
     for step in steps[5:]:
-        line.record({"step": step})
+        client.record({"step": step})
     records: list[dict[str, Any]] = []
     server = ControlServer(TrainConfig(run=RunConfig(steps=10)), TOKEN, 1, on_record=records.append)
     address[0] = server.start()
@@ -214,16 +216,16 @@ def test_records_that_nobody_read_come_again_after_a_long_absence() -> None:
         until(lambda: len(records) >= len(steps), "all records")
         assert [record["step"] for record in records] == steps
     finally:
-        line.close()
+        client.close()
         server.close()
 
 
 def test_suspicion_alone_reforms_with_everyone(bench: Bench) -> None:
     for worker in ("a", "b", "c"):
-        bench.line(worker)
+        bench.client(worker)
     first = bench.enter(["a", "b", "c"], 0)
-    bench.lines["a"].suspect(first.view.generation, "connection reset")
-    second = wait_view(bench.lines["b"], first.view.generation)
+    bench.clients["a"].suspect(first.view.generation, "connection reset")
+    second = wait_view(bench.clients["b"], first.view.generation)
     assert workers_of(second) == workers_of(first)
     assert not second.planned
     assert bench.names("worker_lost") == bench.names("worker_evicted") == []
@@ -231,33 +233,33 @@ def test_suspicion_alone_reforms_with_everyone(bench: Bench) -> None:
 
 @pytest.mark.parametrize("bench", [{"target": 2, "min_workers": 2}], indirect=True)
 def test_hold_and_resume(bench: Bench) -> None:
-    bench.line("a")
-    bench.line("b")
+    bench.client("a")
+    bench.client("b")
     first = bench.enter(["a", "b"], 0)
-    cut(bench.lines["b"])
+    cut(bench.clients["b"])
     until(lambda: bench.aborts["a"], "the survivor is interrupted")
     assert bench.server.status()["phase"] == "waiting"
-    bench.line("c")
-    second = wait_view(bench.lines["a"], first.view.generation)
+    bench.client("c")
+    second = wait_view(bench.clients["a"], first.view.generation)
     assert workers_of(second) == ["a", "c"]
 
 
 def test_stop_and_finish(bench: Bench) -> None:
     for worker in ("a", "b", "c"):
-        bench.line(worker)
+        bench.client(worker)
     bench.enter(["a", "b", "c"], 0)
-    bench.server.submit({"event": "stop", "reason": "Ctrl-C"})
-    until(lambda: all(line.stop_requested for line in bench.lines.values()), "stop reaches all")
-    for line in bench.lines.values():
-        line.finished()
-        line.close()
+    bench.server.submit(StopRequest("Ctrl-C"))
+    until(lambda: all(client.stop_requested for client in bench.clients.values()), "stop reaches all")
+    for client in bench.clients.values():
+        client.finished()
+        client.close()
     until(lambda: bench.server.status()["phase"] == "finished", "finished")
     assert bench.names("worker_lost") == []
 
 
 def test_wrong_token_is_turned_away(bench: Bench) -> None:
-    line = bench.line("x", token="guess")
-    until(lambda: line._evicted, "refusal")
+    client = bench.client("x", token="guess")
+    until(lambda: client._inbox.evicted, "refusal")
     with pytest.raises(Evicted, match="token"):
-        line.wait_view(0)
+        client.wait_view(0)
     assert bench.server.status()["workers"] == 0

@@ -52,7 +52,7 @@ def _disturb(run: LocalRun, seed: int, events: int = EVENTS) -> list[str]:
             if kind == "kill":
                 run.signal(worker, signal.SIGKILL)
             else:
-                run.server.submit({"event": "drain", "worker": worker})
+                run.coordinator.submit({"event": "drain", "worker": worker})
         status = run.wait(f"{len(living)} workers", lambda s: s["world_size"] == len(living) and s["entered"])
         run.wait_step(status["step"] + dice.randint(2, 5))
         done.append(f"{kind} -> {len(living)}")
@@ -62,7 +62,7 @@ def _disturb(run: LocalRun, seed: int, events: int = EVENTS) -> list[str]:
 def test_disturbed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
     with LocalRun(_config(tmp_path / "a" / "run", 100_000, max_workers=MOST), 4, nodes=3) as run:
         done = _disturb(run, seed=3)
-        run.server.submit({"event": "stop", "reason": "enough"})
+        run.coordinator.submit({"event": "stop", "reason": "enough"})
         run.wait_end()
         disturbed = run.losses()
         assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")
@@ -78,7 +78,7 @@ def test_disturbed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path: Path) ->
 def test_the_whole_model_family_in_one_disturbed_run(tmp_path: Path) -> None:
     with LocalRun(_deepseek(_config(tmp_path / "a" / "run", 100_000, max_workers=MOST)), 3, nodes=2) as run:
         _disturb(run, seed=5, events=4)
-        run.server.submit({"event": "stop", "reason": "enough"})
+        run.coordinator.submit({"event": "stop", "reason": "enough"})
         run.wait_end()
         disturbed, records = run.losses(), run.records()
     with LocalRun(_deepseek(_config(tmp_path / "b" / "run", len(disturbed))), 1) as run:

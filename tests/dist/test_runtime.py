@@ -51,7 +51,7 @@ def test_kills_joins_and_leaves(tmp_path: Path, undisturbed: list[float]) -> Non
         run.wait_step(16)
         run.signal("w0", signal.SIGKILL)
         run.wait("5 workers", lambda s: s["world_size"] == 5 and s["entered"])
-        run.server.submit({"event": "drain", "worker": "w2"})
+        run.coordinator.submit({"event": "drain", "worker": "w2"})
         run.wait("4 workers", lambda s: s["world_size"] == 4 and s["entered"])
         run.signal("w4", signal.SIGKILL)
         run.wait_end()

@@ -1,0 +1,169 @@
+"""The one codec of `control/messages.py`: a message is one JSON object on one line, in UTF-8.
+
+The key "type" names the message (a request has "event" instead). The other keys are the fields of the value, and a
+field with a default may be absent. A tuple becomes a list, a dataclass an object. A line that is no message raises
+ValueError, and its sentence names the message and the field.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from elastic_moe.control.messages import (
+    FROM_COORDINATOR,
+    FROM_WORKER,
+    NAMES,
+    REQUESTS,
+    VERSION,
+    CoordinatorMessage,
+    Request,
+    WorkerMessage,
+)
+
+T = TypeVar("T")
+PLAIN = {str: "a text", int: "a whole number", bool: "true or false", float: "a finite number"}
+
+
+class VersionMismatch(ValueError):
+    """The peer speaks another version of the protocol."""
+
+
+def encode(message: WorkerMessage | CoordinatorMessage) -> bytes:
+    """The message as a line, with its line break.
+
+    Raises:
+        TypeError: a payload holds something that JSON does not have.
+    """
+    values = {"type": NAMES[type(message)]} | _object(message)
+    return json.dumps(values, separators=(",", ":")).encode() + b"\n"
+
+
+def decode_from_worker(line: bytes) -> WorkerMessage:
+    """The message of a worker.
+
+    Raises:
+        VersionMismatch: a `hello` of another version of the protocol.
+        ValueError: the line is no such message.
+    """
+    values = _parse(line)
+    _check_version(values, "hello", "the worker", "the coordinator")
+    return _message(values, "type", FROM_WORKER)
+
+
+def decode_from_coordinator(line: bytes) -> CoordinatorMessage:
+    """The message of the coordinator.
+
+    Raises:
+        VersionMismatch: a `welcome` of another version of the protocol.
+        ValueError: the line is no such message.
+    """
+    values = _parse(line)
+    _check_version(values, "welcome", "the coordinator", "the worker")
+    return _message(values, "type", FROM_COORDINATOR)
+
+
+def decode_request(values: Mapping[str, Any]) -> Request:
+    """The request in a mapping: {"event": "drain" | "worker_lost" | "node_lost" | "stop", and its fields}.
+
+    Raises:
+        ValueError: the mapping is no request.
+    """
+    return _message(values, "event", REQUESTS)
+
+
+def _parse(line: bytes) -> Mapping[str, Any]:
+    try:
+        values = json.loads(line.decode())
+    except RecursionError:
+        raise ValueError("a message is nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"a message must be a JSON object, not {reprlib.repr(values)}")
+    return cast("dict[str, Any]", values)
+
+
+def _check_version(values: Mapping[str, Any], name: str, peer: str, here: str) -> None:
+    """The version comes first: another version may have other fields."""
+    version = values.get("version", 0)
+    if values.get("type") == name and version != VERSION:
+        raise VersionMismatch(
+            f"{peer} speaks version {reprlib.repr(version)} of the control protocol and {here} version {VERSION}: "
+            "install the same release of elastic_moe on every node"
+        )
+
+
+def _message(values: Mapping[str, Any], key: str, table: Mapping[str, type[T]]) -> T:
+    name = values.get(key)
+    cls = table.get(name) if isinstance(name, str) else None
+    if cls is None:
+        known = ", ".join(table)
+        raise ValueError(f"field {key!r} must be one of {known}, not {reprlib.repr(name)}")
+    try:
+        return _build(cls, {k: v for k, v in values.items() if k != key}, "")
+    except ValueError as error:
+        raise ValueError(f"message {name!r}: {error}") from None
+
+
+@cache
+def _hints(cls: type) -> Mapping[str, Any]:
+    return get_type_hints(cls)
+
+
+def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
+    """A dataclass from an object. `path`: where the object is, with a dot at the end."""
+    hints = _hints(cls)
+    if unknown := [name for name in values if name not in hints]:
+        raise ValueError(f"field {path + unknown[0]!r} is unknown")
+    required = [f.name for f in fields(cast("Any", cls)) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"field {path + missing[0]!r} is missing")
+    return cls(**{name: _read(hints[name], value, path + name) for name, value in values.items()})
+
+
+def _read(hint: Any, value: Any, path: str) -> Any:
+    """The value of a field. `hint`: the field's type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is UnionType:  # the only unions are of a type and None
+        return None if value is None else _read(arguments[0], value, path)
+    if origin is tuple:
+        return _read_tuple(arguments, value, path)
+    if origin is not None:  # a payload: any object
+        return _expect(isinstance(value, dict), "an object", value, path)
+    if is_dataclass(hint):
+        _expect(isinstance(value, dict), "an object", value, path)
+        return _build(cast("type[Any]", hint), value, path + ".")
+    if hint is float:
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max  # neither infinite nor NaN
+        return float(_expect(fits, PLAIN[float], value, path))
+    return _expect(type(value) is hint, PLAIN[hint], value, path)
+
+
+def _read_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    """A tuple from a list, of one type (`tuple[X, ...]`) or of one type for each place."""
+    _expect(isinstance(value, list), "a list", value, path)
+    hints = [arguments[0]] * len(value) if arguments[-1] is ... else list(arguments)
+    _expect(len(value) == len(hints), f"a list of {len(hints)}", value, path)
+    return tuple(_read(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True)))
+
+
+def _expect(fits: bool, kind: str, value: Any, path: str) -> Any:
+    if not fits:
+        raise ValueError(f"field {path!r} must be {kind}, not {reprlib.repr(value)}")
+    return value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A dataclass as an object."""
+    return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return _object(value)
+    return [_plain(v) for v in cast("tuple[Any, ...]", value)] if isinstance(value, tuple) else value

@@ -1,0 +1,312 @@
+"""Messages between a worker and the coordinator, and requests to the coordinator, as frozen values.
+
+`control/codec.py` turns them into lines and back. `hello` and `welcome` carry the version of the protocol. `evicted`
+keeps its form in every version, because it tells a peer of another version that the two cannot work together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic_moe.control import events as ev
+from elastic_moe.types import View
+
+VERSION = 1  # of the protocol; every change of a message raises it
+
+JsonObject = Mapping[str, Any]
+
+
+def _require(payload: JsonObject, name: str, key: str, kind: type) -> None:
+    """Raise ValueError if a payload lacks the key, or if its value is of another type."""
+    if type(payload.get(key)) is not kind:
+        raise ValueError(f"field {name!r} must have {key!r}, {'a text' if kind is str else 'a whole number'}")
+
+
+# --- from a worker to the coordinator ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HelloMessage:
+    """The first message of a connection: registers a worker, or registers it again with a new coordinator.
+
+    Attributes:
+        token: shared secret of the run.
+        worker, node, pid, slots: who it is, as in `Member`.
+        ready: it has warmed up already.
+        view: newest view it knows; None if it never was in one.
+        entered: generation that it entered last.
+        step: last step it committed, as far as it knows.
+        version: version of the protocol that it speaks.
+    """
+
+    token: str = field(repr=False)
+    worker: str
+    node: str
+    pid: int
+    slots: int = 0
+    ready: bool = False
+    view: View | None = None
+    entered: int = 0
+    step: int = 0
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyMessage:
+    """The worker has warmed up and may be put into a view."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatMessage:
+    """A sign of life. `progress` grows within a generation whenever the main thread gets on."""
+
+    generation: int
+    step: int
+    progress: int
+
+
+@dataclass(frozen=True, slots=True)
+class SuspectMessage:
+    """A collective of this generation failed under the worker."""
+
+    generation: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class EnteredMessage:
+    """The worker has its share of the view's state. `info`: how it got there, for the event log."""
+
+    generation: int
+    info: JsonObject | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordMessage:
+    """The record of a committed step, for metrics.jsonl. It has at least `step`."""
+
+    record: JsonObject
+
+    def __post_init__(self) -> None:
+        _require(self.record, "record", "step", int)
+
+
+@dataclass(frozen=True, slots=True)
+class EventMessage:
+    """A line for events.jsonl or experts.jsonl. It has at least `event`, the name."""
+
+    event: JsonObject
+
+    def __post_init__(self) -> None:
+        _require(self.event, "event", "event", str)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardMessage:
+    """A checkpoint shard is written: its `ShardInfo` as a dictionary, with at least `step`."""
+
+    shard: JsonObject
+
+    def __post_init__(self) -> None:
+        _require(self.shard, "shard", "step", int)
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedMessage:
+    """The worker did all steps of the run, or agreed to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftMessage:
+    """The worker ends because no view contains it any more."""
+
+
+WorkerMessage = (
+    HelloMessage
+    | ReadyMessage
+    | HeartbeatMessage
+    | SuspectMessage
+    | EnteredMessage
+    | RecordMessage
+    | EventMessage
+    | ShardMessage
+    | FinishedMessage
+    | LeftMessage
+)
+
+# --- from the coordinator to a worker ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WelcomeMessage:
+    """The worker is registered. `version`: the version of the protocol that the coordinator speaks."""
+
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class ViewMessage:
+    """The next view.
+
+    Attributes:
+        view: its members.
+        planned: it may wait for a step boundary; else it interrupts the step in flight.
+        reason: why it was published.
+        store: host and port of the store through which its groups form.
+    """
+
+    view: View
+    planned: bool
+    reason: str
+    store: tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PauseMessage:
+    """Too few workers are left: keep the state and wait for the next view."""
+
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeMessage:
+    """Send a heartbeat at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseMessage:
+    """The worker is not needed any more and may end itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvictedMessage:
+    """The worker is no member any more and must not touch the run."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopMessage:
+    """End the run after the step in flight."""
+
+
+CoordinatorMessage = (
+    WelcomeMessage | ViewMessage | PauseMessage | ProbeMessage | ReleaseMessage | EvictedMessage | StopMessage
+)
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequest:
+    """A worker, or all workers of a node, should hand over and leave within `deadline_s` seconds (0: the default)."""
+
+    worker: str = ""
+    node: str = ""
+    deadline_s: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLostRequest:
+    """A worker's process is gone."""
+
+    worker: str
+    node: str = ""
+    pid: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLostRequest:
+    """A node is gone, with all its workers."""
+
+    node: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequest:
+    """The run should end after the step in flight."""
+
+    reason: str = ""
+
+
+Request = DrainRequest | WorkerLostRequest | NodeLostRequest | StopRequest
+
+# --- messages and requests as events of the membership machine --------------------------------------------------------
+
+MembershipMessage = (
+    HelloMessage | ReadyMessage | HeartbeatMessage | SuspectMessage | EnteredMessage | FinishedMessage | LeftMessage
+)
+
+
+def event_of_message(worker: str, message: MembershipMessage) -> ev.Event:
+    """A message about a worker's membership, as the event that it is for the machine."""
+    match message:
+        case HelloMessage():
+            m = message
+            return ev.Hello(worker, m.node, m.pid, m.slots, m.ready, m.view, m.entered, m.step)
+        case ReadyMessage():
+            return ev.Ready(worker)
+        case HeartbeatMessage(generation, step, progress):
+            return ev.Heartbeat(worker, generation, step, progress)
+        case SuspectMessage(generation, error):
+            return ev.Suspect(worker, generation, error)
+        case EnteredMessage(generation):
+            return ev.Entered(worker, generation)
+        case FinishedMessage():
+            return ev.Finished(worker)
+        case LeftMessage():
+            return ev.Left(worker)
+
+
+def event_of_request(request: Request) -> ev.Event:
+    """A request as the event that it is for the machine. A request without a reason gets its name as the reason."""
+    reason = request.reason or NAMES[type(request)]
+    match request:
+        case DrainRequest(worker, node, deadline_s):
+            return ev.Drain(worker, node, deadline_s, reason)
+        case WorkerLostRequest(worker):
+            return ev.Lost(worker, reason)
+        case NodeLostRequest(node):
+            return ev.NodeLost(node, reason)
+        case StopRequest():
+            return ev.Stop(reason)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+FROM_WORKER: Mapping[str, type[WorkerMessage]] = {
+    "hello": HelloMessage,
+    "ready": ReadyMessage,
+    "heartbeat": HeartbeatMessage,
+    "suspect": SuspectMessage,
+    "entered": EnteredMessage,
+    "record": RecordMessage,
+    "event": EventMessage,
+    "shard": ShardMessage,
+    "finished": FinishedMessage,
+    "left": LeftMessage,
+}
+FROM_COORDINATOR: Mapping[str, type[CoordinatorMessage]] = {
+    "welcome": WelcomeMessage,
+    "view": ViewMessage,
+    "pause": PauseMessage,
+    "probe": ProbeMessage,
+    "release": ReleaseMessage,
+    "evicted": EvictedMessage,
+    "stop": StopMessage,
+}
+REQUESTS: Mapping[str, type[Request]] = {
+    "drain": DrainRequest,
+    "worker_lost": WorkerLostRequest,
+    "node_lost": NodeLostRequest,
+    "stop": StopRequest,
+}
+NAMES: Mapping[type, str] = {
+    cls: name for table in (FROM_WORKER, FROM_COORDINATOR, REQUESTS) for name, cls in table.items()
+}

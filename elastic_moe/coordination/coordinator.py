@@ -1,0 +1,105 @@
+"""The coordinator of one run without Ray: membership, records, checkpoints, and the roll back when state was lost.
+
+`actors/coordinator.py` makes a Ray actor of it. All of it that must outlive its process is in the run directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.control.codec import decode_request
+from elastic_moe.coordination.checkpoints import CheckpointCommitter
+from elastic_moe.coordination.membership import RunStatus
+from elastic_moe.coordination.records import StepRecords
+from elastic_moe.coordination.server import ControlServer
+from elastic_moe.metrics.recorder import Recorder
+from elastic_moe.model.params import param_specs
+from elastic_moe.plan.state.units import build_units
+from elastic_moe.run_dir import checkpoint_root
+
+DURABLE = ("checkpoint", "initialisation")  # sources of a view's state that may be older than the newest record
+
+
+class RunCoordinator:
+    """One run's coordinator.
+
+    Args:
+        config: the run's configuration; `run.dir` is absolute.
+        token: shared secret of the run.
+        target: number of workers to start with.
+        host: address to listen on, reachable from every worker.
+
+    Attributes:
+        address: host and port where workers connect.
+    """
+
+    def __init__(self, config: TrainConfig, token: str, target: int, host: str = "127.0.0.1") -> None:
+        run_dir = Path(config.run.dir)
+        self._recorder = Recorder(run_dir)
+        self._records = StepRecords(run_dir, self._recorder)
+        self._rolled_back = -1  # generation that rolled back last
+        units = build_units(param_specs(config.model), config.model.max_unit_elements)
+        self._checkpoints = CheckpointCommitter(
+            checkpoint_root(config),
+            config.checkpoint.keep,
+            [unit.name for unit in units],
+            {"seed": config.seed, "steps": config.run.steps},
+            self._recorder.event,
+        )
+        self._server = ControlServer(
+            config,
+            token,
+            target,
+            host=host,
+            on_record=self._records.add,
+            on_event=self._on_event,
+            on_shard=self._checkpoints.add,
+        )
+        self.address = self._server.start()
+        self._closed = False
+
+    def submit(self, request: Mapping[str, Any]) -> None:
+        """Take a request, see `control.codec.decode_request`; after `close` it has no effect.
+
+        Raises:
+            ValueError: there is no such request.
+        """
+        value = decode_request(request)
+        if not self._closed:
+            self._server.submit(value)
+
+    def status(self) -> RunStatus:
+        """The state of the run."""
+        return self._server.status()
+
+    def records_since(self, step: int) -> list[dict[str, Any]]:
+        """Records of steps after this one, in order."""
+        return self._records.since(step)
+
+    def close(self) -> None:
+        """Cut the connections, complete the checkpoints reported so far, and close the run's files."""
+        if self._closed:
+            return
+        self._closed = True
+        self._server.close()
+        self._checkpoints.close()
+        self._recorder.close()
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        if event.get("event") == "entered" and event.get("source") in DURABLE:
+            self._roll_back_to(int(event["generation"]), max(0, int(event["step"])))
+        self._recorder.event(event)
+
+    def _roll_back_to(self, generation: int, step: int) -> None:
+        """Drop all records after this step, because the state of this generation came from storage."""
+        if generation == self._rolled_back:
+            return  # a second report of the same generation may come after its first new record
+        self._rolled_back = generation
+        dropped = self._records.roll_back_to(step)
+        self._checkpoints.roll_back_to(step)
+        if dropped:
+            event = {"event": "rolled_back", "generation": generation, "step": step, "lost_steps": dropped}
+            self._recorder.event(event)

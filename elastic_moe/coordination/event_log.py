@@ -1,0 +1,95 @@
+"""The coordinator's event log: every line gets the time, the generation and the step; a worker's line gets its identity.
+
+The lines go to a sink, which writes events.jsonl and experts.jsonl. A full disk stops the log, not the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from elastic_moe.control.events import LogEvent
+from elastic_moe.control.state import State
+from elastic_moe.types import View
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class EventLog:
+    """Writes the lines of one run's event log.
+
+    Args:
+        sink: takes a line; it may raise OSError.
+        clock: wall clock, seconds.
+        monotonic: monotonic clock, seconds.
+    """
+
+    def __init__(
+        self,
+        sink: Callable[[dict[str, Any]], object],
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sink, self._clock, self._monotonic = sink, clock, monotonic
+        self._published_s = monotonic()  # an adopted view: the coordinator before this one published it
+
+    def command(self, state: State, step: int, line: LogEvent) -> None:
+        """A line that the membership machine asks for."""
+        identity = {"worker": line.worker, "node": line.node, "pid": line.pid} if line.worker else {}
+        self._write(state, step, {"event": line.event, "reason": line.reason} | identity)
+
+    def worker_event(self, state: State, step: int, worker: str, event: Mapping[str, Any]) -> None:
+        """A line that a worker sends."""
+        self._write(state, step, dict(event) | _identity(state, worker))
+
+    def view_published(self, state: State, step: int, view: View, planned: bool, reason: str) -> None:
+        """A new view: its kind, its size and its members. The time until it is entered counts from here."""
+        self._published_s = self._monotonic()
+        self._write(
+            state,
+            step,
+            {
+                "event": "view",
+                "planned": planned,
+                "reason": reason,
+                "world_size": len(view.active_ranks),
+                "members": [m.worker for m in view.members],
+            },
+        )
+
+    def entered(self, state: State, step: int, worker: str, generation: int, info: Mapping[str, Any]) -> None:
+        """A member has entered a view. The first active rank gives the view's only line.
+
+        The same rank sends the view's records on the same connection, so the line comes before them.
+        """
+        view = state.view
+        if view is None or view.generation != generation or not view.active_ranks:
+            return
+        if view.members[view.active_ranks[0]].worker != worker:
+            return
+        duration = {
+            "event": "entered",
+            "world_size": len(view.active_ranks),
+            "total_s": self._monotonic() - self._published_s,
+        }
+        self._write(state, step, duration | _identity(state, worker) | dict(info))
+
+    def _write(self, state: State, step: int, event: dict[str, Any]) -> None:
+        generation = state.view.generation if state.view else 0
+        hand_over(self._sink, {"time": self._clock(), "generation": generation, "step": step} | event)
+
+
+def hand_over(sink: Callable[[T], object], value: T) -> None:
+    """Give a value to a sink that writes files. A file that cannot be written is reported, and the run goes on."""
+    try:
+        sink(value)
+    except OSError as error:
+        logger.warning("cannot write a line of the run's files: %s", error)
+
+
+def _identity(state: State, worker: str) -> dict[str, Any]:
+    record = state.records.get(worker)
+    return {"worker": worker} | ({"node": record.member.node, "pid": record.member.pid} if record else {})

@@ -1,0 +1,168 @@
+"""Runs the membership machine of one run: turns messages and requests into events, and carries commands out.
+
+It knows no socket: `connections` sends a message to workers and closes a connection. It is not thread-safe; the thread
+of `coordination/server.py` makes every call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypedDict
+
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.control import events as ev
+from elastic_moe.control import messages as msg
+from elastic_moe.control.machine import initial_state, transition
+from elastic_moe.control.state import FINISHING, State
+from elastic_moe.coordination.event_log import EventLog, hand_over
+
+Sink = Callable[[dict[str, Any]], object]
+
+
+class Connections(Protocol):
+    """The connections to the workers."""
+
+    @property
+    def store_address(self) -> tuple[str, int]:
+        """Host and port of the store through which groups form."""
+        ...
+
+    def send(self, workers: Sequence[str], message: msg.CoordinatorMessage) -> None:
+        """Send to those of the workers that are connected."""
+        ...
+
+    def disconnect(self, worker: str) -> None:
+        """Close a worker's connection after everything that was sent."""
+        ...
+
+
+class RunStatus(TypedDict):
+    """The state of a run as plain values.
+
+    Keys:
+        step, steps: last recorded step, and steps of the run.
+        loss, tokens_per_s: of the last recorded step; None before the first.
+        world_size, generation: active members and number of the newest view; 0 before the first.
+        phase, reason: "waiting", "running", "finished" or "failed", and why.
+        workers: living workers, members or not.
+        members: worker, node, pid and draining flag of the newest view's members, in rank order.
+        entered: every active member has entered the newest view.
+        evicted: evicted workers whose process is not known to be gone.
+    """
+
+    step: int
+    steps: int
+    loss: float | None
+    tokens_per_s: float | None
+    world_size: int
+    generation: int
+    phase: str
+    reason: str
+    workers: int
+    members: list[list[Any]]
+    entered: bool
+    evicted: list[str]
+
+
+class Membership:
+    """The membership of one run.
+
+    Args:
+        config: the run's configuration.
+        target: number of workers to start with.
+        connections: the connections to the workers.
+        on_record, on_event, on_shard: take a committed step's record, a line of the event log, and the report of a
+            written checkpoint shard; each may raise OSError.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        target: int,
+        connections: Connections,
+        on_record: Sink,
+        on_event: Sink,
+        on_shard: Sink,
+    ) -> None:
+        self._config, self._steps = config.elastic, config.run.steps
+        self._connections = connections
+        self._on_record, self._on_shard = on_record, on_shard
+        self._log = EventLog(on_event)
+        self._state: State = initial_state(target)
+        self._last_record: dict[str, Any] = {}
+        self._evicted: dict[str, None] = {}  # in order
+
+    def receive(self, worker: str, message: msg.WorkerMessage) -> None:
+        """Take in a message of a worker."""
+        match message:
+            case msg.RecordMessage(record):
+                if record["step"] >= self._last_record.get("step", -1):
+                    self._last_record = dict(record)
+                hand_over(self._on_record, dict(record))
+            case msg.EventMessage(event):
+                self._log.worker_event(self._state, self._step, worker, event)
+            case msg.ShardMessage(shard):
+                hand_over(self._on_shard, dict(shard) | {"worker": worker})
+            case _:
+                self.observe(msg.event_of_message(worker, message))
+                if isinstance(message, msg.EnteredMessage):
+                    self._log.entered(self._state, self._step, worker, message.generation, message.info or {})
+
+    def observe(self, event: ev.Event) -> None:
+        """Let the machine decide, and carry its commands out."""
+        self._state, commands, _ = transition(self._state, event, time.monotonic(), self._config)
+        if isinstance(event, ev.Lost):
+            self._evicted.pop(event.worker, None)
+        for command in commands:
+            self._carry_out(command)
+
+    def status(self) -> RunStatus:
+        """The state of the run; safe to call from any thread."""
+        state, last = self._state, self._last_record
+        view = state.view
+        return {
+            "step": self._step,
+            "steps": self._steps,
+            "loss": last.get("loss"),
+            "world_size": len(view.active_ranks) if view else 0,
+            "generation": view.generation if view else 0,
+            "tokens_per_s": last.get("tokens_per_s"),
+            "phase": "running" if state.phase == FINISHING else state.phase,
+            "reason": state.reason,
+            "workers": len(state.records),
+            "members": [[m.worker, m.node, m.pid, m.draining] for m in view.members] if view else [],
+            "entered": state.all_entered,
+            "evicted": list(self._evicted),
+        }
+
+    @property
+    def _step(self) -> int:
+        return max(int(self._last_record.get("step", 0)), 0)
+
+    def _carry_out(self, command: ev.Command) -> None:
+        send = self._connections.send
+        match command:
+            case ev.Publish(view, planned, reason, workers):
+                send(workers, msg.ViewMessage(view, planned, reason, self._connections.store_address))
+                if reason != "re-registered":
+                    self._log.view_published(self._state, self._step, view, planned, reason)
+            case ev.Pause(generation, workers, reason):
+                send(workers, msg.PauseMessage(generation, reason))
+            case ev.Welcome(worker):
+                send((worker,), msg.WelcomeMessage())
+            case ev.Probe(workers):
+                send(workers, msg.ProbeMessage())
+            case ev.Release(worker):
+                send((worker,), msg.ReleaseMessage())
+            case ev.StopAll(workers):
+                send(workers, msg.StopMessage())
+            case ev.Evict(worker, reason):
+                send((worker,), msg.EvictedMessage(reason))
+                self._connections.disconnect(worker)
+            case ev.LogEvent(name, worker):
+                if name == "worker_evicted":
+                    self._evicted[worker] = None
+                self._log.command(self._state, self._step, command)
+            case ev.End():
+                pass

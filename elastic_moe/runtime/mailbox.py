@@ -1,0 +1,191 @@
+"""The mail between a worker's main thread and the thread that talks to the coordinator.
+
+`Inbox` holds the newest state that the coordinator announced. `Outbox` holds the messages that must still be sent, and
+those that may have to be sent again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from elastic_moe.control.codec import encode
+from elastic_moe.control.messages import (
+    CoordinatorMessage,
+    EvictedMessage,
+    FinishedMessage,
+    PauseMessage,
+    RecordMessage,
+    ReleaseMessage,
+    ShardMessage,
+    StopMessage,
+    ViewMessage,
+    WorkerMessage,
+)
+from elastic_moe.errors import Evicted
+from elastic_moe.types import View
+
+RECENT = 64  # records and shard reports sent again after the coordinator was lost
+
+
+class Inbox:
+    """Everything that the coordinator has told one worker.
+
+    Args:
+        worker: the worker's id.
+
+    Attributes:
+        newest: newest view with this worker in it, or None.
+        evicted: why the worker is no member any more; "" while it may be one.
+        stop_requested: the run should end after the step in flight.
+        generation: generation that the main thread lives in; 0 before the first.
+    """
+
+    def __init__(self, worker: str) -> None:
+        self._worker = worker
+        self._changed = threading.Condition()
+        self.newest: ViewMessage | None = None
+        self.evicted = ""
+        self.stop_requested = False
+        self.generation = 0
+        self._unplanned = 0  # newest generation that must not wait for a step boundary
+        self._paused = 0  # newest generation that was paused
+        self._released = False
+        self._closed = False
+        self._on_abort: Callable[[str], None] | None = None
+
+    # --- the main thread's side ---
+
+    def superseded(self, generation: int) -> bool:
+        """Whether a newer view is here, or this worker was released."""
+        newest = self.newest
+        return self._released or (newest is not None and newest.view.generation > generation)
+
+    def wait_view(self, after_generation: int) -> ViewMessage | None:
+        """Wait for a view newer than `after_generation`. Returns None if the worker is released or the inbox closed.
+
+        Raises:
+            Evicted: the coordinator no longer counts this worker as a member.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self.evicted or self._closed or self.superseded(after_generation))
+            if self.evicted:
+                raise Evicted(self.evicted)
+            return None if self._released or self._closed else self.newest
+
+    def begin_view(self, view: View, on_abort: Callable[[str], None]) -> None:
+        """From now on live in `view`. `on_abort` is called, at once or by `receive`, when the view is over early."""
+        with self._changed:
+            self.generation, self._on_abort = view.generation, on_abort
+            reason = self._abort_reason()
+        if reason:
+            on_abort(reason)
+
+    def close(self) -> None:
+        """End every wait."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    # --- the connection thread's side ---
+
+    def receive(self, message: CoordinatorMessage) -> None:
+        """Take in a message, and interrupt the main thread if its generation is over."""
+        with self._changed:
+            match message:
+                case ViewMessage(view, planned):
+                    if not planned:
+                        self._unplanned = max(self._unplanned, view.generation)
+                    newest = self.newest
+                    newer = newest is None or view.generation > newest.view.generation
+                    if view.rank_of(self._worker) is not None and newer:
+                        self.newest = message
+                case PauseMessage(generation):
+                    self._paused = max(self._paused, generation)
+                case StopMessage():
+                    self.stop_requested = True
+                case ReleaseMessage():
+                    self._released = True
+                case EvictedMessage(reason):
+                    self.evicted = reason or "evicted"
+                case _:
+                    return
+            abort_reason, on_abort = self._abort_reason(), self._on_abort
+            self._changed.notify_all()
+        if abort_reason and on_abort is not None:
+            on_abort(abort_reason)
+
+    def _abort_reason(self) -> str:
+        """Why the present generation cannot go on; "" if it can."""
+        if self.evicted:
+            return f"evicted: {self.evicted}"
+        if self._unplanned > self.generation:
+            return f"generation {self._unplanned} replaces {self.generation}"
+        if self.generation and self._paused >= self.generation:
+            return "too few workers"
+        return ""
+
+
+class Outbox:
+    """Messages to the coordinator, in order.
+
+    A coordinator that died may never have read its last messages. Records and shard reports are therefore kept after
+    they were sent, and so is the worker's `finished`; the receiver drops those that it has.
+
+    Args:
+        wake: called after a message was added.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[WorkerMessage, bytes]] = deque()
+        self._recent: deque[bytes] = deque(maxlen=RECENT)
+        self._finished = b""
+        self._empty = threading.Event()
+        self._empty.set()
+
+    def add(self, message: WorkerMessage) -> None:
+        """Add a message.
+
+        Raises:
+            TypeError: the message holds something that JSON does not have.
+        """
+        line = encode(message)
+        with self._lock:
+            self._waiting.append((message, line))
+            self._empty.clear()
+        self._wake()
+
+    def wait_empty(self, timeout_s: float) -> None:
+        """Wait until everything is sent, or nobody sends any more, or the time is over."""
+        self._empty.wait(timeout_s)
+
+    # --- the connection thread's side ---
+
+    def resent(self) -> bytes:
+        """Messages that were sent on an older connection and may have been lost with it."""
+        with self._lock:
+            return b"".join(self._recent) + self._finished
+
+    def waiting(self) -> list[bytes]:
+        """Messages that were not sent yet."""
+        with self._lock:
+            return [line for _, line in self._waiting]
+
+    def mark_sent(self, count: int) -> None:
+        """The oldest `count` messages are sent."""
+        with self._lock:
+            for _ in range(count):
+                message, line = self._waiting.popleft()
+                if isinstance(message, RecordMessage | ShardMessage):
+                    self._recent.append(line)
+                elif isinstance(message, FinishedMessage):
+                    self._finished = line
+            if not self._waiting:
+                self._empty.set()
+
+    def abandon(self) -> None:
+        """Nobody sends any more: end every wait."""
+        self._empty.set()

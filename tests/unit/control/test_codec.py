@@ -1,0 +1,244 @@
+"""The codec of the control protocol: every message comes back as it was sent, and nonsense raises ValueError only."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_moe.control import events as ev
+from elastic_moe.control import messages as msg
+from elastic_moe.control.codec import (
+    VersionMismatch,
+    decode_from_coordinator,
+    decode_from_worker,
+    decode_request,
+    encode,
+)
+from elastic_moe.types import Member, View
+
+WORDS = st.text(max_size=8)
+WHOLE = st.integers(-(2**40), 2**40)
+SCALARS = st.none() | st.booleans() | WHOLE | st.floats(allow_nan=False) | WORDS
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3), max_leaves=6
+)
+PAYLOADS = st.dictionaries(WORDS, VALUES, max_size=4)
+MEMBERS = st.builds(Member, WORDS, WORDS, WHOLE, st.floats(0, 1e9), WHOLE, st.booleans())
+VIEWS = st.builds(View, WHOLE, st.lists(MEMBERS, max_size=3).map(tuple))
+WORKER_MESSAGES = {
+    msg.HelloMessage: st.builds(
+        msg.HelloMessage, WORDS, WORDS, WORDS, WHOLE, WHOLE, st.booleans(), st.none() | VIEWS, WHOLE, WHOLE
+    ),
+    msg.ReadyMessage: st.just(msg.ReadyMessage()),
+    msg.HeartbeatMessage: st.builds(msg.HeartbeatMessage, WHOLE, WHOLE, WHOLE),
+    msg.SuspectMessage: st.builds(msg.SuspectMessage, WHOLE, WORDS),
+    msg.EnteredMessage: st.builds(msg.EnteredMessage, WHOLE, st.none() | PAYLOADS),
+    msg.RecordMessage: st.builds(lambda p, step: msg.RecordMessage(p | {"step": step}), PAYLOADS, WHOLE),
+    msg.EventMessage: st.builds(lambda p, name: msg.EventMessage(p | {"event": name}), PAYLOADS, WORDS),
+    msg.ShardMessage: st.builds(lambda p, step: msg.ShardMessage(p | {"step": step}), PAYLOADS, WHOLE),
+    msg.FinishedMessage: st.just(msg.FinishedMessage()),
+    msg.LeftMessage: st.just(msg.LeftMessage()),
+}
+COORDINATOR_MESSAGES = {
+    msg.WelcomeMessage: st.just(msg.WelcomeMessage()),
+    msg.ViewMessage: st.builds(msg.ViewMessage, VIEWS, st.booleans(), WORDS, st.tuples(WORDS, WHOLE)),
+    msg.PauseMessage: st.builds(msg.PauseMessage, WHOLE, WORDS),
+    msg.ProbeMessage: st.just(msg.ProbeMessage()),
+    msg.ReleaseMessage: st.just(msg.ReleaseMessage()),
+    msg.EvictedMessage: st.builds(msg.EvictedMessage, WORDS),
+    msg.StopMessage: st.just(msg.StopMessage()),
+}
+FROM_WORKER, FROM_COORDINATOR = st.one_of(*WORKER_MESSAGES.values()), st.one_of(*COORDINATOR_MESSAGES.values())
+MESSAGES = FROM_WORKER | FROM_COORDINATOR
+
+
+def test_every_message_has_a_name_and_is_tested() -> None:
+    assert set(WORKER_MESSAGES) == set(msg.FROM_WORKER.values()) == set(get_args(msg.WorkerMessage))
+    assert set(COORDINATOR_MESSAGES) == set(msg.FROM_COORDINATOR.values()) == set(get_args(msg.CoordinatorMessage))
+    assert set(msg.REQUESTS.values()) == set(get_args(msg.Request))
+
+
+@settings(max_examples=300, deadline=None)
+@given(FROM_WORKER)
+def test_a_workers_message_comes_back(message: msg.WorkerMessage) -> None:
+    line = encode(message)
+    assert line.count(b"\n") == 1 and line.endswith(b"\n")
+    assert decode_from_worker(line) == message
+
+
+@settings(max_examples=200, deadline=None)
+@given(FROM_COORDINATOR)
+def test_the_coordinators_message_comes_back(message: msg.CoordinatorMessage) -> None:
+    assert decode_from_coordinator(encode(message)) == message
+
+
+def _decode_with_all(line: bytes) -> None:
+    """Decode a line in every way; only ValueError may come out, and what comes out is encodable again."""
+    for decode in (decode_from_worker, decode_from_coordinator):
+        try:
+            message = decode(line)
+        except ValueError as error:
+            assert str(error)
+        else:
+            assert decode(encode(message)) == message
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=80))
+def test_random_bytes_are_refused(line: bytes) -> None:
+    for decode in (decode_from_worker, decode_from_coordinator):
+        with pytest.raises(ValueError, match="."):
+            decode(line)
+
+
+@settings(max_examples=500, deadline=None)
+@given(MESSAGES, st.data())
+def test_a_mutated_value_raises_nothing_but_value_error(message: Any, data: st.DataObject) -> None:
+    values = json.loads(encode(message))
+    path = data.draw(st.sampled_from(list(_paths(values))))
+    inner: Any = values
+    for key in path[:-1]:
+        inner = inner[key]
+    if data.draw(st.booleans()):
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = data.draw(VALUES | st.just(10**400))
+    _decode_with_all(json.dumps(values).encode())
+
+
+@settings(max_examples=300, deadline=None)
+@given(MESSAGES, st.integers(0, 10**6), st.binary(max_size=3), st.integers(0, 3))
+def test_a_damaged_line_raises_nothing_but_value_error(message: Any, at: int, new: bytes, removed: int) -> None:
+    line = encode(message)
+    at %= len(line)
+    _decode_with_all(line[:at] + new + line[at + removed :])
+
+
+def _paths(values: Any, path: tuple[Any, ...] = ()) -> Any:
+    """The path of every value inside."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from _paths(value, (*path, key))
+
+
+HELLO = {"type": "hello", "version": msg.VERSION, "token": "t", "worker": "w", "node": "n", "pid": 1}
+VIEW = {"generation": 3, "members": [{"worker": "w", "node": "n", "pid": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ([], r"must be a JSON object, not \[\]"),
+        ({}, "field 'type' must be one of hello, ready, .*, not None"),
+        ({"type": ["hello"]}, "field 'type' must be one of"),
+        ({"type": "ready", "x": 1}, "message 'ready': field 'x' is unknown"),
+        ({"type": "heartbeat", "generation": 1, "step": 2}, "message 'heartbeat': field 'progress' is missing"),
+        ({"type": "suspect", "generation": "1", "error": ""}, "field 'generation' must be a whole number, not '1'"),
+        ({"type": "suspect", "generation": True, "error": ""}, "field 'generation' must be a whole number, not True"),
+        ({"type": "record", "record": {"loss": 1.0}}, "message 'record': field 'record' must have 'step'"),
+        ({"type": "event", "event": {"step": 1}}, "field 'event' must have 'event', a text"),
+        (HELLO | {"view": VIEW | {"members": [{"worker": "w"}]}}, r"field 'view.members\[0\].node' is missing"),
+        (HELLO | {"view": VIEW | {"members": 5}}, "field 'view.members' must be a list, not 5"),
+        (HELLO | {"view": [1]}, r"field 'view' must be an object, not \[1\]"),
+    ],
+)
+def test_the_sentence_names_the_field(values: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        decode_from_worker(json.dumps(values).encode())
+
+
+def test_numbers_that_json_lacks_are_refused_where_a_number_counts_and_kept_in_payloads() -> None:
+    member = {"worker": "w", "node": "n", "pid": 1}
+    for speed in ("NaN", "Infinity", "1e999", "1" + 400 * "0"):
+        line = json.dumps(HELLO | {"view": VIEW | {"members": [member | {"speed": "?"}]}}).replace('"?"', speed)
+        with pytest.raises(ValueError, match=r"speed' must be a finite number"):
+            decode_from_worker(line.encode())
+    (loss,) = [decode_from_worker(encode(msg.RecordMessage({"step": 1, "loss": float("nan")})))]
+    assert isinstance(loss, msg.RecordMessage) and loss.record["loss"] != loss.record["loss"]
+
+
+def test_nesting_without_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="nested"):
+        decode_from_worker(b"[" * 200_000)
+
+
+def test_a_payload_that_json_cannot_hold_is_refused_by_the_sender() -> None:
+    with pytest.raises(TypeError):
+        encode(msg.RecordMessage({"step": 1, "loss": object()}))
+
+
+@pytest.mark.parametrize("version", [None, 0, msg.VERSION + 1, "1"])
+def test_another_version_is_named_whatever_its_fields(version: Any) -> None:
+    hello = {"type": "hello", "version": version, "field_of_tomorrow": 1}
+    with pytest.raises(VersionMismatch, match=r"the worker speaks version .* install the same release"):
+        decode_from_worker(json.dumps(hello).encode())
+    with pytest.raises(VersionMismatch, match=r"the coordinator speaks version .* install the same release"):
+        decode_from_coordinator(json.dumps(hello | {"type": "welcome"}).encode())
+
+
+def test_a_hello_without_a_version_is_of_another_version() -> None:
+    with pytest.raises(VersionMismatch, match="version 0"):
+        decode_from_worker(b'{"type": "hello", "token": "t", "worker": "w", "node": "n", "pid": 1}')
+
+
+def test_the_token_does_not_show_in_a_hello() -> None:
+    assert "secret" not in repr(msg.HelloMessage("secret", "w", "n", 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "event"),
+    [
+        ({"event": "drain", "worker": "w"}, ev.Drain("w", "", 0.0, "drain")),
+        ({"event": "drain", "node": "n", "deadline_s": 30}, ev.Drain("", "n", 30.0, "drain")),
+        ({"event": "worker_lost", "worker": "w", "node": "n", "pid": 7, "reason": "r"}, ev.Lost("w", "r")),
+        ({"event": "node_lost", "node": "n"}, ev.NodeLost("n", "node_lost")),
+        ({"event": "stop", "reason": "Ctrl-C"}, ev.Stop("Ctrl-C")),
+    ],
+)
+def test_requests_become_events(values: dict[str, Any], event: ev.Event) -> None:
+    assert msg.event_of_request(decode_request(values)) == event
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({}, "field 'event' must be one of drain, worker_lost, node_lost, stop, not None"),
+        ({"event": "explode"}, "not 'explode'"),
+        ({"event": "worker_lost"}, "message 'worker_lost': field 'worker' is missing"),
+        ({"event": "drain", "deadline": 3}, "message 'drain': field 'deadline' is unknown"),
+        ({"event": "drain", "deadline_s": "soon"}, "field 'deadline_s' must be a finite number, not 'soon'"),
+    ],
+)
+def test_a_malformed_request_is_refused_with_a_sentence(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        decode_request(values)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(["event", "worker", "node", "deadline_s", "reason"]), VALUES))
+def test_any_mapping_is_a_request_or_a_value_error(values: dict[str, Any]) -> None:
+    try:
+        decode_request(values)
+    except ValueError as error:
+        assert str(error)
+
+
+def test_messages_become_events() -> None:
+    view = View(4, (Member("w", "n", 7),))
+    hello = msg.HelloMessage("t", "w", "n", 7, 3, ready=True, view=view, entered=4, step=9)
+    pairs: list[tuple[msg.MembershipMessage, ev.Event]] = [
+        (hello, ev.Hello("w", "n", 7, 3, True, view, 4, 9)),
+        (msg.ReadyMessage(), ev.Ready("w")),
+        (msg.HeartbeatMessage(4, 9, 30), ev.Heartbeat("w", 4, 9, 30)),
+        (msg.SuspectMessage(4, "reset"), ev.Suspect("w", 4, "reset")),
+        (msg.EnteredMessage(4, {}), ev.Entered("w", 4)),
+        (msg.FinishedMessage(), ev.Finished("w")),
+        (msg.LeftMessage(), ev.Left("w")),
+    ]
+    for message, event in pairs:
+        assert msg.event_of_message("w", message) == event

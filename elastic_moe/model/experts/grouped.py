@@ -44,9 +44,10 @@ def grouped_swiglu(
     """
     dtype, kind = x_ND.dtype, x_ND.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and dtype != torch.float64 else dtype
-    sums = (w_gate_up_SGD.grad, w_down_SDF.grad) if direct else None
+    grad_sums = (w_gate_up_SGD.grad, w_down_SDF.grad) if direct else None
+    counts = counts_S.tolist()
     with torch.autocast(kind, enabled=False):
-        out = _GroupedSwiGLU.apply(x_ND.to(compute), counts_S.tolist(), w_gate_up_SGD, w_down_SDF, limit, compute, sums)
+        out = _GroupedSwiGLU.apply(x_ND.to(compute), counts, w_gate_up_SGD, w_down_SDF, limit, compute, grad_sums)
     return out.to(dtype)
 
 
@@ -82,6 +83,8 @@ class _Products:
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
+    """`grouped_swiglu` with x in the compute dtype; `grad_sums` are the tensors that get the weights' gradients."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -91,28 +94,29 @@ class _GroupedSwiGLU(torch.autograd.Function):
         w_down_SDF: torch.Tensor,
         limit: float,
         compute: torch.dtype,
-        sums: tuple[torch.Tensor, ...] | None,
+        grad_sums: tuple[torch.Tensor, ...] | None,
     ) -> torch.Tensor:
         w_gate_up, w_down = w_gate_up_SGD.to(compute), w_down_SDF.to(compute)
         products = _Products(x_ND, counts, w_down.shape[2])
         gate_up_NG = products.rows(x_ND, w_gate_up.transpose(1, 2))
-        y_ND = products.rows(swiglu(*gate_up_NG.chunk(2, dim=1), limit), w_down.transpose(1, 2))
+        gate, up = gate_up_NG.chunk(2, dim=1)
+        y_ND = products.rows(swiglu(gate, up, limit), w_down.transpose(1, 2))
         ctx.save_for_backward(x_ND, gate_up_NG, w_gate_up_SGD, w_down_SDF)
-        ctx.rest = (products, limit, compute, sums)
+        ctx.rest = (products, limit, compute, grad_sums)
         return y_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_ND, gate_up_NG, *weights = ctx.saved_tensors
-        products, limit, compute, sums = ctx.rest
+        products, limit, compute, grad_sums = ctx.rest
         w_gate_up, w_down = (w.to(compute) for w in weights)
-        totals = [torch.zeros_like(w) for w in weights] if sums is None else sums
+        totals = [torch.zeros_like(w) for w in weights] if grad_sums is None else grad_sums
         d_y = grads[0].contiguous()
         hidden, d_gate_up = swiglu_backward(products.rows(d_y, w_down), gate_up_NG, limit)
         products.weights(d_gate_up, x_ND, totals[0])
         products.weights(d_y, hidden, totals[1])
-        returned = (None, None) if sums is not None else totals
+        returned = (None, None) if grad_sums is not None else totals
         return products.rows(d_gate_up, w_gate_up), None, *returned, None, None, None
 
 
@@ -150,10 +154,8 @@ def loop_swiglu(
     """Slow twin of `grouped_swiglu`: one slot after another, for any shape, dtype and number of slots (0 too)."""
     if w_down_SDF.shape[0] == 0:
         return x_ND.clone()  # no slots, hence no rows; the result stays in the graph
-    outputs = [
-        F.linear(swiglu(*F.linear(x, gate_up).chunk(2, dim=1), limit), down)
-        for x, gate_up, down in zip(
-            x_ND.split(counts_S.tolist()), w_gate_up_SGD.unbind(), w_down_SDF.unbind(), strict=True
-        )
-    ]
+    outputs = []
+    for slot, x in enumerate(x_ND.split(counts_S.tolist())):
+        gate, up = F.linear(x, w_gate_up_SGD[slot]).chunk(2, dim=1)
+        outputs.append(F.linear(swiglu(gate, up, limit), w_down_SDF[slot]))
     return torch.cat(outputs)

@@ -1,10 +1,13 @@
-"""The routed experts' arithmetic: SwiGLU over tokens sorted by slot, and the backend that holds every expert here.
+"""The backend that holds every expert of every layer in one process.
 
-A slot is a place for one expert's weights; what a slot holds is the backend's business. The backward passes are written out, because
-those that autograd derives move the largest tensors too often: each `W[e]` would write a whole zero [S, F, D], a gather of
-rows would become a scatter, and a stack's gradient would be made, then added.
+On CPUs the gather, the experts and the weighted sum are one autograd function that goes expert by expert, so an
+expert's rows stay in the cache. On other devices all experts are computed at once with `grouped.grouped_swiglu`.
 
-Shapes: T tokens, K experts per token, N = T * K routed rows, S slots, E experts, D hidden, F expert hidden, G = 2F: an expert's gate above its up.
+The backward passes are written out. Autograd would turn the gather of rows into a scatter, and would make a stack's
+gradient before it adds it.
+
+Shapes: T tokens, K experts per token, N = T * K routed rows, E experts, D hidden, F expert hidden.
+G = 2F: the rows of an expert's gate matrix, then those of its up matrix.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ from elastic_moe.model.init import init_param
 from elastic_moe.model.layers import swiglu, swiglu_backward
 
 
-class _LocalSwiGLU(torch.autograd.Function):
-    """Gather, experts and weighted sum of one process on a CPU, expert by expert: an expert's rows and what is made of them stay in the cache.
+class _SwiGLUByExpert(torch.autograd.Function):
+    """Gather, experts and weighted sum on a CPU, expert by expert.
 
-    The gradient of a gate is <dy, y> = <W_down^T dy, hidden>, so the outputs need not be kept.
+    The gradient of a gate is <dy, y> = <W_down^T dy, hidden>, so the experts' outputs need not be kept.
     """
 
     @staticmethod
@@ -36,55 +39,59 @@ class _LocalSwiGLU(torch.autograd.Function):
         gates_TK: torch.Tensor,
         order_N: torch.Tensor,
         counts: list[int],
-        weights: tuple[torch.Tensor, ...],
         limit: float,
-        sums: tuple[torch.Tensor, ...] | None,
-        *given: torch.Tensor,
+        direct: bool,
+        *stacks: torch.Tensor,
     ) -> torch.Tensor:
-        num_choices = gates_TK.shape[1]
+        """Arguments: x in the compute dtype, rows in the order of their experts, rows per expert, both weight stacks.
+
+        With `direct`, the gradients of the stacks are added to their `grad`, and autograd gets none.
+        """
         undo_N = torch.empty_like(order_N)
         undo_N[order_N] = torch.arange(len(order_N))
-        token_N = order_N // num_choices
-        w_gate_up, w_down = weights
+        token_N = order_N // gates_TK.shape[1]
+        w_gate_up, w_down = (stack.to(x_TD.dtype) for stack in stacks)
         gate_up_NG = x_TD.new_empty((len(order_N), w_gate_up.shape[1]))
         y_ND = x_TD.new_empty((len(order_N), x_TD.shape[1]))
-        for slot, (tokens, gate_up, y) in busy_slots(counts, token_N, gate_up_NG, y_ND):
-            torch.mm(x_TD.index_select(0, tokens), w_gate_up[slot].t(), out=gate_up)
-            torch.mm(swiglu(*gate_up.chunk(2, dim=1), limit), w_down[slot].t(), out=y)
-        ctx.save_for_backward(x_TD, gates_TK, order_N, undo_N, token_N, gate_up_NG, *given)
-        ctx.rest = (counts, limit, sums, x_TD.dtype)
-        own = gates_TK.to(x_TD.dtype)
-        return F.embedding_bag(undo_N.view(gates_TK.shape), y_ND, mode="sum", per_sample_weights=own)
+        for expert, (tokens, gate_up, y) in busy_slots(counts, token_N, gate_up_NG, y_ND):
+            torch.mm(x_TD.index_select(0, tokens), w_gate_up[expert].t(), out=gate_up)
+            gate, up = gate_up.chunk(2, dim=1)
+            torch.mm(swiglu(gate, up, limit), w_down[expert].t(), out=y)
+        ctx.save_for_backward(x_TD, gates_TK, order_N, undo_N, token_N, gate_up_NG, *stacks)
+        ctx.rest = (counts, limit, tuple(stack.grad for stack in stacks) if direct else None)
+        return F.embedding_bag(
+            undo_N.view(gates_TK.shape), y_ND, mode="sum", per_sample_weights=gates_TK.to(x_TD.dtype)
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TD, gates_TK, order_N, undo_N, token_N, gate_up_NG, *given = ctx.saved_tensors
-        counts, limit, sums, compute = ctx.rest
-        weights = [w.to(compute) for w in given]
-        totals = [torch.zeros_like(w) for w in given] if sums is None else sums
+        x_TD, gates_TK, order_N, undo_N, token_N, gate_up_NG, *stacks = ctx.saved_tensors
+        counts, limit, grad_sums = ctx.rest
+        compute = x_TD.dtype
+        w_gate_up, w_down = (stack.to(compute) for stack in stacks)
+        totals = [torch.zeros_like(stack) for stack in stacks] if grad_sums is None else grad_sums
         gates_N = gates_TK.flatten()[order_N]
         d_gates_N = torch.empty_like(gates_N)
         d_x_ND = x_TD.new_empty((len(order_N), x_TD.shape[1]))
         d_out_TD = grads[0].contiguous()
-        w_gate_up, w_down = weights
-        for slot, pieces in busy_slots(counts, token_N, gate_up_NG, gates_N, d_gates_N, d_x_ND):
-            tokens, gate_up, weight, d_weight, d_x = pieces
+        for expert, rows in busy_slots(counts, token_N, gate_up_NG, gates_N, d_gates_N, d_x_ND):
+            tokens, gate_up, gates, d_gates, d_x = rows
             x, d_y = x_TD.index_select(0, tokens), d_out_TD.index_select(0, tokens)
-            d_hidden, column = d_y @ w_down[slot], weight.to(compute).unsqueeze(1)
+            d_hidden, column = d_y @ w_down[expert], gates.to(compute).unsqueeze(1)
             hidden, d_gate_up = swiglu_backward(d_hidden * column, gate_up, limit)
-            d_weight.copy_((d_hidden.to(d_weight.dtype) * hidden).sum(dim=1))
-            add_product(totals[0][slot], d_gate_up, x)
-            add_product(totals[1][slot], d_y, hidden * column)
-            torch.mm(d_gate_up, w_gate_up[slot], out=d_x)
+            d_gates.copy_((d_hidden.to(d_gates.dtype) * hidden).sum(dim=1))
+            add_product(totals[0][expert], d_gate_up, x)
+            add_product(totals[1][expert], d_y, hidden * column)
+            torch.mm(d_gate_up, w_gate_up[expert], out=d_x)
         d_x_TD = F.embedding_bag(undo_N.view(gates_TK.shape), d_x_ND, mode="sum")
         d_gates_TK = d_gates_N[undo_N].view(gates_TK.shape)
-        returned = (None, None) if sums is not None else tuple(totals)
-        return d_x_TD, d_gates_TK, None, None, None, None, None, *returned
+        returned = (None, None) if grad_sums is not None else tuple(totals)
+        return d_x_TD, d_gates_TK, None, None, None, None, *returned
 
 
 class _Gather(torch.autograd.Function):
-    """x_TD -> the rows of every choice, in a given order; backward is a gather too, and not the scatter that autograd would derive."""
+    """x_TD -> the rows of every choice, in a given order. The backward pass is a gather too, followed by a sum."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, order_N: torch.Tensor, undo_N: torch.Tensor) -> torch.Tensor:
@@ -115,15 +122,19 @@ class _Permute(torch.autograd.Function):
 
 
 class LocalExperts(nn.Module):
-    """Backend that holds all experts of all layers in this process: one device, no distribution.
+    """Backend that holds all experts of all layers: one device, no distribution. An `ExpertBackend`.
 
     Args:
         cfg: the model's shape.
-        seed: of the initial weights, which equal `init_param` of the experts' specs; None leaves them unset.
+        seed: seed of the initial weights, which equal `init_param` of the experts' specs; None leaves them unset.
 
     Attributes:
-        direct: add gradients to the weights' `grad` in place; those must exist then.
+        direct: add gradients to the weights' `grad` in place; every weight must then have a `grad`.
+        gate_up, down: one stack of weights per layer, [E, 2F, D] and [E, D, F].
     """
+
+    gate_up: nn.ParameterList
+    down: nn.ParameterList
 
     def __init__(self, cfg: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
@@ -148,11 +159,12 @@ class LocalExperts(nn.Module):
         return self.gate_up[moe_layer], self.down[moe_layer]
 
     def named_views(self, of_grad: bool = False) -> dict[str, torch.Tensor]:
-        """Each expert's matrices, or their gradients, by the names of `param_specs`."""
+        """Views of each expert's matrices, or of their gradients, by the names of `param_specs`."""
         views: dict[str, torch.Tensor] = {}
         for moe_layer in range(self.num_layers):
             gate_up, down = (stack.grad if of_grad else stack.data for stack in self.slot_params(moe_layer))
-            assert gate_up is not None and down is not None
+            assert gate_up is not None
+            assert down is not None
             gate, up = gate_up.chunk(2, dim=1)
             stacks = {"gate": gate, "up": up, "down": down}
             for spec in expert_specs(self._cfg, moe_layer):
@@ -163,16 +175,15 @@ class LocalExperts(nn.Module):
     def forward(
         self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
     ) -> torch.Tensor:
+        """See `ExpertBackend`: y_TD, the gated sum of each token's experts."""
         if x_TD.device.type != "cpu" or not len(expert_ids_TK):
-            return self.anywhere(moe_layer, x_TD, expert_ids_TK, gates_TK)
-        flat_N = expert_ids_TK.flatten()
-        counts = torch.bincount(flat_N, minlength=self.num_experts).tolist()
-        return self._local(moe_layer, x_TD, gates_TK, flat_N.argsort(stable=True), counts)
+            return self.forward_grouped(moe_layer, x_TD, expert_ids_TK, gates_TK)
+        return self._forward_by_expert(moe_layer, x_TD, expert_ids_TK, gates_TK)
 
-    def anywhere(
+    def forward_grouped(
         self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
     ) -> torch.Tensor:
-        """The same on any device: gather, all experts at once, weighted sum."""
+        """The same on any device and for any number of tokens: gather, all experts at once, weighted sum."""
         flat_N = expert_ids_TK.flatten()
         order_N = flat_N.argsort(stable=True)
         undo_N = torch.empty_like(order_N)
@@ -183,14 +194,17 @@ class LocalExperts(nn.Module):
         y_TKD = _Permute.apply(y_ND, undo_N, order_N).view(*expert_ids_TK.shape, x_TD.shape[1])
         return weighted_sum(y_TKD, gates_TK)
 
-    def _local(
-        self, moe_layer: int, x_TD: torch.Tensor, gates_TK: torch.Tensor, order_N: torch.Tensor, counts: list[int]
+    def _forward_by_expert(
+        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
     ) -> torch.Tensor:
-        stacks, dtype = self.slot_params(moe_layer), x_TD.dtype
+        dtype = x_TD.dtype
         autocast = torch.is_autocast_enabled("cpu") and dtype != torch.float64
         compute = torch.get_autocast_dtype("cpu") if autocast else dtype
-        sums = tuple(stack.grad for stack in stacks) if self.direct else None
+        flat_N = expert_ids_TK.flatten()
+        counts = torch.bincount(flat_N, minlength=self.num_experts).tolist()
+        order_N = flat_N.argsort(stable=True)
         with torch.autocast("cpu", enabled=False):
-            weights = tuple(stack.detach().to(compute) for stack in stacks)
-            out = _LocalSwiGLU.apply(x_TD.to(compute), gates_TK, order_N, counts, weights, self._limit, sums, *stacks)
+            out = _SwiGLUByExpert.apply(
+                x_TD.to(compute), gates_TK, order_N, counts, self._limit, self.direct, *self.slot_params(moe_layer)
+            )
         return out.to(dtype)

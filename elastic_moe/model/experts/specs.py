@@ -11,20 +11,20 @@ from elastic_moe.types import ParamSpec
 
 
 def layer_path(cfg: ModelConfig, moe_layer: int) -> tuple[int, str]:
-    """(layer index, name prefix) of a MoE layer; the last one may be that of the multi-token prediction."""
+    """(layer index, prefix of its parameters' names) of a MoE layer; the last may belong to multi-token prediction."""
     layer = cfg.num_dense_layers + moe_layer
     return layer, f"layers.{layer}" if layer < cfg.num_layers else "mtp.block"
 
 
 def expert_specs(cfg: ModelConfig, moe_layer: int) -> list[ParamSpec]:
-    """Gate, up and down [F, D], [F, D], [D, F] of each routed expert of one MoE layer."""
-    layer, at = layer_path(cfg, moe_layer)
-    wide, back = (cfg.expert_hidden, cfg.hidden_size), (cfg.hidden_size, cfg.expert_hidden)
-    kinds = (("gate", wide, init_in(cfg)), ("up", wide, init_in(cfg)), ("down", back, init_out(cfg)))
+    """Specifications of gate [F, D], up [F, D] and down [D, F] of each routed expert of one MoE layer."""
+    layer, path = layer_path(cfg, moe_layer)
+    into, out_of = (cfg.expert_hidden, cfg.hidden_size), (cfg.hidden_size, cfg.expert_hidden)
+    matrices = (("gate", into, init_in(cfg)), ("up", into, init_in(cfg)), ("down", out_of, init_out(cfg)))
     return [
         ParamSpec(
-            f"{at}.moe.experts.{expert}.{name}", shape, std=init.std, layer=layer, expert=expert, moe_layer=moe_layer
+            f"{path}.moe.experts.{expert}.{name}", shape, std=init.std, layer=layer, expert=expert, moe_layer=moe_layer
         )
         for expert in range(cfg.num_experts)
-        for name, shape, init in kinds
+        for name, shape, init in matrices
     ]

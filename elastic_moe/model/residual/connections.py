@@ -1,13 +1,20 @@
 """The residual connection of a sub-layer: plain, hyper-connections (HC), or manifold-constrained ones (mHC).
 
-Sources: HC, Zhu et al. 2024 (arXiv 2409.19606), in the form of mHC (arXiv 2512.24880, equation 5); mHC: mhc.py. With streams the residual is
-[B, S, n, D]; a sub-layer reads one mixture of them and writes back to all.
+Sources: HC, Zhu et al. 2024 (arXiv 2409.19606), in the form of mHC (arXiv 2512.24880, equation 5); mHC: mhc.py. With
+streams the residual is [B, S, n, D]; a sub-layer reads one mixture of them and writes back to all.
 
-Initial values make n streams behave like the plain residual: HC's are its paper's. mHC's are those of its Appendix A.6 (known through the pseudo-code that
-PaddleFleet quotes): projections 0, gates 0.01, H_post 1, H_res close to the identity (3 on the diagonal, -3 off it), H_pre 0.953 on the sub-layer's home
-stream and 0.047 on the others. All zeros would be a symmetric point that training never leaves. Neither bias nor gate is decayed.
+The initial values make n streams behave like the plain residual. HC's are those of its paper. mHC's are those of its
+Appendix A.6 (known through the pseudo-code that PaddleFleet quotes):
 
-How streams become one at the end is not said there: the mean, or DeepSeek-V4's learned head (arXiv 2606.19348).
+- projections 0, and alpha, the factor of the dynamic part, 0.01;
+- H_post 1;
+- H_res close to the identity (logits 3 on the diagonal, -3 off it);
+- H_pre 0.953 on the sub-layer's home stream and 0.047 on the others.
+
+All zeros would be a symmetric point that training never leaves. Biases and factors are not decayed.
+
+The papers do not say how streams become one at the end. Two ways are here: the mean, and DeepSeek-V4's learned head
+(arXiv 2606.19348).
 
 Shapes: B sequences, S positions, n streams, D hidden.
 """
@@ -25,17 +32,18 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.init import Init, init_in
 from elastic_moe.model.layers import Layer
 from elastic_moe.model.residual import mhc
+from elastic_moe.model.residual.eager import EagerKernels, MixSettings
 from elastic_moe.model.residual.kernels import choose_kernels
 
-GATE = 0.01  # initial gate of the dynamic part (mHC, Table 5)
-NEAR, FAR = 3.0, -3.0
+ALPHA = 0.01  # initial factor of the dynamic part (mHC, Table 5); the parameters that hold the factors are called gates
+HIGH_LOGIT, LOW_LOGIT = 3.0, -3.0  # initial logits: the sub-layer's home stream and the diagonal, and all others
 
 
 class Residual(Protocol):
-    """One sub-layer's residual connection."""
+    """One sub-layer's residual connection. The type of a link belongs to the implementation."""
 
     def read(self, x: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """The residual (to be used from here on), the sub-layer's input [B, S, D], and what `write` needs."""
+        """The residual (to be used from here on), the sub-layer's input [B, S, D], and a link for `write`."""
         ...
 
     def write(self, x: torch.Tensor, y_BSD: torch.Tensor, link: Any) -> torch.Tensor:
@@ -48,27 +56,27 @@ class Residual(Protocol):
 
 
 def segment_length(cfg: ModelConfig) -> int:
-    """Sub-layers that keep their streams together, by `model.recompute`."""
+    """Number of sub-layers in a segment, by `model.recompute`; see `mhc.Segment`."""
     return mhc.best_segment(2 * cfg.num_layers, cfg.num_streams) if cfg.recompute < 0 else cfg.recompute or 1
 
 
 class Segments:
-    """Hands out the segments that keep the streams of one forward pass.
+    """Gives each sub-layer of one forward pass the segment that keeps its streams.
 
     Args:
-        cfg: `recompute` says how many sub-layers share one.
-        device: decides which kernels are used.
+        cfg: `recompute` is the number of sub-layers of a segment, `fused` the choice of kernels.
+        device: the streams' device, on which the choice of kernels depends too.
     """
 
     def __init__(self, cfg: ModelConfig, device: torch.device) -> None:
-        self.kernels = choose_kernels(cfg.fused, device)
+        self._kernels = choose_kernels(cfg.fused, device)
         self._length = segment_length(cfg)
-        self._current = mhc.Segment(self.kernels, self._length)
+        self._current = mhc.Segment(self._kernels, self._length)
 
     def next(self) -> mhc.Segment:
         """The segment of the next sub-layer."""
         if self._current.is_full:
-            self._current = mhc.Segment(self.kernels, self._length)
+            self._current = mhc.Segment(self._kernels, self._length)
         return self._current
 
 
@@ -86,7 +94,7 @@ class PlainResidual(nn.Module):
 
 
 class HyperConnection(Layer):
-    """HC: unconstrained coefficients; a stream's dynamic part sees that stream alone."""
+    """HC: unconstrained coefficients. A stream's dynamic part depends on that stream alone."""
 
     pre_proj: torch.Tensor
     post_proj: torch.Tensor
@@ -107,7 +115,7 @@ class HyperConnection(Layer):
         self.declare("pre_bias", (n,), _values([float(i == home) for i in range(n)]))
         self.declare("post_bias", (n,), _values([1.0] * n))
         self.declare("res_bias", (n, n), _values([float(i == j) for i, j in itertools.product(range(n), repeat=2)]))
-        self.declare("gates", (3,), _values([GATE] * 3))
+        self.declare("gates", (3,), _values([ALPHA] * 3))
 
     def read(self, x: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
         with torch.autocast(x.device.type, enabled=False):
@@ -128,7 +136,7 @@ class HyperConnection(Layer):
 
 
 class ManifoldHyperConnection(Layer):
-    """mHC: H_res is doubly stochastic; coefficients see every stream and are fp32."""
+    """mHC: H_res is doubly stochastic. The coefficients depend on every stream and are fp32."""
 
     proj: torch.Tensor
     base: torch.Tensor
@@ -138,41 +146,41 @@ class ManifoldHyperConnection(Layer):
         super().__init__()
         n = cfg.num_streams
         home = sublayer % n
-        pre = [NEAR if i == home else FAR for i in range(n)]
-        res = [NEAR if i == j else FAR for i, j in itertools.product(range(n), repeat=2)]
-        self._settings = mhc.MixSettings(n, cfg.sinkhorn_iters, cfg.mix_eps, cfg.norm_eps)
+        pre = [HIGH_LOGIT if i == home else LOW_LOGIT for i in range(n)]
+        res = [HIGH_LOGIT if i == j else LOW_LOGIT for i, j in itertools.product(range(n), repeat=2)]
+        self._settings = MixSettings(n, cfg.sinkhorn_iters, cfg.mix_eps, cfg.norm_eps)
         self.declare("proj", (2 * n + n * n, n * cfg.hidden_size), Init(init="zeros"))
         self.declare("base", (2 * n + n * n,), _values([*pre, *([0.0] * n), *res]))
-        self.declare("gates", (3,), _values([GATE] * 3))
+        self.declare("gates", (3,), _values([ALPHA] * 3))
 
-    def read(self, x: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, tuple[mhc.Link, Any]]:
+    def read(self, x: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, mhc.Link]:
         shape = x.shape
         weights = mhc.Weights(self.proj.float(), self.base.float(), self.gates.float())
         with torch.autocast(x.device.type, enabled=False):
-            x, h, link = mhc.read(x.flatten(0, 1), weights, self._settings, segments.kernels, segments.next())
-        return x.view(shape), h.view(*shape[:2], shape[-1]), (link, segments.kernels)
+            x, h, link = mhc.read(x.flatten(0, 1), weights, self._settings, segments.next())
+        return x.view(shape), h.view(*shape[:2], shape[-1]), link
 
-    def write(self, x: torch.Tensor, y_BSD: torch.Tensor, link: tuple[mhc.Link, Any]) -> torch.Tensor:
+    def write(self, x: torch.Tensor, y_BSD: torch.Tensor, link: mhc.Link) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return mhc.write(x.flatten(0, 1), y_BSD.flatten(0, 1), *link).view(x.shape)
+            return mhc.write(x.flatten(0, 1), y_BSD.flatten(0, 1), link).view(x.shape)
 
-    def residual_map(self, link: tuple[mhc.Link, Any]) -> torch.Tensor:
-        return link[0].res.detach()
+    def residual_map(self, link: mhc.Link) -> torch.Tensor:
+        return link.res.detach()
 
 
 def _values(values: list[float]) -> Init:
     return Init(init="values", values=tuple(values), decay=False)
 
 
-def make_residual(cfg: ModelConfig, sublayer: int) -> PlainResidual | HyperConnection | ManifoldHyperConnection:
-    """The residual connection of a sub-layer; attention and feed-forward of layer l are 2l and 2l + 1."""
+def make_residual(cfg: ModelConfig, sublayer: int) -> Residual:
+    """The residual connection of a sub-layer; attention and feed-forward of layer l are sub-layers 2l and 2l + 1."""
     if cfg.residual == "plain":
         return PlainResidual()
     return HyperConnection(cfg, sublayer) if cfg.residual == "hc" else ManifoldHyperConnection(cfg, sublayer)
 
 
 class ReadOut(Layer):
-    """Streams -> hidden: their mean, or a learned mixture of them."""
+    """Streams -> hidden: their mean, or a learned mixture of them (`model.readout`)."""
 
     proj: torch.Tensor
     base: torch.Tensor
@@ -186,7 +194,7 @@ class ReadOut(Layer):
             n = cfg.num_streams
             self.declare("proj", (n, n * cfg.hidden_size), init_in(cfg))
             self.declare("base", (n,), _values([0.0] * n))
-            self.declare("gate", (1,), _values([GATE]))
+            self.declare("gate", (1,), _values([ALPHA]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S, n, D] -> [B, S, D]; without streams x itself."""
@@ -202,7 +210,7 @@ class ReadOut(Layer):
 
 
 def expand_streams(x_BSD: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
-    """Hidden -> streams, all equal, in the compute dtype; without streams x itself."""
+    """[B, S, D] -> streams [B, S, n, D], all equal, in the compute dtype; without streams x itself."""
     if not cfg.has_streams:
         return x_BSD
     kind = x_BSD.device.type
@@ -212,8 +220,11 @@ def expand_streams(x_BSD: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
 
 
 def warm_up_kernels(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Let kernels that are compiled when first used be compiled now, so that a worker that joins keeps nobody waiting for it."""
-    if cfg.residual != "mhc" or isinstance(choose_kernels(cfg.fused, device), mhc.EagerKernels):
+    """Compile now the kernels that would be compiled at their first use, so that a joining worker keeps nobody waiting.
+
+    Does nothing where no kernel is compiled.
+    """
+    if cfg.residual != "mhc" or isinstance(choose_kernels(cfg.fused, device), EagerKernels):
         return
     mix = ManifoldHyperConnection(cfg, 0).to(device)
     for parameter in mix.parameters():
@@ -230,7 +241,8 @@ def composite_gains(maps: list[torch.Tensor]) -> torch.Tensor:
         maps: H_res [S, n, n] of one sequence, in order of the sub-layers.
 
     Returns:
-        fp32 [3]: largest absolute row sum (forward gain), largest and smallest absolute column sum (backward gain), each the mean over positions.
+        fp32 [3]: largest absolute row sum (forward gain), then largest and smallest absolute column sum (backward
+        gain); each is the mean over positions.
     """
     product = maps[0].float()
     for matrix in maps[1:]:

@@ -1,4 +1,7 @@
-"""Which kernels mix the streams: plain torch, blocked for CPUs, compiled, or Triton's. What does not work here is done without, with one warning."""
+"""Choice of the kernels that mix the streams: plain torch, blocked for CPUs, compiled, or Triton's.
+
+A kernel that fails is replaced by plain torch, with one warning.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,49 @@ from typing import Any
 import torch
 
 from elastic_moe.model.residual.blocked import BlockedKernels
-from elastic_moe.model.residual.mhc import EagerKernels, FusableKernels, Kernels
+from elastic_moe.model.residual.eager import (
+    EagerKernels,
+    FourGradients,
+    FusableKernels,
+    Kernels,
+    MixSettings,
+    MixWeights,
+    ReadOutput,
+    Saved,
+)
 
 PASSES = ("read", "read_backward", "write", "write_backward")
 
 
 class FallbackKernels:
-    """Kernels that hand over to plain torch, for good, the first time one of them fails.
+    """`Kernels` that use fast passes until one of them fails, and plain torch from then on.
 
     Args:
-        what: their name, for the warning.
-        fast: the passes by name.
+        name: of the fast form, for the warning.
+        fast: its passes, by the names in PASSES.
     """
 
-    def __init__(self, what: str, fast: dict[str, Callable[..., Any]]) -> None:
-        self._what, self._plain = what, EagerKernels()
+    def __init__(self, name: str, fast: dict[str, Callable[..., Any]]) -> None:
+        self._name, self._plain = name, EagerKernels()
         self._fast: dict[str, Callable[..., Any]] | None = fast
-        self.read, self.read_backward, self.write, self.write_backward = (
-            functools.partial(self._run, name) for name in PASSES
-        )
+
+    def read(
+        self, x: torch.Tensor, proj: torch.Tensor, base: torch.Tensor, alphas: torch.Tensor, settings: MixSettings
+    ) -> ReadOutput:
+        return self._run("read", x, proj, base, alphas, settings)
+
+    def read_backward(
+        self, x: torch.Tensor, grads: FourGradients, saved: Saved, weights: MixWeights, settings: MixSettings
+    ) -> FourGradients:
+        return self._run("read_backward", x, grads, saved, weights, settings)
+
+    def write(self, x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
+        return self._run("write", x, y, post, res)
+
+    def write_backward(
+        self, grad: torch.Tensor, x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor
+    ) -> FourGradients:
+        return self._run("write_backward", grad, x, y, post, res)
 
     def _run(self, name: str, *args: Any) -> Any:
         plain = getattr(self._plain, name)
@@ -36,15 +63,15 @@ class FallbackKernels:
             return plain(*args)
         try:
             return self._fast[name](*args)
-        except Exception as error:  # noqa: BLE001 - no compiler, no GPU, a shape they do not take; plain torch tells real faults
+        except Exception as error:  # noqa: BLE001 - a compiler or a GPU may be missing; real faults repeat in plain torch
             self._fast = None
-            warnings.warn(f"mHC runs without {self._what}: {str(error).splitlines()[0]}", stacklevel=2)
+            warnings.warn(f"mHC runs without {self._name}: {str(error).splitlines()[0]}", stacklevel=2)
             return plain(*args)
 
 
 @functools.cache
 def compiled_kernels() -> Kernels:
-    """The fusable bodies through torch.compile, compiled when first used."""
+    """`FusableKernels` through torch.compile, which compiles each pass when it is first used."""
     bodies = FusableKernels()
     return FallbackKernels(
         "torch.compile", {name: torch.compile(getattr(bodies, name), dynamic=True) for name in PASSES}
@@ -53,7 +80,7 @@ def compiled_kernels() -> Kernels:
 
 @functools.cache
 def triton_kernels() -> Kernels:
-    """The Triton kernels, or plain torch where Triton is not installed."""
+    """The Triton kernels; plain torch, with a warning, where Triton is not installed."""
     try:
         from elastic_moe.model.residual.triton import TritonKernels
     except ImportError as error:
@@ -64,10 +91,10 @@ def triton_kernels() -> Kernels:
 
 
 def choose_kernels(fused: str, device: torch.device) -> Kernels:
-    """The kernels for a setting of `model.fused` on a device.
+    """The kernels for a value of `model.fused` on a device.
 
-    "auto" is blocked on CPUs, where nothing measured faster and compiling takes longer than many runs, and compiled on GPUs; "off" is
-    blocked on CPUs and plain on GPUs.
+    "auto" is blocked on CPUs, where nothing measured was faster and compiling takes longer than many runs, and compiled
+    on GPUs. "off" is blocked on CPUs and plain on GPUs.
     """
     if fused == "triton":
         return triton_kernels()

@@ -1,10 +1,12 @@
 """Sinkhorn-Knopp: positive matrices to doubly stochastic ones, differentiably.
 
-Source: mHC (arXiv 2512.24880, equation 9): M_0 = exp(z), then M_t = rows(columns(M_{t-1})), so rows sum to 1 exactly and what the
-iterations leave undone shows in the columns. The first column normalisation of exp(z) is a softmax, which cannot overflow.
+Source: mHC (arXiv 2512.24880, equation 9): M_0 = exp(z), then M_t = rows(columns(M_{t-1})). So rows sum to 1 exactly,
+and the error of a finite number of iterations shows in the columns. The first column normalisation of exp(z) is a
+softmax, which cannot overflow.
 
-With `eps` the steps are those of transformers' DeepSeek-V4, whose matrix is this one transposed: eps is added to the first softmax and to every
-later sum. The backward pass is that of the unrolled iterations, from iterates made again; only z is saved.
+With `eps` the steps are those of transformers' DeepSeek-V4, whose matrix is this one transposed: eps is added to the
+first softmax and to every later sum. The backward pass is that of the unrolled iterations. It makes the iterates again,
+so only z is saved.
 
 Shapes: ... any, n streams; element [i, j] leads from stream j to stream i.
 """
@@ -16,18 +18,25 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-COLUMNS, ROWS = -2, -1  # the axes that normalising columns and rows sums over, where the matrix comes last
+COLUMNS, ROWS = -2, -1  # the axes to sum over to normalise columns and rows, where the matrix is the last two axes
 Axes = tuple[int, int]
 
 
 def _steps(iters: int, axes: Axes) -> list[int]:
-    """The normalisations after the first softmax over columns."""
+    """Axes of the normalisations that follow the first softmax over columns."""
     columns, rows = axes
     return [rows, *([columns, rows] * (iters - 1))]
 
 
 def iterate(z: torch.Tensor, iters: int, eps: float, axes: Axes = (COLUMNS, ROWS)) -> torch.Tensor:
-    """The doubly stochastic matrix of the logits z [..., n, n]; `axes` are those of (to, from) when they are not the last."""
+    """The doubly stochastic matrix of the logits z.
+
+    Args:
+        z: logits [..., n, n].
+        iters: iterations.
+        eps: added to the first softmax and to every later sum.
+        axes: the axes (to, from) of the matrix.
+    """
     matrix = z.softmax(dim=axes[0]) + eps
     for axis in _steps(iters, axes):
         matrix = matrix / (matrix.sum(dim=axis, keepdim=True) + eps)
@@ -37,7 +46,7 @@ def iterate(z: torch.Tensor, iters: int, eps: float, axes: Axes = (COLUMNS, ROWS
 def iterate_backward(
     grad: torch.Tensor, z: torch.Tensor, iters: int, eps: float, axes: Axes = (COLUMNS, ROWS)
 ) -> torch.Tensor:
-    """Gradient by z of `iterate`, given that of its result."""
+    """Gradient of `iterate` with respect to z, given that of its result."""
     soft = z.softmax(dim=axes[0])
     matrix, trail = soft + eps, []
     for axis in _steps(iters, axes):
@@ -50,6 +59,8 @@ def iterate_backward(
 
 
 class _Sinkhorn(torch.autograd.Function):
+    """`iterate` on the last two axes; saves z alone."""
+
     @staticmethod
     def forward(ctx: Any, z: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
         ctx.save_for_backward(z)
@@ -59,9 +70,10 @@ class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return iterate_backward(grads[0], *ctx.saved_tensors, *ctx.settings), None, None
+        (z,), (iters, eps) = ctx.saved_tensors, ctx.settings
+        return iterate_backward(grads[0], z, iters, eps), None, None
 
 
 def sinkhorn(z: torch.Tensor, iters: int, eps: float = 0.0) -> torch.Tensor:
-    """Doubly stochastic matrices of logits z [..., n, n], fp32; differentiable once."""
+    """Doubly stochastic matrices of the logits z [..., n, n]; differentiable once."""
     return _Sinkhorn.apply(z, iters, eps)

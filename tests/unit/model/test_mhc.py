@@ -15,6 +15,7 @@ from elastic_moe.model.residual import kernels as kernels_module
 from elastic_moe.model.residual import mhc
 from elastic_moe.model.residual.blocked import BlockedKernels
 from elastic_moe.model.residual.connections import ManifoldHyperConnection, Segments, composite_gains, warm_up_kernels
+from elastic_moe.model.residual.eager import EagerKernels, FusableKernels, MixSettings
 from elastic_moe.model.residual.sinkhorn import sinkhorn
 from elastic_moe.model.transformer import Transformer
 
@@ -66,16 +67,16 @@ def test_sinkhorn_does_not_overflow() -> None:
     assert torch.isfinite(sinkhorn(torch.eye(4) * 200 - 100, 20)).all()
 
 
-def reference(x: torch.Tensor, weights: mhc.Weights, settings: mhc.MixSettings, f: torch.nn.Module) -> torch.Tensor:
+def reference(x: torch.Tensor, weights: mhc.Weights, settings: MixSettings, f: torch.nn.Module) -> torch.Tensor:
     """Slow twin of a whole sub-layer, for autograd: equations 7 to 9 as they stand, one stream at a time."""
     n = settings.streams
     flat = x.flatten(1).float()
     normed = flat / (flat.square().mean(dim=1, keepdim=True) + settings.norm_eps).sqrt()
     z = normed @ weights.proj.t()
-    pre = torch.sigmoid(weights.gates[0] * z[:, :n] + weights.base[:n]) + settings.eps
-    post = 2 * torch.sigmoid(weights.gates[1] * z[:, n : 2 * n] + weights.base[n : 2 * n])
+    pre = torch.sigmoid(weights.alphas[0] * z[:, :n] + weights.base[:n]) + settings.eps
+    post = 2 * torch.sigmoid(weights.alphas[1] * z[:, n : 2 * n] + weights.base[n : 2 * n])
     res = unrolled(
-        (weights.gates[2] * z[:, 2 * n :] + weights.base[2 * n :]).view(-1, n, n), settings.iters, settings.eps
+        (weights.alphas[2] * z[:, 2 * n :] + weights.base[2 * n :]).view(-1, n, n), settings.iters, settings.eps
     )
     y = f(sum(pre[:, i, None] * x[:, i] for i in range(n)))
     return torch.stack(
@@ -83,7 +84,7 @@ def reference(x: torch.Tensor, weights: mhc.Weights, settings: mhc.MixSettings, 
     )
 
 
-def example(n: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, mhc.Weights, mhc.MixSettings]:
+def example(n: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, mhc.Weights, MixSettings]:
     generator = torch.Generator().manual_seed(n)
     k = 2 * n + n * n
     weights = mhc.Weights(
@@ -93,15 +94,15 @@ def example(n: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, mhc.W
         )
     )
     x = torch.randn((7, n, width), generator=generator).to(dtype).requires_grad_()
-    return x, weights, mhc.MixSettings(n, 5, 1e-4, 1e-6)
+    return x, weights, MixSettings(n, 5, 1e-4, 1e-6)
 
 
-FORMS = [mhc.EagerKernels(), mhc.FusableKernels(), BlockedKernels()]
+FORMS = [EagerKernels(), FusableKernels(), BlockedKernels()]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: type(form).__name__)
 @pytest.mark.parametrize(("n", "width"), [(1, 6), (2, 5), (4, 8)])
-def test_passes_equal_the_twin(form: mhc.EagerKernels, n: int, width: int) -> None:
+def test_passes_equal_the_twin(form: EagerKernels, n: int, width: int) -> None:
     """Two sub-layers in one segment, so that the second one's streams are made again; values and every gradient."""
     x, weights, settings = example(n, width, torch.float32)
     f = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh())
@@ -111,8 +112,8 @@ def test_passes_equal_the_twin(form: mhc.EagerKernels, n: int, width: int) -> No
     def fast() -> torch.Tensor:
         segment, streams = mhc.Segment(form, 2), x
         for _ in range(2):
-            streams, h, link = mhc.read(streams, weights, settings, form, segment)
-            streams = mhc.write(streams, f(h), link, form)
+            streams, h, link = mhc.read(streams, weights, settings, segment)
+            streams = mhc.write(streams, f(h), link)
         return streams
 
     ours, theirs = fast(), reference(reference(x, weights, settings, f), weights, settings, f)
@@ -125,13 +126,13 @@ def test_passes_equal_the_twin(form: mhc.EagerKernels, n: int, width: int) -> No
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 def test_compiled_equals_eager() -> None:
-    compiled, eager = kernels_module.choose_kernels("compile", torch.device("cpu")), mhc.EagerKernels()
+    compiled, eager = kernels_module.choose_kernels("compile", torch.device("cpu")), EagerKernels()
     x, weights, settings = example(4, 16, torch.float32)
     out_grad = torch.randn((7, 4, 16), generator=torch.Generator().manual_seed(9))
     results = []
     for form in (compiled, eager):
-        streams, h, link = mhc.read(x, weights, settings, form, mhc.Segment(form, 1))
-        out = mhc.write(streams, h.tanh(), link, form)
+        streams, h, link = mhc.read(x, weights, settings, mhc.Segment(form, 1))
+        out = mhc.write(streams, h.tanh(), link)
         results.append([out, *torch.autograd.grad(out, [x, *weights], out_grad)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -149,7 +150,7 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) 
     x, weights, settings = example(2, 4, torch.float32)
     with pytest.warns(UserWarning, match="no compiler here"):
         out = form.read(x, *weights, settings)
-    torch.testing.assert_close(out, mhc.EagerKernels().read(x, *weights, settings))
+    torch.testing.assert_close(out, EagerKernels().read(x, *weights, settings))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
         form.write(x, x[:, 0], out[1], out[2])
@@ -157,7 +158,7 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) 
 
 def test_warming_up_runs_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    plain = mhc.EagerKernels()
+    plain = EagerKernels()
 
     def noted(name: str) -> object:
         def run(*args: object) -> object:
@@ -177,9 +178,9 @@ def test_warming_up_runs_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_streams_keep_their_dtype_and_coefficients_are_fp32() -> None:
     x, weights, settings = example(4, 8, torch.float32)
-    form = mhc.EagerKernels()
-    streams, h, link = mhc.read(x.detach().bfloat16().requires_grad_(), weights, settings, form, mhc.Segment(form, 1))
-    out = mhc.write(streams, h, link, form)
+    form = EagerKernels()
+    streams, h, link = mhc.read(x.detach().bfloat16().requires_grad_(), weights, settings, mhc.Segment(form, 1))
+    out = mhc.write(streams, h, link)
     assert (streams.dtype, h.dtype, out.dtype) == (torch.bfloat16,) * 3
     assert link.res.dtype == link.post.dtype == torch.float32
     out.float().sum().backward()
@@ -188,7 +189,7 @@ def test_streams_keep_their_dtype_and_coefficients_are_fp32() -> None:
 
 def test_direction_of_the_residual_matrix() -> None:
     """Element [i, j] leads from stream j to stream i: a cyclic shift moves stream 0 to stream 1."""
-    form, n = mhc.EagerKernels(), 3
+    form, n = EagerKernels(), 3
     shift = torch.zeros(1, n, n)
     for j in range(n):
         shift[0, (j + 1) % n, j] = 1.0

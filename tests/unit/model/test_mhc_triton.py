@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from elastic_moe.model.residual import mhc
+from elastic_moe.model.residual.eager import EagerKernels, Kernels, MixSettings
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,7 +29,7 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.fixture(scope="module")
-def kernels() -> mhc.Kernels:
+def kernels() -> Kernels:
     if not INTERPRETED:
         pytest.skip("runs in a process with the interpreter")
     from elastic_moe.model.residual.triton import TritonKernels
@@ -39,10 +40,10 @@ def kernels() -> mhc.Kernels:
 @pytest.mark.parametrize(("tokens", "n", "width", "dtype"), [
     (5, 4, 40, torch.float32), (33, 2, 130, torch.float32), (17, 4, 64, torch.bfloat16), (1, 4, 1100, torch.float32),
 ])  # fmt: skip
-def test_equals_plain_torch(kernels: mhc.Kernels, tokens: int, n: int, width: int, dtype: torch.dtype) -> None:
+def test_equals_plain_torch(kernels: Kernels, tokens: int, n: int, width: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(tokens)
     k = 2 * n + n * n
-    settings, plain = mhc.MixSettings(n, 4, 1e-4, 1e-6), mhc.EagerKernels()
+    settings, plain = MixSettings(n, 4, 1e-4, 1e-6), EagerKernels()
 
     def random(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(kind)

@@ -1,14 +1,18 @@
-"""DeepSeek-V4's attention: a sliding window of single tokens, and behind it the past in compressed entries.
+"""DeepSeek-V4's attention: a sliding window of single tokens, and the past before it in compressed entries.
 
-Source: DeepSeek-V4 (arXiv 2606.19348, section 2.3), as transformers computes it. A layer is `sliding` (window only), `hca` (an entry
-per `hca_rate` tokens, all seen) or `csa` (an entry per `csa_rate` tokens, of which an indexer picks the best for each query). All heads share one
-key per position, which is also its value; the value's position is rotated away again after attention.
+Source: DeepSeek-V4 (arXiv 2606.19348, section 2.3), as transformers computes it. A layer is of one of three kinds:
 
-The indexer picks and nothing else, so the model's loss gives it no gradient. Its own loss (DeepSeek-V3.2, arXiv 2512.02556, section 2.1) draws
-its distribution over the entries towards what the heads together gave them; its inputs are detached.
+- `sliding`: the window alone;
+- `hca` (heavily compressed attention): an entry per `hca_rate` tokens, and every query sees all of them;
+- `csa` (compressed sparse attention): an entry per `csa_rate` tokens, of which an indexer chooses the best for a query.
 
-With documents, an entry belongs to the document of its last token: it pools that document's tokens only and is seen by
-that document only. Windows stay aligned to the row.
+All heads share one key per position, which is also its value. The value's position is rotated away after attention.
+
+The indexer only chooses, so the model's loss gives it no gradient. Its own loss (DeepSeek-V3.2, arXiv 2512.02556,
+section 2.1) moves its distribution over the entries towards the sum of the heads' attention. Its inputs are detached.
+
+With documents, an entry belongs to the document of its last token. It pools that document's tokens only, and only that
+document sees it. Windows stay aligned to the row.
 
 Shapes: B sequences, S positions, L positions so far, W entries, m rate, D hidden, H heads, c head width.
 """
@@ -20,26 +24,33 @@ import torch.nn.functional as F
 from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.attention.context import Context, LayerCache, Tables, rotate_tail
+from elastic_moe.model.attention.context import Context, LayerCache
+from elastic_moe.model.attention.rope import Tables, rotate_tail
 from elastic_moe.model.attention.sinks import sink_attention
 from elastic_moe.model.init import Init, constant, init_in, init_out
 from elastic_moe.model.layers import Layer, Linear, RMSNorm
 
 
 def layer_kind(cfg: ModelConfig, layer: int) -> str:
-    """Kind of attention of a layer; by default V4-Pro's pattern: two hca, then hca and csa in turn."""
+    """Kind of a layer's attention. The default is V4-Pro's pattern: two hca, then hca and csa in turn."""
     if cfg.layer_kinds:
-        return cfg.layer_kinds[min(layer, len(cfg.layer_kinds) - 1)]  # beyond the last: multi-token prediction
+        return cfg.layer_kinds[
+            min(layer, len(cfg.layer_kinds) - 1)
+        ]  # the layer of multi-token prediction is like the last
     return "csa" if layer >= 2 and layer % 2 else "hca"
 
 
 class Compressor(Layer):
-    """Pools windows of tokens into entries with learned weights per channel.
+    """Pools windows of tokens into entries, with learned weights per channel.
+
+    The weights are a softmax over the window. The projection that makes its logits is called `gate` in checkpoints.
 
     Args:
-        width: of an entry.
+        cfg: the model's shape.
+        name: prefix of its tensors in the cache.
+        width: channels of an entry.
         rate: tokens per window.
-        overlap: an entry pools the previous window too, through a second projection.
+        overlap: an entry pools the previous window too, through a second series of channels.
     """
 
     position_bias: torch.Tensor
@@ -55,24 +66,24 @@ class Compressor(Layer):
 
     def forward(self, x_BSD: torch.Tensor, context: Context, cache: LayerCache | None) -> torch.Tensor:
         """Entries [B, W, width] of all complete windows so far."""
-        kv, gate = self.kv(x_BSD), self.gate(x_BSD)
+        kv, logits = self.kv(x_BSD), self.gate(x_BSD)
         if cache is not None:
-            kv, gate = cache.extend(f"{self._name}.kv", kv), cache.extend(f"{self._name}.gate", gate)
+            kv, logits = cache.extend(f"{self._name}.kv", kv), cache.extend(f"{self._name}.gate", logits)
         rate = self._rate
         count = kv.shape[1] // rate
         kv = kv[:, : count * rate].unflatten(1, (count, rate))
-        gate = gate[:, : count * rate].unflatten(1, (count, rate)) + self.position_bias.to(gate.dtype)
+        logits = logits[:, : count * rate].unflatten(1, (count, rate)) + self.position_bias.to(logits.dtype)
         if self._overlap:
-            kv, gate = _overlapped(kv, 0.0), _overlapped(gate, float("-inf"))
+            kv, logits = _overlapped(kv, 0.0), _overlapped(logits, float("-inf"))
         if context.documents_BS is not None:
-            gate = gate.masked_fill(~self._same_document(context, count), float("-inf"))
-        weights = gate.softmax(dim=2, dtype=torch.float32).to(kv.dtype)
+            logits = logits.masked_fill(~self._same_document(context, count), float("-inf"))
+        weights = logits.softmax(dim=2, dtype=torch.float32).to(kv.dtype)
         entries = self.norm((kv * weights).sum(dim=2))
         tables = context.rope(self._cfg.rope_dim, self._cfg.compress_theta, True, stride=rate, count=count)
         return rotate_tail(entries, tables)
 
     def _same_document(self, context: Context, count: int) -> torch.Tensor:
-        """bool [B, W, slots, 1]: the slot's token is of the document of the window's last token."""
+        """bool [B, W, m or 2m, 1]: the token belongs to the document of the window's last token."""
 
         def make() -> torch.Tensor:
             assert context.documents_BS is not None
@@ -86,14 +97,14 @@ class Compressor(Layer):
 
 
 def _overlapped(windows: torch.Tensor, fill: float) -> torch.Tensor:
-    """[B, W, m, 2c] -> [B, W, 2m, c]: the first series of the previous window, then the second of this one."""
+    """[B, W, m, 2c] -> [B, W, 2m, c]: the first series of the previous window, then the second series of this one."""
     first, second = windows.chunk(2, dim=-1)
     before = torch.cat((torch.full_like(first[:, :1], fill), first[:, :-1]), dim=1)
     return torch.cat((before, second), dim=2)
 
 
 class Indexer(nn.Module):
-    """Scores entries for every query: sum over heads of weight * relu(q . k); its inputs are detached."""
+    """Scores the entries for every query: sum over heads of weight * relu(q . k). The caller detaches its inputs."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -105,22 +116,23 @@ class Indexer(nn.Module):
     def forward(
         self, x_BSD: torch.Tensor, latent_BSq: torch.Tensor, context: Context, cache: LayerCache | None, tables: Tables
     ) -> torch.Tensor:
-        """Scores [B, S, W], fp32; those of entries not seen mean nothing."""
+        """Scores [B, S, W], fp32; those of entries that the query does not see have no meaning."""
         cfg = self._cfg
         keys = self.compressor(x_BSD, context, cache).float()
         q_BHSc = rotate_tail(self.q_up(latent_BSq).unflatten(-1, (cfg.index_heads, -1)).transpose(1, 2), tables)
         weights_BHS = self.weigh(x_BSD).float().transpose(1, 2) * (cfg.index_heads * cfg.index_dim) ** -0.5
         scores = torch.zeros((*x_BSD.shape[:2], keys.shape[1]), device=x_BSD.device)
-        for head in range(cfg.index_heads):  # one head at a time: all of them together need H * S * W numbers
+        for head in range(cfg.index_heads):  # one head at a time: all together would need H * S * W numbers
             match = F.relu(q_BHSc[:, head].float() @ keys.transpose(1, 2))
             scores = scores + match * weights_BHS[:, head].unsqueeze(-1)
         return scores
 
 
 class CompressedAttention(Layer):
-    """One layer of V4's attention, of the kind that `layer_kind` says."""
+    """One layer of DeepSeek-V4's attention; `layer_kind` gives its kind."""
 
     sinks: torch.Tensor
+    group_out: torch.Tensor
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -142,21 +154,22 @@ class CompressedAttention(Layer):
 
     def forward(self, x_BSD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor | None]:
         cfg, cache = self._cfg, context.layer_cache(self._layer)
-        far = self.kind != "sliding"
-        tables = context.rope(cfg.rope_dim, cfg.compress_theta if far else cfg.rope_theta, yarn=far)
+        has_entries = self.kind != "sliding"
+        theta = cfg.compress_theta if has_entries else cfg.rope_theta
+        tables = context.rope(cfg.rope_dim, theta, yarn=has_entries)
         latent_BSq = self.q_norm(self.q_down(x_BSD))
         q_BHSc = self.q_up(latent_BSq).unflatten(-1, (cfg.num_heads, -1)).transpose(1, 2)
         q_BHSc = rotate_tail(F.rms_norm(q_BHSc, (cfg.head_dim,), None, cfg.norm_eps), tables)
         k_BLc = rotate_tail(self.kv_norm(self.kv(x_BSD)), tables)
         if cache is not None:
             k_BLc = cache.extend("k", k_BLc)
-        near = context.mask(cfg.window)
-        if near is None:
-            near = torch.ones((cfg.window, cfg.window), dtype=torch.bool, device=x_BSD.device)
-            near = near[: context.seq_len, : context.seq_len].tril()[None, None]
+        in_window = context.mask(cfg.window)
+        if in_window is None:
+            in_window = torch.ones((cfg.window, cfg.window), dtype=torch.bool, device=x_BSD.device)
+            in_window = in_window[: context.seq_len, : context.seq_len].tril()[None, None]
         scale = cfg.head_dim**-0.5
-        if not far:
-            out, _ = sink_attention(q_BHSc, k_BLc, self.sinks, near, scale)
+        if not has_entries:
+            out, _ = sink_attention(q_BHSc, k_BLc, self.sinks, in_window, scale)
             return self._project(out, tables), None
         entries_BWc = self.compressor(x_BSD, context, cache)
         visible = self._visible(context, entries_BWc.shape[1])
@@ -164,8 +177,8 @@ class CompressedAttention(Layer):
         if self.kind == "csa":
             scores = self.indexer(x_BSD.detach(), latent_BSq.detach(), context, cache, tables)
             visible = self._choose(scores, visible)
-        near = near.expand(len(visible), -1, -1, -1)
-        seen = torch.cat((near, visible.unsqueeze(1)), dim=-1)
+        in_window = in_window.expand(len(visible), -1, -1, -1)
+        seen = torch.cat((in_window, visible.unsqueeze(1)), dim=-1)
         out, lse_BHS = sink_attention(q_BHSc, torch.cat((k_BLc, entries_BWc), dim=1), self.sinks, seen, scale)
         loss = None
         if scores is not None and torch.is_grad_enabled():
@@ -173,7 +186,7 @@ class CompressedAttention(Layer):
         return self._project(out, tables), loss
 
     def _visible(self, context: Context, count: int) -> torch.Tensor:
-        """bool [B or 1, S, W]: the entry's window is complete at the query's position, and of its document."""
+        """bool [B or 1, S, W]: the entry's window is complete at the query's position, and of the query's document."""
         rate = self._cfg.csa_rate if self.kind == "csa" else self._cfg.hca_rate
 
         def make() -> torch.Tensor:
@@ -187,7 +200,7 @@ class CompressedAttention(Layer):
         return context.once(("visible", rate, count), make)
 
     def _choose(self, scores_BSW: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Of the visible entries those with the highest scores, `index_topk` at most."""
+        """The visible entries with the highest scores, at most `index_topk` per query; bool [B, S, W]."""
         top = self._cfg.index_topk
         if top >= scores_BSW.shape[-1]:
             return visible.expand(len(scores_BSW), -1, -1)
@@ -196,7 +209,7 @@ class CompressedAttention(Layer):
         return chosen & visible
 
     def _project(self, out_BHSc: torch.Tensor, tables: Tables) -> torch.Tensor:
-        """Undo the position of values, project each group of heads, then all groups together."""
+        """Rotate the position out of the values, project each group of heads, then all groups together."""
         cos, sin = tables
         out_BSHc = rotate_tail(out_BHSc, (cos, -sin)).transpose(1, 2)
         groups = self._cfg.output_groups
@@ -213,9 +226,17 @@ def index_loss(
     lse_BHS: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """KL divergence from the heads' attention to the indexer's distribution, both over the entries seen, summed over tokens.
+    """KL divergence from the heads' attention to the indexer's distribution, over the entries seen, summed over tokens.
 
-    The target is the heads' sum of attention weights, normalised over the entries; a token that sees none adds nothing.
+    The target is the heads' sum of attention weights, normalised over the entries. A token that sees none adds nothing.
+
+    Args:
+        scores_BSW: the indexer's scores, which get the gradient.
+        seen_BSW: bool, the entries that each query sees.
+        q_BHSc: queries of attention, detached.
+        entries_BWc: entries, detached.
+        lse_BHS: log of the softmax's denominator in attention.
+        scale: factor on the heads' scores.
     """
     with torch.no_grad():
         target = torch.zeros_like(scores_BSW)
@@ -224,7 +245,7 @@ def index_loss(
             target += (logits - lse_BHS[:, head].float().unsqueeze(-1)).exp()
         target = target.masked_fill(~seen_BSW, 0.0)
         target /= target.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-    some = seen_BSW.any(dim=-1, keepdim=True)
-    masked = torch.where(some, scores_BSW.masked_fill(~seen_BSW, float("-inf")), torch.zeros_like(scores_BSW))
+    sees_any = seen_BSW.any(dim=-1, keepdim=True)
+    masked = torch.where(sees_any, scores_BSW.masked_fill(~seen_BSW, float("-inf")), torch.zeros_like(scores_BSW))
     log_own = masked.log_softmax(dim=-1).masked_fill(~seen_BSW, 0.0)
     return (torch.special.xlogy(target, target) - target * log_own).sum()

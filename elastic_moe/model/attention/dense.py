@@ -1,10 +1,11 @@
-"""Causal self-attention over whole sequences: grouped-query, and multi-head latent.
+"""Causal self-attention over whole sequences: grouped-query (GQA), and multi-head latent (MLA).
 
 Sources: GQA, Ainslie et al. 2023 (arXiv 2305.13245), with the RMSNorm of queries and keys of Qwen3 (arXiv 2505.09388);
-MLA, DeepSeek-V2 (arXiv 2405.04434, section 2.1) as in DeepSeek-V3 (arXiv 2412.19437, equations 1 to 11). V4's attention
-is in compressed.py.
+MLA, DeepSeek-V2 (arXiv 2405.04434, section 2.1) as in DeepSeek-V3 (arXiv 2412.19437, equations 1 to 11). DeepSeek-V4's
+attention is in compressed.py.
 
-Shapes: B sequences, S positions, L positions so far, D hidden, H heads, G key/value heads, d head width, C latent, r rotary.
+Shapes: B sequences, S positions, L positions so far, D hidden, H heads, G key/value heads, d head width, v value width,
+C latent, r rotary width.
 """
 
 from __future__ import annotations
@@ -16,26 +17,35 @@ import torch.nn.functional as F
 from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.attention.context import Context, LayerCache, rotate, yarn_mscale
+from elastic_moe.model.attention.context import Context, LayerCache
+from elastic_moe.model.attention.rope import rotate, yarn_mscale
 from elastic_moe.model.init import init_in, init_out
 from elastic_moe.model.layers import Linear, RMSNorm
 
-LATENT_EPS = 1e-6  # of the latents' norms: transformers fixes it, whatever the model's own
+LATENT_EPS = 1e-6  # of the latents' norms: transformers uses this value, not the model's own
 
 
 class Attention(Protocol):
-    """One layer's attention: x_BSD and its context -> (y_BSD, the layer's own loss summed over tokens, or None)."""
+    """One layer's attention."""
 
-    def __call__(self, x_BSD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    def __call__(self, x_BSD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(y_BSD, the layer's own loss summed over tokens, or None where it has none)."""
+        ...
 
 
 def attend(
     q_BHSd: torch.Tensor, k_BGLd: torch.Tensor, v_BGLd: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Scaled dot-product attention; the widths of keys and values may differ. Returns [B, H, S, width of v].
+    """Scaled dot-product attention: [B, H, S, width of v]. Values may be narrower than keys.
 
-    The kernels that never form the matrix of scores want equal widths: narrower values are padded with zeros, which
-    costs less than the scores in memory.
+    The kernels that never form the matrix of scores need equal widths. So narrower values are padded with zeros, which
+    needs less memory than the scores.
+
+    Args:
+        q_BHSd: queries.
+        k_BGLd, v_BGLd: keys and values, shared by H / G heads each.
+        mask: true where a query sees a key; None for plain causality.
+        scale: factor on the scores.
     """
     width = v_BGLd.shape[-1]
     if width < q_BHSd.shape[-1]:
@@ -48,7 +58,7 @@ def attend(
 
 
 class GroupedQueryAttention(nn.Module):
-    """Heads share keys and values in groups; `num_heads` must be a multiple of `num_kv_heads`."""
+    """Grouped-query attention: heads share keys and values in groups; `num_heads` is a multiple of `num_kv_heads`."""
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -76,10 +86,12 @@ class GroupedQueryAttention(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Keys and values of all heads come from one latent per token, and one rotated key is shared by the heads.
+    """Multi-head latent attention: the keys and values of all heads come from one latent per token.
 
-    The cache keeps the latent and the rotated key, `kv_latent + rope_dim` numbers per token. With a cache, queries are brought into
-    the latent space and keys are never formed (the absorbed form: q . (W c) = (W^T q) . c).
+    A head's query and key have a part without position (DeepSeek's `nope`) and a rotated part (`rope`). The rotated key
+    is shared by all heads. The cache keeps the latent and the rotated key, `kv_latent + rope_dim` numbers per token.
+    With a cache, queries are brought into the latent space and keys are never formed (the absorbed form:
+    q . (W c) = (W^T q) . c).
     """
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
@@ -106,48 +118,48 @@ class LatentAttention(nn.Module):
         tables = context.rope(cfg.rope_dim, cfg.rope_theta, yarn=True)
         query = self.q_up(self.q_norm(self.q_down(x_BSD))) if cfg.query_latent else self.q(x_BSD)
         q_BHSd = query.unflatten(-1, (cfg.num_heads, -1)).transpose(1, 2)
-        plain_BHSd, turning_BHSr = q_BHSd.split([cfg.head_dim, cfg.rope_dim], dim=-1)
-        latent_BSC, key_BSr = self.kv_down(x_BSD).split([cfg.kv_latent, cfg.rope_dim], dim=-1)
+        q_nope_BHSd, q_rope_BHSr = q_BHSd.split([cfg.head_dim, cfg.rope_dim], dim=-1)
+        latent_BSC, k_rope_BSr = self.kv_down(x_BSD).split([cfg.kv_latent, cfg.rope_dim], dim=-1)
         latent_BSC = self.kv_norm(latent_BSC)
-        turned_BHSr = rotate(turning_BHSr, tables, cfg.rope_interleave)
-        key_BSr = rotate(key_BSr, tables, cfg.rope_interleave)
+        q_rope_BHSr = rotate(q_rope_BHSr, tables, cfg.rope_interleave)
+        k_rope_BSr = rotate(k_rope_BSr, tables, cfg.rope_interleave)
         if cache is None:
-            out_BHSv = self._expanded(plain_BHSd, turned_BHSr, latent_BSC, key_BSr, context)
+            out_BHSv = self._expanded(q_nope_BHSd, q_rope_BHSr, latent_BSC, k_rope_BSr, context)
         else:
-            out_BHSv = self._absorbed(plain_BHSd, turned_BHSr, latent_BSC, key_BSr, context, cache)
+            out_BHSv = self._absorbed(q_nope_BHSd, q_rope_BHSr, latent_BSC, k_rope_BSr, context, cache)
         return self.o(out_BHSv.transpose(1, 2).flatten(2)), None
 
     def _expanded(
         self,
-        plain_BHSd: torch.Tensor,
-        turned_BHSr: torch.Tensor,
+        q_nope_BHSd: torch.Tensor,
+        q_rope_BHSr: torch.Tensor,
         latent_BSC: torch.Tensor,
-        key_BSr: torch.Tensor,
+        k_rope_BSr: torch.Tensor,
         context: Context,
     ) -> torch.Tensor:
-        """Keys and values formed for every head: the cheaper form where all positions are computed at once."""
+        """Attention with keys and values formed for every head: cheaper where all positions are computed at once."""
         cfg = self._cfg
         kv_BHSd = self.kv_up(latent_BSC).unflatten(-1, (cfg.num_heads, -1)).transpose(1, 2)
         k_BHSd, v_BHSv = kv_BHSd.split([cfg.head_dim, cfg.value_dim], dim=-1)
-        shared_BHSr = key_BSr.unsqueeze(1).expand(-1, cfg.num_heads, -1, -1)
-        q, k = torch.cat((plain_BHSd, turned_BHSr), dim=-1), torch.cat((k_BHSd, shared_BHSr), dim=-1)
+        shared_BHSr = k_rope_BSr.unsqueeze(1).expand(-1, cfg.num_heads, -1, -1)
+        q, k = torch.cat((q_nope_BHSd, q_rope_BHSr), dim=-1), torch.cat((k_BHSd, shared_BHSr), dim=-1)
         return attend(q, k, v_BHSv, context.mask(), self._scale)
 
     def _absorbed(
         self,
-        plain_BHSd: torch.Tensor,
-        turned_BHSr: torch.Tensor,
+        q_nope_BHSd: torch.Tensor,
+        q_rope_BHSr: torch.Tensor,
         latent_BSC: torch.Tensor,
-        key_BSr: torch.Tensor,
+        k_rope_BSr: torch.Tensor,
         context: Context,
         cache: LayerCache,
     ) -> torch.Tensor:
-        """One key per position for all heads, in the latent space."""
+        """Attention in the latent space, with one key per position for all heads."""
         cfg = self._cfg
-        latent_BLC, key_BLr = cache.extend("latent", latent_BSC), cache.extend("key", key_BSr)
+        latent_BLC, k_rope_BLr = cache.extend("latent", latent_BSC), cache.extend("key", k_rope_BSr)
         up_HdC = self.kv_up.weight.to(latent_BLC.dtype).view(cfg.num_heads, -1, cfg.kv_latent)
         for_keys_HdC, for_values_HvC = up_HdC.split([cfg.head_dim, cfg.value_dim], dim=1)
-        q_BHSC = torch.cat((torch.einsum("bhsd,hdc->bhsc", plain_BHSd, for_keys_HdC), turned_BHSr), dim=-1)
-        k_BGLC = torch.cat((latent_BLC, key_BLr), dim=-1).unsqueeze(1)
+        q_BHSC = torch.cat((torch.einsum("bhsd,hdc->bhsc", q_nope_BHSd, for_keys_HdC), q_rope_BHSr), dim=-1)
+        k_BGLC = torch.cat((latent_BLC, k_rope_BLr), dim=-1).unsqueeze(1)
         out_BHSC = attend(q_BHSC, k_BGLC, latent_BLC.unsqueeze(1), context.mask(), self._scale)
         return torch.einsum("bhsc,hvc->bhsv", out_BHSC, for_values_HvC)

@@ -2,10 +2,11 @@
 
 Source: gpt-oss (arXiv 2508.10925) and DeepSeek-V4 (arXiv 2606.19348); the logit is learned.
 
-Fused kernels know no sink, yet they can compute it. With lse the log-sum-exp of a row's scores and s the sink, the weights
-p_j = exp(score_j - lse') with lse' = log(exp(lse) + exp(s)) are the kernel's own, scaled by exp(lse - lse'). So the forward pass
-scales the kernel's output; and the kernel's backward pass, which forms p from the log-sum-exp it is given and subtracts
-(grad . output), is exact when it is given lse' and the scaled output. The sink's gradient is -exp(s - lse') (grad . output).
+Fused kernels have no sink, but they can compute one. Let lse be the log-sum-exp of a row's scores, s the sink, and
+lse' = log(exp(lse) + exp(s)). The weights p_j = exp(score_j - lse') are the kernel's own, scaled by exp(lse - lse').
+So the forward pass scales the kernel's output. The kernel's backward pass forms p from the log-sum-exp it is given, and
+subtracts (grad . output). So it is exact when it is given lse' and the scaled output. The sink's gradient is
+-exp(s - lse') (grad . output).
 
 Shapes: B sequences, H heads, S queries, L keys, d width.
 """
@@ -22,7 +23,7 @@ _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class _FlashWithSink(torch.autograd.Function):
-    """Keys are values. Returns (output, lse')."""
+    """(output, lse') of attention whose keys are its values."""
 
     @staticmethod
     def forward(
@@ -55,7 +56,11 @@ def sink_attention(
     """Attention of all heads to one key per position, which is also the value, with a sink per head.
 
     Args:
+        q_BHSd: queries.
+        k_BLd: keys and values.
+        sink_H: the sink's logit of each head.
         seen: bool [B or 1, 1, S, L]; every query sees at least one key.
+        scale: factor on the scores.
 
     Returns:
         Output [B, H, S, d]; log of the softmax's denominator [B, H, S], without a gradient.
@@ -69,10 +74,10 @@ def sink_attention(
 def sink_attention_plain(
     q_BHSd: torch.Tensor, k_BLd: torch.Tensor, sink_H: torch.Tensor, seen: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slow twin of `sink_attention`, and its form where no kernel fits: forms all scores."""
+    """Slow twin of `sink_attention`, and its form on GPUs and for empty batches: it forms all scores."""
     scores = torch.einsum("bhsd,bld->bhsl", q_BHSd, k_BLd.to(q_BHSd.dtype)).float() * scale
     scores = scores.masked_fill(~seen, float("-inf"))
     sink = sink_H.float()[None, :, None, None].expand(*scores.shape[:3], 1)
-    together = torch.cat((scores, sink), dim=-1)
-    weights = together.softmax(dim=-1)[..., :-1].to(q_BHSd.dtype)
-    return torch.einsum("bhsl,bld->bhsd", weights, k_BLd.to(q_BHSd.dtype)), together.logsumexp(dim=-1).detach()
+    logits = torch.cat((scores, sink), dim=-1)
+    weights = logits.softmax(dim=-1)[..., :-1].to(q_BHSd.dtype)
+    return torch.einsum("bhsl,bld->bhsd", weights, k_BLd.to(q_BHSd.dtype)), logits.logsumexp(dim=-1).detach()

@@ -63,7 +63,7 @@ class FallbackKernels:
             return plain(*args)
         try:
             return self._fast[name](*args)
-        except Exception as error:  # noqa: BLE001 - a compiler or a GPU may be missing; real faults repeat in plain torch
+        except Exception as error:  # noqa: BLE001 - a compiler or GPU may be missing; real faults repeat in plain torch
             self._fast = None
             warnings.warn(f"mHC runs without {self._name}: {str(error).splitlines()[0]}", stacklevel=2)
             return plain(*args)

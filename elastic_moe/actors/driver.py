@@ -6,6 +6,7 @@ checkpoint and a clean end, the second ends at once.
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import sys
@@ -31,6 +32,7 @@ from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import UserError
 from elastic_moe.metrics.format_event import format_event
 from elastic_moe.metrics.jsonl import Tail, read_jsonl
+from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.wandb import Tracker
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
 from elastic_moe.run_dir import CONFIG, EVENTS, EXPERTS, FAULTS, METRICS, RAY, REPORT, TOKENIZER, checkpoint_root
@@ -64,7 +66,7 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
         config.seal()
         (run_dir / CONFIG).write_text(raw_yaml)
         tokenizer.save(run_dir / TOKENIZER)
-        tracker = Tracker(config.tracking, run_dir, asdict(config))
+        tracker = Tracker(config.tracking, run_dir, asdict(config) | {"units": units()}, os.environ)
         try:
             with ray_session(config), _signals() as stop:
                 return _Driver(config, prepared, tracker, stop).run()

@@ -1,4 +1,4 @@
-"""The reference of a run's records: `python -m elastic_moe.cli.records` prints metrics/README.md, with `--json FILE` a JSON schema."""
+"""The reference of a run's records: `elastic-moe records` prints metrics/README.md, or a JSON schema."""
 
 from __future__ import annotations
 

@@ -92,7 +92,10 @@ def read_history(run_dir: str | Path) -> tuple[list[PlacementRecord], list[LoadR
 
 
 def load_share(loads: Sequence[LoadRecord], layer: int, expert: int, step: int) -> float | None:
-    """An expert's tokens over its layer's mean, in the record that covers a step, else in the last one; None without records."""
+    """An expert's tokens over its layer's mean.
+
+    The loads are those of the record that covers the step, else of the last record. Returns None without records.
+    """
     covering = next((record for record in loads if record.step >= step), loads[-1] if loads else None)
     if covering is None:
         return None

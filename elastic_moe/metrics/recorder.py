@@ -1,8 +1,9 @@
-"""Writes the records of a run: metrics.jsonl (committed steps), events.jsonl and experts.jsonl (placements and loads of experts).
+"""Writes the records of a run: metrics.jsonl, events.jsonl, and experts.jsonl for placements and loads.
 
-These files are the truth about a run; trackers get copies. A step may arrive more than once, because every new generation repeats recent
-records in case the coordinator lost them; a step that is already there is dropped. Steps may also arrive out of order from two workers when the first
-rank changes; a step whose predecessor is missing waits for it a while. A full disk delays lines and does not stop the run.
+These files are the truth about a run; trackers get copies. A step may arrive more than once, because every new
+generation repeats recent records in case the coordinator lost them; a step that is already there is dropped. Steps may
+also arrive out of order from two workers when the first rank changes; a step whose predecessor is missing waits for it
+a while. A full disk delays lines and does not stop the run.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Recorder:
         return self._last
 
     def record(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Record a committed step. Returns what was written: nothing, this one, or with it those that had waited for it."""
+        """Record a committed step. Returns the records written: none, this one, or also those that waited for it."""
         with self._lock:
             step = int(record["step"])
             if step >= self._next:
@@ -76,7 +77,7 @@ class Recorder:
             file.append({"time": self._clock()} | dict(event))
 
     def truncate_after(self, step: int) -> int:
-        """Forget records of later steps: the run fell back to this one. Returns how many were dropped."""
+        """Drop records of later steps, after a roll-back to this one. Returns the number of dropped records."""
         with self._lock:
             held, dropped = self._metrics.keep_held(lambda value: int(value["step"]) <= step)
             self._last, cut = None, -1

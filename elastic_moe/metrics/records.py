@@ -1,4 +1,4 @@
-"""Reads the records of a run, with the names of today: runs of earlier versions have other ones, and are translated here."""
+"""Reads the records of a run. Names that earlier versions wrote are translated here to those of today."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Every key of a run's records, declared once: metrics.jsonl, events.jsonl and experts.jsonl.
 
-The reference in README.md of this folder, the JSON schemas that a test applies to a real run, the titles in the report and the units that
-trackers are given are made from these declarations. A key that is written and not declared here fails that test.
+The reference in README.md of this folder, the JSON schemas that a test applies to a real run, the titles in the report
+and the units that trackers are given are made from these declarations. A key that is written and not declared here
+fails that test.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ STEP_KEYS = (
     Key("lr", "number", "", "Learning rate of this step's update."),
     Key("grad_norm", "number or null", "", "Global norm of the gradient of the mean loss, before clipping."),
     Key("generation", "integer", "", "Generation of the view that committed the step."),
-    Key("world_size", "integer", "ranks", "Active ranks of that view; a draining rank does not count."),
+    Key("world_size", "integer", "", "Number of active ranks of that view; a draining rank does not count."),
     Key("step_s", "number", "s", "Duration of the step on the rank that reports it."),
     Key("tokens_per_s", "number", "tokens/s", "`tokens` over `step_s`."),
     Key("balance", "number", "", "Expert rows of the mean rank over those of the slowest one; 1 is perfect."),
@@ -140,7 +141,7 @@ EVENT_KINDS = (
         "The coordinator has published a membership.",
         (
             Key("planned", "boolean", "", "Whether the old view stays valid until the members agree at a vote."),
-            Key("world_size", "integer", "ranks", "Active ranks of the view."),
+            Key("world_size", "integer", "", "Number of active ranks of the view."),
             Key("members", "list of strings", "", "Ids of its workers, by rank."),
         ),
     ),
@@ -148,7 +149,7 @@ EVENT_KINDS = (
         "entered",
         "Every part of the state has an owner in the new view, and steps go on.",
         (
-            Key("world_size", "integer", "ranks", "Active ranks of the view."),
+            Key("world_size", "integer", "", "Number of active ranks of the view."),
             Key("source", "string", "", "Origin of the state: `peers`, `checkpoint` or `initialisation`."),
             Key("lost_steps", "integer", "steps", "Committed steps that have to be made again."),
             Key("rolled_forward", "integer", "ranks", "Ranks that applied the last vote only now."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import colorsys
 import html
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -55,6 +56,15 @@ def padded_range(values: Sequence[float]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
+def ticks(low: float, high: float, most: int, least: float = 0.0) -> list[float]:
+    """Round values from low to high, at most `most` and one more, at least `least` apart."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = max(next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough), least)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
 def curve(name: str, points: Sequence[tuple[float, float]], marks: Sequence[float] = ()) -> str:
     """A heading and one line over the steps, as HTML; "" without points.
 
@@ -75,11 +85,10 @@ def curve(name: str, points: Sequence[tuple[float, float]], marks: Sequence[floa
         return f"{TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low) + shift:.1f}"
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">']
-    for i in range(4):
-        value = low + (high - low) * i / 3
+    for value in ticks(low, high, 4):
         parts += [
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value)}" y2="{y(value)}" stroke="#e4e4e4"/>',
-            f'<text x="{LEFT - 6}" y="{y(value, 4)}" text-anchor="end">{value:.4g}</text>',
+            f'<text x="{LEFT - 6}" y="{y(value, 4)}" text-anchor="end">{value:,g}</text>',
         ]
     top, bottom = TOP, HEIGHT - BOTTOM
     parts += [

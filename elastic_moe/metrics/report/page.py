@@ -1,12 +1,14 @@
 """A run as one HTML page: `report.html` in its directory. One file without scripts or links.
 
-Curves over the steps with the changes of membership, and three pictures of every MoE layer over time with one row per expert: its load, the
-rank of its home, and the number of its copies. Pictures are PNG, with a pixel per expert and record.
+It shows a picture over wall-clock time, and curves over the steps with the changes of membership. Each MoE layer has
+three pictures over time, with one row per expert: its load, the rank of its home, and the number of its copies. These
+are PNG, with a pixel per expert and record.
 """
 
 from __future__ import annotations
 
 import html
+from base64 import b64encode
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 from elastic_moe.metrics.expert_history import COPY_CAME, HOME_CAME, LoadRecord, PlacementRecord, read_history
 from elastic_moe.metrics.records import read_events, read_metrics
 from elastic_moe.metrics.report.drawing import HOT, Colour, curve, heat, hue, png, thinned
+from elastic_moe.metrics.report.timeline import timeline_of
+from elastic_moe.metrics.report.timeline_svg import timeline_svg
 from elastic_moe.metrics.schema import units
 from elastic_moe.run_dir import EXPERTS, REPORT
 
@@ -32,7 +36,8 @@ MAX_TIMES = 200  # columns of the pictures of homes and copies
 STYLE = """
 body { font: 15px/1.45 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
 h2 { margin-top: 2em } td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top }
-img { image-rendering: pixelated; width: 100%; border: 1px solid #ccc } svg { width: 100% } .note { color: #666 }
+img { image-rendering: pixelated; width: 100%; border: 1px solid #ccc } .timeline { border: 0 }
+svg { width: 100% } .note { color: #666 }
 details { margin: .6em 0 } .three { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1em }
 """
 
@@ -61,11 +66,13 @@ def _body(run_dir: Path) -> Iterator[str]:
         f"{max(len(entered) - 1, 0)} changes of membership (red lines), "
         f"{sum(event.get('lost_steps', 0) for event in entered)} steps lost.</p>"
     )
+    picture = timeline_svg(timeline_of(records, events), title="Over wall-clock time")
+    yield f'<img class="timeline" src="data:image/svg+xml;base64,{b64encode(picture.encode()).decode()}" alt="">'
     marks = [float(event["step"]) for event in entered[1:]]
     unit_of = units()
     for key, title in CURVES:
         points = [(record["step"], record[key]) for record in thinned(records) if record.get(key) is not None]
-        yield curve(f"{title}, {unit_of[key]}" if key in unit_of else title, points, marks)
+        yield curve(f"{title} ({unit_of[key]})" if key in unit_of else title, points, marks)
     if (run_dir / EXPERTS).exists():
         history, loads = read_history(run_dir)
         if history:

@@ -1,0 +1,1 @@
+"""Copies of a run's metrics for other systems, one file per system."""

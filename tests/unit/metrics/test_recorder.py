@@ -38,7 +38,8 @@ def test_continues_an_existing_run(tmp_path: Path) -> None:
     first.close()
     second = Recorder(tmp_path)
     assert second.last_step == 7
-    assert not second.record({"step": 7}) and second.record({"step": 8})
+    assert not second.record({"step": 7})
+    assert second.record({"step": 8})
     assert steps_in(tmp_path) == [7, 8]
     second.close()
 

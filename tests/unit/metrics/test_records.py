@@ -27,9 +27,9 @@ def test_old_names_are_translated(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_records_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="metrics.jsonl"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
         read_metrics(tmp_path)
-    with pytest.raises(UserError, match="experts.jsonl"):
+    with pytest.raises(UserError, match=r"experts\.jsonl"):
         read_expert_records(tmp_path)
     assert read_events(tmp_path) == []
 

@@ -14,9 +14,9 @@ from elastic_moe.metrics.schema import COMMON_KEYS, EVENT_KINDS, EXPERT_KINDS, S
 from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
 
 STEP = {
-    "step": 1, "loss": None, "tokens": 64, "lr": 1e-3, "grad_norm": 0.5, "generation": 1, "world_size": 2, "step_s": 0.1,
-    "tokens_per_s": 640.0, "balance": 1.0, "layer_balance": [1, 0.5], "layer_max_load": [1.5], "cross_node_rows": 3,
-    "time": 1.5e9,
+    "step": 1, "loss": None, "tokens": 64, "lr": 1e-3, "grad_norm": 0.5, "generation": 1, "world_size": 2,
+    "step_s": 0.1, "tokens_per_s": 640.0, "balance": 1.0, "layer_balance": [1, 0.5], "layer_max_load": [1.5],
+    "cross_node_rows": 3, "time": 1.5e9,
 }  # fmt: skip
 
 
@@ -82,7 +82,8 @@ def test_names_that_others_rely_on() -> None:
 
 
 def test_a_step_record_is_held_against_its_keys() -> None:
-    assert valid(METRICS, STEP) and valid(METRICS, STEP | {"mtp_loss": 1.0})
+    assert valid(METRICS, STEP)
+    assert valid(METRICS, STEP | {"mtp_loss": 1.0})
     assert not valid(METRICS, STEP | {"unknown": 1})
     assert not valid(METRICS, STEP | {"tokens": "64"})
     assert not valid(METRICS, {key: value for key, value in STEP.items() if key != "balance"})
@@ -100,4 +101,6 @@ def test_events_are_held_against_their_own_kind() -> None:
 
 
 def test_units() -> None:
-    assert units()["step_s"] == "s" and units()["tokens_per_s"] == "tokens/s" and "balance" not in units()
+    assert units()["step_s"] == "s"
+    assert units()["tokens_per_s"] == "tokens/s"
+    assert "balance" not in units()

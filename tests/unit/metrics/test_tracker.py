@@ -12,7 +12,8 @@ import pytest
 
 from elastic_moe.config.schema import TrackingConfig
 from elastic_moe.errors import UserError
-from elastic_moe.metrics.sinks.wandb import MAX_QUEUED, Tracker, has_account, wandb_mode
+from elastic_moe.metrics.sinks.background import MAX_QUEUED
+from elastic_moe.metrics.sinks.wandb import Tracker, has_account, wandb_mode
 
 HERE = {"HOME": "/nonexistent"}
 
@@ -42,9 +43,7 @@ class Memory:
 
 
 def tracker_of(backend: Memory, failures: list[str], setting: str = "auto", **config: Any) -> Tracker:
-    return Tracker(
-        TrackingConfig(wandb=setting), "unused", config, failures.append, backend=lambda: backend, environ=HERE
-    )
+    return Tracker(TrackingConfig(wandb=setting), "unused", config, HERE, failures.append, backend=lambda: backend)
 
 
 def test_everything_arrives_in_order() -> None:
@@ -59,7 +58,8 @@ def test_everything_arrives_in_order() -> None:
         ("log", (2, {"loss": 1.0})),
         ("finish", None),
     ]
-    assert not failures and not tracker.failed
+    assert not failures
+    assert not tracker.failed
 
 
 @pytest.mark.parametrize("fails_at", ["config", "log", "finish"])
@@ -69,7 +69,9 @@ def test_failure_is_reported_once_and_never_raised(fails_at: str) -> None:
     for step in range(10):
         tracker.log({"loss": 1.0}, step)
     assert not tracker.close()
-    assert tracker.failed and len(failures) == 1 and "no route" in failures[0]
+    assert tracker.failed
+    assert len(failures) == 1
+    assert "no route" in failures[0]
     tracker.log({"loss": 1.0}, 11)
     assert not tracker.close()
 
@@ -81,7 +83,7 @@ def test_failure_to_start_and_to_report() -> None:
     def report(reason: str) -> None:
         raise RuntimeError(reason)
 
-    tracker = Tracker(TrackingConfig(), "unused", {}, report, backend=make, environ=HERE)
+    tracker = Tracker(TrackingConfig(), "unused", {}, HERE, report, backend=make)
     assert not tracker.close()
 
 
@@ -125,7 +127,7 @@ def test_mode(setting: str, environ: Mapping[str, str], mode: str) -> None:
 
 
 def test_unknown_mode_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="tracking.wandb"):
+    with pytest.raises(UserError, match=r"tracking\.wandb"):
         wandb_mode("yes", {})
 
 
@@ -146,7 +148,7 @@ def test_account_in_netrc(tmp_path: Path) -> None:
 def test_offline_runs_of_wandb_itself(tmp_path: Path) -> None:
     failures: list[str] = []
     for name in ("a", "b"):  # one after the other, as in a sweep
-        tracker = Tracker(TrackingConfig(), tmp_path / name, {"seed": 0}, failures.append, environ=HERE)
+        tracker = Tracker(TrackingConfig(), tmp_path / name, {"seed": 0}, HERE, failures.append)
         tracker.log({"loss": 1.0}, 1)
         assert tracker.close(timeout_s=60), failures
         assert list(tmp_path.glob(f"{name}/wandb/offline-run-*/*.wandb"))

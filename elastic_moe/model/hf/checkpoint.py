@@ -1,8 +1,8 @@
 """Hugging Face checkpoint directories, read and written tensor by tensor.
 
-A reader opens a directory's headers and then only what it is asked for, so a worker reads the units it owns and no process needs to see all
-weights; a writer takes one tensor at a time and fills shards of a bounded size. Names and layouts are those of hf_families.py.
-Needs safetensors beside torch.
+A reader opens the headers of a directory's files and then reads only the tensors it is asked for. So a worker reads the
+units it owns, and no process needs to see all weights. A writer takes one tensor at a time and fills files of a bounded
+size. Names and layouts are those of families.py. Needs safetensors besides torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.experts.local import LocalExperts
-from elastic_moe.model.hf.families import FAMILIES, config_of, family_of, fields_from
+from elastic_moe.model.hf.config_json import config_of, family_of, fields_from
+from elastic_moe.model.hf.families import FAMILIES
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.types import ParamSpec
@@ -29,10 +30,10 @@ SHARD_BYTES = 4 << 30
 
 
 def read_fields(directory: str | Path) -> dict[str, Any]:
-    """Fields of ModelConfig that the directory's config.json implies.
+    """Fields of ModelConfig that the config.json of a directory implies.
 
     Raises:
-        UserError: no such file, or a model that cannot be expressed.
+        UserError: the file cannot be read, or its model cannot be expressed.
     """
     return fields_from(_config(Path(directory)), str(Path(directory) / "config.json"))
 
@@ -47,7 +48,7 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def _aliases(name: str) -> Iterable[str]:
-    """A tensor's name, and what DeepSeek's own V4 files call it."""
+    """A tensor's name in transformers, and its name in DeepSeek's own V4 files."""
     yield name
     bare = name.removeprefix("model.")
     yield (
@@ -58,14 +59,15 @@ def _aliases(name: str) -> Iterable[str]:
 
 
 class HFCheckpoint:
-    """A directory of safetensors, by our parameter names.
+    """A directory of safetensors, read by our parameter names.
 
     Args:
         directory: with config.json and one or several safetensors files.
-        cfg: the model's shape; that of the directory, with whatever else the caller adds.
+        cfg: the model's shape: the fields that the directory implies, and the caller's for the rest.
 
     Raises:
-        UserError: a tensor is missing or has another shape, a file cannot be read, or weights are left that this model has no place for.
+        UserError: a tensor is missing or has another shape, a file cannot be read, or the files hold weights that this
+            model has no place for.
     """
 
     def __init__(self, directory: str | Path, cfg: ModelConfig) -> None:
@@ -100,7 +102,7 @@ class HFCheckpoint:
             raise UserError(f"{self._directory / file} cannot be read: {error}.") from error
 
     def _find(self, ours: str) -> str | None:
-        """Name in the files of a parameter of ours."""
+        """Name in the files of a parameter of ours; None when the family has no such parameter."""
         theirs = self._family.name(ours)
         if theirs is None:
             return None
@@ -124,7 +126,7 @@ class HFCheckpoint:
             raise UserError(f"{self._directory}: this model has no place for {extra[0]} and {len(extra) - 1} others.")
 
     def _is_ignored(self, name: str, cfg: ModelConfig) -> bool:
-        """Empty tensors, rotary tables, and multi-token prediction, which transformers drops too."""
+        """Whether to leave a tensor out: empty, a rotary table, or of multi-token prediction, as transformers does."""
         empty = 0 in self._shapes[name]
         predicts = name.startswith("mtp.") or f".layers.{cfg.num_layers}." in f".{name}"
         return empty or predicts or name.endswith("rotary_emb.inv_freq") or (self._tied and name == "lm_head.weight")
@@ -140,7 +142,7 @@ class HFCheckpoint:
 
 
 class _ShardWriter:
-    """Collects tensors into files of a bounded size, and writes the index."""
+    """Writes tensors to files of a bounded size, and the index when it is closed."""
 
     def __init__(self, directory: Path, shard_bytes: int) -> None:
         self._directory, self._limit = directory, shard_bytes
@@ -185,16 +187,19 @@ def write_checkpoint(
     """Write config.json and safetensors that `transformers` loads with `from_pretrained`.
 
     Args:
+        directory: is created; must not have a config.json.
+        cfg: the model's shape.
         read: fp32 value of a parameter; called once for each, in order.
         seq_len: longest sequence trained on.
         dtype: of the weights written; router biases and tables keep theirs.
-        progress: wraps the parameters on their way.
+        shard_bytes: size that a file may reach.
+        progress: wraps the iteration over the parameters, for instance to show its progress.
 
     Returns:
         Names of our parameters that the format has no place for: those of the multi-token prediction.
 
     Raises:
-        UserError: the model cannot be expressed, or the directory has a checkpoint already.
+        UserError: the model cannot be expressed, or the directory has a config.json already.
     """
     kind = family_of(cfg)
     family, target = FAMILIES[kind], Path(directory)
@@ -202,11 +207,12 @@ def write_checkpoint(
     if (target / "config.json").exists():
         raise UserError(f"{target} has a config.json already; name another directory.")
     target.mkdir(parents=True, exist_ok=True)
-    writer, left = _ShardWriter(target, shard_bytes), []
+    writer = _ShardWriter(target, shard_bytes)
+    unwritten: list[str] = []
     for spec in progress(param_specs(cfg)):
         name = None if spec.name.startswith("mtp.") else family.name(spec.name)
         if name is None:
-            left.append(spec.name)
+            unwritten.append(spec.name)
             continue
         tensor = family.layout(spec.name)(read(spec))
         if spec.optimizer == "frozen":
@@ -222,18 +228,19 @@ def write_checkpoint(
         writer.add(name, torch.empty(shape, dtype=dtype))
     writer.close()
     (target / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    return left
+    return unwritten
 
 
 def _refuse_bias(name: str, bias: torch.Tensor) -> None:
     if bias.any():
         raise UserError(
-            f"{name} is not zero, and Hugging Face's qwen3_moe has no balancing bias: train with model.bias_update_speed=0."
+            f"{name} is not zero, and Hugging Face's qwen3_moe has no balancing bias: "
+            "train with model.bias_update_speed=0."
         )
 
 
 def _empty_shared(cfg: ModelConfig, kind: str) -> Mapping[str, tuple[int, int]]:
-    """The shared expert of width 0 that two families insist on."""
+    """Shapes by name of the shared experts of width 0 that two families require, where the model has none."""
     if cfg.num_shared_experts or kind not in ("deepseek_v3", "glm4_moe"):
         return {}
     shapes = {"gate": (0, cfg.hidden_size), "up": (0, cfg.hidden_size), "down": (cfg.hidden_size, 0)}
@@ -245,10 +252,14 @@ def _empty_shared(cfg: ModelConfig, kind: str) -> Mapping[str, tuple[int, int]]:
 
 
 def load_model(directory: str | Path, **fields: Any) -> tuple[ModelConfig, Transformer, LocalExperts]:
-    """The whole model of a directory in this process; for tests, small models and single devices.
+    """Load the whole model of a directory into this process; for tests, small models and single devices.
 
     Args:
-        fields: fields of ModelConfig beside those of the directory.
+        directory: see `HFCheckpoint`.
+        fields: fields of ModelConfig besides those of the directory.
+
+    Raises:
+        UserError: as `HFCheckpoint`.
     """
     cfg = ModelConfig(**{**read_fields(directory), **fields})
     checkpoint, experts = HFCheckpoint(directory, cfg), LocalExperts(cfg)
@@ -263,6 +274,6 @@ def load_model(directory: str | Path, **fields: Any) -> tuple[ModelConfig, Trans
 
 
 def named_tensors(model: Transformer, experts: LocalExperts) -> dict[str, torch.Tensor]:
-    """Views of every parameter and buffer of a whole model, by the names of `param_specs`; without gradients."""
+    """Views of every parameter and buffer of a whole model, by the names of `param_specs`, without gradients."""
     tensors = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())
     return tensors | experts.named_views()

@@ -91,6 +91,27 @@ class ParamSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelStats:
+    """Statistics that a model returns with its loss, in this order. They add up over micro-batches and over ranks.
+
+    Attributes:
+        mtp_sum: cross-entropy of the multi-token prediction, summed over its targets, in nats.
+        mtp_tokens: number of those targets.
+        index_sum: loss of the attention's indexers, summed over tokens.
+        gain_forward: largest absolute row sum of the product of the residual maps, as a mean over the positions of the
+            batch's first sequence; 0 where the rank does not observe that sequence.
+        gain_backward, gain_backward_min: the same of its largest and of its smallest absolute column sum.
+    """
+
+    mtp_sum: float = 0.0
+    mtp_tokens: float = 0.0
+    index_sum: float = 0.0
+    gain_forward: float = 0.0
+    gain_backward: float = 0.0
+    gain_backward_min: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """A contiguous piece of one parameter inside a unit's flat vector.
 

@@ -13,7 +13,7 @@ Shapes: B sequences, S positions, D hidden, V vocabulary, L MoE layers, E expert
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,9 +29,9 @@ from elastic_moe.model.init import Init, init_in, init_param
 from elastic_moe.model.layers import Embedding, Layer, Linear, RMSNorm, SwiGLU
 from elastic_moe.model.moe import MoE
 from elastic_moe.model.residual.connections import ReadOut, Segments, composite_gains, expand_streams, make_residual
-from elastic_moe.types import ParamSpec
+from elastic_moe.types import ModelStats, ParamSpec
 
-STATS = ("mtp_sum", "mtp_tokens", "index_sum", "gain_forward", "gain_backward", "gain_backward_min")
+STATS = tuple(item.name for item in fields(ModelStats))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,7 @@ class LossOutput:
         ce_sum: cross-entropy alone, detached, fp32.
         num_tokens: number of targets.
         load_LE: int64, tokens routed to each expert of each MoE layer.
-        stats: fp64, by the names of STATS: cross-entropy of the token after the next, and their number; the indexers' loss; the composite gains of the
-            first sequence (zero unless watched).
+        stats: fp64, the values of `ModelStats` in its order; the gains are 0 unless watched.
     """
 
     loss_sum: torch.Tensor

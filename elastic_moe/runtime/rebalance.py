@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.config.schema import BalanceConfig
+from elastic_moe.control.vote import VoteResult
 from elastic_moe.plan.placement import Placement, Topology, plan_placement
 from elastic_moe.plan.split import slowest_times
 from elastic_moe.plan.state.ownership import Ownership, plan_ownership
 from elastic_moe.plan.state.transfers import Transfer, plan_transfers
-from elastic_moe.runtime.state import MEASURES, VoteResult, packed_numel
+from elastic_moe.runtime.state import packed_numel
 from elastic_moe.types import Unit, View
 
 BACKWARD = 2.0  # an expert's backward pass takes this many times as long as its forward pass
@@ -55,13 +56,13 @@ class _Rates:
     switch_s: float = 0.0
 
     def update(self, vote: VoteResult) -> None:
-        seen = dict(zip(MEASURES, vote.measures.tolist(), strict=True))
-        if seen["expert_rows"]:
-            self.row_s = _mix(self.row_s, (1 + BACKWARD) * seen["expert_s"] / seen["expert_rows"])
-        if seen["publish_bytes"] and seen["publish_s"]:
-            self.bytes_per_s = _mix(self.bytes_per_s, seen["publish_bytes"] / seen["publish_s"])
-        if seen["switch_s"]:
-            self.switch_s = _mix(self.switch_s, seen["switch_s"] / max(vote.world_size, 1))
+        seen = vote.measures
+        if seen.expert_rows:
+            self.row_s = _mix(self.row_s, (1 + BACKWARD) * seen.expert_s / seen.expert_rows)
+        if seen.publish_bytes and seen.publish_s:
+            self.bytes_per_s = _mix(self.bytes_per_s, seen.publish_bytes / seen.publish_s)
+        if seen.switch_s:
+            self.switch_s = _mix(self.switch_s, seen.switch_s / max(vote.world_size, 1))
 
 
 def _mix(old: float, new: float) -> float:

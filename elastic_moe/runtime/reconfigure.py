@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.control.vote import VoteResult, VoteShape, pack, packed_size, unpack
 from elastic_moe.optim.adamw import UnitState
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.transfer import exchange
@@ -21,7 +22,7 @@ from elastic_moe.plan.placement import Placement, Topology, default_slots, plan_
 from elastic_moe.plan.state.ownership import NONE, Ownership, plan_ownership
 from elastic_moe.plan.state.transfers import Transfer, plan_transfers
 from elastic_moe.runtime.exchange.exchanger import homes_from_roles
-from elastic_moe.runtime.state import HeldState, VoteResult, merge_roles, packed_numel, unpack_state
+from elastic_moe.runtime.state import HeldState, merge_roles, packed_numel, unpack_state
 from elastic_moe.runtime.step import Progress
 from elastic_moe.types import ParamSpec, Unit, View
 
@@ -84,11 +85,12 @@ def agree(
     behind = (status_R3[:, 0] == newest - 1) & (status_R3[:, 1] == newest) & (status_R3[:, 0] >= 0)
     if newest > 0:
         leader = int(np.flatnonzero(status_R3[:, 0] == newest)[0])
-        packed = torch.zeros(VoteResult.packed_size(*shape), dtype=torch.float64)
+        sizes = VoteShape(*shape)
+        packed = torch.zeros(packed_size(VoteResult, sizes), dtype=torch.float64)
         if group.rank == leader and progress.vote is not None:
-            packed = progress.vote.pack()
+            packed = torch.from_numpy(pack(progress.vote))
         group.broadcast(packed, leader)
-        vote = VoteResult.unpack(packed, *shape)
+        vote = unpack(VoteResult, packed.numpy(), sizes)
         if behind[group.rank]:
             for held in holdings:
                 commit(held, vote)

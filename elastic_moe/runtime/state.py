@@ -13,96 +13,17 @@ import numpy as np
 import torch
 
 from elastic_moe.config.schema import ModelConfig, OptimConfig
-from elastic_moe.model.transformer import STATS
+from elastic_moe.control.vote import VoteResult
 from elastic_moe.optim.adamw import UnitState, apply_adamw, apply_bias
 from elastic_moe.plan.state.ownership import NONE
 from elastic_moe.types import Unit
 
-MEASURES = ("expert_s", "expert_rows", "far_rows", "publish_s", "publish_bytes", "switch_s")
-VOTE_HEAD = 8 + len(STATS) + len(MEASURES)  # scalars before the layers' times and loads in a packed vote
 FIELDS = {"adamw": ("weight", "m", "v"), "bias": ("weight",), "frozen": ("weight",)}
 
 
 def packed_numel(unit: Unit) -> int:
     """Elements of a unit's whole state as it travels: weight, and moments where it has them."""
     return unit.numel * len(FIELDS[unit.optimizer])
-
-
-@dataclass(frozen=True, slots=True)
-class VoteResult:
-    """The outcome of a step's vote, equal on every rank; completing the vote is the commit.
-
-    Attributes:
-        step: the step it commits.
-        ce_sum, tokens: cross-entropy summed over tokens, and their number.
-        grad_norm: global norm of the mean-loss gradient before clipping.
-        finite: whether every rank's gradients were finite; if not, the step is committed without an update.
-        balance: mean over slowest rank's expert tokens, 1 for perfect balance.
-        generation, world_size: of the view that voted; world_size counts active ranks.
-        load_LE: tokens routed to each expert of each MoE layer.
-        stats: sums over the ranks, by the names of `model.transformer.STATS`.
-        measures: sums over the ranks, by the names of `MEASURES`: seconds of expert compute, rows computed, rows that left their node,
-            seconds and bytes of the last publication, seconds of the last change of placement.
-        layer_time_L: expert rows of the slowest rank over the mean, per MoE layer.
-    """
-
-    step: int
-    ce_sum: float
-    tokens: float
-    grad_norm: float
-    finite: bool
-    balance: float
-    generation: int
-    world_size: int
-    load_LE: np.ndarray
-    stats: np.ndarray
-    measures: np.ndarray
-    layer_time_L: np.ndarray
-
-    @property
-    def loss(self) -> float:
-        return self.ce_sum / max(self.tokens, 1.0)
-
-    def pack(self) -> torch.Tensor:
-        head = [self.step, self.ce_sum, self.tokens, self.grad_norm, float(self.finite)]
-        head += [self.balance, self.generation, self.world_size, *self.stats.tolist(), *self.measures.tolist()]
-        return torch.from_numpy(np.concatenate([head, self.layer_time_L, self.load_LE.ravel()]).astype(np.float64))
-
-    @staticmethod
-    def packed_size(num_layers: int, num_experts: int) -> int:
-        """Elements of a packed vote."""
-        return VOTE_HEAD + num_layers + num_layers * num_experts
-
-    @staticmethod
-    def unpack(vector: torch.Tensor, num_layers: int, num_experts: int) -> VoteResult:
-        head = vector[:VOTE_HEAD].tolist()
-        step, ce_sum, tokens, grad_norm, finite, balance, generation, world_size = head[:8]
-        layer_time_L, loads = np.split(vector[VOTE_HEAD:].numpy().copy(), [num_layers])
-        stats, measures = np.split(np.array(head[8:]), [len(STATS)])
-        return VoteResult(
-            int(step),
-            ce_sum,
-            tokens,
-            grad_norm,
-            finite > 0,
-            balance,
-            int(generation),
-            int(world_size),
-            loads.reshape(num_layers, num_experts),
-            stats,
-            measures,
-            layer_time_L,
-        )
-
-    def extras(self) -> dict[str, float]:
-        """Metrics that only some models have: the token after the next, the indexers, the streams."""
-        stats = dict(zip(STATS, self.stats.tolist(), strict=True))
-        extras = {name: stats[name] for name in STATS if name.startswith("gain") and stats["gain_forward"]}
-        if stats["mtp_tokens"]:
-            extras["mtp_loss"] = stats["mtp_sum"] / stats["mtp_tokens"]
-        if stats["index_sum"]:
-            extras["index_loss"] = stats["index_sum"] / max(self.tokens, 1.0)
-        return extras
 
 
 @dataclass

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.control.vote import Ballot, Measures, VoteResult, VoteShape, pack, result_of, unpack
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.backend import TrainableExperts
 from elastic_moe.model.sampling import pick
@@ -26,7 +27,8 @@ from elastic_moe.parallel.reproducible import Grid
 from elastic_moe.plan.batch import sample_ids, split_batch
 from elastic_moe.runtime.exchange.exchanger import Exchanger, Layout
 from elastic_moe.runtime.gradients import DenseGradients
-from elastic_moe.runtime.state import MEASURES, HeldState, VoteResult
+from elastic_moe.runtime.state import HeldState
+from elastic_moe.types import ModelStats
 
 RECENT_RECORDS = 16
 
@@ -83,6 +85,21 @@ def share_of_batch(layout: Layout, global_batch: int, whole: int = 1) -> list[sl
     members = layout.view.members
     shares = split_batch(-(-global_batch // whole), [0.0 if m.draining else m.speed for m in members])
     return [slice(min(s.start * whole, global_batch), min(s.stop * whole, global_batch)) for s in shares]
+
+
+def _extras(vote: VoteResult) -> dict[str, float]:
+    """Metrics that only some models have: the token after the next, the indexers, the streams."""
+    stats = vote.stats
+    extras: dict[str, float] = {}
+    if stats.gain_forward:
+        extras["gain_forward"] = stats.gain_forward
+        extras["gain_backward"] = stats.gain_backward
+        extras["gain_backward_min"] = stats.gain_backward_min
+    if stats.mtp_tokens:
+        extras["mtp_loss"] = stats.mtp_sum / stats.mtp_tokens
+    if stats.index_sum:
+        extras["index_loss"] = stats.index_sum / max(vote.tokens, 1.0)
+    return extras
 
 
 class StepRunner:
@@ -176,54 +193,44 @@ class StepRunner:
         progress.reduced = step
         self._fault(step, "vote")
         reconfigure, stop = control_flags()
-        work = session.experts.statistics()
-        rank_load = np.zeros(session.group.world_size)
-        rank_load[session.rank] = work.local_tokens
-        ballot = np.concatenate(
-            [
-                [ce_sum, tokens, square if np.isfinite(square) else 0.0, float(not np.isfinite(square))],
-                [float(reconfigure), float(stop)],
-                stats,
-                [work.compute_s, work.local_tokens, work.cross_node_rows],
-                [session.exchanger.publish_s, session.exchanger.publish_bytes, session.switch_s],
-                rank_load,
-                load_LE.numpy().astype(np.float64).ravel(),
-            ]
+        view, work = session.layout.view, session.experts.statistics()
+        expert_rows_R = np.zeros(view.world_size)
+        expert_rows_R[session.rank] = work.local_tokens
+        ballot = Ballot(
+            ce_sum=ce_sum,
+            tokens=tokens,
+            grad_square=square if np.isfinite(square) else 0.0,
+            nonfinite=float(not np.isfinite(square)),
+            reconfigure=float(reconfigure),
+            stop=float(stop),
+            stats=ModelStats(*stats.tolist()),
+            measures=Measures(
+                expert_s=work.compute_s,
+                expert_rows=work.local_tokens,
+                cross_node_rows=work.cross_node_rows,
+                publish_s=session.exchanger.publish_s,
+                publish_bytes=session.exchanger.publish_bytes,
+                switch_s=session.switch_s,
+            ),
+            load_LE=load_LE.numpy().astype(np.float64),
+            expert_rows_R=expert_rows_R,
         )
-        result = torch.from_numpy(ballot)
-        session.group.all_reduce(result)
-        total = result.numpy()
-        world = session.group.world_size
-        ends = np.cumsum([len(STATS), len(MEASURES), world])
-        sums, measures, loads, counts = np.split(total[6:], ends)
-        active = session.layout.view.active_ranks
-        busiest = max(float(loads[r]) for r in active)
-        grad_norm = np.float32(np.sqrt(total[2]) / max(total[1], 1.0))  # fp64 noise of the sum's order ends here
-        vote = VoteResult(
-            step=step,
-            ce_sum=float(total[0]),
-            tokens=float(total[1]),
-            grad_norm=float(grad_norm),
-            finite=bool(total[3] == 0),
-            balance=float(loads.sum()) / len(active) / busiest if busiest else 1.0,
-            generation=session.layout.view.generation,
-            world_size=len(active),
-            load_LE=counts.reshape(load_LE.shape).copy(),
-            stats=sums.copy(),
-            measures=measures.copy(),
-            layer_time_L=work.layer_time_L.numpy(),
+        vector = torch.from_numpy(pack(ballot))
+        session.group.all_reduce(vector)
+        total = unpack(
+            Ballot, vector.numpy(), VoteShape(config.model.num_moe_layers, config.model.num_experts, view.world_size)
         )
+        vote = result_of(total, step, view, work.layer_time_L.numpy())
         self._fault(step, "apply")
         self.commit(held, progress, vote)
-        agreed = bool(total[4] == world)
         self._fault(step, "publish")
-        if not agreed:
+        if not total.all_reconfigure:
             session = rebalance(session, vote)
             session.exchanger.publish()
         record = progress.records[-1]
         record["step_s"] = time.perf_counter() - self._started_s
         record["tokens_per_s"] = vote.tokens / record["step_s"]
-        return StepResult(record, agreed, bool(total[5] > 0), session)
+        return StepResult(record, total.all_reconfigure, total.stop > 0, session)
 
     def commit(self, held: HeldState, progress: Progress, vote: VoteResult) -> None:
         """Apply a vote's result to the held state. Purely local, so a rank that has the result cannot fail to commit."""
@@ -247,9 +254,9 @@ class StepRunner:
                 "balance": vote.balance,
                 "layer_balance": [round(1 / float(t), 4) for t in vote.layer_time_L],
                 "layer_max_load": [round(float(w.max() / max(w.mean(), 1e-9)), 3) for w in vote.load_LE],
-                "cross_node_rows": int(vote.measures[MEASURES.index("far_rows")]),
+                "cross_node_rows": int(vote.measures.cross_node_rows),
                 "time": time.time(),
-                **vote.extras(),
+                **_extras(vote),
             }
         )
 

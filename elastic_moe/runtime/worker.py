@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.messages import ViewMessage
+from elastic_moe.control.vote import VoteResult
 from elastic_moe.data.prepare import Prepared
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.data.tokenizer import load_tokenizer
@@ -39,7 +40,7 @@ from elastic_moe.runtime.exchange.exchanger import ComputeTensors, Exchanger, La
 from elastic_moe.runtime.faults import Faults
 from elastic_moe.runtime.rebalance import Change, Rebalancer, moves_between
 from elastic_moe.runtime.reconfigure import Entered, enter_view, take_over
-from elastic_moe.runtime.state import HeldState, VoteResult
+from elastic_moe.runtime.state import HeldState
 from elastic_moe.runtime.step import GenerationContext, Progress, StepResult, StepRunner, share_of_batch
 from elastic_moe.runtime.warm_planner import warm_up as warm_up_planner
 from elastic_moe.types import ParamSpec, View

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 
 from elastic_moe.config.schema import BalanceConfig
+from elastic_moe.control.vote import Measures, VoteResult
 from elastic_moe.plan.placement import Topology, plan_placement
 from elastic_moe.plan.split import slowest_times
 from elastic_moe.plan.state.ownership import NONE, plan_ownership
 from elastic_moe.runtime.rebalance import Rebalancer, moves_between
-from elastic_moe.runtime.state import MEASURES, VoteResult
-from elastic_moe.types import Member, Part, Unit, View
+from elastic_moe.types import Member, ModelStats, Part, Unit, View
 
 RANKS, EXPERTS, LAYERS = 4, 16, 2
 VIEW = View(1, tuple(Member(f"w{r}", f"n{r // 2}", r) for r in range(RANKS)))
@@ -44,14 +44,24 @@ def _vote(balancer: Rebalancer, step: int, load_LE: np.ndarray, **measured: floa
     usual = {
         "expert_s": 1.0,
         "expert_rows": 1000.0,
-        "far_rows": 0.0,
+        "cross_node_rows": 0.0,
         "publish_s": 1.0,
         "publish_bytes": 1e9,
         "switch_s": 0.0,
     }
-    measures = np.array([(usual | measured)[name] for name in MEASURES])
     time_L = slowest_times(load_LE, balancer.placement, [1.0] * RANKS)
-    return VoteResult(step, 1.0, 1.0, 1.0, True, 1.0, 1, RANKS, load_LE, np.zeros(0), measures, time_L)
+    sums = {"ce_sum": 1.0, "tokens": 1.0, "grad_square": 1.0, "nonfinite": 0.0, "reconfigure": 0.0, "stop": 0.0}
+    return VoteResult(
+        **sums,
+        stats=ModelStats(),
+        measures=Measures(**(usual | measured)),
+        load_LE=load_LE,
+        step=step,
+        generation=1,
+        world_size=RANKS,
+        balance=1.0,
+        layer_time_L=time_L,
+    )
 
 
 def _on_one_rank(balancer: Rebalancer) -> list[int]:

@@ -1,5 +1,6 @@
 # Shared by the scripts: where the repository is, and a virtual environment of its own in .venv, made once.
-# Source it; then call ensure_venv and use "$PYTHON". A stamp of pyproject.toml's hash says whether .venv is up to date.
+# Source it; then call ensure_venv and use "$PYTHON". The versions of all packages are those of constraints.txt.
+# A stamp of pyproject.toml and constraints.txt says whether .venv is up to date.
 
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -19,10 +20,14 @@ find_python() { # the first interpreter of version 3.11 or later
     return 1
 }
 
+torch_pin() { # the line of pyproject.toml that pins torch, as pip takes it
+    sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' "$ROOT/pyproject.toml" | head -n 1
+}
+
 ensure_venv() {
-    local base stamp="$ROOT/.venv/.pyproject.sha256" hash torch
+    local base stamp="$ROOT/.venv/.stamp.sha256" hash pip
     base="$(find_python)"
-    hash="$("$base" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$ROOT/pyproject.toml")"
+    hash="$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | "$base" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
     if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ]; then
         return
     fi
@@ -30,11 +35,11 @@ ensure_venv() {
         say "making a virtual environment in $ROOT/.venv"
         "$base" -m venv "$ROOT/.venv"
     fi
-    torch="$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' "$ROOT/pyproject.toml" | head -n 1)"
-    say "installing $torch (the first time takes minutes)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$torch"
+    pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint "$ROOT/constraints.txt")
+    say "installing $(torch_pin) (the first time takes minutes)"
+    "${pip[@]}" "$(torch_pin)"
     say "installing elastic_moe and its other dependencies"
-    (cd "$ROOT" && "$PYTHON" -m pip install --quiet --disable-pip-version-check -e '.[dev]')
+    (cd "$ROOT" && "${pip[@]}" -e '.[dev]')
     say "compiling the planner"
     "$PYTHON" -m elastic_moe.plan.warm
     printf '%s\n' "$hash" >"$stamp"

@@ -20,14 +20,18 @@ pytestmark = pytest.mark.timeout(300)
 
 def _config(run_dir: Path, steps: int, **elastic: int) -> TrainConfig:
     """The tests' small model with the default initial weights, bias speed and learning rate: near ties are common."""
-    config = with_steps(tiny_config(run_dir, CORPUS, reproducible=True, **elastic), steps)
+    return default_scale(with_steps(tiny_config(run_dir, CORPUS, reproducible=True, **elastic), steps))
+
+
+def default_scale(config: TrainConfig) -> TrainConfig:
+    """The model's default initial weights, bias speed and learning rate, and small micro-batches."""
     usual = ModelConfig()
     model = replace(config.model, init_std=usual.init_std, bias_update_speed=usual.bias_update_speed)
     optim = replace(config.optim, lr=OptimConfig().lr)
     return replace(config, model=model, optim=optim, data=replace(config.data, micro_batch=2))
 
 
-def _deepseek(config: TrainConfig) -> TrainConfig:
+def deepseek(config: TrainConfig) -> TrainConfig:
     """V4's attention with its indexer, streams, a hash layer, groups' successor scores, and multi-token prediction."""
     model = replace(
         config.model, attention="v4", residual="mhc", readout="learned", recompute=3, num_hash_layers=1, mtp_depth=1,
@@ -76,12 +80,12 @@ def test_disturbed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path: Path) ->
 
 
 def test_the_whole_model_family_in_one_disturbed_run(tmp_path: Path) -> None:
-    with LocalRun(_deepseek(_config(tmp_path / "a" / "run", 100_000, max_workers=MOST)), 3, nodes=2) as run:
+    with LocalRun(deepseek(_config(tmp_path / "a" / "run", 100_000, max_workers=MOST)), 3, nodes=2) as run:
         _disturb(run, seed=5, events=4)
         run.coordinator.submit({"event": "stop", "reason": "enough"})
         run.wait_end()
         disturbed, records = run.losses(), run.records()
-    with LocalRun(_deepseek(_config(tmp_path / "b" / "run", len(disturbed))), 1) as run:
+    with LocalRun(deepseek(_config(tmp_path / "b" / "run", len(disturbed))), 1) as run:
         run.wait_end()
         assert run.losses() == disturbed
         for key in ("mtp_loss", "index_loss", "gain_forward", "gain_backward", "gain_backward_min"):

@@ -150,3 +150,4 @@ def test_a_step_that_never_comes_is_given_up(tmp_path: Path) -> None:
         written = recorder.record({"step": step})
     assert [r["step"] for r in written] == list(range(2, MAX_EARLY + 3))
     assert [r["step"] for r in recorder.record({"step": MAX_EARLY + 3})] == [MAX_EARLY + 3]
+    recorder.close()

@@ -30,7 +30,7 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import UserError
-from elastic_moe.metrics.format_event import format_event
+from elastic_moe.metrics.format_event import format_event, format_loss
 from elastic_moe.metrics.jsonl import Tail, read_jsonl
 from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.wandb import Tracker
@@ -264,7 +264,7 @@ class _Driver:
             last = records[-1]
             bar.n = self.seen
             bar.set_postfix_str(
-                f"loss {last['loss']:.4f}  {last.get('tokens_per_s', 0):,.0f} tok/s  "
+                f"loss {format_loss(last['loss'])}  {last.get('tokens_per_s', 0):,.0f} tok/s  "
                 f"world {last.get('world_size', '?')}  gen {last.get('generation', '?')}"
             )
 
@@ -289,13 +289,13 @@ class _Driver:
         last = records[-1]
         generations = {record.get("generation") for record in records}
         print(
-            f"{last['step']} steps, loss {last['loss']:.4f}, {len(generations)} generation(s), "
+            f"{last['step']} steps, loss {format_loss(last['loss'])}, {len(generations)} generation(s), "
             f"last world size {last.get('world_size')}; {self.config.run.dir}"
         )
         for label, key in (("evaluated", "val_loss"), ("sample", "text")):
             found = [event[key] for event in events if event.get("event") == label and key in event]
             if found:
-                print(f"{key}: {found[-1]:.4f}" if isinstance(found[-1], float) else f"sample: {found[-1]}")
+                print(f"val_loss: {format_loss(found[-1])}" if key == "val_loss" else f"sample: {found[-1]}")
 
 
 __all__ = ["launch", "make_trainer", "start_coordinator", "train_function"]

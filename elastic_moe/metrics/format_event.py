@@ -1,4 +1,4 @@
-"""What a driver says about the events of a run while it goes on: one line for each that a person would want to know."""
+"""The lines that a driver prints while a run goes on: one for each event that a person wants to know of."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def format_event(event: dict[str, Any]) -> str | None:
-    """One line about an event of events.jsonl, or None if it is not worth one."""
+    """One line about an event of events.jsonl, or None for an event of no interest."""
     step = f"step {event.get('step', 0)}"
     match event["event"]:
         case "worker_lost" | "worker_evicted":
@@ -25,11 +25,16 @@ def format_event(event: dict[str, Any]) -> str | None:
         case "checkpoint_failed":
             return f"{step}: the checkpoint failed: {event.get('reason')}"
         case "evaluated":
-            return f"{step}: validation loss {event['val_loss']:.4f}"
+            return f"{step}: validation loss {format_loss(event['val_loss'])}"
         case _:
             return None
 
 
+def format_loss(loss: float | None) -> str:
+    """A loss with four digits; files have null for a loss that is not finite."""
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def _short(reason: str) -> str:
-    """Ids of 32 hexadecimal digits cut to their first eight."""
+    """The sentence with ids of 32 hexadecimal digits cut to their first eight."""
     return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{24}\b", r"\1", reason)

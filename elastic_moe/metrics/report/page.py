@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.metrics.expert_history import COPY_CAME, HOME_CAME, LoadRecord, PlacementRecord, read_history
+from elastic_moe.metrics.format_event import format_loss
 from elastic_moe.metrics.records import read_events, read_metrics
 from elastic_moe.metrics.report.drawing import HOT, Colour, curve, heat, hue, png, thinned
 from elastic_moe.metrics.report.timeline import timeline_of
@@ -60,9 +61,8 @@ def _body(run_dir: Path) -> Iterator[str]:
     records, events = read_metrics(run_dir), read_events(run_dir)
     entered = [event for event in events if event["event"] == "entered"]
     last = records[-1]
-    loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
     yield (
-        f"<p>{last['step']} steps committed, loss {loss}, {last['world_size']} workers at the end, "
+        f"<p>{last['step']} steps committed, loss {format_loss(last['loss'])}, {last['world_size']} workers at the end, "
         f"{max(len(entered) - 1, 0)} changes of membership (red lines), "
         f"{sum(event.get('lost_steps', 0) for event in entered)} steps lost.</p>"
     )

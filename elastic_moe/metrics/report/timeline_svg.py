@@ -32,7 +32,8 @@ STYLE = """
 text{fill:#1f2328;font:12px -apple-system,"Segoe UI","DejaVu Sans",Helvetica,Arial,sans-serif}
 .title{font-size:16px;font-weight:600}.dim{fill:#59636e}.end{text-anchor:end}.middle{text-anchor:middle}
 polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}.loss{stroke:#0969da}.speed{stroke:#8250df}
-.area{fill:#8250df;fill-opacity:.12;stroke:none}.workers{stroke:#57606a}.steps{fill:#57606a;fill-opacity:.15;stroke:none}
+.area{fill:#8250df;fill-opacity:.12;stroke:none}.workers{stroke:#57606a}
+.steps{fill:#57606a;fill-opacity:.15;stroke:none}
 line.lost{stroke:#cf222e}text.lost{fill:#cf222e}line.joined{stroke:#1a7f37}text.joined{fill:#1a7f37}
 line.left,line.resumed{stroke:#9a6700}text.left,text.resumed{fill:#9a6700}.mark{stroke-width:1.2;stroke-dasharray:4 3}
 @media (prefers-color-scheme:dark){.card{fill:#0d1117;stroke:#3d444d}.grid{stroke:#21262d}.axis{stroke:#59636e}

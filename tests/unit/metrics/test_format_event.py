@@ -1,11 +1,12 @@
-"""The lines that a driver prints about events, and the file they are read from."""
+"""The lines that a driver prints about events."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import inspect
+import re
 
 from elastic_moe.metrics.format_event import format_event
-from elastic_moe.metrics.jsonl import Tail
+from elastic_moe.metrics.schema import EVENT_KINDS
 
 WORKER = "0123456789abcdef0123456789abcdef"
 
@@ -27,14 +28,14 @@ def test_lines_for_what_a_person_wants_to_know() -> None:
     assert format_event(common | {"event": "worker_connected"}) is None
 
 
-def test_tail_reads_whole_lines_once_and_starts_anew_after_a_cut(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    tail = Tail(path)
-    assert tail.lines() == []
-    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert tail.lines() == [{"step": 1}, {"step": 2}]
-    with path.open("a") as file:
-        file.write('ep": 3}\n')
-    assert tail.lines()[-1] == {"step": 3}
-    path.write_text('{"step": 1}\n')
-    assert tail.lines() == [{"step": 1}]
+def test_a_loss_that_is_not_finite_is_null_in_the_file() -> None:
+    event = {"event": "evaluated", "step": 3, "val_loss": None}
+    assert format_event(event) == "step 3: validation loss not finite"
+    assert format_event(event | {"val_loss": 2.0}) == "step 3: validation loss 2.0000"
+
+
+def test_events_that_it_words_are_declared() -> None:
+    declared = {kind.name for kind in EVENT_KINDS}
+    cases = re.findall(r"case ([^:]*?)(?: if|:)", inspect.getsource(format_event))
+    worded = {name for case in cases for name in re.findall(r'"(\w+)"', case)}
+    assert {"worker_lost", "entered", "pause"} <= worded <= declared

@@ -83,5 +83,5 @@ class TrainableExperts(ExpertBackend, Protocol):
         ...
 
     def adopt(self, placement: Placement) -> None:
-        """Use another placement with the same number of slots per rank. The caller then sets the slots' weights anew."""
+        """Use another placement with the same number of slots per rank. The caller then sets the slots' weights."""
         ...

@@ -1,6 +1,6 @@
-"""Initial values: how a parameter's declaration says them, and the tensor that follows from a seed and a name.
+"""Initial values: how a parameter is declared, and its tensor for a seed and a name.
 
-A parameter's initial value is a pure function of (seed, name) and its specification. So any rank can make any piece of
+A parameter's initial value is a pure function of (seed, name) and its specification. So any rank can make any part of
 the model by itself, at any world size, and gets the same bits.
 """
 
@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 4096  # rows of a hash layer's table drawn in one call
 
 @dataclass(frozen=True, slots=True)
 class Init:
-    """How a parameter begins and is trained; the fields are those of `types.ParamSpec`."""
+    """A parameter's initial value and its optimizer; the fields are those of `types.ParamSpec`."""
 
     init: str = "normal"
     std: float = 0.02
@@ -31,22 +31,22 @@ class Init:
 
 
 def init_in(cfg: ModelConfig) -> Init:
-    """Of matrices that read the residual stream."""
+    """Declaration of a matrix that reads the residual stream."""
     return Init(std=cfg.init_std)
 
 
 def init_out(cfg: ModelConfig) -> Init:
-    """Of projections back into the residual stream: GPT-2's depth scaling (Radford et al. 2019, section 2.3)."""
+    """Declaration of a projection back into the residual stream: GPT-2's depth scaling (Radford et al. 2019, 2.3)."""
     return Init(std=cfg.init_std / math.sqrt(2 * cfg.num_layers))
 
 
 def constant(value: float) -> Init:
-    """Zeros or ones, without weight decay."""
+    """Declaration of zeros or ones, without weight decay."""
     return Init(init={0.0: "zeros", 1.0: "ones"}[value], decay=False)
 
 
 def init_param(spec: ParamSpec, seed: int) -> torch.Tensor:
-    """Initial fp32 value on the CPU; depends on (seed, name) and the spec alone, never on who asks or in what order."""
+    """Initial fp32 value on the CPU. It depends on (seed, name) and the specification alone, not on the caller."""
     if spec.init == "zeros":
         return torch.zeros(spec.shape)
     if spec.init == "ones":

@@ -1,8 +1,8 @@
-"""The small layers, which say how their parameters begin.
+"""The small layers, each of which declares its parameters.
 
-A parameter is declared once, where it is used, with its initial value and its optimizer; `params.param_specs` reads the
-declarations off a model on the meta device. So the list that ownership, checkpoints and recovery deal in cannot
-disagree with the model.
+A parameter is declared once, where it is used, with its initial value and its optimizer. `params.param_specs` reads the
+declarations from a model on the meta device. So the list of parameters that ownership, checkpoints and recovery use
+cannot disagree with the model.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.init import Init, constant, init_in, init_out
 
 
-class Layer(nn.Module):
-    """A module whose own parameters and buffers are declared.
+class DeclaredModule(nn.Module):
+    """A module that declares its own parameters and buffers.
 
     Attributes:
-        inits: name -> how it begins.
+        inits: the declaration of each, by its name.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Layer(nn.Module):
         self.inits: dict[str, Init] = {}
 
     def declare(self, name: str, shape: tuple[int, ...], init: Init) -> None:
-        """Register a parameter, or a buffer where no gradient trains it."""
+        """Register a parameter, or a buffer where no gradient trains it. `Transformer.initialize` sets its value."""
         tensor = torch.zeros(shape) if init.optimizer != "adamw" else torch.empty(shape)
         if init.optimizer == "adamw":
             self.register_parameter(name, nn.Parameter(tensor))
@@ -39,7 +39,7 @@ class Layer(nn.Module):
         self.inits[name] = init
 
 
-class Linear(Layer):
+class Linear(DeclaredModule):
     """y = x W^T (+ b); weight [out, in]."""
 
     weight: torch.Tensor
@@ -58,7 +58,7 @@ class Linear(Layer):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Written out for CPUs, where torch composes the norm of many passes over memory: y = r x w with r = 1 / rms(x), in fp32.
+    """y = r x w with r = 1 / rms(x), in fp32; written out for CPUs, where torch's norm is many passes over memory.
 
     With t = dy * x the backward pass needs two products of t with vectors: dw = r t summed over rows, and s = t w for
     dx = r dy w - x r^3 s / n.
@@ -85,7 +85,7 @@ class _RMSNorm(torch.autograd.Function):
         return d_x.view(x.shape).to(x.dtype), d_weight.to(weight.dtype), None
 
 
-class RMSNorm(Layer):
+class RMSNorm(DeclaredModule):
     """Root mean square normalisation of the last axis with a gain (Zhang and Sennrich, arXiv 1910.07467)."""
 
     weight: torch.Tensor
@@ -101,7 +101,7 @@ class RMSNorm(Layer):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self._eps)
 
 
-class Embedding(Layer):
+class Embedding(DeclaredModule):
     """Rows of weight [V, D] by token id."""
 
     weight: torch.Tensor
@@ -115,14 +115,23 @@ class Embedding(Layer):
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
-    """silu(gate) * up; with a limit, gate is clamped from above and up on both sides (DeepSeek-V4, section 2.1)."""
+    """silu(gate) * up. With a limit, gate is clamped from above and up on both sides (DeepSeek-V4, section 2.1)."""
     if limit:
         gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     return F.silu(gate) * up
 
 
 def swiglu_backward(grad_NF: torch.Tensor, gate_up_NG: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(value [N, F], gradient of gate and up [N, 2F]) of `swiglu` on the two halves, given the gradient of its result."""
+    """Value and gradient of `swiglu(gate, up, limit)`.
+
+    Args:
+        grad_NF: gradient of the result.
+        gate_up_NG: gate and up side by side, G = 2F.
+        limit: as in `swiglu`.
+
+    Returns:
+        The value [N, F], and the gradient of gate and up side by side [N, 2F].
+    """
     gate, up = gate_up_NG.chunk(2, dim=-1)
     out = torch.empty_like(gate_up_NG)
     d_gate, d_up = out.chunk(2, dim=-1)

@@ -1,6 +1,7 @@
 """Mixture-of-experts feed-forward: router, shared expert, sequence-wise balance loss.
 
-Source: DeepSeekMoE, Dai et al. 2024 (arXiv 2401.06066), as in DeepSeek-V3 (arXiv 2412.19437, section 2.1.2, equations 12 to 20).
+Source: DeepSeekMoE, Dai et al. 2024 (arXiv 2401.06066), as in DeepSeek-V3 (arXiv 2412.19437, section 2.1.2, equations
+12 to 20).
 
 Shapes: B sequences, S positions, T = B * S tokens, D hidden, E experts, K experts per token.
 """
@@ -19,18 +20,18 @@ from elastic_moe.model.router import Router
 
 
 class MoEOutput(NamedTuple):
-    """Attributes: y_BSD; balance_sum, the balance loss summed over sequences; load_E int64, tokens per expert."""
+    """Attributes: y_BSD; balance_loss, summed over sequences; load_E int64, tokens per expert."""
 
     y_BSD: torch.Tensor
-    balance_sum: torch.Tensor
+    balance_loss: torch.Tensor
     load_E: torch.Tensor
 
 
 def sequence_balance(scores_BSE: torch.Tensor, num_choices: int) -> torch.Tensor:
-    """Equations 17 to 20 without the factor alpha, summed over sequences: 1 per sequence when balanced, more when not.
+    """Equations 17 to 20 without the factor alpha, summed over sequences: 1 per balanced sequence, more otherwise.
 
     Args:
-        scores_BSE: affinities; as in equation 18, bias and groups have no part in this.
+        scores_BSE: affinities; as in equation 18, without the bias and the groups.
         num_choices: experts per token.
     """
     batch, seq_len, num_experts = scores_BSE.shape
@@ -43,9 +44,10 @@ def sequence_balance(scores_BSE: torch.Tensor, num_choices: int) -> torch.Tensor
 
 
 class MoE(nn.Module):
-    """Router and shared expert; the routed experts themselves are a backend's, passed at each call.
+    """Router and shared expert. The backend of the routed experts is an argument of each call.
 
     Args:
+        cfg: the model's shape.
         moe_layer: index among the MoE layers.
     """
 

@@ -1,11 +1,8 @@
-"""Names, shapes and initial values of every parameter, without holding any.
+"""The list of all parameters: names, shapes and initial values, without holding any.
 
-Ownership, checkpoints and recovery deal in these names alone, so the list is a pure function of the configuration, and
-a parameter's initial value is a pure function of (seed, name): any rank can make any piece of it, at any world size.
-The list is read off the model itself, built on the meta device; the routed experts, which live outside it, are added
-where their layer is.
-
-Shapes: D hidden, F expert hidden, E experts.
+Ownership, checkpoints and recovery use these names alone, so the list is a pure function of the configuration. It is
+read from the model itself, built on the meta device. The routed experts, which are outside the model, are added where
+their layer is.
 """
 
 from __future__ import annotations
@@ -17,13 +14,13 @@ import torch
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.experts.specs import expert_specs
-from elastic_moe.model.layers import Layer
+from elastic_moe.model.layers import DeclaredModule
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.types import ParamSpec
 
 
 def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
-    """Every parameter and persistent buffer in model order."""
+    """The specification of every parameter and persistent buffer, in the order of the model."""
     with torch.device("meta"):
         model = Transformer(cfg)
     specs: list[ParamSpec] = []
@@ -31,7 +28,7 @@ def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
         moe_layer = getattr(module, "moe_layer", None)
         if moe_layer is not None:
             specs += expert_specs(cfg, moe_layer)
-        if isinstance(module, Layer):
+        if isinstance(module, DeclaredModule):
             layer = _layer_of(cfg, path)
             for name, init in module.inits.items():
                 shape = tuple(getattr(module, name).shape)
@@ -43,6 +40,7 @@ def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
 
 
 def _layer_of(cfg: ModelConfig, path: str) -> int | None:
+    """Index of the layer of a module; that of multi-token prediction follows the last. None outside the layers."""
     if path.startswith("mtp."):
         return cfg.num_layers
     found = re.match(r"layers\.(\d+)\.", path)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.attention.context import Context
+from elastic_moe.model.attention.context import AttentionContext
 from elastic_moe.model.experts.local import LocalExperts
 from elastic_moe.model.hf.checkpoint import load_model
 from elastic_moe.model.residual.connections import Segments
@@ -115,7 +115,7 @@ def against_transformers(name: str, dtype: torch.dtype, device: torch.device, ro
     block = model.layers[0]
 
     def ours_forward(t: torch.Tensor) -> torch.Tensor:
-        return block(t, tokens, Context(cfg, SEQ_LEN, device), Segments(cfg, device), local).x
+        return block(t, tokens, AttentionContext(cfg, SEQ_LEN, device), Segments(cfg, device), local).x
 
     def theirs_forward(t: torch.Tensor) -> torch.Tensor:
         out = theirs.model.layers[0](t, position_embeddings=rotary, attention_mask=None, position_ids=positions)
@@ -163,7 +163,7 @@ def mhc_cost(hidden: int, dtype: torch.dtype, device: torch.device, fused: str, 
             local: LocalExperts = local,
             tokens: torch.Tensor = tokens,
         ) -> torch.Tensor:
-            context, segments = Context(cfg, SEQ_LEN, device), Segments(cfg, device)
+            context, segments = AttentionContext(cfg, SEQ_LEN, device), Segments(cfg, device)
             for block in model.layers:
                 t = block(t, tokens, context, segments, local).x
             return t

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.attention.context import Context, LayerCache
+from elastic_moe.model.attention.context import AttentionContext, LayerCache
 from elastic_moe.model.attention.rope import Tables, rotate_tail
 from elastic_moe.model.attention.sinks import sink_attention
 from elastic_moe.model.init import Init, constant, init_in, init_out
-from elastic_moe.model.layers import Layer, Linear, RMSNorm
+from elastic_moe.model.layers import DeclaredModule, Linear, RMSNorm
 
 
 def layer_kind(cfg: ModelConfig, layer: int) -> str:
@@ -40,7 +40,7 @@ def layer_kind(cfg: ModelConfig, layer: int) -> str:
     return "csa" if layer >= 2 and layer % 2 else "hca"
 
 
-class Compressor(Layer):
+class Compressor(DeclaredModule):
     """Pools windows of tokens into entries, with learned weights per channel.
 
     The weights are a softmax over the window. The projection that makes its logits is called `gate` in checkpoints.
@@ -64,7 +64,7 @@ class Compressor(Layer):
         self.declare("position_bias", (rate, series), constant(0.0))
         self.norm = RMSNorm(width, cfg.norm_eps)
 
-    def forward(self, x_BSD: torch.Tensor, context: Context, cache: LayerCache | None) -> torch.Tensor:
+    def forward(self, x_BSD: torch.Tensor, context: AttentionContext, cache: LayerCache | None) -> torch.Tensor:
         """Entries [B, W, width] of all complete windows so far."""
         kv, logits = self.kv(x_BSD), self.gate(x_BSD)
         if cache is not None:
@@ -82,7 +82,7 @@ class Compressor(Layer):
         tables = context.rope(self._cfg.rope_dim, self._cfg.compress_theta, True, stride=rate, count=count)
         return rotate_tail(entries, tables)
 
-    def _same_document(self, context: Context, count: int) -> torch.Tensor:
+    def _same_document(self, context: AttentionContext, count: int) -> torch.Tensor:
         """bool [B, W, m or 2m, 1]: the token belongs to the document of the window's last token."""
 
         def make() -> torch.Tensor:
@@ -114,7 +114,12 @@ class Indexer(nn.Module):
         self.weigh = Linear(cfg.hidden_size, cfg.index_heads, init_in(cfg))
 
     def forward(
-        self, x_BSD: torch.Tensor, latent_BSq: torch.Tensor, context: Context, cache: LayerCache | None, tables: Tables
+        self,
+        x_BSD: torch.Tensor,
+        latent_BSq: torch.Tensor,
+        context: AttentionContext,
+        cache: LayerCache | None,
+        tables: Tables,
     ) -> torch.Tensor:
         """Scores [B, S, W], fp32; those of entries that the query does not see have no meaning."""
         cfg = self._cfg
@@ -128,7 +133,7 @@ class Indexer(nn.Module):
         return scores
 
 
-class CompressedAttention(Layer):
+class CompressedAttention(DeclaredModule):
     """One layer of DeepSeek-V4's attention; `layer_kind` gives its kind."""
 
     sinks: torch.Tensor
@@ -152,7 +157,7 @@ class CompressedAttention(Layer):
         elif self.kind == "hca":
             self.compressor = Compressor(cfg, "entries", width, cfg.hca_rate, overlap=False)
 
-    def forward(self, x_BSD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, x_BSD: torch.Tensor, context: AttentionContext) -> tuple[torch.Tensor, torch.Tensor | None]:
         cfg, cache = self._cfg, context.layer_cache(self._layer)
         has_entries = self.kind != "sliding"
         theta = cfg.compress_theta if has_entries else cfg.rope_theta
@@ -185,7 +190,7 @@ class CompressedAttention(Layer):
             loss = index_loss(scores, visible, q_BHSc.detach(), entries_BWc.detach(), lse_BHS, scale)
         return self._project(out, tables), loss
 
-    def _visible(self, context: Context, count: int) -> torch.Tensor:
+    def _visible(self, context: AttentionContext, count: int) -> torch.Tensor:
         """bool [B or 1, S, W]: the entry's window is complete at the query's position, and of the query's document."""
         rate = self._cfg.csa_rate if self.kind == "csa" else self._cfg.hca_rate
 

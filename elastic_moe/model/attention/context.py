@@ -48,7 +48,7 @@ class KVCache:
         self.layers = [LayerCache() for _ in range(num_layers)]
 
 
-class Context:
+class AttentionContext:
     """The sequences of one forward pass.
 
     Args:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.attention.context import Context, LayerCache
+from elastic_moe.model.attention.context import AttentionContext, LayerCache
 from elastic_moe.model.attention.rope import rotate, yarn_mscale
 from elastic_moe.model.init import init_in, init_out
 from elastic_moe.model.layers import Linear, RMSNorm
@@ -28,7 +28,7 @@ LATENT_EPS = 1e-6  # of the latents' norms: transformers uses this value, not th
 class Attention(Protocol):
     """One layer's attention."""
 
-    def __call__(self, x_BSD: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, x_BSD: torch.Tensor, context: AttentionContext) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(y_BSD, the layer's own loss summed over tokens, or None where it has none)."""
         ...
 
@@ -71,7 +71,7 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(width, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(width, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
-    def forward(self, x_BSD: torch.Tensor, context: Context) -> tuple[torch.Tensor, None]:
+    def forward(self, x_BSD: torch.Tensor, context: AttentionContext) -> tuple[torch.Tensor, None]:
         cfg, cache = self._cfg, context.layer_cache(self._layer)
         heads = (-1, cfg.head_dim)
         tables = context.rope(cfg.head_dim, cfg.rope_theta, yarn=True)
@@ -113,7 +113,7 @@ class LatentAttention(nn.Module):
         if cfg.rope_factor > 1 and cfg.rope_mscale_all_dim:
             self._scale *= yarn_mscale(cfg.rope_factor, cfg.rope_mscale_all_dim) ** 2
 
-    def forward(self, x_BSD: torch.Tensor, context: Context) -> tuple[torch.Tensor, None]:
+    def forward(self, x_BSD: torch.Tensor, context: AttentionContext) -> tuple[torch.Tensor, None]:
         cfg, cache = self._cfg, context.layer_cache(self._layer)
         tables = context.rope(cfg.rope_dim, cfg.rope_theta, yarn=True)
         query = self.q_up(self.q_norm(self.q_down(x_BSD))) if cfg.query_latent else self.q(x_BSD)
@@ -135,7 +135,7 @@ class LatentAttention(nn.Module):
         q_rope_BHSr: torch.Tensor,
         latent_BSC: torch.Tensor,
         k_rope_BSr: torch.Tensor,
-        context: Context,
+        context: AttentionContext,
     ) -> torch.Tensor:
         """Attention with keys and values formed for every head: cheaper where all positions are computed at once."""
         cfg = self._cfg
@@ -151,7 +151,7 @@ class LatentAttention(nn.Module):
         q_rope_BHSr: torch.Tensor,
         latent_BSC: torch.Tensor,
         k_rope_BSr: torch.Tensor,
-        context: Context,
+        context: AttentionContext,
         cache: LayerCache,
     ) -> torch.Tensor:
         """Attention in the latent space, with one key per position for all heads."""

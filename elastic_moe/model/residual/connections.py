@@ -30,7 +30,7 @@ from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.init import Init, init_in
-from elastic_moe.model.layers import Layer
+from elastic_moe.model.layers import DeclaredModule
 from elastic_moe.model.residual import mhc
 from elastic_moe.model.residual.eager import EagerKernels, MixSettings
 from elastic_moe.model.residual.kernels import choose_kernels
@@ -93,7 +93,7 @@ class PlainResidual(nn.Module):
         return None
 
 
-class HyperConnection(Layer):
+class HyperConnection(DeclaredModule):
     """HC: unconstrained coefficients. A stream's dynamic part depends on that stream alone."""
 
     pre_proj: torch.Tensor
@@ -135,7 +135,7 @@ class HyperConnection(Layer):
         return link[1].detach()
 
 
-class ManifoldHyperConnection(Layer):
+class ManifoldHyperConnection(DeclaredModule):
     """mHC: H_res is doubly stochastic. The coefficients depend on every stream and are fp32."""
 
     proj: torch.Tensor
@@ -179,7 +179,7 @@ def make_residual(cfg: ModelConfig, sublayer: int) -> Residual:
     return HyperConnection(cfg, sublayer) if cfg.residual == "hc" else ManifoldHyperConnection(cfg, sublayer)
 
 
-class ReadOut(Layer):
+class ReadOut(DeclaredModule):
     """Streams -> hidden: their mean, or a learned mixture of them (`model.readout`)."""
 
     proj: torch.Tensor

@@ -355,7 +355,7 @@ def test_gains_stay_within_their_bounds(iters: int, std: float, low: float, high
 def test_gains_are_watched_on_the_first_sequence_only() -> None:
     model, experts = build(residual="mhc")
     train(model, experts, 3)
-    both, first = model.loss(text(), text(1), watch=True), model.loss(text()[:1], text(1)[:1], watch=True)
+    both, first = model.loss(text(), text(1), gains=True), model.loss(text()[:1], text(1)[:1], gains=True)
     torch.testing.assert_close(both.stats[3:], first.stats[3:], rtol=1e-5, atol=1e-6)
     assert float(both.stats[3]) == pytest.approx(1.0, abs=1e-5)
     assert not model.loss(text(), text(1)).stats[3:].any()

@@ -86,7 +86,7 @@ def test_the_token_after_the_next_by_definition(residual: str) -> None:
     out = model.loss(rows[:, :-1], rows[:, 1:], mtp_weight=0.4)
     hook.remove()
     total, count = torch.zeros(()), 0
-    from elastic_moe.model.attention.context import Context
+    from elastic_moe.model.attention.context import AttentionContext
     from elastic_moe.model.residual.connections import Segments
 
     for b in range(3):
@@ -97,7 +97,7 @@ def test_the_token_after_the_next_by_definition(residual: str) -> None:
             embedded = embedded.unsqueeze(2).expand(hidden.shape)
         joined = F.linear(torch.cat((mtp.hidden_norm(hidden), embedded), dim=-1), mtp.proj.weight)
         cpu = torch.device("cpu")
-        x = mtp.block(joined, following, Context(cfg, 7, cpu), Segments(cfg, cpu), model.experts).x
+        x = mtp.block(joined, following, AttentionContext(cfg, 7, cpu), Segments(cfg, cpu), model.experts).x
         logits = model.head(mtp.norm(mtp.readout(x)))
         total = total + F.cross_entropy(logits[0], rows[b, 2:], reduction="sum")
         count += 7

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from elastic_moe.checkpoint.weights import find_checkpoint, locate, weight_reader
 from elastic_moe.config.build import build
+from elastic_moe.config.renamed import translate
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load_tokenizer, read_tokenizer_file
 from elastic_moe.errors import UserError
@@ -51,7 +52,7 @@ def open_run(path: str, step: int | None = None) -> SavedModel:
         node = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG))
         assert isinstance(node, dict)
         node.pop("hydra", None)
-        config = build(node)
+        config = build(translate(node))
     if root is None:
         root = checkpoint_root(config, run_dir)
     tokenizer = load_tokenizer(run_dir / TOKENIZER)

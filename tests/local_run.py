@@ -40,7 +40,7 @@ def tiny_config(run_dir: Path, corpus: Path, **elastic: Any) -> TrainConfig:
     """
     return TrainConfig(
         device="cpu",
-        run=RunConfig(dir=str(run_dir), steps=30, eval_every=0, eval_sequences=4, sample_tokens=0),
+        run=RunConfig(dir=str(run_dir), steps=30, eval_every_steps=0, eval_sequences=4, sample_tokens=0),
         model=ModelConfig(
             hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, dense_hidden=64,
             num_experts=8, experts_per_token=2, expert_hidden=16, max_unit_elements=4096,

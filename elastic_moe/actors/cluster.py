@@ -23,8 +23,8 @@ from elastic_moe.config.schema import ClusterConfig, TrainConfig
 from elastic_moe.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
-MIB = 1024 * 1024
-OBJECT_STORE_MIN_MB = 75  # Ray's lower bound
+GIB = 1 << 30
+OBJECT_STORE_MIN_BYTES = 75 << 20  # Ray's lower bound
 
 
 def start_workers(cluster: ClusterConfig) -> int:
@@ -87,7 +87,7 @@ def sweep_session(configs: Sequence[TrainConfig]) -> Iterator[None]:
 
 def _common(cluster: ClusterConfig) -> dict[str, Any]:
     return {
-        "object_store_memory": max(cluster.object_store_mb, OBJECT_STORE_MIN_MB) * MIB,
+        "object_store_memory": max(int(cluster.object_store_gib * GIB), OBJECT_STORE_MIN_BYTES),
         "include_dashboard": cluster.dashboard,
     }
 

@@ -1,7 +1,7 @@
 """What a model and a cluster come to, without allocating either: `python -m elastic_moe.describe model=NAME key=value ...`.
 
 Takes the same keys as `elastic_moe.train`, of which it uses the model, `data.micro_batch`, `data.seq_len`, `precision`, the number of workers, `elastic.redundancy`,
-`elastic.spare_slots` and `cluster.worker_memory_gb`. Parameters are counted on the meta device, exactly; bytes of weights, gradients and optimizer state are those
+`elastic.spare_slots` and `cluster.worker_memory_gib`. Parameters are counted on the meta device, exactly; bytes of weights, gradients and optimizer state are those
 that the runtime holds (DESIGN.md, section 3); activations and the buffers of exchange are estimates, and marked so.
 """
 
@@ -19,7 +19,7 @@ from elastic_moe.model.attention.compressed import layer_kind
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.residual.connections import segment_length
 
-GB = 1e9
+GIB = 1 << 30
 MOST_WORKERS = 1 << 20
 FP32 = 4
 STATE = 4 * FP32  # weight, two moments, and the reduced gradient of each owned or mirrored element
@@ -63,7 +63,7 @@ def attention_flops(cfg: ModelConfig, seq_len: int) -> float:
     """FLOPs of scores and values per token, forward, at the mean number of positions seen."""
     total = 0.0
     for layer in range(cfg.num_layers):
-        if cfg.attention == "v4":
+        if cfg.attention == "csa":
             seen = min(cfg.window, seq_len / 2)
             kind = layer_kind(cfg, layer)
             if kind == "hca":
@@ -173,7 +173,7 @@ def report(config: TrainConfig) -> str:
     """The description as text."""
     cfg, counts = config.model, count(config.model)
     workers, seq_len = start_workers(config), config.data.seq_len
-    held, limit = memory(config, workers, counts), config.cluster.worker_memory_gb * GB
+    held, limit = memory(config, workers, counts), config.cluster.worker_memory_gib * GIB
     fits = smallest(config, limit)
     at_least = f"{fits} workers" if fits else "no number of workers: what each one holds in any case is more"
     lines = [
@@ -182,13 +182,13 @@ def report(config: TrainConfig) -> str:
         ("  routed experts", f"{_number(counts.experts)}: {cfg.num_moe_layers} layers of {cfg.num_experts} with {_number(counts.expert)} each"),
         ("  on every worker", _number(counts.dense)),
         ("FLOPs per token", f"{_number(training_flops(cfg, seq_len))} forward and backward, at {seq_len} tokens per sequence"),
-        (f"memory per worker, {workers} of them", f"{held.total / GB:,.2f} GB"),
-        ("  weights", f"{held.weights / GB:,.2f} GB ({slots_per_layer(config, workers)} expert slots per layer)"),
-        ("  gradients", f"{held.gradients / GB:,.2f} GB"),
-        ("  owned and mirrored state", f"{held.state / GB:,.2f} GB (redundancy {config.elastic.redundancy})"),
-        ("  exchange, about", f"{held.exchange / GB:,.2f} GB"),
-        ("  activations, about", f"{held.activations / GB:,.2f} GB ({config.data.micro_batch} sequences of {seq_len})"),
-        (f"fits into {config.cluster.worker_memory_gb:g} GB with", at_least),
+        (f"memory per worker, {workers} of them", f"{held.total / GIB:,.2f} GiB"),
+        ("  weights", f"{held.weights / GIB:,.2f} GiB ({slots_per_layer(config, workers)} expert slots per layer)"),
+        ("  gradients", f"{held.gradients / GIB:,.2f} GiB"),
+        ("  owned and mirrored state", f"{held.state / GIB:,.2f} GiB (redundancy {config.elastic.redundancy})"),
+        ("  exchange, about", f"{held.exchange / GIB:,.2f} GiB"),
+        ("  activations, about", f"{held.activations / GIB:,.2f} GiB ({config.data.micro_batch} sequences of {seq_len})"),
+        (f"fits into {config.cluster.worker_memory_gib:g} GiB with", at_least),
     ]  # fmt: skip
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)

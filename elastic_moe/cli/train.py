@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from elastic_moe.config.build import build, key_names, nearest
+from elastic_moe.config.build import build, unknown_key
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
 from elastic_moe.metrics.report.page import write_report
@@ -62,7 +62,7 @@ def one_sentence(error: BaseException) -> str:
     unknown = re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text)
     if unknown or (full_key and "not in" in text):
         key = unknown[1] if unknown else full_key[1] if full_key else ""
-        return f"unknown key {key}{nearest(key, key_names()) or '.'}"
+        return unknown_key(key)
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]).rstrip(".") + "."
 

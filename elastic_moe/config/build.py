@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, cast, get_type_hints
 
+from elastic_moe.config.renamed import renamed_key
 from elastic_moe.config.rules import check_rules, start_workers
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
 
-__all__ = ["build", "key_names", "nearest", "start_workers"]
+__all__ = ["build", "key_names", "nearest", "start_workers", "unknown_key"]
 
 
 def build(config: Mapping[Any, Any]) -> TrainConfig:
@@ -52,6 +53,11 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def unknown_key(key: str) -> str:
+    """One sentence about a key that does not exist: its new name, the nearest key, or neither."""
+    return renamed_key(key) or f"unknown key {key}{nearest(key, key_names()) or '.'}"
+
+
 def _hints(cls: type[Any]) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in fields(cls)}
@@ -65,7 +71,7 @@ def _build_node(cls: type[Any], node: object, path: str) -> Any:
     for name, value in cast(Mapping[Any, Any], node).items():
         key = f"{path}.{name}" if path else str(name)
         if name not in kinds:
-            raise UserError(f"unknown key {key}{nearest(key, key_names()) or '.'}")
+            raise UserError(unknown_key(key))
         kind = kinds[name]
         if isinstance(kind, type) and is_dataclass(kind):
             values[name] = _build_node(kind, value, key)

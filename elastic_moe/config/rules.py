@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.config.renamed import renamed_value
 from elastic_moe.config.schema import ModelConfig, TrainConfig
 from elastic_moe.errors import UserError
 
@@ -19,8 +20,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
     "run.resume": ("never", "auto"),
-    "model.attention": ("gqa", "mla", "v4"),
-    "model.score": ("sigmoid", "sqrtsoftplus", "softmax"),
+    "model.attention": ("gqa", "mla", "csa"),
+    "model.router_score": ("sigmoid", "sqrtsoftplus", "softmax"),
     "model.residual": ("plain", "hc", "mhc"),
     "model.readout": ("mean", "learned"),
     "model.fused": ("auto", "off", "compile", "triton"),
@@ -35,24 +36,24 @@ AT_LEAST_ONE = """
     model.rope_dim model.value_dim model.kv_latent model.rope_original_len model.window model.csa_rate model.hca_rate
     model.index_heads model.index_dim model.index_topk model.output_groups model.output_latent model.num_groups
     model.groups_per_token model.num_streams model.sinkhorn_iters
-    data.seq_len data.global_batch data.micro_batch elastic.min_workers checkpoint.keep balance.home_every balance.payback_steps
+    data.seq_len data.global_batch data.micro_batch elastic.min_workers checkpoint.keep balance.home_every_steps balance.payback_steps
     cluster.workers cluster.nodes cluster.workers_per_node
 """.split()
 
 AT_LEAST_ZERO = """
-    seed threads run.eval_every run.eval_sequences run.sample_tokens model.num_dense_layers model.num_shared_experts
+    seed threads run.eval_every_steps run.eval_sequences run.sample_tokens model.num_dense_layers model.num_shared_experts
     model.bias_update_speed model.seq_balance_weight model.init_std model.query_latent model.rope_mscale
     model.rope_mscale_all_dim model.index_loss_weight model.num_hash_layers model.swiglu_limit model.mix_eps
     model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes optim.warmup_steps optim.min_lr_ratio
     optim.weight_decay elastic.max_workers elastic.redundancy elastic.spare_slots elastic.slots_per_worker
     elastic.join_settle_s elastic.drain_deadline_s elastic.wait_below_min_s checkpoint.every_steps
-    balance.every balance.home_moves balance.dispatch_mib balance.log_every
+    balance.every_steps balance.home_moves balance.dispatch_gib balance.log_every_steps
     cluster.cpus_per_worker cluster.gpus_per_worker faults.kill_worker_at_step faults.kill_rank
 """.split()
 
 ABOVE_ZERO = """
     model.routed_scaling model.rope_theta model.norm_eps model.rope_factor model.rope_beta_fast model.rope_beta_slow
-    model.compress_theta cluster.worker_memory_gb optim.lr optim.eps optim.clip elastic.heartbeat_s
+    model.compress_theta cluster.worker_memory_gib optim.lr optim.eps optim.grad_clip elastic.heartbeat_s
     elastic.heartbeat_timeout_s elastic.hang_timeout_s elastic.form_timeout_s balance.window
 """.split()
 
@@ -70,6 +71,8 @@ def start_workers(config: TrainConfig) -> int:
 def check_rules(config: TrainConfig) -> list[str]:
     """Raise UserError for the first rule broken; return notes about what is allowed and probably not meant."""
     for key, choices in CHOICES.items():
+        if note := renamed_value(key, _get(config, key)):
+            raise UserError(note)
         _need(config, key, lambda value, choices=choices: value in choices, "one of " + ", ".join(choices))
     for keys, low in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
         for key in keys:
@@ -82,7 +85,12 @@ def check_rules(config: TrainConfig) -> list[str]:
     _need(config, "data.val_fraction", lambda value: 0 < value <= 0.5, "above 0 and at most 0.5")
     _need(config, "elastic.redundancy", lambda value: value <= 2, "0, 1 or 2")
     _need(config, "data.vocab_size", lambda value: 256 < value <= 2**31 - 1, "above 256, the number of byte tokens")
-    _need(config, "cluster.object_store_mb", lambda value: value >= 75, "at least 75, Ray's lower bound")
+    _need(
+        config,
+        "cluster.object_store_gib",
+        lambda value: value * 1024 >= 75,
+        "at least 0.0733 (75 MiB), Ray's lower bound",
+    )
     _need(config, "run.dir", lambda value: bool(value.strip()), "the path of a directory")
     _check_model(config)
     _check_elastic(config)
@@ -161,7 +169,7 @@ def _check_attention(model: ModelConfig) -> None:
         )
     if model.attention != "gqa" and model.rope_dim % 2:
         raise UserError(f"model.rope_dim ({model.rope_dim}) must be even.")
-    if model.attention != "v4":
+    if model.attention != "csa":
         return
     if model.rope_dim > min(model.head_dim, model.index_dim):
         raise UserError(
@@ -169,7 +177,7 @@ def _check_attention(model: ModelConfig) -> None:
             f"({model.index_dim})."
         )
     if model.query_latent == 0:
-        raise UserError("model.query_latent must be above 0 with model.attention=v4.")
+        raise UserError("model.query_latent must be above 0 with model.attention=csa.")
     if model.num_heads % model.output_groups:
         raise UserError(
             f"model.num_heads ({model.num_heads}) must be a multiple of model.output_groups ({model.output_groups})."

@@ -40,13 +40,13 @@ class ModelConfig(Sealed):
     recompute: int = 0  # with streams: 0 keeps them all, n keeps every n-th sub-layer's, -1 the paper's best n
     fused: str = "auto"  # mHC kernels: "auto", "off", "compile", "triton"
 
-    attention: str = "gqa"  # "gqa", "mla", "v4"
+    attention: str = "gqa"  # "gqa", "mla", "csa"
     num_heads: int = 4
     num_kv_heads: int = 2  # gqa
-    head_dim: int = 32  # gqa and v4: a head's width; mla: its part without positions
-    rope_dim: int = 16  # mla, v4: a head's part with positions
+    head_dim: int = 32  # gqa and csa: a head's width; mla: its part without positions
+    rope_dim: int = 16  # mla, csa: a head's part with positions
     value_dim: int = 32  # mla
-    query_latent: int = 0  # mla, v4; 0: none
+    query_latent: int = 0  # mla, csa; 0: none
     kv_latent: int = 64  # mla
     qk_norm: bool = False  # gqa
     attention_bias: bool = False
@@ -60,17 +60,17 @@ class ModelConfig(Sealed):
     rope_mscale_all_dim: float = 0.0  # YaRN; 0: not given
     layer_kinds: list[str] = field(
         default_factory=list[str]
-    )  # v4: "sliding", "csa" or "hca" per layer; empty: V4-Pro's
-    window: int = 128  # v4: tokens seen uncompressed
+    )  # csa: "sliding", "csa" or "hca" per layer; empty: V4-Pro's
+    window: int = 128  # csa: tokens seen uncompressed
     csa_rate: int = 4
     hca_rate: int = 128
-    compress_theta: float = 160000.0  # v4: rotary base of csa and hca layers
+    compress_theta: float = 160000.0  # csa: rotary base of csa and hca layers
     index_heads: int = 4
     index_dim: int = 32
     index_topk: int = 512
     index_loss_weight: float = 1.0
-    output_groups: int = 2  # v4
-    output_latent: int = 64  # v4: per group
+    output_groups: int = 2  # csa
+    output_latent: int = 64  # csa: per group
 
     num_dense_layers: int = 1  # leading layers with a dense feed-forward
     dense_hidden: int = 384
@@ -78,7 +78,7 @@ class ModelConfig(Sealed):
     experts_per_token: int = 4
     expert_hidden: int = 64
     num_shared_experts: int = 1
-    score: str = "sigmoid"  # "sigmoid", "sqrtsoftplus", "softmax"
+    router_score: str = "sigmoid"  # "sigmoid", "sqrtsoftplus", "softmax"
     normalize_gates: bool = True  # gates of a token's experts sum to routed_scaling
     routed_scaling: float = 1.0
     num_groups: int = 1  # node-limited routing: groups of experts,
@@ -135,7 +135,7 @@ class OptimConfig(Sealed):
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip: float = 1.0
+    grad_clip: float = 1.0
 
 
 @dataclass(kw_only=True)
@@ -157,14 +157,14 @@ class ElasticConfig(Sealed):
 
 @dataclass(kw_only=True)
 class BalanceConfig(Sealed):
-    every: int = 1  # steps between two looks at the experts' load; 0: placement changes with the membership only
+    every_steps: int = 1  # steps between two looks at the experts' load; 0: placement changes with the membership only
     window: float = 3.0  # steps over which the load that is planned for is averaged
     home_moves: int = 1  # homes per MoE layer that one look may move where the gain pays for their bytes
-    home_every: int = 20  # steps between two looks at homes
+    home_every_steps: int = 20  # steps between two looks at homes
     payback_steps: int = 50  # steps for which a moved home is taken to be of use
-    dispatch_mib: int = 1024  # most that the rows of one layer take on a rank before they come in chunks; 0: no limit
+    dispatch_gib: float = 1.0  # most that the rows of one layer take on a rank before they come in chunks; 0: no limit
     by_node: bool = False  # tokens between nodes go in one message per pair of nodes, not one per pair of workers
-    log_every: int = 10  # steps that a record of the experts' loads covers; 0: none
+    log_every_steps: int = 10  # steps that a record of the experts' loads covers; 0: none
 
 
 @dataclass(kw_only=True)
@@ -179,7 +179,7 @@ class RunConfig(Sealed):
     dir: str = "runs/default"
     steps: int = 200
     resume: str = "never"  # "never" or "auto"
-    eval_every: int = 50  # 0: only at the end
+    eval_every_steps: int = 50  # 0: only at the end
     eval_sequences: int = 64
     sample_tokens: int = 64  # 0: no sample
     sample_prompt: str = "def "
@@ -195,8 +195,8 @@ class ClusterConfig(Sealed):
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     address: str = ""  # "": RAY_ADDRESS
-    object_store_mb: int = 100
-    worker_memory_gb: float = 80.0  # what a worker has; only `elastic_moe.describe` asks
+    object_store_gib: float = 0.1
+    worker_memory_gib: float = 74.5  # what a worker has; only `elastic_moe.describe` asks
     dashboard: bool = False
 
 

@@ -73,7 +73,7 @@ class Router(DeclaredModule):
     def forward(self, x_TD: torch.Tensor, tokens_T: torch.Tensor) -> Routing:
         cfg = self._cfg
         with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TE = affinity(F.linear(x_TD.float(), self.weight.float()), cfg.score)
+            scores_TE = affinity(F.linear(x_TD.float(), self.weight.float()), cfg.router_score)
             ids_TK = self.table[tokens_T].long() if self.hashed else self._choose(scores_TE.detach())
             gates_TK = scores_TE.gather(1, ids_TK)
             if cfg.normalize_gates:

@@ -100,7 +100,7 @@ class MTPOutput(NamedTuple):
 
 def make_attention(cfg: ModelConfig, layer: int) -> Attention:
     """The attention of a layer, of the kind `model.attention`."""
-    kinds = {"gqa": GroupedQueryAttention, "mla": LatentAttention, "v4": CompressedAttention}
+    kinds = {"gqa": GroupedQueryAttention, "mla": LatentAttention, "csa": CompressedAttention}
     return kinds[cfg.attention](cfg, layer)
 
 

@@ -121,14 +121,14 @@ class Rebalancer:
         if self._watched is not None:
             self._watched.after.append(cost)
         self._lasted += 1
-        every = self._config.every
+        every = self._config.every_steps
         if not every or vote.step % every:
             return None
         self._conclude()
         self._looks += 1
         now_L = slowest_times(self._load_LE, self.placement, self._speeds)
         change = self._replicas(now_L)
-        if self._config.home_moves and self._looks % self._config.home_every == 0:
+        if self._config.home_moves and self._looks % max(1, self._config.home_every_steps // every) == 0:
             best_L = now_L if change is None else self._times(change.placement)
             change = self._homes(now_L, best_L) or change
         if change is not None:
@@ -179,7 +179,7 @@ class Rebalancer:
         """Other replicas, homes as they are. They are taken to serve as long as the present ones have."""
         placement = plan_placement(self._load_LE, self._topology, self._slots, self.placement, home_moves=0)
         placement = _keep_unless_better(self.placement, placement, now_L)
-        steps = min(max(self._config.every, self._lasted), self._config.payback_steps)
+        steps = min(max(self._config.every_steps, self._lasted), self._config.payback_steps)
         estimate = self._estimate(now_L, self._times(placement), steps, 0)
         if not self._pays(estimate, now_L):
             return None

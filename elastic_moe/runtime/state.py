@@ -81,7 +81,7 @@ class HeldState:
     def apply(self, vote: VoteResult, lr: float, optim: OptimConfig, model: ModelConfig) -> None:
         """Apply a committed step to every held unit; gradients are sums over tokens and are divided here."""
         if vote.finite:
-            clip = min(1.0, optim.clip / (vote.grad_norm + 1e-6)) if optim.clip > 0 else 1.0
+            clip = min(1.0, optim.grad_clip / (vote.grad_norm + 1e-6)) if optim.grad_clip > 0 else 1.0
             for decay, flat in self._flat.items():
                 if flat.weight.numel():
                     self._grads[decay].mul_(clip / vote.tokens)

@@ -203,7 +203,7 @@ class Worker:
         if entered.source != "peers":
             self._progress.records.clear()
         grid = self._stepper.grid
-        limit = config.balance.dispatch_mib << 20
+        limit = round(config.balance.dispatch_gib * 2**30)
         experts = ExpertParallel(
             group,
             entered.placement,
@@ -271,8 +271,8 @@ class Worker:
         return replace(new, switch_s=time.perf_counter() - started)
 
     def _report_load(self) -> None:
-        """Tokens of every expert, summed over `balance.log_every` steps."""
-        every, vote = self._config.balance.log_every, self._progress.vote
+        """Tokens of every expert, summed over `balance.log_every_steps` steps."""
+        every, vote = self._config.balance.log_every_steps, self._progress.vote
         if not every or vote is None:
             return
         load_LE, steps = self._load if self._load is not None else (0.0, 0)
@@ -333,7 +333,7 @@ class Worker:
         last = step == config.run.steps or outcome.stop
         if last or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
             self._save(session)
-        every = config.run.eval_every
+        every = config.run.eval_every_steps
         if not outcome.reconfigure and every and step % every == 0:
             self._evaluate(session, leads)
 

@@ -21,9 +21,9 @@ from elastic_moe.run_dir import EVENTS, METRICS
 from scripts.benchmarks import common
 
 SIDES = {
-    "off": ["balance.every=0", "elastic.spare_slots=0"],
-    "off, same slots": ["balance.every=0", "elastic.spare_slots=1"],
-    "on": ["balance.every=1", "elastic.spare_slots=1", "balance.home_every=5", "balance.home_moves=4"],
+    "off": ["balance.every_steps=0", "elastic.spare_slots=0"],
+    "off, same slots": ["balance.every_steps=0", "elastic.spare_slots=1"],
+    "on": ["balance.every_steps=1", "elastic.spare_slots=1", "balance.home_every_steps=5", "balance.home_moves=4"],
 }
 MODEL = [
     "model.hidden_size=128", "model.num_layers=4", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=32",
@@ -48,7 +48,7 @@ def piece(side: str, run_dir: Path, steps: int, workers: int, corpus: Path, fina
     command = [
         sys.executable, "-m", "elastic_moe.train", f"run.dir={run_dir}", f"run.steps={steps}", "run.resume=auto", "seed=0",
         *MODEL, *SIDES[side], f"cluster.workers={workers}", "threads=1", "tracking.wandb=off", "run.sample_tokens=0",
-        "checkpoint.every_steps=0", "run.eval_every=0", "run.eval_sequences=8", f"data.corpus={corpus}", "data.tokenizer=bytes", "data.seq_len=128",
+        "checkpoint.every_steps=0", "run.eval_every_steps=0", "run.eval_sequences=8", f"data.corpus={corpus}", "data.tokenizer=bytes", "data.seq_len=128",
         "data.global_batch=64", "data.micro_batch=8", "optim.schedule=constant", "optim.lr=2e-4", f"data.cache_dir={run_dir.parent / 'cache'}",
         f"optim.warmup_steps={min(10, final)}",
     ]  # fmt: skip

@@ -65,7 +65,7 @@ def settings(run_dir: Path, steps: int, hidden: int, sequences: int, seq_len: in
         {
             "device": "cpu",
             "model": model,
-            "run": {"dir": str(run_dir), "steps": WARMUP_STEPS + steps, "eval_every": 0, "sample_tokens": 0},
+            "run": {"dir": str(run_dir), "steps": WARMUP_STEPS + steps, "eval_every_steps": 0, "sample_tokens": 0},
             "data": data | {"seq_len": seq_len, "global_batch": sequences, "micro_batch": 8},
             "elastic": {"redundancy": 1},
             "checkpoint": {"every_steps": 0},

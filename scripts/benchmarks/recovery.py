@@ -25,7 +25,7 @@ import ray
 from omegaconf import OmegaConf
 from ray.exceptions import RayError
 
-from elastic_moe.actors.cluster import MIB, ray_session
+from elastic_moe.actors.cluster import GIB, ray_session
 from elastic_moe.actors.driver import make_trainer, start_coordinator
 from elastic_moe.actors.link import CoordinatorLink, actor_name
 from elastic_moe.config.build import build
@@ -51,7 +51,7 @@ def settings(run_dir: Path, redundancy: int) -> TrainConfig:
         {
             "device": "cpu",
             "model": model,
-            "run": {"dir": str(run_dir), "steps": 1_000_000, "eval_every": 0, "sample_tokens": 0},
+            "run": {"dir": str(run_dir), "steps": 1_000_000, "eval_every_steps": 0, "sample_tokens": 0},
             "data": {"tokenizer": "bytes", "max_bytes": 1_000_000, "seq_len": 64, "global_batch": 16, "micro_batch": 4},
             "optim": {"schedule": "constant"},
             "elastic": {"max_workers": WORKERS, "redundancy": redundancy},
@@ -170,7 +170,7 @@ def _pause(records: list[Json], joined: Json) -> float | None:
 
 
 def add_node(cluster: Any, config: TrainConfig) -> None:
-    cluster.add_node(num_cpus=1, object_store_memory=config.cluster.object_store_mb * MIB, include_dashboard=False)
+    cluster.add_node(num_cpus=1, object_store_memory=int(config.cluster.object_store_gib * GIB), include_dashboard=False)
 
 
 def remove_node(cluster: Any, node_id: str) -> None:

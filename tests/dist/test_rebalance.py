@@ -27,7 +27,7 @@ def _config(run_dir: Path, inject: list[str] | None = None, spare: int = 0, **ba
     model = replace(
         config.model, num_experts=EXPERTS, num_layers=3, init_std=0.3, bias_update_speed=0.0, seq_balance_weight=0.0
     )
-    settings = BalanceConfig(**({"home_every": 1, "home_moves": 4, "payback_steps": 10**6, "log_every": 4} | balance))
+    settings = BalanceConfig(**({"home_every_steps": 1, "home_moves": 4, "payback_steps": 10**6, "log_every_steps": 4} | balance))
     faults = replace(config.faults, inject=inject or [])
     return replace(config, model=model, balance=settings, faults=faults)
 
@@ -46,7 +46,7 @@ def _home_moves(run: LocalRun) -> dict[int, int]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LocalRun]:
     """Undisturbed runs: without balancing, with replicas, and without spare slots, so that homes must move."""
     done = {}
-    for name, settings in {"off": {"every": 0, "spare": 1}, "on": {"spare": 1}, "homes": {}}.items():
+    for name, settings in {"off": {"every_steps": 0, "spare": 1}, "on": {"spare": 1}, "homes": {}}.items():
         with LocalRun(_config(tmp_path_factory.mktemp(name) / "run", **settings), WORKERS, nodes=2) as run:
             run.wait_end()
         done[name] = run

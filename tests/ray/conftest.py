@@ -149,7 +149,7 @@ def tiny(tmp_path: Path) -> list[str]:
     corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     model = "hidden_size=32 num_layers=2 num_heads=2 num_kv_heads=1 head_dim=16 dense_hidden=32 num_experts=4"
     data = f"corpus={corpus} tokenizer=bytes seq_len=16 global_batch=8 micro_batch=4 val_fraction=0.2"
-    run = f"dir={tmp_path / 'run'} steps=4 eval_every=0 eval_sequences=4 sample_tokens=0"
+    run = f"dir={tmp_path / 'run'} steps=4 eval_every_steps=0 eval_sequences=4 sample_tokens=0"
     parts = {
         "model": f"{model} experts_per_token=2 expert_hidden=16",
         "data": data,

@@ -63,7 +63,7 @@ def run_dir(origin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     call(
         "train", f"run.dir={where}", f"model.init_from={origin}", f"data.corpus={CORPUS}", "data.seq_len=32",
         "data.global_batch=4", "data.micro_batch=2", "run.steps=3", "cluster.workers=2", "tracking.wandb=off",
-        "run.sample_tokens=0", "run.eval_every=0", "checkpoint.every_steps=2", "optim.warmup_steps=0",
+        "run.sample_tokens=0", "run.eval_every_steps=0", "checkpoint.every_steps=2", "optim.warmup_steps=0",
     )  # fmt: skip
     return where
 

@@ -30,7 +30,7 @@ def _config(root: Path, **changes: Any) -> TrainConfig:
     corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     parts: dict[str, Any] = {
         "device": "cpu",
-        "run": RunConfig(dir=str(root / "run"), steps=STEPS, eval_every=0, eval_sequences=4, sample_tokens=4),
+        "run": RunConfig(dir=str(root / "run"), steps=STEPS, eval_every_steps=0, eval_sequences=4, sample_tokens=4),
         "model": ModelConfig(
             hidden_size=32,
             num_layers=2,
@@ -47,7 +47,7 @@ def _config(root: Path, **changes: Any) -> TrainConfig:
         ),
         "elastic": ElasticConfig(),
         "checkpoint": CheckpointConfig(every_steps=5),
-        "cluster": ClusterConfig(kind="simulated", nodes=2, workers_per_node=1, object_store_mb=80),
+        "cluster": ClusterConfig(kind="simulated", nodes=2, workers_per_node=1, object_store_gib=0.08),
         "tracking": TrackingConfig(wandb="off"),
     }
     return TrainConfig(**(parts | changes))

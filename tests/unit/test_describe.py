@@ -70,13 +70,13 @@ def test_redundancy_costs_state() -> None:
 
 
 def test_report_says_when_nothing_fits() -> None:
-    config = TrainConfig(model=preset("deepseek_v3"), cluster=ClusterConfig(worker_memory_gb=10.0))
+    config = TrainConfig(model=preset("deepseek_v3"), cluster=ClusterConfig(worker_memory_gib=10.0))
     assert "no number of workers" in report(config)
     assert math.isfinite(memory(config, 1000).total)
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["model=mhc_27b", "cluster.workers=32", "cluster.worker_memory_gb=192"]) == 0
+    assert main(["model=mhc_27b", "cluster.workers=32", "cluster.worker_memory_gib=192"]) == 0
     assert "27B" in capsys.readouterr().out
     assert main(["model=mhc_28b"]) == 2
     assert "mhc_27b" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 def yarn_attention_factor(cfg: ModelConfig) -> float:
     """Factor on cosine and sine. DeepSeek-V4 uses none."""
-    if cfg.attention == "v4":
+    if cfg.attention == "csa":
         return 1.0
     if cfg.rope_mscale and cfg.rope_mscale_all_dim:
         return yarn_mscale(cfg.rope_factor, cfg.rope_mscale) / yarn_mscale(cfg.rope_factor, cfg.rope_mscale_all_dim)

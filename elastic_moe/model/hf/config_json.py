@@ -117,9 +117,9 @@ def family_of(cfg: ModelConfig) -> str:
     Raises:
         UserError: none can; the message names the field that the nearest family cannot express.
     """
-    nearest = {"mla": "deepseek_v3", "v4": "deepseek_v4"}.get(cfg.attention)
+    nearest = {"mla": "deepseek_v3", "csa": "deepseek_v4"}.get(cfg.attention)
     if nearest is None:
-        nearest = "qwen3_moe" if cfg.score == "softmax" else "glm4_moe"
+        nearest = "qwen3_moe" if cfg.router_score == "softmax" else "glm4_moe"
     fields = asdict(cfg)
     for key, value in FAMILIES[nearest].fixed.items():
         if fields[key] != value:

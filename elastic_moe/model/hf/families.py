@@ -62,7 +62,7 @@ DEEPSEEK_V4 = {
     "num_streams": "hc_mult",
     "sinkhorn_iters": "hc_sinkhorn_iters",
     "mix_eps": "hc_eps",
-    "score": "scoring_func",
+    "router_score": "scoring_func",
 }
 YARN = {
     "rope_factor": "factor",
@@ -198,7 +198,7 @@ ALWAYS = {"hidden_act": ("silu",), "mlp_bias": (False,)}
 FAMILIES = {
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
-        {"attention": "mla", "score": "sigmoid", "qk_norm": False, **PLAIN},
+        {"attention": "mla", "router_score": "sigmoid", "qk_norm": False, **PLAIN},
         {**SIZES, **DEEPSEEK_MOE, **GROUPS, **MLA},
         [*COMMON_NAMES, *MLA_NAMES],
         ALWAYS,
@@ -206,7 +206,7 @@ FAMILIES = {
     "deepseek_v4": Family(
         "DeepseekV4ForCausalLM",
         {
-            "attention": "v4", "residual": "mhc", "readout": "learned", "num_dense_layers": 0, "num_shared_experts": 1,
+            "attention": "csa", "residual": "mhc", "readout": "learned", "num_dense_layers": 0, "num_shared_experts": 1,
             "num_groups": 1, "groups_per_token": 1, "normalize_gates": True, "qk_norm": False, "attention_bias": False,
             "rope_mscale": 0.0, "rope_mscale_all_dim": 0.0,
         },
@@ -217,7 +217,7 @@ FAMILIES = {
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         {
-            "attention": "gqa", "score": "softmax", "qk_norm": True, "num_shared_experts": 0, "routed_scaling": 1.0,
+            "attention": "gqa", "router_score": "softmax", "qk_norm": True, "num_shared_experts": 0, "routed_scaling": 1.0,
             "num_groups": 1, "groups_per_token": 1, **PLAIN,
         },
         {**SIZES, **GQA, "num_experts": "num_experts", "dense_hidden": "intermediate_size"},
@@ -226,7 +226,7 @@ FAMILIES = {
     ),
     "glm4_moe": Family(
         "Glm4MoeForCausalLM",
-        {"attention": "gqa", "score": "sigmoid", **PLAIN},
+        {"attention": "gqa", "router_score": "sigmoid", **PLAIN},
         {**SIZES, **DEEPSEEK_MOE, **GROUPS, **GQA, "qk_norm": "use_qk_norm"},
         [*COMMON_NAMES, *GQA_NAMES],
         {**ALWAYS, "attention_bias": (False,)},

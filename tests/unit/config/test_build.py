@@ -61,7 +61,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"elastic.slots_per_worker": 3}, "elastic.slots_per_worker"),
     ({"elastic.heartbeat_timeout_s": 0.1}, "elastic.heartbeat_timeout_s"),
     ({"cluster.kind": "cloud"}, "cluster.kind"),
-    ({"cluster.object_store_mb": 10}, "cluster.object_store_mb"),
+    ({"cluster.object_store_gib": 0.01}, "cluster.object_store_gib"),
     ({"faults.kill_worker_at_step": 3, "faults.kill_rank": 4}, "faults.kill_rank"),
     ({"faults.inject": "1:2:vote"}, "faults.inject"),
     ({"faults.inject": ["1:2"]}, "faults.inject"),
@@ -93,7 +93,7 @@ def test_rules_name_only_existing_keys() -> None:
 def test_every_number_has_a_range() -> None:
     built = build({})
     ruled = {*AT_LEAST_ONE, *AT_LEAST_ZERO, *ABOVE_ZERO}
-    ruled |= {"optim.beta1", "optim.beta2", "data.val_fraction", "data.vocab_size", "cluster.object_store_mb"}
+    ruled |= {"optim.beta1", "optim.beta2", "data.val_fraction", "data.vocab_size", "cluster.object_store_gib"}
     ruled |= {"model.end_token", "model.recompute"}
     for key in key_names():
         value: Any = built

@@ -16,7 +16,7 @@ from elastic_moe.model.transformer import Transformer
 
 END = 49
 V4 = {
-    "attention": "v4", "query_latent": 12, "output_latent": 8, "index_dim": 8, "window": 5, "csa_rate": 2, "hca_rate": 4,
+    "attention": "csa", "query_latent": 12, "output_latent": 8, "index_dim": 8, "window": 5, "csa_rate": 2, "hca_rate": 4,
     "index_topk": 64, "layer_kinds": ["sliding", "csa", "hca"], "rope_factor": 2.0, "rope_original_len": 8,
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {

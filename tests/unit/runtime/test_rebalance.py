@@ -116,7 +116,7 @@ def _rebalancer_gain(load_LE: np.ndarray) -> float:
 
 def test_homes_move_only_where_their_bytes_are_cheap() -> None:
     def homes_moved(bytes_per_s: float) -> int:
-        balancer = _rebalancer(home_every=1, home_moves=4)
+        balancer = _rebalancer(home_every_steps=1, home_moves=4)
         load_LE = _hot(np.flatnonzero(balancer.placement.home[0] < 2).tolist())  # two spare slots elsewhere are too few
         change = balancer.propose(_vote(balancer, 1, load_LE, publish_bytes=bytes_per_s))
         if change is None:
@@ -131,7 +131,7 @@ def test_homes_move_only_where_their_bytes_are_cheap() -> None:
 
 
 def test_every_rank_decides_alike() -> None:
-    one, other = _rebalancer(home_every=2), _rebalancer(home_every=2)
+    one, other = _rebalancer(home_every_steps=2), _rebalancer(home_every_steps=2)
     rng = np.random.default_rng(0)
     for step in range(1, 12):
         load_LE = np.rint(rng.pareto(1.0, (LAYERS, EXPERTS)) * 100)

@@ -31,7 +31,7 @@ class Routing(NamedTuple):
 
 
 def affinity(logits: torch.Tensor, kind: str) -> torch.Tensor:
-    """Scores of all experts from the router's logits; `kind` is a value of `model.score`."""
+    """Scores of all experts from the router's logits; `kind` is a value of `model.router_score`."""
     if kind == "sigmoid":
         return logits.sigmoid()
     if kind == "sqrtsoftplus":

@@ -170,7 +170,9 @@ def _pause(records: list[Json], joined: Json) -> float | None:
 
 
 def add_node(cluster: Any, config: TrainConfig) -> None:
-    cluster.add_node(num_cpus=1, object_store_memory=int(config.cluster.object_store_gib * GIB), include_dashboard=False)
+    cluster.add_node(
+        num_cpus=1, object_store_memory=int(config.cluster.object_store_gib * GIB), include_dashboard=False
+    )
 
 
 def remove_node(cluster: Any, node_id: str) -> None:

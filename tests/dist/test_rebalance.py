@@ -27,7 +27,9 @@ def _config(run_dir: Path, inject: list[str] | None = None, spare: int = 0, **ba
     model = replace(
         config.model, num_experts=EXPERTS, num_layers=3, init_std=0.3, bias_update_speed=0.0, seq_balance_weight=0.0
     )
-    settings = BalanceConfig(**({"home_every_steps": 1, "home_moves": 4, "payback_steps": 10**6, "log_every_steps": 4} | balance))
+    settings = BalanceConfig(
+        **({"home_every_steps": 1, "home_moves": 4, "payback_steps": 10**6, "log_every_steps": 4} | balance)
+    )
     faults = replace(config.faults, inject=inject or [])
     return replace(config, model=model, balance=settings, faults=faults)
 
@@ -86,7 +88,9 @@ def test_metrics_have_every_layer(runs: dict[str, LocalRun]) -> None:
     assert [e["step"] for e in loads] == [4, 8, 12, 16]
     tokens = sum(r["tokens"] for r in runs["on"].records())
     choices = runs["on"].config.model.experts_per_token
-    assert [sum(sum(layer) for layer in zip(*(e["load"][i] for e in loads), strict=True)) for i in (0, 1)] == [tokens * choices] * 2
+    assert [sum(sum(layer) for layer in zip(*(e["load"][i] for e in loads), strict=True)) for i in (0, 1)] == [
+        tokens * choices
+    ] * 2
 
 
 def test_explain_follows_the_experts(runs: dict[str, LocalRun], capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,9 @@ def shape(**fields: Any) -> ModelConfig:
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("groups", "kept"), [(1, 1), (4, 2), (3, 3)])
 def test_choice_by_loops(score: str, normalize: bool, groups: int, kept: int) -> None:
-    cfg = shape(router_score=score, normalize_gates=normalize, num_groups=groups, groups_per_token=kept, routed_scaling=1.5)
+    cfg = shape(
+        router_score=score, normalize_gates=normalize, num_groups=groups, groups_per_token=kept, routed_scaling=1.5
+    )
     router = Router(cfg, hashed=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

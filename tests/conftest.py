@@ -19,7 +19,15 @@ import pytest
 TIERS = ("unit", "golden", "chaos", "dist", "ray")
 PATIENCE_S = 15.0  # for what a test has ended, and what has not gone yet, on a loaded machine
 DURATIONS = Path(".cache") / "test_durations.json"
-NOT_OURS = ("PYTEST_", "COLUMNS", "LINES", "TORCHINDUCTOR", "_TORCHINDUCTOR", "TRITON")  # variables of pytest and torch
+NOT_OURS = (
+    "PYTEST_",
+    "COLUMNS",
+    "LINES",
+    "TORCHINDUCTOR",
+    "_TORCHINDUCTOR",
+    "TRITON",
+    "PYTHONBREAKPOINT",
+)  # of pytest, torch, Ray
 LASTING_THREADS = (  # threads that a library keeps for the rest of the process, by the beginning of their names
     "ray_",
     "Ray",

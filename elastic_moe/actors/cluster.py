@@ -1,7 +1,7 @@
 """The Ray cluster of a run: embedded, simulated (several nodes in one machine), or one that exists already.
 
-Embedded and simulated clusters live in a temporary directory of their own and vanish with the run; a cluster that someone else started
-on the same machine is neither joined nor disturbed.
+Embedded and simulated clusters live in a temporary directory of their own and end with the run. A cluster that someone
+else started on the same machine is neither joined nor disturbed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def max_workers(config: TrainConfig) -> int:
 
 
 def resources_per_worker(cluster: ClusterConfig) -> dict[str, float]:
-    """What one worker asks Ray for."""
+    """The resources that one worker asks Ray for."""
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
@@ -77,7 +77,10 @@ def ray_session(config: TrainConfig) -> Iterator[Any]:
 
 @contextmanager
 def sweep_session(configs: Sequence[TrainConfig]) -> Iterator[None]:
-    """One cluster for all jobs of a sweep, large enough for the largest. Jobs that ask for different clusters start their own."""
+    """One cluster for all jobs of a sweep, large enough for the largest job.
+
+    Jobs that ask for different clusters start their own.
+    """
     if len(configs) < 2 or any(config.cluster != configs[0].cluster for config in configs):
         yield
     else:
@@ -114,8 +117,10 @@ def _local(config: TrainConfig) -> Iterator[None]:
 def _simulated(cluster: ClusterConfig) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": math.ceil(cluster.cpus_per_worker * cluster.workers_per_node)} | _common(cluster)
-    nodes = Cluster()
+    node: dict[str, Any] = {"num_cpus": math.ceil(cluster.cpus_per_worker * cluster.workers_per_node)} | _common(
+        cluster
+    )
+    nodes: Any = Cluster()
     try:
         nodes.add_node(**(node | {"num_cpus": 0}))
         for _ in range(cluster.nodes):
@@ -153,7 +158,10 @@ def _existing(cluster: ClusterConfig) -> Iterator[None]:
 
 @contextmanager
 def _own_directory() -> Iterator[None]:
-    """Keep all that Ray writes in a short temporary path (a socket's name has at most 107 bytes), and let its processes import us."""
+    """Give Ray a temporary directory with a short path, and let its processes import this package.
+
+    The path must be short because a socket's name has at most 107 bytes.
+    """
     root = tempfile.mkdtemp(prefix="emoe")
     os.mkdir(os.path.join(root, "ray"))
     path = os.environ.get("PYTHONPATH")

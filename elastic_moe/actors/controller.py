@@ -1,10 +1,11 @@
 """Ray Train's trainer and controller, made elastic: the run goes on with whoever is there.
 
-Stock Ray Train (2.60, v2) restarts the whole worker group when one worker fails or one more could be had, about 14 s for a death and 77 s
-for a lost node. `ElasticController` keeps the group, drops what died, fills what is missing, and leaves every decision about the training
-itself to the coordinator actor: the run is over when the coordinator says so.
+Stock Ray Train (2.60, v2) restarts the whole worker group when one worker fails or one more could be had. That takes
+about 14 s for a death and 77 s for a lost node. `ElasticController` keeps the group, drops dead workers and fills empty
+slots. The coordinator actor decides everything about the training itself, also when the run is over.
 
-Uses internals of ray.train.v2: `tests/ray/test_ray_contract.py` holds them; source: ray/train/v2/_internal/execution/controller.
+The file uses internals of ray.train.v2, which `tests/ray/test_ray_contract.py` holds. Their source is
+ray/train/v2/_internal/execution/controller.
 """
 
 from __future__ import annotations
@@ -15,34 +16,34 @@ from typing import Any
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
-import ray  # noqa: E402
-from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR  # noqa: E402
-from ray.train import BackendConfig, Result  # noqa: E402
-from ray.train.backend import Backend  # noqa: E402
-from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback  # noqa: E402
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback  # noqa: E402
-from ray.train.v2._internal.constants import get_env_vars_to_propagate  # noqa: E402
-from ray.train.v2._internal.execution.callback import RayTrainCallback  # noqa: E402
-from ray.train.v2._internal.execution.controller import TrainController  # noqa: E402
-from ray.train.v2._internal.execution.controller.controller import TrainControllerLoopIterationResult  # noqa: E402
-from ray.train.v2._internal.execution.controller.state import (  # noqa: E402
+import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray.train import BackendConfig, Result
+from ray.train.backend import Backend
+from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.callback import RayTrainCallback  # pyright: ignore[reportPrivateImportUsage]
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.controller.controller import TrainControllerLoopIterationResult
+from ray.train.v2._internal.execution.controller.state import (
     ErroredState,
     FinishedState,
     RunningState,
     ShuttingDownState,
     TrainControllerState,
 )
-from ray.train.v2._internal.util import time_monotonic  # noqa: E402
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # noqa: E402
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError  # noqa: E402
+from ray.train.v2._internal.util import time_monotonic
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from elastic_moe.actors.link import CoordinatorLink, this_node  # noqa: E402
-from elastic_moe.actors.worker_group import ElasticWorkerGroup, WorkerExit  # noqa: E402
-from elastic_moe.errors import Evicted, UserError  # noqa: E402
+from elastic_moe.actors.link import CoordinatorLink, this_node
+from elastic_moe.actors.worker_group import ElasticWorkerGroup, WorkerExit
+from elastic_moe.errors import Evicted, UserError
 
-POLL_S = 0.25  # between two looks at the workers; a death is known to the coordinator earlier, by the closed connection
-END_GRACE_S = 60.0  # train functions that have not returned this long after the run ended are not waited for
-EVICTED_GRACE_S = 10.0  # an evicted worker that has not ended by itself is killed after this
+POLL_S = 0.25  # between two polls of the workers; the coordinator hears of a death earlier, by the closed connection
+END_GRACE_S = 60.0  # after the end of the run, train functions are waited for so long
+EVICTED_GRACE_S = 10.0  # an evicted worker that has not ended by itself is killed after so long
 COORDINATOR_SILENT_S = 300.0
 NOT_USED = (DatasetsCallback, WorkingDirectorySetupCallback, PlacementGroupCleanerCallback)
 
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 class ElasticBackend(Backend):
-    """No process group is set up here: workers form their own. One replica group per worker, so no preemption watcher either."""
+    """Sets up no process group: workers form their own. With replica groups Ray Train starts no preemption watcher."""
 
     has_replica_groups = True
 
@@ -68,7 +69,7 @@ class ElasticController(TrainController):
 
     Args:
         coordinator: name of the coordinator actor.
-        **stock: what `TrainController` takes.
+        **stock: the arguments of `TrainController`.
     """
 
     worker_group_cls = ElasticWorkerGroup
@@ -111,13 +112,13 @@ class ElasticController(TrainController):
             return RunningState()
         if self._over_since_s is None:
             self._over_since_s = time_monotonic()
-            group.supplying = False
+            group.filling = False
         if len(group) and time_monotonic() - self._over_since_s < END_GRACE_S:
             return RunningState()
         return ShuttingDownState(next_state=FinishedState())
 
     def _report_ended(self, group: ElasticWorkerGroup) -> TrainingFailedError | None:
-        """Tell the coordinator who is gone. Returns an error when the run cannot go on because of how one ended."""
+        """Report ended workers to the coordinator. Returns an error when one of them ends the run."""
         for ended in group.take_ended():
             if ended.error is None:
                 self._return_value = ended.value
@@ -148,7 +149,7 @@ class ElasticController(TrainController):
         return None
 
     def _kill_evicted(self, group: ElasticWorkerGroup, status: dict[str, Any]) -> None:
-        """End evicted workers that cannot end themselves: a stopped or deadlocked process would keep its slot for ever."""
+        """End evicted workers that cannot end themselves: a stopped or deadlocked process would keep its slot."""
         now_s = time_monotonic()
         for worker in status.get("evicted", ()):
             if now_s - self._evicted_since_s.setdefault(worker, now_s) > EVICTED_GRACE_S:
@@ -161,12 +162,12 @@ def _as_failure(ended: WorkerExit) -> TrainingFailedError:
 
 
 class ElasticTrainer(DataParallelTrainer):
-    """`DataParallelTrainer` whose `scaling_config.num_workers` is the largest number of workers; it starts with one or more.
+    """A `DataParallelTrainer` between one worker and `scaling_config.num_workers` workers.
 
     Args:
         train_loop_per_worker: see `DataParallelTrainer`.
         coordinator: name of the coordinator actor, which decides when the run is over.
-        **stock: what `DataParallelTrainer` takes.
+        **stock: the arguments of `DataParallelTrainer`.
     """
 
     def __init__(self, train_loop_per_worker: Any, *, coordinator: str, **stock: Any) -> None:

@@ -1,7 +1,7 @@
 """Starts a run and stays with it until it ends: data, cluster, coordinator, trainer, progress, Ctrl-C, summary.
 
-The driver only looks: it may be interrupted at any time, and what it shows is read from the coordinator. The first Ctrl-C asks for a final
-checkpoint and a clean end, the second ends at once.
+The driver decides nothing, so it may be interrupted at any time. It shows the records that it reads from the
+coordinator. The first Ctrl-C asks for a final checkpoint and a clean end, the second one ends the run at once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
 
     Args:
         config: the validated configuration; it is not changed.
-        raw_yaml: the same as the user gave it, kept in the run directory.
+        raw_yaml: the configuration as the user gave it, kept in the run directory.
 
     Returns:
         Exit code: 0 when `run.steps` are committed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, else 1.
@@ -78,13 +78,13 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
 
 
 def _check_device(config: TrainConfig) -> None:
-    """Refuse GPUs that are not there; on a cluster of other machines each worker looks for itself."""
+    """Refuse a GPU where there is none. On a cluster of other machines each worker checks its own."""
     if config.device == "cuda" and config.cluster.kind != "address" and not torch.cuda.is_available():
         raise UserError("device is cuda, and this machine has no GPU that torch can use; set device=cpu or auto.")
 
 
 def _claim(config: TrainConfig, run_dir: Path) -> None:
-    """Make the run directory, and make sure that this run may write there."""
+    """Make the run directory, and check that this run may write there."""
     if config.run.resume not in ("never", "auto"):
         raise UserError(f'run.resume={config.run.resume} is unknown; use "never" or "auto"')
     metrics = run_dir / METRICS
@@ -100,7 +100,7 @@ def _claim(config: TrainConfig, run_dir: Path) -> None:
 
 
 def _clear(config: TrainConfig, run_dir: Path) -> None:
-    """Forget the run that is in this directory: its records, its checkpoints and what its faults left."""
+    """Delete the run in this directory: its records, its checkpoints and the markers of its faults."""
     from elastic_moe.checkpoint.writer import discard_after
 
     discard_after(checkpoint_root(config), -1)
@@ -120,7 +120,7 @@ class _Stop:
 
 @contextmanager
 def _signals() -> Iterator[_Stop]:
-    """Turn SIGINT and SIGTERM into a wish to stop; the second one raises KeyboardInterrupt."""
+    """Count SIGINT and SIGTERM in a `_Stop`; the second one raises KeyboardInterrupt."""
     stop = _Stop()
 
     def note(signum: int, _frame: Any) -> None:
@@ -140,25 +140,27 @@ def _signals() -> Iterator[_Stop]:
 
 
 def train_function(settings: dict[str, Any]) -> dict[str, Any]:
-    """What every Ray Train worker runs. Its id is its actor's, which is how the controller names it to the coordinator."""
+    """The train function of every Ray Train worker. Its id is its actor's, by which the controller names it too."""
     from elastic_moe.runtime.worker import run_worker
 
     context = ray.get_runtime_context()
+    worker = context.get_actor_id()
+    assert worker is not None, "a train function runs in an actor"
     return run_worker(
         settings["config"],
         settings["find"],
         settings["token"],
         context.get_node_id(),
         settings["prepared"],
-        context.get_actor_id(),
+        worker,
     )
 
 
 def start_coordinator(config: TrainConfig, name: str, token: str) -> Any:
-    """Start the coordinator actor on this node; Ray restarts it when it dies, and repeats the calls that it did not answer.
+    """Start the coordinator actor on this node. Ray restarts it when it dies, and repeats unanswered calls.
 
-    A hard condition on the node costs nothing, since the actor ends with the driver anyway. A soft one (`NodeAffinitySchedulingStrategy`)
-    is ignored by nodes that joined a moment ago, and the coordinator would be lost with one of those.
+    A hard condition on the node costs nothing, since the actor ends with the driver anyway. Nodes that joined a moment
+    ago ignore a soft one (`NodeAffinitySchedulingStrategy`), and the coordinator would be lost with such a node.
     """
     host = ray.util.get_node_ip_address() if config.cluster.kind == "address" else "127.0.0.1"
     actor = (
@@ -179,7 +181,7 @@ def start_coordinator(config: TrainConfig, name: str, token: str) -> Any:
 
 
 def make_trainer(config: TrainConfig, prepared: Prepared, name: str, token: str) -> ElasticTrainer:
-    """The trainer of a run whose coordinator has been started under this name with this token."""
+    """The trainer of a run whose coordinator was started under this name with this token."""
     from ray.train import RunConfig, ScalingConfig
 
     return ElasticTrainer(
@@ -202,12 +204,12 @@ class _Driver:
     tracker: Tracker
     stop: _Stop
     error: BaseException | None = None
-    seen: int = 0
+    last_step: int = 0
     status: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._events = Tail(Path(self.config.run.dir) / EVENTS)
-        self._told = len(self._events.lines())  # a resumed run has told these before
+        self._shown = len(self._events.lines())  # a resumed run has shown these before
 
     def run(self) -> int:
         name, token = actor_name(secrets.token_hex(4)), secrets.token_hex(16)
@@ -243,26 +245,26 @@ class _Driver:
     def _fit(self, name: str, token: str) -> None:
         try:
             make_trainer(self.config, self.prepared, name, token).fit()
-        except Exception as error:  # noqa: BLE001 - whatever ended the run is told by the main thread
+        except Exception as error:  # noqa: BLE001 - the main thread reports it
             self.error = error
 
     def _show(self, coordinator: Any, link: CoordinatorLink, bar: Any) -> None:
-        """Bring progress bar and tracker up to date; a coordinator that is away just now is asked again later."""
+        """Bring progress bar and tracker up to date. A coordinator that does not answer is asked again later."""
         events = self._events.lines()
-        for line in filter(None, map(format_event, events[self._told :])):
+        for line in filter(None, map(format_event, events[self._shown :])):
             bar.write(line, file=sys.stderr)
-        self._told = len(events)
+        self._shown = len(events)
         self.status = link.poll() or self.status
         try:
-            records = ray.get(coordinator.records_since.remote(self.seen), timeout=2)
+            records = ray.get(coordinator.records_since.remote(self.last_step), timeout=2)
         except (RayError, TimeoutError):
             return
         for record in records:
             self.tracker.log(record, int(record["step"]))
-            self.seen = int(record["step"])
+            self.last_step = int(record["step"])
         if records:
             last = records[-1]
-            bar.n = self.seen
+            bar.n = self.last_step
             bar.set_postfix_str(
                 f"loss {format_loss(last['loss'])}  {last.get('tokens_per_s', 0):,.0f} tok/s  "
                 f"world {last.get('world_size', '?')}  gen {last.get('generation', '?')}"

@@ -1,7 +1,7 @@
-"""How the processes of a run find the coordinator actor, and how the controller talks to it without ever waiting.
+"""How the processes of a run find the coordinator actor, and how the controller talks to it without waiting.
 
-The coordinator is a named actor that Ray restarts; its TCP address changes with each life, so workers ask for it anew after
-every lost connection. Calls are retried by Ray over a restart (`max_task_retries`), hence events are idempotent.
+The coordinator is a named actor that Ray restarts. Its TCP address changes with each restart, so workers ask for it
+anew after every lost connection. Ray repeats calls over a restart (`max_task_retries`), so every event is idempotent.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._raylet import RAY_NODE_ID_KEY  # pyright: ignore[reportAttributeAccessIssue]
 from ray.exceptions import RayError
 
 NAMESPACE = "elastic_moe"
@@ -28,7 +29,7 @@ def actor_name(run_id: str) -> str:
 
 def this_node() -> dict[str, str]:
     """The label selector of an actor that has to be on the caller's node."""
-    return {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    return {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
 
 
 def find_coordinator(name: str) -> tuple[str, int] | None:

@@ -1,10 +1,12 @@
 """Ray Train's worker group, made elastic: workers come and go one by one while the others train.
 
-Stock Ray Train (2.60, v2) starts all workers in one placement group and restarts all of them when one fails. Here every worker has
-a slot with a placement group of one bundle, so that a missing worker blocks nothing and its pending placement group is demand
-that an autoscaler sees. Each slot is filled by a thread that makes the same calls as stock start-up, in the same order.
+Stock Ray Train (2.60, v2) starts all workers in one placement group and restarts all of them when one fails. Here every
+worker has a slot with a placement group of one bundle. A missing worker therefore blocks nothing, and its pending
+placement group is demand that an autoscaler sees. A thread fills each slot. It makes the calls of the stock start-up,
+in the same order.
 
-Uses internals of ray.train.v2: `tests/ray/test_ray_contract.py` holds them; source: ray/train/v2/_internal/execution/worker_group.
+The file uses internals of ray.train.v2, which `tests/ray/test_ray_contract.py` holds. Their source is
+ray/train/v2/_internal/execution/worker_group.
 """
 
 from __future__ import annotations
@@ -31,15 +33,11 @@ from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2._internal.util import time_monotonic
 from ray.util.placement_group import placement_group
 
-READY_POLL_S = 1.0  # a thread waiting for its placement group looks this often whether it was cancelled
-HUNG_WORKER_S = (
-    30.0  # an actor that does not answer a health check this long is dead; its collectives were given up long before
-)
+READY_POLL_S = 1.0  # a thread that waits for its placement group checks this often whether it was cancelled
+HUNG_WORKER_S = 30.0  # an actor without an answer to a health check for so long is dead; its peers gave it up before
 MAX_BACKOFF_S = 10.0
-UNAVAILABLE_S = (
-    3.0  # a worker that cannot be reached for a moment is not dead; whether others can reach it, the coordinator knows
-)
-RETURN_GRACE_S = 10.0  # a worker whose train function returned is replaced only if the run still goes on after this
+UNAVAILABLE_S = 3.0  # an actor that Ray cannot reach for so short a time is not dead; the coordinator may still hear it
+RETURN_GRACE_S = 10.0  # a worker whose train function returned is replaced if the run still goes on after so long
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +64,7 @@ class WorkerExit:
 
 
 def classify_exit(worker: str, node: str, pid: int, status: WorkerStatus) -> WorkerExit | None:
-    """What a health check says about one worker: None while its train function runs."""
+    """The exit that a health check shows, or None while the worker's train function runs."""
     if status.error is None:
         return None if status.running else WorkerExit(worker, node, pid, value=status.return_value)
     error: BaseException = status.error
@@ -83,10 +81,16 @@ def worker_id(worker: Worker) -> str:
 
 
 class WorkerStart(threading.Thread):
-    """One attempt to fill one slot: placement group, actor, train context, train function; then `worker` or `error` is set."""
+    """One attempt to fill one slot: placement group, actor, train context, train function.
+
+    Attributes:
+        placement: the placement group, once it was asked for.
+        worker: the running worker, once it runs.
+        error: the error that ended the attempt.
+    """
 
     def __init__(self, group: ElasticWorkerGroup, index: int) -> None:
-        super().__init__(name=f"bring-up-{index}", daemon=True)
+        super().__init__(name=f"worker-start-{index}", daemon=True)
         self._group, self._index = group, index
         self._cancelled = threading.Event()
         self.placement: DefaultPlacementGroupHandle | None = None
@@ -109,18 +113,18 @@ class WorkerStart(threading.Thread):
                     world_size=context.num_workers,
                     replica_group_size=1,
                 )
-                group._init_train_context([worker], None)
-                ReplicaGroup([worker], context.resources_per_worker, group._replica_group_callbacks).start_training(
-                    context
-                )
+                group._init_train_context([worker], None)  # type: ignore[arg-type] # replica groups have no sync actor
+                callbacks: Any = group._replica_group_callbacks
+                replica_group = ReplicaGroup([worker], context.resources_per_worker, callbacks)
+                replica_group.start_training(context)
                 self.worker = worker
-        except Exception as error:  # noqa: BLE001 - a worker that does not come up is a fault of the cluster: the slot is tried again
+        except Exception as error:  # noqa: BLE001 - the group reports it and tries the slot again
             self.error = error
         if self._cancelled.is_set():
             self._release()
 
     def cancel(self) -> None:
-        """Give the placement group back, which also ends an actor on it."""
+        """Return the placement group to Ray, which also ends an actor on it."""
         self._cancelled.set()
         self._release()
 
@@ -133,7 +137,7 @@ class WorkerStart(threading.Thread):
 class _Slot:
     """Room for one worker: empty, being filled, or with a running worker."""
 
-    bringup: WorkerStart | None = None
+    start: WorkerStart | None = None
     worker: Worker | None = None
     failures: int = 0
     retry_at_s: float = 0.0
@@ -142,7 +146,7 @@ class _Slot:
 class ElasticWorkerGroup(WorkerGroup):
     """A worker group between none and `num_workers` workers. `num_workers` in its context is the largest size.
 
-    `ray.train.report` is a barrier over a fixed set of ranks, so what serves it is left out.
+    `ray.train.report` is a barrier over a fixed set of ranks, so the callbacks that serve it are left out.
     """
 
     def __init__(self, train_run_context: Any, worker_group_context: WorkerGroupContext, callbacks: Any = None) -> None:
@@ -155,24 +159,24 @@ class ElasticWorkerGroup(WorkerGroup):
         self._slots = [_Slot() for _ in range(self._worker_group_context.num_workers)]
         self._ended: list[WorkerExit] = []
         self._unreachable_since_s: dict[str, float] = {}
-        self.supplying = True
-        self.last_bringup_error: Exception | None = None
+        self.filling = True
+        self.last_start_error: Exception | None = None
         self._worker_group_state = WorkerGroupState(time_monotonic(), None, [], None)  # type: ignore[arg-type]
         self.fill_slots()
 
     def fill_slots(self) -> None:
-        """Take in the workers that came up since, and start filling empty slots. Never waits."""
+        """Accept the workers that have started since, and begin to fill empty slots. Never waits."""
         now_s = time_monotonic()
         for index, slot in enumerate(self._slots):
-            if slot.bringup is not None and slot.worker is None and not slot.bringup.is_alive():
-                self._take_in(slot, slot.bringup, now_s)
-            if slot.bringup is None and self.supplying and now_s >= slot.retry_at_s:
-                slot.bringup = WorkerStart(self, index)
-                slot.bringup.start()
+            if slot.start is not None and slot.worker is None and not slot.start.is_alive():
+                self._accept(slot, slot.start, now_s)
+            if slot.start is None and self.filling and now_s >= slot.retry_at_s:
+                slot.start = WorkerStart(self, index)
+                slot.start.start()
         self._set_workers([slot.worker for slot in self._slots if slot.worker is not None])
 
     def poll_status(self, timeout: float | None = None) -> WorkerGroupPollStatus:
-        """Supply, then ask every worker how it is, and drop those that ended. Callbacks about reports are not called."""
+        """Fill slots, poll every worker, and drop those that ended. Callbacks about reports are not called."""
         self._assert_active()
         self.fill_slots()
         workers = self.get_workers()
@@ -198,48 +202,48 @@ class ElasticWorkerGroup(WorkerGroup):
         return ended
 
     def evict(self, worker: str) -> None:
-        """Drop a worker that the coordinator no longer counts, and that has not ended by itself."""
+        """Drop a worker that the coordinator has evicted and that has not ended by itself."""
         for member in self.get_workers():
             if worker_id(member) == worker:
                 error = RuntimeError("evicted by the coordinator")
                 self._drop(member, WorkerExit(worker, member.metadata.node_id, member.metadata.pid, error, died=True))
 
     def progressed(self) -> None:
-        """The run made a step: slots that failed before may be tried again at once."""
+        """The run made a step: slots that failed before may be filled again at once."""
         for slot in self._slots:
             slot.failures = 0
 
     def shutdown(self) -> None:
-        """End every worker and give every placement group back."""
+        """End every worker and return every placement group to Ray."""
         self._assert_active()
-        self.supplying = False
+        self.filling = False
         workers = self.get_workers()
         if workers:
             _shutdown_workers(workers)
         for slot in self._slots:
-            if slot.bringup is not None:
-                slot.bringup.cancel()
+            if slot.start is not None:
+                slot.start.cancel()
         self._clear_state()
 
     def abort(self) -> None:
         self.shutdown()
 
-    def _take_in(self, slot: _Slot, bringup: WorkerStart, now_s: float) -> None:
-        if bringup.worker is not None:
-            slot.worker = bringup.worker
-            meta = bringup.worker.metadata
-            logger.info("worker %s runs on node %s, pid %d", worker_id(bringup.worker)[:8], meta.node_id[:8], meta.pid)
+    def _accept(self, slot: _Slot, start: WorkerStart, now_s: float) -> None:
+        if start.worker is not None:
+            slot.worker = start.worker
+            meta = start.worker.metadata
+            logger.info("worker %s runs on node %s, pid %d", worker_id(start.worker)[:8], meta.node_id[:8], meta.pid)
             return
-        self.last_bringup_error = bringup.error
-        logger.warning("a worker did not come up: %s", bringup.error)
-        bringup.cancel()
+        self.last_start_error = start.error
+        logger.warning("a worker did not start: %s", start.error)
+        start.cancel()
         self._empty(slot, now_s, failed=True)
 
     def _drop(self, worker: Worker, ended: WorkerExit) -> None:
         slot = next(slot for slot in self._slots if slot.worker is worker)
         ray.kill(worker.actor)
-        assert slot.bringup is not None
-        slot.bringup.cancel()
+        assert slot.start is not None
+        slot.start.cancel()
         self._empty(slot, time_monotonic(), failed=ended.error is not None and not ended.died)
         if ended.error is None and not (isinstance(ended.value, dict) and ended.value.get("ended") == "released"):
             slot.retry_at_s = time_monotonic() + RETURN_GRACE_S
@@ -247,16 +251,16 @@ class ElasticWorkerGroup(WorkerGroup):
         self._set_workers([member for member in self.get_workers() if member is not worker])
 
     def _empty(self, slot: _Slot, now_s: float, failed: bool) -> None:
-        slot.bringup = slot.worker = None
+        slot.start = slot.worker = None
         slot.failures = slot.failures + 1 if failed else 0
         slot.retry_at_s = now_s + (min(MAX_BACKOFF_S, 0.5 * 2**slot.failures) if failed else 0.0)
 
     def _set_workers(self, workers: list[Worker]) -> None:
-        """Replace the list of workers; health checks under way are keyed by position and move along."""
+        """Replace the list of workers. Pending health checks are keyed by position, so their keys change too."""
         state = self._worker_group_state
         assert state is not None
-        under_way = {id(state.workers[i]): task for i, task in self._world_rank_to_ongoing_poll.items()}
+        pending = {id(state.workers[i]): task for i, task in self._world_rank_to_ongoing_poll.items()}
         self._worker_group_state = replace(state, workers=workers)
         self._world_rank_to_ongoing_poll = {
-            i: under_way[id(worker)] for i, worker in enumerate(workers) if id(worker) in under_way
+            i: pending[id(worker)] for i, worker in enumerate(workers) if id(worker) in pending
         }

@@ -102,7 +102,7 @@ class Head:
         )
 
     def stop(self) -> None:
-        """End every process of this cluster, which are those that have its directory in their environment (`ray stop` ends all Ray)."""
+        """End every process of this cluster: those with its directory in their environment. `ray stop` ends all Ray."""
         ours = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):

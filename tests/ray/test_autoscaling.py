@@ -1,6 +1,7 @@
 """An autoscaler brings nodes because the trainer's missing workers are demand, and the run grows onto them.
 
-Ray's own `AutoscalingCluster` calls `ray stop`, which ends every Ray on the machine, so its fake nodes are configured here.
+Ray's own `AutoscalingCluster` calls `ray stop`, which ends every Ray on the machine. So this test configures the fake
+nodes itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nodes that drain or die become events once; and Ray's real drain call is seen."""
+"""Nodes that drain or die become events once; and Ray's real drain call is last."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from elastic_moe.actors.node_watcher import NodeWatcher, Seen, changes
+from elastic_moe.actors.node_watcher import NodeSnapshot, NodeWatcher, node_events
 
 
-def test_changes() -> None:
-    events, seen = changes(Seen(), {}, ["a", "b"], 100.0, 30.0)
+def test_node_events() -> None:
+    events, last = node_events(NodeSnapshot(), {}, ["a", "b"], 100.0, 30.0)
     assert events == []
-    events, seen = changes(seen, {"a": 110_000, "b": 0, "other": 1}, ["a", "b"], 100.0, 30.0)
+    events, last = node_events(last, {"a": 110_000, "b": 0, "other": 1}, ["a", "b"], 100.0, 30.0)
     assert events == [
         {"event": "drain", "node": "a", "deadline_s": 10.0},
         {"event": "drain", "node": "b", "deadline_s": 30.0},
     ]
-    events, seen = changes(seen, {"a": 110_000, "b": 0}, ["a", "b"], 101.0, 30.0)
+    events, last = node_events(last, {"a": 110_000, "b": 0}, ["a", "b"], 101.0, 30.0)
     assert events == []
-    events, seen = changes(seen, {"a": 105_000}, ["a"], 106.0, 30.0)
+    events, last = node_events(last, {"a": 105_000}, ["a"], 106.0, 30.0)
     assert events == [{"event": "node_lost", "node": "b"}, {"event": "drain", "node": "a", "deadline_s": 0.0}]
 
 
@@ -54,10 +54,11 @@ def test_real_drain_and_loss(cluster: Cluster, until: Callable[..., None]) -> No
     watcher = NodeWatcher(events.append, default_deadline_s=30.0, interval_s=0.1)
     watcher.start()
     assert drain_node(cluster.address, node.node_id, 20.0)
-    until(lambda: bool(events), "the drain is seen")
-    assert events[0]["event"] == "drain" and events[0]["node"] == node.node_id
+    until(lambda: bool(events), "the drain is last")
+    assert events[0]["event"] == "drain"
+    assert events[0]["node"] == node.node_id
     assert 10.0 < events[0]["deadline_s"] <= 20.0
     cluster.remove_node(other, allow_graceful=True)
     del busy
-    until(lambda: {"event": "node_lost", "node": other.node_id} in events, "the loss is seen")
+    until(lambda: {"event": "node_lost", "node": other.node_id} in events, "the loss is last")
     watcher.close()

@@ -160,12 +160,18 @@ def test_coordinator_gives_up(run: Run, cluster: Cluster, until: Callable[..., N
 def test_judge() -> None:
     assert classify_exit("w", "n", 1, WorkerStatus(running=True)) is None
     returned = classify_exit("w", "n", 1, WorkerStatus(running=False, return_value=3))
-    assert returned is not None and returned.value == 3 and returned.error is None
+    assert returned is not None
+    assert returned.value == 3
+    assert returned.error is None
     raised = classify_exit(
         "w", "n", 1, WorkerStatus(running=False, error=UserExceptionWithTraceback(KeyError("k"), ""))
     )
-    assert raised is not None and isinstance(raised.error, KeyError) and not raised.died
+    assert raised is not None
+    assert isinstance(raised.error, KeyError)
+    assert not raised.died
     dead = classify_exit(
         "w", "n", 1, WorkerStatus(running=False, error=WorkerHealthCheckFailedError("m", OSError("gone")))
     )
-    assert dead is not None and isinstance(dead.error, OSError) and dead.died
+    assert dead is not None
+    assert isinstance(dead.error, OSError)
+    assert dead.died

@@ -1,4 +1,4 @@
-"""The main job through real kills, stops and drains of whole nodes: uneven nodes, a hung worker, a lost coordinator, a drained node."""
+"""The main job through real kills, stops and drains: uneven nodes, a hung worker, a lost coordinator, a drained node."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ class FullRun:
         """Stop the run and check its records: every step once, none lost."""
         self.link.submit({"event": "stop", "reason": "enough"})
         self.thread.join(60)
-        assert not self.thread.is_alive() and self.error is None
+        assert not self.thread.is_alive()
+        assert self.error is None
         assert [line["step"] for line in self._metrics.lines()] == list(range(1, self.steps() + 1))
         assert all(event["lost_steps"] == 0 for event in self.events("entered"))
 

@@ -1,4 +1,4 @@
-"""From a Hugging Face directory through an elastic run and back, each step by its command line; transformers is the judge."""
+"""From a Hugging Face directory through an elastic run and back, by command lines; transformers is the oracle."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def test_export_and_generate(run_dir: Path, tmp_path: Path) -> None:
     assert "step 3" in call("export", str(run_dir), "--to", str(tmp_path / "hf")).stdout
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
     prompt = tokenizer(PROMPT, return_tensors="pt")
     greedy = model.generate(**prompt, do_sample=False, max_new_tokens=12, use_cache=False)
     arguments = ("--prompt", PROMPT, "--max-tokens", "12", "--temperature", "0")
@@ -95,7 +96,8 @@ def test_export_and_generate(run_dir: Path, tmp_path: Path) -> None:
     expected = tokenizer.decode(greedy[0], skip_special_tokens=True) + "\n"
     assert texts[0] == texts[1] == expected.replace("\r\n", "\n").replace("\r", "\n"), "as a text pipe reads it"
     warm = call("generate", str(run_dir / "checkpoints" / "step_00000002"), *arguments[:4], "--seed", "1").stdout
-    assert warm.startswith(PROMPT) and len(warm) > len(PROMPT)
+    assert warm.startswith(PROMPT)
+    assert len(warm) > len(PROMPT)
 
     half = call(
         "export", str(run_dir / "checkpoints" / "step_00000002"), "--to", str(tmp_path / "b"), "--dtype", "bf16"
@@ -114,4 +116,5 @@ def test_what_cannot_be_done_is_one_sentence(origin: Path, run_dir: Path, tmp_pa
         (("train", f"model.init_from={tmp_path}", f"run.dir={tmp_path / 'r'}"), "config.json cannot be read"),
     ):
         done = call(*arguments, code=2)
-        assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert words in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr

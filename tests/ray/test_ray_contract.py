@@ -1,8 +1,9 @@
-"""Holds the internals of Ray Train that `elastic_moe.actors` builds on: another version of Ray must fail here, loudly and by name."""
+"""Holds the internals of Ray that `elastic_moe.actors` builds on: another version of Ray must fail here, by name."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import os
 from collections.abc import Callable
@@ -13,6 +14,13 @@ import pytest
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
 import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray._private.accelerators import RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VAR
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._raylet import RAY_NODE_ID_KEY
+from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.controller import TrainControllerLoopIterationResult
@@ -23,6 +31,8 @@ from ray.train.v2._internal.execution.worker_group.state import WorkerGroupConte
 from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, RayTrainWorker, Worker
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from elastic_moe.actors.controller import NOT_USED
 
 SIGNATURES: list[tuple[Callable[..., Any], list[str]]] = [
     (TrainController._step, ["self"]),
@@ -156,3 +166,29 @@ def test_worker_has_an_actor_id() -> None:
 
 def test_draining_nodes_and_drain_call() -> None:
     assert callable(ray._private.state.state.get_draining_nodes)
+
+
+def test_the_label_that_holds_an_actor_to_a_node() -> None:
+    assert RAY_NODE_ID_KEY == "ray.io/node-id"
+    assert "label_selector" in ray._common.ray_option_utils.actor_options
+
+
+def test_variables_of_the_environment_are_read_by_ray() -> None:
+    # what ray job submit sets for a job's driver: the package is shipped by the job's own runtime environment then
+    assert RAY_JOB_CONFIG_JSON_ENV_VAR == "RAY_JOB_CONFIG_JSON_ENV_VAR"
+    assert "RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ" in inspect.getsource(ray._private.worker)
+    assert "RAY_TMPDIR" in inspect.getsource(ray._common.utils.get_default_system_temp_dir)
+    assert RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VAR == "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+    assert RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR == "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"
+
+
+def test_the_logger_that_is_quieted_exists() -> None:
+    name = "ray._private.authentication.authentication_token_setup"
+    assert importlib.import_module(name).logger.name == name
+
+
+def test_what_the_trainer_replaces_of_stock_start_up() -> None:
+    source = inspect.getsource(DataParallelTrainer._initialize_and_run_controller)
+    assert "get_env_vars_to_propagate()" in source
+    assert isinstance(get_env_vars_to_propagate(), dict)
+    assert {DatasetsCallback, WorkingDirectorySetupCallback, PlacementGroupCleanerCallback} == set(NOT_USED)

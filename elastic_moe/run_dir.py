@@ -15,7 +15,7 @@ EXPERTS = "experts.jsonl"  # placements of the experts, and their loads
 REPORT = "report.html"  # the run as one page
 FAULTS = "faults"  # directory: one file per injected fault that has fired
 CHECKPOINTS = "checkpoints"  # directory: durable checkpoints, unless `checkpoint.dir` names another place
-RAY = ".ray"  # directory: what Ray Train stores
+RAY = ".ray"  # directory: state of Ray Train
 
 _STEP_DIR = re.compile(r"step_(\d{8,})")
 

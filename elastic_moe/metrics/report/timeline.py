@@ -105,7 +105,7 @@ def _memberships(events: Sequence[dict[str, Any]]) -> Iterator[_Membership]:
     before: frozenset[str] = frozenset()
     for event in events:
         if event["event"] == "view":
-            members = frozenset(event["members"])
+            members = frozenset(event.get("members", ()))
         elif event["event"] == "entered":
             yield _Membership(event["time"], event["world_size"], members, bool(before) and not before & members)
             before = members

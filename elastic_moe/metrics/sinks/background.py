@@ -95,7 +95,7 @@ class BackgroundSink:
         return done
 
     def _abandon(self) -> None:
-        """Release what a backend that cannot be finished still holds."""
+        """Release the resources of a backend that cannot be finished."""
 
     def _run(self, make: Callable[[], Backend]) -> None:
         try:

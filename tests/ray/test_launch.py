@@ -21,6 +21,7 @@ from elastic_moe.config.schema import (
     TrainConfig,
 )
 from elastic_moe.metrics.jsonl import read_jsonl
+from tests.declared import assert_declared
 
 STEPS = 12
 
@@ -58,6 +59,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends(tmp_path: Path, capsys: py
     config = _config(tmp_path, faults=FaultConfig(kill_worker_at_step=4, kill_rank=1))
     assert launch(config, "seed: 0\n") == 0
     run = tmp_path / "run"
+    assert_declared(run)
     records = read_jsonl(run / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert len({record["generation"] for record in records}) > 1, "the kill did not happen"

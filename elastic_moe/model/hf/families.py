@@ -217,8 +217,8 @@ FAMILIES = {
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         {
-            "attention": "gqa", "router_score": "softmax", "qk_norm": True, "num_shared_experts": 0, "routed_scaling": 1.0,
-            "num_groups": 1, "groups_per_token": 1, **PLAIN,
+            "attention": "gqa", "router_score": "softmax", "qk_norm": True, "num_shared_experts": 0,
+            "routed_scaling": 1.0, "num_groups": 1, "groups_per_token": 1, **PLAIN,
         },
         {**SIZES, **GQA, "num_experts": "num_experts", "dense_hidden": "intermediate_size"},
         [*COMMON_NAMES, *GQA_NAMES],

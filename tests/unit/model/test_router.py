@@ -59,14 +59,16 @@ def test_hash_layers_go_by_the_token_alone() -> None:
     model.initialize(0)
     router = model.layers[1].moe.router
     table = router.table.long()
-    assert all(len(set(row)) == 3 for row in table.tolist()) and int(table.max()) < 12
+    assert all(len(set(row)) == 3 for row in table.tolist())
+    assert int(table.max()) < 12
     assert int(torch.bincount(table.flatten(), minlength=12).min()) > 0
     tokens = torch.tensor([7, 7, 3])
     first = router(torch.randn(3, 16), tokens)
     assert torch.equal(first.expert_ids_TK, table[tokens])
     specs = {spec.name: spec for spec in param_specs(cfg)}
     spec = specs["layers.1.moe.router.table"]
-    assert spec.optimizer == "frozen" and torch.equal(init_param(spec, 0), router.table)
+    assert spec.optimizer == "frozen"
+    assert torch.equal(init_param(spec, 0), router.table)
     assert "layers.1.moe.router.bias" not in specs
     out = model.loss(torch.tensor([[7, 7, 3]]), torch.tensor([[1, 2, 3]]))
     expected = torch.bincount(table[tokens].flatten(), minlength=12)
@@ -103,7 +105,8 @@ def test_the_token_after_the_next_by_definition(residual: str) -> None:
         logits = model.head(mtp.norm(mtp.readout(x)))
         total = total + F.cross_entropy(logits[0], rows[b, 2:], reduction="sum")
         count += 7
-    assert float(out.stats[0]) == pytest.approx(float(total), rel=1e-5) and int(out.stats[1]) == count
+    assert float(out.stats[0]) == pytest.approx(float(total), rel=1e-5)
+    assert int(out.stats[1]) == count
     expected = float(out.ce_sum) + 0.4 * float(total) / count * out.num_tokens
     assert float(out.loss_sum) == pytest.approx(expected, rel=1e-5)
 
@@ -136,5 +139,6 @@ def test_multi_token_prediction_leaves_the_main_loss_alone() -> None:
         out = model.loss(rows[:, :-1], rows[:, 1:])
         sums.append(float(out.ce_sum))
         assert out.load_LE.shape == (1 + depth, 12)
-        assert torch.equal(model(rows), model(rows)) and model(rows).shape == (2, 9, 50)
+        assert torch.equal(model(rows), model(rows))
+        assert model(rows).shape == (2, 9, 50)
     assert sums[0] == sums[1]

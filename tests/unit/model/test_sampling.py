@@ -1,4 +1,4 @@
-"""Sampling: the nucleus by definition, temperature 0, seeds, the end token, and generation with a cache against none."""
+"""Sampling: the nucleus by definition, temperature 0, seeds, the end token; generation with a cache and without."""
 
 from __future__ import annotations
 

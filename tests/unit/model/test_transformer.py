@@ -39,7 +39,8 @@ def test_backend_is_not_part_of_the_module_tree() -> None:
     assert not any("experts" in name for name in model.state_dict())
     other = LocalExperts(CFG, seed=2)
     model.experts = other
-    assert model.experts is other and all(child is not other for child in model.modules())
+    assert model.experts is other
+    assert all(child is not other for child in model.modules())
 
 
 def test_logits_do_not_see_the_future() -> None:
@@ -67,7 +68,8 @@ def test_sums_add_up_over_micro_batches() -> None:
     torch.testing.assert_close(sum(part.loss_sum for part in parts), whole.loss_sum, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(sum(part.ce_sum for part in parts), whole.ce_sum, rtol=1e-6, atol=0.0)
     assert torch.equal(torch.stack([part.load_LE for part in parts]).sum(dim=0), whole.load_LE)
-    assert whole.load_LE.dtype == torch.int64 and whole.load_LE.sum(dim=1).tolist() == [90, 90]
+    assert whole.load_LE.dtype == torch.int64
+    assert whole.load_LE.sum(dim=1).tolist() == [90, 90]
     for a, b in zip(gradients(model, experts), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -76,13 +78,13 @@ class _Counted(torch.autograd.Function):
     """Identity that logs (direction, layer), as a collective would."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, log: list[tuple[str, int]], layer: int) -> torch.Tensor:  # noqa: ANN001
+    def forward(ctx, x: torch.Tensor, log: list[tuple[str, int]], layer: int) -> torch.Tensor:
         ctx.log, ctx.layer = log, layer
         log.append(("forward", layer))
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, grad: torch.Tensor):
         ctx.log.append(("backward", ctx.layer))
         return grad, None, None
 
@@ -112,9 +114,11 @@ def test_empty_batch_calls_every_backend_both_ways(batch: int, autocast: bool) -
         out = model.loss(text(batch, 8), text(batch, 8))
     out.loss_sum.backward()
     assert backend.log == [("forward", 0), ("forward", 1), ("backward", 1), ("backward", 0)]
-    assert out.num_tokens == 8 * batch and out.load_LE.shape == (2, CFG.num_experts)
+    assert out.num_tokens == 8 * batch
+    assert out.load_LE.shape == (2, CFG.num_experts)
     if batch == 0:
-        assert float(out.loss_sum.detach()) == 0.0 and int(out.load_LE.sum()) == 0
+        assert float(out.loss_sum.detach()) == 0.0
+        assert int(out.load_LE.sum()) == 0
         assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
     assert model(text(batch, 1)).shape == (batch, 1, CFG.vocab_size)
 
@@ -123,7 +127,8 @@ def test_every_parameter_gets_a_gradient() -> None:
     model, experts = build()
     model.loss(text(8, 16), text(8, 16, seed=1)).loss_sum.backward()
     for name, parameter in (*model.named_parameters(), *experts.named_parameters()):
-        assert parameter.grad is not None and bool(parameter.grad.any()), name
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.any()), name
 
 
 def test_balance_loss_by_definition() -> None:
@@ -148,7 +153,8 @@ def test_balance_weight_enters_per_token() -> None:
     model, _ = build(ModelConfig(**SHAPE, seq_balance_weight=0.0))
     heavy, _ = build(ModelConfig(**SHAPE, seq_balance_weight=0.01))
     plain, weighted = model.loss(tokens, targets), heavy.loss(tokens, targets)
-    assert torch.equal(plain.loss_sum, plain.ce_sum) and torch.equal(plain.ce_sum, weighted.ce_sum)
+    assert torch.equal(plain.loss_sum, plain.ce_sum)
+    assert torch.equal(plain.ce_sum, weighted.ce_sum)
     extra = float((weighted.loss_sum - weighted.ce_sum).detach())
     assert 0.9 * 0.01 * 10 * 3 * 2 < extra < 3 * 0.01 * 10 * 3 * 2  # about 1 per sequence and layer
 

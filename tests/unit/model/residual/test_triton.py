@@ -1,6 +1,6 @@
-"""The Triton kernels in Triton's interpreter, which runs them on CPU tensors, against the plain torch form: values and gradients.
+"""The Triton kernels against the plain torch form: values and gradients.
 
-What the interpreter cannot show: speed, and what a compiler makes of them.
+Triton's interpreter runs them on CPU tensors. It shows neither their speed nor the result of their compilation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""V4's attention beyond parity: sinks, causality, documents, the indexer and its own loss; and generation's cache for every kind."""
+"""DeepSeek-V4's attention beyond parity: causality, documents, the indexer and its loss; every kind with a cache."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import torch
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.attention.compressed import CompressedAttention, index_loss
 from elastic_moe.model.attention.context import KVCache
-from elastic_moe.model.attention.sinks import sink_attention, sink_attention_plain
 from elastic_moe.model.experts.local import LocalExperts
 from elastic_moe.model.transformer import Transformer
 
 END = 49
+
+
 V4 = {
-    "attention": "csa", "query_latent": 12, "output_latent": 8, "index_dim": 8, "window": 5, "csa_rate": 2, "hca_rate": 4,
-    "index_topk": 64, "layer_kinds": ["sliding", "csa", "hca"], "rope_factor": 2.0, "rope_original_len": 8,
+    "attention": "csa", "query_latent": 12, "output_latent": 8, "index_dim": 8, "window": 5, "csa_rate": 2,
+    "hca_rate": 4, "index_topk": 64,
+    "layer_kinds": ["sliding", "csa", "hca"], "rope_factor": 2.0, "rope_original_len": 8,
 }  # fmt: skip
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "gqa": {"qk_norm": True},
     "mla": {"attention": "mla", "query_latent": 12, "kv_latent": 10, "value_dim": 6},
@@ -32,7 +36,8 @@ KINDS: dict[str, dict[str, Any]] = {
 def build(**fields: Any) -> Transformer:
     shape = {
         "vocab_size": 50, "end_token": END, "hidden_size": 24, "num_layers": 3, "head_dim": 8, "rope_dim": 4,
-        "value_dim": 8, "num_experts": 6, "experts_per_token": 2, "expert_hidden": 8, "dense_hidden": 16, "init_std": 0.3,
+        "value_dim": 8, "num_experts": 6, "experts_per_token": 2, "expert_hidden": 8, "dense_hidden": 16,
+        "init_std": 0.3,
     }  # fmt: skip
     cfg = ModelConfig(**{**shape, **fields})
     model = Transformer(cfg, LocalExperts(cfg, seed=1))
@@ -47,25 +52,6 @@ def build(**fields: Any) -> Transformer:
 
 def text(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, END, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5, 9, 8), (1, 1, 1, 1, 4), (2, 4, 7, 7, 33)])
-def test_sinks_equal_the_twin(shape: tuple[int, ...]) -> None:
-    batch, heads, queries, keys, width = shape
-    generator = torch.Generator().manual_seed(0)
-    seen = torch.rand((batch, 1, queries, keys), generator=generator) < 0.6
-    seen[..., 0] = True
-    inputs = [
-        torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_()
-        for s in ((batch, heads, queries, width), (batch, keys, width), (heads,))
-    ]
-    weights = torch.randn((batch, heads, queries, width), generator=generator, dtype=torch.float64)
-    results = []
-    for function in (sink_attention, sink_attention_plain):
-        out, lse = function(*inputs, seen, 0.3)
-        results.append([out.double(), lse.double(), *torch.autograd.grad((out * weights).sum(), inputs)])
-    for fast, slow in zip(*results, strict=True):
-        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +70,10 @@ def test_no_position_sees_the_future(kind: str) -> None:
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "v4-few"])
 @torch.no_grad()
 def test_the_cache_changes_nothing(kind: str) -> None:
-    """A prompt at once and then token by token, or in two pieces, as all at once. (Few entries: relu ties make the choice depend on the length.)"""
+    """A prompt at once and then token by token, or in two calls, gives the same as all at once.
+
+    Left out is `v4-few`: where the indexer's relu gives ties, the choice of entries depends on the length.
+    """
     model, tokens = build(**KINDS[kind]), text(2, 19)
     whole = model(tokens)
     for cuts in ([7, *[1] * 12], [1] * 19, [9, 10]):
@@ -188,7 +177,9 @@ def test_index_loss_by_definition() -> None:
     loss = index_loss(scores, seen, q, entries, lse, 0.4)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     loss.backward()
-    assert scores.grad is not None and torch.isfinite(scores.grad).all() and not scores.grad[0, 0].any()
+    assert scores.grad is not None
+    assert torch.isfinite(scores.grad).all()
+    assert not scores.grad[0, 0].any()
 
 
 def test_no_more_entries_than_asked_for_are_seen() -> None:
@@ -198,6 +189,7 @@ def test_no_more_entries_than_asked_for_are_seen() -> None:
     scores = torch.randn((1, 6, 5), generator=torch.Generator().manual_seed(0))
     visible = torch.ones((6, 5), dtype=torch.bool).tril()[None]
     chosen = attention._choose(scores, visible)
-    assert chosen.sum(dim=-1).tolist() == [[1, 2, 2, 2, 2, 2]] and bool((chosen <= visible).all())
+    assert chosen.sum(dim=-1).tolist() == [[1, 2, 2, 2, 2, 2]]
+    assert bool((chosen <= visible).all())
     best = scores[0, 5].topk(2).indices.tolist()
     assert sorted(chosen[0, 5].nonzero().flatten().tolist()) == sorted(best)

@@ -111,7 +111,9 @@ def v4(rng: random.Random) -> Any:
         compress_rates={kinds[1]: rng.choice([2, 4]), kinds[2]: 8}, hc_mult=rng.choice([2, 4]),
         hc_sinkhorn_iters=rng.choice([3, 20]), swiglu_limit=rng.choice([0.5, 10.0]), sliding_window=7,
         o_groups=groups, o_lora_rank=6, index_n_heads=3, index_head_dim=10, index_topk=64,
-        rope_parameters={"main": {"rope_type": "default", "rope_theta": 10000.0, **partial}, "compress": {**compress, **partial}},
+        rope_parameters={
+            "main": {"rope_type": "default", "rope_theta": 10000.0, **partial}, "compress": {**compress, **partial},
+        },
         partial_rotary_factor=0.5, attn_implementation="eager",
     )  # fmt: skip
 
@@ -170,7 +172,8 @@ def test_logits_and_gradients(kind: str, seed: int, tmp_path: Path) -> None:
     for spec in param_specs(cfg):
         if spec.optimizer == "adamw":
             expected_grad, grad = expected_grads.read(spec), ours[spec.name]
-            assert expected_grad is not None and grad is not None
+            assert expected_grad is not None
+            assert grad is not None
             bound = 1e-4 * float(expected_grad.abs().max()) + 1e-6 * largest
             assert (grad - expected_grad).abs().max() <= bound, spec.name
 
@@ -180,10 +183,13 @@ def test_there_and_back_is_bit_equal(kind: str, seed: int, tmp_path: Path) -> No
     theirs = oracle(kind, seed)
     cfg, model, experts = load_model(save(theirs, tmp_path / "hf"))
     tensors = named_tensors(model, experts)
-    left = write_checkpoint(tmp_path / "back", cfg, lambda spec: tensors[spec.name], 64, shard_bytes=20_000)
-    assert left == [] and (tmp_path / "back" / INDEX).exists()
+    unwritten = write_checkpoint(tmp_path / "back", cfg, lambda spec: tensors[spec.name], 64, shard_bytes=20_000)
+    assert unwritten == []
+    assert (tmp_path / "back" / INDEX).exists()
     again, report = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
     before, after = theirs.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -224,11 +230,11 @@ def test_what_is_missing_or_strange_is_named(tmp_path: Path) -> None:
     fields = read_fields(directory)
     from elastic_moe.config.schema import ModelConfig
 
-    with pytest.raises(UserError, match="embed_tokens.weight is"):
+    with pytest.raises(UserError, match=r"embed_tokens\.weight is"):
         HFCheckpoint(directory, ModelConfig(**{**fields, "vocab_size": 99}))
     with pytest.raises(UserError, match="no place for"):
         HFCheckpoint(directory, ModelConfig(**{**fields, "num_shared_experts": 0, "num_layers": 1}))
-    with pytest.raises(UserError, match="config.json cannot be read"):
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
         read_fields(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="model_type 'llama'"):

@@ -230,7 +230,7 @@ class ExpertParallel:
         num_tokens, num_choices = expert_ids_TK.shape
         split = split or self._split(expert_ids_TK, moe_layer)
         if not again:
-            self._count(moe_layer, self._per_rank(split.tokens_P), split.far)
+            self._count(moe_layer, self._per_rank(split.tokens_P), split.cross_node_tokens)
         route = self._route(expert_ids_TK, split, moe_layer, x_TD.device)
         rows_MD = _ToSlots.apply(x_TD, self._anchor, self._transport, route)
         started = time.perf_counter()

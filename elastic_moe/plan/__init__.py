@@ -1,0 +1,1 @@
+"""Pure decisions: batch, ownership of state, placement of experts, token split. numpy and compiled loops only."""

@@ -1,9 +1,10 @@
-"""Which samples make up a step, and which rank computes which of them.
+"""Batch of a step: the samples that make it up, and the samples that each rank computes.
 
-`sample_ids` depends on the seed and the step alone, never on the world size: a disturbed run sees the same data as an undisturbed
-one, and the only data state of a checkpoint is the step. Each epoch is a permutation from a Feistel network with cycle
-walking (Black & Rogaway 2002, https://web.cs.ucdavis.edu/~rogaway/papers/subset.pdf), so a step costs O(batch), not O(samples).
-Round function: the splitmix64 finaliser (https://prng.di.unimi.it/splitmix64.c).
+`sample_ids` depends on the seed and the step alone, never on the world size. A disturbed run therefore sees the same
+data as an undisturbed one, and the step is the only data state of a checkpoint. Each epoch is a permutation from a
+Feistel network with cycle walking (Black & Rogaway 2002, https://web.cs.ucdavis.edu/~rogaway/papers/subset.pdf), so a
+step costs O(batch), not O(samples). The round function is the finaliser of splitmix64
+(https://prng.di.unimi.it/splitmix64.c).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser, elementwise; wraps modulo 2**64."""
+    """Finaliser of splitmix64, elementwise; wraps modulo 2**64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -29,17 +30,17 @@ def _permute(x: NDArray[np.uint64], key: NDArray[np.uint64], half_bits: int) -> 
     """A bijection of [0, 4**half_bits) for every key."""
     half = np.uint64(half_bits)
     mask = np.uint64((1 << half_bits) - 1)
-    left, right = x >> half, x & mask
+    high, low = x >> half, x & mask
     for round_index in range(_ROUNDS):
         round_key = key + np.uint64((round_index + 1) * _GOLDEN & _MASK64)
-        left, right = right, left ^ (_mix(_mix(right + round_key) ^ key) & mask)
-    return (left << half) | right
+        high, low = low, high ^ (_mix(_mix(low + round_key) ^ key) & mask)
+    return (high << half) | low
 
 
 def sample_ids(seed: int, step: int, global_batch: int, num_samples: int) -> NDArray[np.int64]:
     """Sample ids of one step, int64[global_batch].
 
-    Steps take consecutive stretches of an endless sequence of epochs; within an epoch no sample repeats.
+    Steps take consecutive parts of an endless sequence of epochs. Within an epoch no sample repeats.
 
     Args:
         seed: the run's seed.
@@ -47,7 +48,9 @@ def sample_ids(seed: int, step: int, global_batch: int, num_samples: int) -> NDA
         global_batch: sequences per step.
         num_samples: sequences in the corpus.
     """
-    assert step >= 0 and global_batch >= 0 and num_samples > 0
+    assert step >= 0
+    assert global_batch >= 0
+    assert num_samples > 0
     position = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
     epoch, index = np.divmod(position, num_samples)
     base = np.uint64((seed * _GOLDEN + 1) & _MASK64)
@@ -55,33 +58,34 @@ def sample_ids(seed: int, step: int, global_batch: int, num_samples: int) -> NDA
     half_bits = max(1, -(-(num_samples - 1).bit_length() // 2))
     x = _permute(index.astype(np.uint64), key, half_bits)
     outside = np.flatnonzero(x >= num_samples)
-    while outside.size:  # cycle walking: the domain is less than four times too large, so this ends soon
+    while outside.size:  # cycle walking; the domain is less than four times too large, so few rounds suffice
         x[outside] = _permute(x[outside], key[outside], half_bits)
         outside = outside[x[outside] >= num_samples]
     return x.astype(np.int64)
 
 
 def split_batch(global_batch: int, speeds: Sequence[float]) -> list[slice]:
-    """Consecutive slices of the step's batch, one per rank, in proportion to speed (largest remainder).
+    """Divide the step's batch into one slice per rank, consecutive and in proportion to speed (largest remainder
+    method).
 
     Args:
         global_batch: sequences per step.
-        speeds: per rank, any common unit; 0 gives an empty slice.
+        speeds: speed of each rank in any common unit, at least one above 0; 0 gives an empty slice.
     """
-    assert all(speed >= 0 for speed in speeds) and sum(speeds) > 0, "at least one rank must have a positive speed"
+    assert all(speed >= 0 for speed in speeds), "a speed must not be negative"
+    assert sum(speeds) > 0, "at least one rank must have a positive speed"
     total = sum(speeds)
     exact = [global_batch * (speed / total) for speed in speeds]
-    shares = [int(value) for value in exact]
+    sizes = [int(value) for value in exact]
     by_remainder = sorted(
         (rank for rank, speed in enumerate(speeds) if speed > 0),
-        key=lambda rank: (shares[rank] - exact[rank], rank),
+        key=lambda rank: (sizes[rank] - exact[rank], rank),
     )
-    left = global_batch - sum(shares)
-    for turn in range(left):
-        shares[by_remainder[turn % len(by_remainder)]] += 1
+    for turn in range(global_batch - sum(sizes)):
+        sizes[by_remainder[turn % len(by_remainder)]] += 1
     slices: list[slice] = []
     start = 0
-    for share in shares:
-        slices.append(slice(start, start + share))
-        start += share
+    for size in sizes:
+        slices.append(slice(start, start + size))
+        start += size
     return slices

@@ -1,8 +1,11 @@
-"""Machine code for the planner's loops: `numba`, which needs no compiler on the user's machine.
+"""Compiles the planner's loops to machine code with `numba`, which needs no compiler on the user's machine.
 
-Compiling takes some forty seconds, once per machine and version: the code is kept in the user's cache directory under a digest of this
-package's source, because numba's own cache does not notice a change in a file that another one calls. It computes with integers where
-order could matter, so ranks with different processors make the same plan.
+The compiled functions are pure: they see arrays and numbers only. This module is the one place of `plan` that touches
+the outside. It reads the home directory and creates a cache folder there (or in the temporary directory), because
+compiling takes some forty seconds, once per machine and version. The folder's name holds a digest of this package's
+compiled sources: numba's own cache does not notice a change in a file that another one calls. Results do not depend on
+the cache. Where the order of a sum could matter, the loops compute with integers, so ranks with different processors
+make the same plan.
 """
 
 from __future__ import annotations
@@ -16,13 +19,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba  # pyright: ignore[reportMissingTypeStubs]
+import numpy as np
+from numpy.typing import NDArray
 
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @cache
 def cache_dir() -> Path:
-    """Where the machine code is kept; made if it is not there."""
+    """The folder of this version's machine code; created if it does not exist."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         if b"compiled" in (code := source.read_bytes()):
@@ -39,7 +47,7 @@ def cache_dir() -> Path:
 
 
 def compiled(function: F) -> F:
-    """The function as machine code, which does not hold the interpreter's lock. It sees arrays and numbers only."""
+    """Compile a function of arrays and numbers. The machine code does not hold the interpreter's lock."""
     before = numba.config.CACHE_DIR  # pyright: ignore
     numba.config.CACHE_DIR = str(cache_dir())  # pyright: ignore
     try:

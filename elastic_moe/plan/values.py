@@ -1,4 +1,9 @@
-"""The values that placement and token split share: the ranks' topology, and which expert sits in which slot."""
+"""Values that placement and token split share: the topology of the ranks, and the expert in each slot.
+
+A *slot* is room for one expert's weights on a rank. A *copy* is an expert in a slot. One copy is the expert's *home*:
+its rank keeps the expert's optimizer state. The other copies are *replicas*. Legend: L MoE layers, E experts, R ranks,
+P slots of all ranks.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-LOST = -1  # in a previous placement's home
+LOST = -1  # home of an expert whose home rank has left
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +26,15 @@ class Topology:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """Attributes:
-    expert_of_slot: int32[L, P], EMPTY for a slot without expert; within a rank homes come first, then replicas.
-    rank_of_slot: int32[P], non-decreasing.
-    home: int32[L, E], rank.
-    node_of_rank: int32[R], nodes by number; None: all ranks are on one node.
-    time_L: the slowest rank's time on the load planned for, per layer, with an optimal split; 1 is the mean. None: unknown.
+    """The expert of each slot, for all MoE layers.
+
+    Attributes:
+        expert_of_slot: int32[L, P], EMPTY for a slot without expert; within a rank, homes come before replicas.
+        rank_of_slot: int32[P], non-decreasing.
+        home: int32[L, E], the home rank of each expert.
+        node_of_rank: int32[R], the node's number; None if all ranks are on one node.
+        time_L: float64[L], the slowest rank's time on the load planned for, with an optimal split; 1 is the mean.
+            None if unknown.
     """
 
     expert_of_slot: NDArray[np.int32]
@@ -36,15 +44,15 @@ class Placement:
     time_L: NDArray[np.float64] | None = None
 
     def remap_ranks(self, rank_of: Sequence[int]) -> Placement:
-        """What is left of this placement under a new membership.
+        """This placement in the ranks of a new membership; slots of ranks that have left get rank LOST.
 
         Args:
-            rank_of: new rank of each old one; LOST for a rank that is gone.
+            rank_of: new rank of each old rank; LOST for a rank that has left.
         """
         rank_of_R = np.asarray(rank_of, dtype=np.int32)
         return Placement(self.expert_of_slot, rank_of_R[self.rank_of_slot], rank_of_R[self.home])
 
     def slots_of(self, rank: int) -> slice:
-        """Slots of one rank."""
+        """The slots of one rank."""
         start, stop = np.searchsorted(self.rank_of_slot, [rank, rank + 1])
         return slice(int(start), int(stop))

@@ -61,8 +61,8 @@ def _components(load_E: NDArray[np.float64], slots: Sequence[int]) -> float:
     slots_M = np.concatenate([[0], np.cumsum(np.sort(slots))]).astype(np.int64)
     spare = int(sum(slots)) - len(load_E)
     costs = [partial(_alone, heavy_E, light_E, min(slots), spare)]
-    for hottest in range(1, min(_HOTTEST, len(load_E)) + 1):
-        costs.append(partial(_together, heavy_E, light_E, slots_M, spare, hottest))
+    most = min(_HOTTEST, len(load_E))
+    costs.extend(partial(_together, heavy_E, light_E, slots_M, spare, hottest) for hottest in range(1, most + 1))
     least = float(load_E.sum() / len(slots))
     for cost in costs:
         if cost(least) > spare:
@@ -82,7 +82,7 @@ def _alone(heavy_E: NDArray[np.float64], light_E: NDArray[np.float64], slots: in
         while not fits and total + used <= spare:
             used += 1
             ranks = min(used + 1.0, (most + used + 2) / slots)
-            others = min(int(round(max(0.0, slots * ranks - used - 2))), len(heavy_E) - 1)
+            others = min(round(max(0.0, slots * ranks - used - 2)), len(heavy_E) - 1)
             fits = heavy_E[expert] + light_E[others] <= ranks * time * (1 + 1e-12)
         total += used
         if used == 0 or total > spare:

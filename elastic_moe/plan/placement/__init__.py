@@ -1,4 +1,4 @@
-"""Which expert sits in which slot of which rank."""
+"""Placement of experts in the slots of ranks."""
 
 from elastic_moe.plan.placement.placement import default_slots, plan_placement
 from elastic_moe.plan.placement.replicas import EMPTY

@@ -1,40 +1,42 @@
 # pyright: reportArgumentType=false, reportReturnType=false
-"""Copies such that every rank can be filled exactly: splittable bin packing with a limit on the pieces per bin.
+"""Packing by splitting experts: copies such that each rank can be filled exactly to its target.
 
-Shapes: E experts, R ranks, P slots.
+This is splittable bin packing with a limit on the parts per bin. A bin is a rank, its capacity is the rank's target,
+and the limit is its slots. An item is an expert. An item that is split over several bins is an expert with several
+copies.
+
+Legend: E experts, R ranks, P slots. A *remainder* is the load of an expert that no rank has taken yet.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from elastic_moe.plan.compiled import compiled
+from elastic_moe.plan.compiled import Bools, Floats, Ints, compiled
 from elastic_moe.plan.placement.replicas import add_copy
-from elastic_moe.plan.split.max_flow import Floats, Ints
 
-_LOOK_AHEAD = 8  # ranks compared before one takes its turn
+_LOOK_AHEAD = 8  # ranks compared before one of them is filled
 
 
 @compiled
-def _window(pool: Ints, size: int, rest_E: Ints, need: int, slots: int) -> tuple[int, int]:
-    """(begin, width) of the first window of `slots` consecutive pieces that reaches what the rank needs, or the last window."""
+def _window(pool: Ints, size: int, remainder_E: Ints, need: int, slots: int) -> tuple[int, int]:
+    """The first window of `slots` consecutive remainders that sums to `need`, else the last: (begin, width)."""
     width = min(slots, size)
     total = np.int64(0)
     for index in range(width):
-        total += rest_E[pool[index]]
+        total += remainder_E[pool[index]]
     begin = 0
     while total < need and begin + width < size:
-        total += rest_E[pool[begin + width]] - rest_E[pool[begin]]
+        total += remainder_E[pool[begin + width]] - remainder_E[pool[begin]]
         begin += 1
     return begin, width
 
 
 @compiled
-def _insert(pool: Ints, size: int, rest_E: Ints, expert: int) -> int:
-    """Put a piece into its place by size. Returns the new size."""
+def _insert(pool: Ints, size: int, remainder_E: Ints, expert: int) -> int:
+    """Insert an expert into the pool in order of its remainder. Returns the pool's new size."""
     place = size
-    while place > 0 and rest_E[pool[place - 1]] > rest_E[expert]:
+    while place > 0 and remainder_E[pool[place - 1]] > remainder_E[expert]:
         pool[place] = pool[place - 1]
         place -= 1
     pool[place] = expert
@@ -42,37 +44,50 @@ def _insert(pool: Ints, size: int, rest_E: Ints, expert: int) -> int:
 
 
 @compiled
-def cut_pieces(
+def pack_splittable(
     load_E: Ints,
     target_R: Floats,
     start_R: Ints,
-    turn_R: Ints,
-    has_ER: NDArray[np.bool_],
+    round_robin_R: Ints,
+    resident_ER: Bools,
     expert_P: Ints,
-    where: Ints,
+    slots_of_ER: Ints,
     copies_E: Ints,
 ) -> None:
-    """Fill the empty slots so that every rank can be filled exactly: possible for any load with equal ranks and P >= E + R - 1.
+    """Fill the empty slots of `expert_P` so that each rank can be filled exactly to its target.
 
-    The experts without a copy are a pool of pieces in order of size. Each rank takes the first window of as many consecutive pieces as
-    it has free slots whose sum reaches what it needs, and cuts the last one; what it leaves of that goes back to the pool. All but
-    the last piece fit whole, because the window before did not reach the need; so each rank but the last adds one piece at most
-    (splittable bin packing with cardinality constraints). Ranks that hold too much already come first: light pieces fill their slots,
-    and what then is too much of their hottest expert goes to the pool. With copies there already, unequal ranks, or fewer slots, it is
-    a heuristic. Of the next few ranks, the one that has most of its window already takes its turn.
+    This succeeds for any load on equal ranks if P >= E + R - 1. The experts without a copy form a pool in order of
+    remainder. Each rank needs its target less the load that it holds. It takes the first window of consecutive
+    remainders, one for each of its free slots, that sums to its need. It splits the last one, and the rest of that
+    returns to the pool. All but the last fit whole, because the window before did not reach the need. So each rank but
+    the last adds at most one copy.
+
+    Ranks that hold more than their target come first. They take light remainders, and the excess of their hottest
+    expert goes to the pool. With copies placed before, unequal ranks or fewer slots, the method is a heuristic. Of the
+    next `_LOOK_AHEAD` ranks, the one that already holds most of its window is filled next.
+
+    Args:
+        load_E: load of each expert.
+        target_R: the load that each rank's speed makes its own.
+        start_R: [R + 1], first slot of each rank.
+        round_robin_R: order in which ranks are filled.
+        resident_ER: the rank holds the expert's weights now.
+        expert_P: expert of each slot; changed.
+        slots_of_ER: slots of each expert; changed.
+        copies_E: number of copies of each expert; changed.
     """
     num_experts, num_ranks = len(load_E), len(target_R)
-    rest_E = load_E.copy()
-    pool = np.empty(num_experts + num_ranks, np.int64)  # experts, lightest piece first
+    remainder_E = load_E.copy()
+    pool = np.empty(num_experts + num_ranks, np.int64)  # experts, lightest remainder first
     need_R, hot_R, free_R = np.empty(num_ranks, np.int64), np.full(num_ranks, -1), np.zeros(num_ranks, np.int64)
-    later = np.int64(0)
+    slots_after = np.int64(0)
     for rank in range(num_ranks):
         need_R[rank] = np.int64(target_R[rank])
         for slot in range(start_R[rank], start_R[rank + 1]):
             expert = expert_P[slot]
             if expert < 0:
                 free_R[rank] += 1
-                later += 1
+                slots_after += 1
                 continue
             need_R[rank] -= load_E[expert]
             if hot_R[rank] < 0 or load_E[expert] > load_E[hot_R[rank]]:
@@ -85,7 +100,7 @@ def cut_pieces(
     done = np.zeros(num_ranks, np.bool_)
     for _ in range(num_ranks):
         chosen, best, looked, begin, width = -1, -1, 0, 0, 0
-        for rank in turn_R:
+        for rank in round_robin_R:
             if done[rank] or looked == _LOOK_AHEAD:
                 continue
             over = need_R[rank] < 0
@@ -94,36 +109,36 @@ def cut_pieces(
             if chosen < 0 or (over and need_R[chosen] >= 0):
                 best, looked = -1, 0
             looked += 1
-            first, wide = _window(pool, size, rest_E, max(need_R[rank], 0), free_R[rank])
+            first, wide = _window(pool, size, remainder_E, max(need_R[rank], 0), free_R[rank])
             common = 0
             for index in range(wide):
-                common += has_ER[pool[first + index], rank]
+                common += resident_ER[pool[first + index], rank]
             if common > best:
                 chosen, best, begin, width = rank, common, first, wide
         rank = chosen
         done[rank] = True
-        later -= free_R[rank]
+        slots_after -= free_R[rank]
         need, hot = need_R[rank], hot_R[rank]
         if need < 0:
-            need += load_E[hot]  # its hottest expert fills what the others leave
+            need += load_E[hot]  # its hottest expert fills the rest
         taken, have, slot = 0, np.int64(0), start_R[rank]
         last = -1
-        while taken < width and (have < need or size - taken > later):
-            if need_R[rank] < 0 and have + rest_E[pool[begin + taken]] > need and size - taken <= later:
+        while taken < width and (have < need or size - taken > slots_after):
+            if need_R[rank] < 0 and have + remainder_E[pool[begin + taken]] > need and size - taken <= slots_after:
                 break
             last = pool[begin + taken]
             taken += 1
             while expert_P[slot] >= 0:
                 slot += 1
-            add_copy(last, slot, expert_P, where, copies_E)
-            have += rest_E[last]
+            add_copy(last, slot, expert_P, slots_of_ER, copies_E)
+            have += remainder_E[last]
         for index in range(begin, size - taken):
             pool[index] = pool[index + taken]
         size -= taken
         if need_R[rank] < 0:
-            back, last = load_E[hot] - max(need - have, 0), hot
+            excess, last = load_E[hot] - max(need - have, 0), hot
         else:
-            back = have - need
-        if back > 0 and last >= 0 and size < later:
-            rest_E[last] = back
-            size = _insert(pool, size, rest_E, last)
+            excess = have - need
+        if excess > 0 and last >= 0 and size < slots_after:
+            remainder_E[last] = excess
+            size = _insert(pool, size, remainder_E, last)

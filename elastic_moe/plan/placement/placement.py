@@ -1,11 +1,15 @@
-"""Which expert sits in which slot of which rank, per MoE layer.
+"""Placement: which expert sits in which slot of which rank, per MoE layer.
 
-An expert's *home* is where its optimizer state lives; homes are sticky, because moving one costs a transfer of that state. The other
-copies are replicas, which may change freely: their weights are re-sent after every update anyway.
+The *home* of an expert is the rank that keeps its optimizer state. Homes are sticky, because moving one costs a
+transfer of that state. The other copies are *replicas*. They may change freely, because their weights are sent again
+after every update.
 
-Copies are chosen for the optimal token split of `split.py`. Two ranks that share an expert are linked: tokens of that expert can be
-moved between them. The plan links all ranks with as few copies as that takes, so whatever the load does the next moment, the split can
-pass it on; then it mends what today's load still finds too narrow. P >= E + R - 1 slots are enough for a perfect split of any load.
+Copies are chosen for the optimal token split of `split.py`. Two ranks that hold the same expert are *linked*: tokens
+of that expert can be moved between them. The plan links all ranks with as few copies as possible, so the split can
+pass load on, whatever it becomes later. Then a local search changes the copies that do not fit the present load. P >=
+E + R - 1 slots are enough for a perfect split of any load.
+
+Legend: L MoE layers, E experts, R ranks, P slots of all ranks.
 """
 
 from __future__ import annotations
@@ -22,31 +26,37 @@ from elastic_moe.plan.placement.replicas import EMPTY, sort_slots
 from elastic_moe.plan.values import LOST, Placement, Topology
 from elastic_moe.types import View
 
-_SLOWEST = 1e-3  # of the fastest rank's speed: slower ones are planned for as if they did this much
+_MIN_SPEED = 1e-3  # of the fastest rank's speed; slower ranks are planned for with this speed
 
 
 def default_slots(num_experts: int, view: View, spare: int, limit: int) -> list[int]:
-    """Expert slots per rank and layer: an even share and `spare` more, within what the run and each member allow.
+    """Expert slots per rank and layer: an even number and `spare` more, within the limits of the run and of each
+    member.
 
-    Where some members hold less than an even share the others take more. A draining rank gets none.
+    If some members hold less than the even number, the others take more. A draining rank gets none.
 
     Args:
         num_experts: routed experts per layer.
         view: the membership.
-        spare: slots beyond the even share.
+        spare: slots beyond the even number.
         limit: the run's limit per rank; 0 for none.
+
+    Raises:
+        UserError: the ranks cannot hold all experts.
     """
     active = view.active_ranks
-    caps = {rank: min(limit or num_experts, view.members[rank].slots or num_experts, num_experts) for rank in active}
-    if sum(caps.values()) < num_experts:
+    max_slots = {
+        rank: min(limit or num_experts, view.members[rank].slots or num_experts, num_experts) for rank in active
+    }
+    if sum(max_slots.values()) < num_experts:
         raise UserError(
-            f"elastic.slots_per_worker: {len(active)} workers hold at most {sum(caps.values())} of {num_experts} experts"
-            " per layer; raise it or add workers"
+            f"elastic.slots_per_worker: {len(active)} workers hold at most {sum(max_slots.values())} of {num_experts}"
+            " experts per layer; raise it or add workers"
         )
-    share = min(num_experts, math.ceil(num_experts / len(active)) + spare)
-    while sum(min(share, cap) for cap in caps.values()) < num_experts:
-        share += 1
-    return [min(share, caps[rank]) if rank in caps else 0 for rank in range(view.world_size)]
+    even = min(num_experts, math.ceil(num_experts / len(active)) + spare)
+    while sum(min(even, most) for most in max_slots.values()) < num_experts:
+        even += 1
+    return [min(even, max_slots[rank]) if rank in max_slots else 0 for rank in range(view.world_size)]
 
 
 def plan_placement(
@@ -56,61 +66,52 @@ def plan_placement(
     previous: Placement | None = None,
     home_moves: int | None = None,
 ) -> Placement:
-    """Pure and deterministic, also across processors.
+    """Choose the copies and homes of all layers. Pure and deterministic, also across processors.
 
     Args:
         load: [L, E], tokens per expert in any unit.
         topology: nodes and speeds of the ranks.
         slots: slots of each rank, the same for all layers; 0 for a rank that computes nothing.
-        previous: in ranks of this topology (`Placement.remap_ranks`). Its homes and copies are kept where possible.
-        home_moves: homes per layer that may move for the sake of the load; None for as many as it takes, 0 for none. Those whose
-            rank is gone, or has too many for its new slots, move in any case.
+        previous: the placement before, in ranks of this topology (`Placement.remap_ranks`). Its homes and copies are
+            kept where possible.
+        home_moves: homes per layer that may move to balance the load; None for no limit, 0 for none. Homes whose rank
+            has left, or has too many for its new slots, move in any case.
 
     Raises:
         UserError: there are fewer slots than experts.
     """
     load_LE = np.asarray(load, dtype=np.float64)
     num_layers, num_experts = load_LE.shape
-    slots_R = np.asarray(slots, dtype=np.int64)
-    num_ranks, num_slots = len(slots_R), int(slots_R.sum())
-    if num_slots < num_experts:
-        raise UserError(f"elastic.slots_per_worker: {num_slots} slots cannot hold {num_experts} experts per layer")
-    slots_R = np.minimum(slots_R, num_experts)
-    fastest = max(1e-9, *topology.speeds)
-    speed_R = np.where(slots_R > 0, np.maximum(np.asarray(topology.speeds) / fastest, _SLOWEST), 0.0)
-    share_R = speed_R / _sum(speed_R)
-    node_R = np.unique(np.asarray(topology.nodes), return_inverse=True)[1].astype(np.int64)
     start_R = np.concatenate([[0], np.cumsum(slots)]).astype(np.int64)
-    rank_P = np.repeat(np.arange(num_ranks, dtype=np.int64), np.asarray(slots, dtype=np.int64))
-    cap_R = np.minimum(slots_R, -(-num_experts * slots_R // slots_R.sum()))
-    turn_R = _alternating(node_R)
-    expert_LP = np.full((num_layers, num_slots), EMPTY, dtype=np.int64)
+    rank_P = np.repeat(np.arange(len(slots), dtype=np.int64), np.asarray(slots, dtype=np.int64))
+    if len(rank_P) < num_experts:
+        raise UserError(f"elastic.slots_per_worker: {len(rank_P)} slots cannot hold {num_experts} experts per layer")
+    slots_R = np.minimum(np.asarray(slots, dtype=np.int64), num_experts)
+    share_R = _speed_shares(topology.speeds, slots_R)
+    node_R = np.unique(np.asarray(topology.nodes), return_inverse=True)[1].astype(np.int64)
+    round_robin_R = _round_robin(node_R)
+    max_homes_R = np.minimum(slots_R, -(-num_experts * slots_R // slots_R.sum()))
+    expert_LP = np.full((num_layers, len(rank_P)), EMPTY, dtype=np.int64)
     home_LE = np.full((num_layers, num_experts), LOST, dtype=np.int64)
     time_L = np.empty(num_layers)
-    moves = num_experts if home_moves is None else home_moves
-    crowded = previous is not None and not np.array_equal(previous.rank_of_slot, rank_P)
     for layer in range(num_layers):
-        load_E = _whole(load_LE[layer])
-        has_ER = np.zeros((num_experts, num_ranks), dtype=np.bool_)
+        load_E = _integer_loads(load_LE[layer])
+        resident_ER = np.zeros((num_experts, len(slots)), dtype=np.bool_)
         if previous is not None:
-            before_E = previous.home[layer].astype(np.int64)
-            home_LE[layer] = np.where((before_E >= 0) & (before_E < num_ranks), before_E, LOST)
-            expert, rank = previous.expert_of_slot[layer], previous.rank_of_slot
-            there = (expert >= 0) & (rank >= 0) & (rank < num_ranks)
-            has_ER[expert[there], rank[there]] = True
+            _read_previous(previous, layer, resident_ER, home_LE[layer])
         time_L[layer] = plan_layer(
             load_E,
             share_R * float(load_E.sum()),
             start_R,
             rank_P,
             node_R,
-            turn_R,
-            cap_R,
-            has_ER,
+            round_robin_R,
+            max_homes_R,
+            resident_ER,
             expert_LP[layer],
             home_LE[layer],
-            crowded,
-            moves,
+            previous is not None and not np.array_equal(previous.rank_of_slot, rank_P),
+            num_experts if home_moves is None else home_moves,
         )
     sort_slots(expert_LP, home_LE, start_R)
     return Placement(
@@ -118,21 +119,38 @@ def plan_placement(
     )
 
 
+def _speed_shares(speeds: Sequence[float], slots_R: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Share of the load that each rank's speed makes its own, float64[R], sum 1; 0 for a rank without slots."""
+    fastest = max(1e-9, *speeds)
+    speed_R = np.where(slots_R > 0, np.maximum(np.asarray(speeds) / fastest, _MIN_SPEED), 0.0)
+    return speed_R / _sum(speed_R)
+
+
+def _read_previous(previous: Placement, layer: int, resident_ER: NDArray[np.bool_], home_E: NDArray[np.int64]) -> None:
+    """Write the copies and homes that a layer of the previous placement has on present ranks."""
+    num_ranks = resident_ER.shape[1]
+    before_E = previous.home[layer].astype(np.int64)
+    home_E[:] = np.where((before_E >= 0) & (before_E < num_ranks), before_E, LOST)
+    expert_P, rank_P = previous.expert_of_slot[layer], previous.rank_of_slot
+    present_P = (expert_P >= 0) & (rank_P >= 0) & (rank_P < num_ranks)
+    resident_ER[expert_P[present_P], rank_P[present_P]] = True
+
+
 def _sum(values: NDArray[np.float64]) -> float:
-    """In order, whatever the processor."""
+    """Exact sum, which is the same on all processors."""
     return math.fsum(values.tolist())
 
 
-def _whole(load_E: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Loads as integers that sum to about 2**40; none is zero, so that ties stay spread out."""
+def _integer_loads(load_E: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Loads as integers that sum to about 2**40. None is 0, so that experts without load are spread too."""
     total = _sum(load_E)
     if total <= 0:
         return np.full(len(load_E), 2**40 // len(load_E), dtype=np.int64)
     return np.rint(load_E / total * 2.0**40).astype(np.int64) + max(1, 2**20 // len(load_E))
 
 
-def _alternating(node_R: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The ranks, first one of each node, then the second of each, and so on."""
+def _round_robin(node_R: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The ranks in round robin over the nodes: the first rank of each node, then the second of each, and so on."""
     seen: dict[int, int] = {}
     nth_R = np.empty(len(node_R), dtype=np.int64)
     for rank, node in enumerate(node_R.tolist()):

@@ -1,0 +1,1 @@
+"""Units of the model's state: their owners, their mirrors, and transfers between ranks."""

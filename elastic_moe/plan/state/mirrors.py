@@ -1,8 +1,9 @@
-"""Which ranks mirror which: few fixed partners per rank (copysets), on another node wherever there is one.
+"""Mirror partners of each rank: few and fixed (copysets), on another node wherever there is one.
 
-Mutual pairs first; a rank left over closes a ring of three with one pair, so that no rank mirrors for two while another
-mirrors for none. Rules in order: another node, what is held already, mutual, evenly used, lower rank.
-Source of the idea: Cidon et al., Copysets, USENIX ATC 2013 (https://www.usenix.org/conference/atc13/technical-sessions/presentation/cidon).
+Two ranks are paired mutually if possible. A rank that remains closes a ring of three with one pair, so that no rank
+mirrors for two while another mirrors for none. Criteria in order: another node, state held already, mutual, evenly
+used, lower rank. Source of the idea: Cidon et al., Copysets, USENIX ATC 2013
+(https://www.usenix.org/conference/atc13/technical-sessions/presentation/cidon).
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from collections.abc import Sequence
 def choose_partners(
     active: Sequence[int], nodes: Sequence[str], overlap_RR: Sequence[Sequence[int]], redundancy: int
 ) -> dict[int, list[int]]:
-    """Mirror ranks per active rank, at most `redundancy` each, all different and never the rank itself.
+    """Choose the mirror ranks of each active rank: at most `redundancy`, all different, never the rank itself.
 
     Args:
         active: ranks that own state.
         nodes: fault domain of every rank.
-        overlap_RR: [p][q], how much of what p owns q holds already; [p][p], all that p owns.
+        overlap_RR: [p][q], elements owned by p that q holds already; [p][p], all elements that p owns.
         redundancy: partners wanted per rank.
     """
     partners: dict[int, list[int]] = {rank: [] for rank in active}
     if redundancy <= 0 or len(active) < 2:
         return partners
     allowed = {p: _other_node(p, active, nodes) for p in active}
-    kept = _all_in_place(active, allowed, overlap_RR, min(redundancy, len(active) - 1))
+    kept = _all_held_fraction(active, allowed, overlap_RR, min(redundancy, len(active) - 1))
     if kept is not None:
         return kept
     pairs = _mutual_pairs(active, nodes, allowed, overlap_RR)
@@ -33,23 +34,25 @@ def choose_partners(
         partners[a], partners[b] = [b], [a]
     for p in active:
         if not partners[p]:
-            _join_leftover(p, pairs, partners, allowed, overlap_RR)
+            _join_unpaired(p, pairs, partners, allowed, overlap_RR)
     for _ in range(1, min(redundancy, len(active) - 1)):
         _add_one_each(active, nodes, partners, overlap_RR)
     return partners
 
 
 def _other_node(p: int, active: Sequence[int], nodes: Sequence[str]) -> list[int]:
-    """Ranks that may mirror p: those of other nodes, or of p's own when there is no other."""
+    """Ranks that may mirror p: those of other nodes, or of p's own node if there is no other."""
     elsewhere = [q for q in active if nodes[q] != nodes[p]]
     return elsewhere or [q for q in active if q != p]
 
 
-def _all_in_place(
+def _all_held_fraction(
     active: Sequence[int], allowed: dict[int, list[int]], overlap_RR: Sequence[Sequence[int]], wanted: int
 ) -> dict[int, list[int]] | None:
-    """The partners that hold everything already, if every rank has enough of them: nothing to send, so nothing to decide."""
-    used = {q: 0 for q in active}
+    """Partners that hold all of a rank's units already, if each rank has enough of them; nothing must then be sent.
+    Else None.
+    """
+    used = dict.fromkeys(active, 0)
     kept: dict[int, list[int]] = {}
     for p in active:
         full = [q for q in active if q != p and overlap_RR[p][q] == overlap_RR[p][p]]
@@ -69,7 +72,11 @@ def _mutual_pairs(
     allowed: dict[int, list[int]],
     overlap_RR: Sequence[Sequence[int]],
 ) -> list[tuple[int, int]]:
-    """Greedy matching: what is in place both ways first, then from the nodes with the most free ranks (so that few are left over)."""
+    """Match ranks in pairs, greedily. Returns the pairs.
+
+    First pairs that hold each other's units already, then ranks of the nodes with the most free ranks, so that few
+    stay unmatched.
+    """
     free = list(active)
     pairs: list[tuple[int, int]] = []
     while True:
@@ -78,7 +85,7 @@ def _mutual_pairs(
         for p in free:
             for q in allowed[p]:
                 if p < q and q in free and p in allowed[q]:
-                    mutual = min(_in_place(p, q, overlap_RR), _in_place(q, p, overlap_RR))
+                    mutual = min(_held_fraction(p, q, overlap_RR), _held_fraction(q, p, overlap_RR))
                     overlap = overlap_RR[p][q] + overlap_RR[q][p]
                     key = (mutual, overlap, crowd[nodes[p]] + crowd[nodes[q]], -p, -q)
                     best = key if best is None else max(best, key)
@@ -89,19 +96,19 @@ def _mutual_pairs(
         free = [rank for rank in free if rank not in pair]
 
 
-def _in_place(p: int, q: int, overlap_RR: Sequence[Sequence[int]]) -> float:
-    """Share of what p owns that q holds already."""
+def _held_fraction(p: int, q: int, overlap_RR: Sequence[Sequence[int]]) -> float:
+    """Fraction of the elements owned by p that q holds already."""
     return overlap_RR[p][q] / overlap_RR[p][p] if overlap_RR[p][p] else 1.0
 
 
-def _join_leftover(
+def _join_unpaired(
     p: int,
     pairs: list[tuple[int, int]],
     partners: dict[int, list[int]],
     allowed: dict[int, list[int]],
     overlap_RR: Sequence[Sequence[int]],
 ) -> None:
-    """Close a ring a -> b -> p -> a with one pair; where the nodes forbid it, take the least used allowed partner."""
+    """Close a ring a -> b -> p -> a with one pair (a, b). If nodes forbid it, take the least used allowed partner."""
     best: tuple[int, int, int] | None = None
     for pair in pairs:
         for a, b in (pair, pair[::-1]):
@@ -123,8 +130,10 @@ def _add_one_each(
     partners: dict[int, list[int]],
     overlap_RR: Sequence[Sequence[int]],
 ) -> None:
-    """One more partner for every rank: a third node if there is one, then evenly used, then what is held, then nearest."""
-    used = {q: 0 for q in active}
+    """Add one partner to each rank. Criteria in order: a third node, unused, state held already, evenly used, nearest
+    rank.
+    """
+    used = dict.fromkeys(active, 0)
     for p in active:
         taken = {nodes[p]} | {nodes[q] for q in partners[p]}
         candidates = [q for q in active if q != p and q not in partners[p]]

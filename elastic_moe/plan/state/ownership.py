@@ -1,11 +1,14 @@
-"""Which rank owns which unit (primary), and which ranks keep a living twin of it (mirrors).
+"""Ownership of units: the rank that owns each unit (primary), and the ranks that keep an identical second copy of it
+(mirrors).
 
-ZeRO-1 by whole units: the primary holds fp32 master weights and optimizer moments. A pure function of the units, the view
-and what is held now; it moves as little as it can.
+This is ZeRO-1 by whole units: the primary holds the fp32 master weights and the optimizer moments. The plan is a pure
+function of the units, the view and the state held now. It moves as little as it can.
 
 Mirrors follow *copysets* (Cidon et al., USENIX ATC 2013): all units of a rank mirror to the same one or two partners,
-paired mutually where possible. Two random deaths then lose state only if they hit one of about R/2 pairs; scattered mirrors
-would lose something at any two deaths.
+paired mutually if possible. Two random deaths then lose state only if they hit one of about R/2 pairs. With scattered
+mirrors, any two deaths would lose some state.
+
+Legend: U units, R ranks, A active ranks, K mirrors per unit, L MoE layers, E experts.
 """
 
 from __future__ import annotations
@@ -21,22 +24,24 @@ from elastic_moe.types import Unit, View
 
 NONE, MIRROR, PRIMARY = 0, 1, 2
 
-# Dense units move for balance only when a rank has more than this times the mean number of elements.
+# Dense units move for balance only if a rank has more than this times the mean number of elements.
 _BALANCE_TOLERANCE = 1.1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ownership:
-    """Attributes:
-    primary: int32[U], rank.
-    mirrors: int32[U, redundancy], ranks; -1 for none.
+    """The primary and the mirrors of each unit.
+
+    Attributes:
+        primary: int32[U], rank.
+        mirrors: int32[U, redundancy], ranks; -1 for none.
     """
 
     primary: NDArray[np.int32]
     mirrors: NDArray[np.int32]
 
     def role(self, rank: int) -> NDArray[np.uint8]:
-        """NONE, MIRROR or PRIMARY of every unit at `rank`, uint8[U]."""
+        """Role of `rank` for each unit, uint8[U]: NONE, MIRROR or PRIMARY."""
         role_U = np.full(len(self.primary), NONE, dtype=np.uint8)
         role_U[(self.mirrors == rank).any(axis=1)] = MIRROR
         role_U[self.primary == rank] = PRIMARY
@@ -58,14 +63,15 @@ def plan_ownership(
     redundancy: int,
     homes_LE: NDArray[np.int32] | None,
 ) -> Ownership:
-    """Only active ranks own. Deterministic: ranks with the same arguments get the same plan.
+    """Choose primary and mirrors of each unit among the active ranks. Deterministic: equal arguments give equal plans.
 
     Args:
         units: all units.
         view: the membership to plan for.
-        held_RU: the role in which each rank of this view holds each unit now.
-        redundancy: mirrors per unit; fewer where there are not enough ranks.
-        homes_LE: home rank of each expert of each MoE layer, which is its unit's primary; None: experts like dense units.
+        held_RU: uint8[R, U], the role in which each rank of this view holds each unit now.
+        redundancy: mirrors per unit; fewer if there are not enough ranks.
+        homes_LE: int32[L, E], home rank of each expert, which is the primary of its unit. None: experts are placed like
+            dense units.
     """
     held_RU = np.asarray(held_RU)
     active = np.asarray(view.active_ranks, dtype=np.int64)
@@ -87,7 +93,7 @@ def plan_ownership(
 
 
 def _loads(primary_U: NDArray[np.int32], numel_U: NDArray[np.int64], num_ranks: int) -> NDArray[np.int64]:
-    """Elements whose primary is each rank, int64[R]."""
+    """Number of elements that each rank owns, int64[R]."""
     placed_U = primary_U >= 0
     return np.bincount(primary_U[placed_U], weights=numel_U[placed_U], minlength=num_ranks).astype(np.int64)
 
@@ -99,7 +105,9 @@ def _place_dense(
     held_RU: NDArray[np.uint8],
     active: NDArray[np.int64],
 ) -> None:
-    """Keep a living primary; else promote the mirror with the smallest load; else (held by nobody) the smallest rank."""
+    """Keep a living primary; else promote the mirror with the fewest elements; else take the rank with the fewest
+    elements.
+    """
     held_AU = held_RU[active]
     keeps_U = movable_U & (held_AU == PRIMARY).any(axis=0)
     primary_U[keeps_U] = active[(held_AU == PRIMARY).argmax(axis=0)[keeps_U]]
@@ -120,9 +128,9 @@ def _balance_dense(
     held_RU: NDArray[np.uint8],
     active: NDArray[np.int64],
 ) -> None:
-    """Move dense units from the fullest to the emptiest rank until within tolerance of the mean, or no move helps.
+    """Move dense units from the fullest to the emptiest rank until all are within tolerance, or no move helps.
 
-    Of the units that help it takes the one that overshoots the middle least, and prefers one the receiver mirrors already.
+    Units that the receiver mirrors already come first; of these, the unit whose size is nearest to half the difference.
     """
     load_R = _loads(primary_U, numel_U, len(held_RU))
     limit = _BALANCE_TOLERANCE * load_R.sum() / len(active)
@@ -152,7 +160,7 @@ def _partners(
     view: View,
     redundancy: int,
 ) -> NDArray[np.int32]:
-    """Mirror ranks of every primary rank, int32[R, redundancy]; what is held already decides between equals."""
+    """Mirror ranks of each rank, int32[R, redundancy]; -1 for none."""
     num_ranks = view.world_size
     overlap_RR = np.zeros((num_ranks, num_ranks), dtype=np.int64)
     for rank in view.active_ranks:

@@ -1,7 +1,7 @@
-"""Who sends which unit to whom, to get from the state that is held to the ownership that is wanted.
+"""Transfers: the units that ranks send to one another, to get from the state held now to a planned ownership.
 
-Failure, join, drain and rebalance are all this one question. Sources are spread over the holders, so that a unit's primary
-is not the only one that sends; a draining rank is a source like any other.
+Failure, join, drain and rebalancing are all this one problem. Sends are spread over all holders of a unit, so that its
+primary is not the only sender. A draining rank sends like any other.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class TransferPlan:
-    """Attributes:
-    transfers: ascending by (unit, dst).
-    missing: units that no rank holds; they must come from a checkpoint or from initialisation.
+    """The transfers of one change of ownership.
+
+    Attributes:
+        transfers: ascending by (unit, dst).
+        missing: units that no rank holds; they must come from a checkpoint or from initialisation.
     """
 
     transfers: tuple[Transfer, ...]
@@ -38,8 +40,8 @@ def plan_transfers(held_RU: NDArray[np.uint8], ownership: Ownership) -> Transfer
     """Bring every unit to its primary and mirrors that do not hold it yet. Pure and deterministic.
 
     Args:
-        held_RU: role in which each rank holds each unit now (NONE: it does not), ranks of the new view.
-        ownership: the layout wanted, same ranks and units.
+        held_RU: uint8[R, U], role in which each rank of the new view holds each unit now; NONE if it does not.
+        ownership: the planned ownership of the same ranks and units.
     """
     holds_RU = np.asarray(held_RU) != NONE
     num_units = holds_RU.shape[1]

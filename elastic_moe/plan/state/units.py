@@ -1,8 +1,8 @@
-"""Parameters -> units, the atoms of ownership.
+"""Units, the atoms of ownership, made from the model's parameters.
 
-A unit is one dense tensor, a row block of a large one, or one whole expert of one layer (all its matrices together, so that
-an expert always moves in one piece). Cutting at row boundaries keeps a block a contiguous range of the flattened tensor.
-Units never depend on the world size: any layout, and any checkpoint, is a map from the same names to ranks.
+A unit is one dense tensor, a row block of a large one, or one whole expert of one layer. An expert's unit has all its
+matrices, so an expert always moves as a whole. Cuts at row boundaries keep a block a contiguous range of the flattened
+tensor. Units never depend on the world size: any layout, and any checkpoint, is a map from the same names to ranks.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from elastic_moe.types import ParamSpec, Part, Unit
 
 
 def build_units(specs: Sequence[ParamSpec], max_unit_elements: int) -> tuple[Unit, ...]:
-    """Units in the order of their first parameter.
+    """Build the units, in the order of their first parameter.
 
     Args:
-        specs: every parameter of the model, names unique.
+        specs: all parameters of the model, names unique.
         max_unit_elements: larger dense AdamW tensors are cut into blocks of whole rows, at most this many elements each
-            (at least one row); 0 for no cutting.
+            (at least one row); 0 for no cuts.
     """
     expert_parts: dict[tuple[int | None, int], list[ParamSpec]] = {}
     for spec in specs:
@@ -37,7 +37,7 @@ def build_units(specs: Sequence[ParamSpec], max_unit_elements: int) -> tuple[Uni
 
 
 def _dense_units(spec: ParamSpec, max_unit_elements: int) -> list[Unit]:
-    """One unit, or even blocks of whole rows."""
+    """The unit of one tensor, or several units of even blocks of whole rows."""
     numel = spec.numel
     if max_unit_elements <= 0 or numel <= max_unit_elements or spec.optimizer == "bias" or not spec.shape:
         return [_dense_unit(spec, spec.name, 0, numel)]
@@ -55,12 +55,13 @@ def _dense_units(spec: ParamSpec, max_unit_elements: int) -> list[Unit]:
 
 
 def _dense_unit(spec: ParamSpec, name: str, start: int, numel: int) -> Unit:
+    """The unit of `numel` elements of a tensor, from element `start` on."""
     part = Part(param=spec.name, start=start, numel=numel, offset=0)
     return Unit(name, (part,), spec.optimizer, spec.decay, spec.layer, None, spec.moe_layer)
 
 
 def _expert_unit(specs: Sequence[ParamSpec]) -> Unit:
-    """All matrices of one expert of one layer, one after the other."""
+    """The unit of one expert of one layer: its matrices one after the other."""
     first = specs[0]
     parts: list[Part] = []
     offset = 0

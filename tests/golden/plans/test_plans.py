@@ -1,8 +1,8 @@
 """Committed plans: placement and token split of some small cases stay the same to the integer.
 
-Ranks with different versions of the code must not meet in one run, but one version must plan alike on every machine and after
-every refactoring. A change that is meant to alter plans writes the files anew: `python -m tests.golden.plans.test_plans`.
-Loads and token counts are made from a seed with integer arithmetic alone.
+Ranks with different versions of the code must not meet in one run, but one version must plan alike on every machine
+and after every refactoring. A change that is meant to alter plans writes the files anew: `python -m
+tests.golden.plans.test_plans`. Loads and token counts are made from a seed with integer arithmetic alone.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ def test_every_epoch_is_a_permutation(seed: int, num_samples: int, batch: int, e
 
 def test_order_depends_on_seed_and_epoch() -> None:
     base = sample_ids(0, 0, 1000, 1000)
-    assert base.dtype == np.int64 and base.shape == (1000,)
+    assert base.dtype == np.int64
+    assert base.shape == (1000,)
     assert not np.array_equal(base, sample_ids(1, 0, 1000, 1000))
     assert not np.array_equal(base, sample_ids(0, 1, 1000, 1000))
     assert np.array_equal(base, np.concatenate([sample_ids(0, step, 100, 1000) for step in range(10)]))
@@ -36,22 +37,25 @@ def test_order_looks_shuffled() -> None:
 
 def test_order_costs_the_batch_not_the_corpus() -> None:
     ids = sample_ids(0, 10**6, 8, 10**12)
-    assert len(set(ids.tolist())) == 8 and ids.min() >= 0 and ids.max() < 10**12
+    assert len(set(ids.tolist())) == 8
+    assert ids.min() >= 0
+    assert ids.max() < 10**12
 
 
 @given(st.integers(0, 500), st.lists(st.floats(0, 100).map(lambda v: round(v, 3)), min_size=1, max_size=12))
-def test_assign_covers(global_batch: int, speeds: list[float]) -> None:
+def test_split_batch_covers(global_batch: int, speeds: list[float]) -> None:
     if sum(speeds) == 0:
         speeds = [*speeds, 1.0]
     slices = split_batch(global_batch, speeds)
     covered = [i for part in slices for i in range(global_batch)[part]]
-    assert covered == list(range(global_batch)) and len(slices) == len(speeds)
+    assert covered == list(range(global_batch))
+    assert len(slices) == len(speeds)
     for part, speed in zip(slices, speeds, strict=True):
-        share = part.stop - part.start
-        assert abs(share - global_batch * speed / sum(speeds)) < 1 + 1e-6
-        assert speed > 0 or share == 0
+        size = part.stop - part.start
+        assert abs(size - global_batch * speed / sum(speeds)) < 1 + 1e-6
+        assert speed > 0 or size == 0
 
 
-@pytest.mark.parametrize(("batch", "speeds", "shares"), [(32, [1, 1, 1], [11, 11, 10]), (10, [2, 0, 1], [7, 0, 3])])
-def test_assign_examples(batch: int, speeds: list[float], shares: list[int]) -> None:
-    assert [part.stop - part.start for part in split_batch(batch, speeds)] == shares
+@pytest.mark.parametrize(("batch", "speeds", "sizes"), [(32, [1, 1, 1], [11, 11, 10]), (10, [2, 0, 1], [7, 0, 3])])
+def test_split_batch_examples(batch: int, speeds: list[float], sizes: list[int]) -> None:
+    assert [part.stop - part.start for part in split_batch(batch, speeds)] == sizes

@@ -18,14 +18,14 @@ def _cases(draw: st.DrawFn) -> tuple[np.ndarray, Placement, list[float] | None]:
     """Any assignment of copies (each expert at least one), empty slots and ranks without slots included."""
     num_ranks, num_experts = draw(st.integers(1, 5)), draw(st.integers(1, 7))
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
-    has_ER = rng.random((num_experts, num_ranks)) < draw(st.sampled_from([0.0, 0.3, 0.7]))
-    has_ER[np.arange(num_experts), rng.integers(0, num_ranks, num_experts)] = True
+    resident_ER = rng.random((num_experts, num_ranks)) < draw(st.sampled_from([0.0, 0.3, 0.7]))
+    resident_ER[np.arange(num_experts), rng.integers(0, num_ranks, num_experts)] = True
     ranks, experts = [], []
     for rank in range(num_ranks):
-        here = [*rng.permutation(np.flatnonzero(has_ER[:, rank])).tolist(), *[EMPTY] * int(rng.integers(0, 2))]
+        here = [*rng.permutation(np.flatnonzero(resident_ER[:, rank])).tolist(), *[EMPTY] * int(rng.integers(0, 2))]
         experts += here
         ranks += [rank] * len(here)
-    home = has_ER.argmax(axis=1)[None].astype(np.int32)
+    home = resident_ER.argmax(axis=1)[None].astype(np.int32)
     placement = Placement(np.array([experts], dtype=np.int32), np.array(ranks, dtype=np.int32), home)
     scale = draw(st.sampled_from([1, 5, 1000]))
     counts = rng.integers(0, scale + 1, (num_ranks, num_experts)) * rng.integers(0, 2, (num_ranks, num_experts))
@@ -52,7 +52,9 @@ def test_split_conserves_and_is_optimal(case: tuple[np.ndarray, Placement, list[
     num_ranks, num_experts = counts.shape
     out = split_tokens(counts, placement, 0, speeds)
     expert_P = placement.expert_of_slot[0]
-    assert out.dtype == np.int64 and out.shape == (num_ranks, len(expert_P)) and (out >= 0).all()
+    assert out.dtype == np.int64
+    assert out.shape == (num_ranks, len(expert_P))
+    assert (out >= 0).all()
     assert (out[:, expert_P == EMPTY] == 0).all()
     for expert in range(num_experts):
         assert np.array_equal(out[:, expert_P == expert].sum(axis=1), counts[:, expert])
@@ -99,7 +101,7 @@ def test_one_ranks_part_is_that_of_the_matrix(
     assert np.array_equal(part.here_RS, out[:, placement.slots_of(rank)])
     assert np.array_equal(part.tokens_P, out.sum(axis=0))
     source_node, slot_node = np.arange(len(counts)) // 2, placement.rank_of_slot // 2
-    assert part.far == out[source_node[:, None] != slot_node[None, :]].sum()
+    assert part.cross_node_tokens == out[source_node[:, None] != slot_node[None, :]].sum()
 
 
 def _ways(total: int, places: int) -> list[tuple[int, ...]]:
@@ -116,27 +118,27 @@ def test_no_optimal_split_sends_fewer_tokens_to_other_nodes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_ranks, num_experts = int(rng.integers(2, 5)), int(rng.integers(1, 4))
     node_R = rng.integers(0, 2, num_ranks)
-    has_ER = rng.random((num_experts, num_ranks)) < 0.6
-    has_ER[np.arange(num_experts), rng.integers(0, num_ranks, num_experts)] = True
+    resident_ER = rng.random((num_experts, num_ranks)) < 0.6
+    resident_ER[np.arange(num_experts), rng.integers(0, num_ranks, num_experts)] = True
     counts = rng.integers(0, 3, (num_ranks, num_experts))
-    ranks, experts = np.nonzero(has_ER.T)
-    home = has_ER.argmax(axis=1)[None].astype(np.int32)
+    ranks, experts = np.nonzero(resident_ER.T)
+    home = resident_ER.argmax(axis=1)[None].astype(np.int32)
     placement = Placement(experts[None].astype(np.int32), ranks.astype(np.int32), home, node_R.astype(np.int32))
 
-    def costs(quota_ER: np.ndarray) -> tuple[int, int, int]:
-        own = np.minimum(quota_ER, counts.T).sum()
+    def costs(flow_ER: np.ndarray) -> tuple[int, int, int]:
+        own = np.minimum(flow_ER, counts.T).sum()
         near = sum(
-            np.minimum(quota_ER[:, node_R == n].sum(axis=1), counts.T[:, node_R == n].sum(axis=1)).sum() for n in (0, 1)
+            np.minimum(flow_ER[:, node_R == n].sum(axis=1), counts.T[:, node_R == n].sum(axis=1)).sum() for n in (0, 1)
         )
-        return int(quota_ER.sum(axis=0).max()), int(counts.sum() - near), int(counts.sum() - own)
+        return int(flow_ER.sum(axis=0).max()), int(counts.sum() - near), int(counts.sum() - own)
 
     best = None
-    choices = [_ways(int(counts[:, e].sum()), int(has_ER[e].sum())) for e in range(num_experts)]
+    choices = [_ways(int(counts[:, e].sum()), int(resident_ER[e].sum())) for e in range(num_experts)]
     for chosen in itertools.product(*choices):
-        quota_ER = np.zeros(has_ER.shape, np.int64)
+        flow_ER = np.zeros(resident_ER.shape, np.int64)
         for e, tokens in enumerate(chosen):
-            quota_ER[e, has_ER[e]] = tokens
-        best = costs(quota_ER) if best is None else min(best, costs(quota_ER))
+            flow_ER[e, resident_ER[e]] = tokens
+        best = costs(flow_ER) if best is None else min(best, costs(flow_ER))
     out = split_tokens(counts, placement, 0)
     rank_load = np.bincount(ranks, weights=out.sum(axis=0), minlength=num_ranks)
     far = out[node_R[:, None] != node_R[ranks][None, :]].sum()

@@ -25,13 +25,15 @@ def _roles(ownership: Ownership, num_ranks: int) -> np.ndarray:
 
 def _check(ownership: Ownership, view: View, redundancy: int, homes: np.ndarray | None, units: list[Unit]) -> None:
     active = set(view.active_ranks)
-    assert ownership.primary.dtype == np.int32 and ownership.mirrors.shape == (len(units), redundancy)
+    assert ownership.primary.dtype == np.int32
+    assert ownership.mirrors.shape == (len(units), redundancy)
     nodes = [member.node for member in view.members]
     several_nodes = len({nodes[rank] for rank in active}) > 1
     for index, unit in enumerate(units):
         primary, mirrors = int(ownership.primary[index]), ownership.mirrors[index].tolist()
         living = [rank for rank in mirrors if rank >= 0]
-        assert primary in active and set(living) <= active - {primary}
+        assert primary in active
+        assert set(living) <= active - {primary}
         assert len(set(living)) == len(living) == min(redundancy, len(active) - 1)
         if several_nodes and living:
             assert any(nodes[rank] != nodes[primary] for rank in living)
@@ -65,14 +67,16 @@ def test_every_unit_has_a_living_owner_and_transfers_bring_it(
     ownership = plan_ownership(units, view, held, redundancy, homes)
     _check(ownership, view, redundancy, homes, units)
     again = plan_ownership(units, view, held.copy(), redundancy, homes)
-    assert np.array_equal(again.primary, ownership.primary) and np.array_equal(again.mirrors, ownership.mirrors)
+    assert np.array_equal(again.primary, ownership.primary)
+    assert np.array_equal(again.mirrors, ownership.mirrors)
 
     plan = plan_transfers(held, ownership)
     state = held != NONE
     assert plan.missing == tuple(np.flatnonzero(~state.any(axis=0)))
     assert len({(move.unit, move.dst) for move in plan.transfers}) == len(plan.transfers)
     for move in plan.transfers:
-        assert held[move.src, move.unit] != NONE and held[move.dst, move.unit] == NONE
+        assert held[move.src, move.unit] != NONE
+        assert held[move.dst, move.unit] == NONE
         state[move.dst, move.unit] = True
     state[:, list(plan.missing)] = True  # from a checkpoint
     wanted = _roles(ownership, view.world_size) != NONE
@@ -132,7 +136,9 @@ def test_draining_rank_hands_over_and_owns_nothing() -> None:
     before = plan_ownership(units, _view(1, "abc"), np.zeros((3, 20), np.uint8), 0, None)
     held = _roles(before, 3)
     after = plan_ownership(units, _view(2, "abc", frozenset({1})), held, 0, None)
-    assert after.owned(1).size == 0 and after.held(1).size == 0
+    assert after.owned(1).size == 0
+    assert after.held(1).size == 0
     plan = plan_transfers(held, after)
-    assert not plan.missing and {move.src for move in plan.transfers} == {1}
+    assert not plan.missing
+    assert {move.src for move in plan.transfers} == {1}
     assert sorted(move.unit for move in plan.transfers) == before.owned(1).tolist()

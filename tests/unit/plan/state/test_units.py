@@ -31,7 +31,8 @@ def test_units_cover_every_element_once(layers: int, experts: int, rows: int, co
     for unit in units:
         offset = 0
         for part in unit.parts:
-            assert part.offset == offset and part.numel > 0
+            assert part.offset == offset
+            assert part.numel > 0
             seen[part.param][part.start : part.start + part.numel] += 1
             assert by_name[part.param].optimizer == unit.optimizer
             offset += part.numel

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_moe.plan.batch import sample_ids, split_batch
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**40), st.integers(1, 300), st.integers(1, 50), st.integers(0, 4))
 def test_every_epoch_is_a_permutation(seed: int, num_samples: int, batch: int, epoch: int) -> None:
     first = epoch * num_samples // batch
@@ -42,6 +43,7 @@ def test_order_costs_the_batch_not_the_corpus() -> None:
     assert ids.max() < 10**12
 
 
+@settings(deadline=None)
 @given(st.integers(0, 500), st.lists(st.floats(0, 100).map(lambda v: round(v, 3)), min_size=1, max_size=12))
 def test_split_batch_covers(global_batch: int, speeds: list[float]) -> None:
     if sum(speeds) == 0:

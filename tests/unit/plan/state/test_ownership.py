@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_moe.plan.state.ownership import MIRROR, NONE, PRIMARY, Ownership, plan_ownership
@@ -59,6 +59,7 @@ def _cases(draw: st.DrawFn) -> tuple[list[Unit], View, np.ndarray, int, np.ndarr
     return units, view, held.astype(np.uint8), draw(st.integers(0, 2)), homes
 
 
+@settings(deadline=None)
 @given(_cases())
 def test_every_unit_has_a_living_owner_and_transfers_bring_it(
     case: tuple[list[Unit], View, np.ndarray, int, np.ndarray | None],
@@ -84,6 +85,7 @@ def test_every_unit_has_a_living_owner_and_transfers_bring_it(
     assert all(wanted[move.dst, move.unit] for move in plan.transfers), "nothing moves that nobody needs"
 
 
+@settings(deadline=None)
 @given(_cases())
 def test_a_plan_in_place_moves_nothing(case: tuple[list[Unit], View, np.ndarray, int, np.ndarray | None]) -> None:
     units, view, held, redundancy, homes = case
@@ -95,6 +97,7 @@ def test_a_plan_in_place_moves_nothing(case: tuple[list[Unit], View, np.ndarray,
     assert not plan_transfers(roles, later).transfers
 
 
+@settings(deadline=None)
 @given(st.integers(2, 8), st.integers(0, 7), st.integers(1, 2))
 def test_one_death_loses_nothing_and_stays_balanced(num_ranks: int, dead: int, redundancy: int) -> None:
     dead %= num_ranks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_moe.plan.state.units import build_units
@@ -22,6 +22,7 @@ def _model(layers: int, experts: int, rows: int, columns: int) -> list[ParamSpec
     return specs
 
 
+@settings(deadline=None)
 @given(st.integers(0, 3), st.integers(1, 5), st.integers(1, 40), st.integers(1, 7), st.integers(0, 60))
 def test_units_cover_every_element_once(layers: int, experts: int, rows: int, columns: int, limit: int) -> None:
     specs = _model(layers, experts, rows, columns)

@@ -1,7 +1,8 @@
 """Blocks side by side: ours against transformers' with the same weights, and mHC against the plain residual.
 
-Both sides run in turn, forward and backward, many rounds, in one process; what counts is the median of the ratios of neighbours, and its spread. Blocks are a whole
-layer: norms, attention, router, routed and shared experts. transformers runs as it comes: SDPA attention and its own choice of expert kernels.
+Both sides run in turn, forward and backward, for many rounds in one process. The result is the median of the ratios of
+neighbouring passes, and its spread. A block is a whole layer: norms, attention, router, routed and shared experts.
+transformers runs with its defaults: SDPA attention and its own choice of expert kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from elastic_moe.model.residual.connections import Segments
 from elastic_moe.model.transformer import Transformer
 from scripts.benchmarks import common
 
-SHAPES = {  # family, hidden, experts, expert hidden, experts per token
+SHAPE_KEYS = ("family", "hidden", "experts", "expert_hidden", "experts_per_token")
+SHAPES = {
     "v3-16": ("deepseek_v3", 512, 16, 256, 2),
     "v3-64": ("deepseek_v3", 512, 64, 256, 6),
     "qwen3-16": ("qwen3_moe", 512, 16, 256, 2),
@@ -45,9 +47,9 @@ def oracle(family: str, hidden: int, experts: int, width: int, chosen: int) -> A
     }  # fmt: skip
     if family == "deepseek_v3":
         config = transformers.DeepseekV3Config(
-            **common_sizes, num_key_value_heads=None, n_routed_experts=experts, n_group=1, topk_group=1, n_shared_experts=1,
-            first_k_dense_replace=0, q_lora_rank=hidden // 2, kv_lora_rank=hidden // 4, qk_nope_head_dim=64,
-            qk_rope_head_dim=32, v_head_dim=64, num_mtp_layers=0,
+            **common_sizes, num_key_value_heads=None, n_routed_experts=experts, n_group=1, topk_group=1,
+            n_shared_experts=1, first_k_dense_replace=0, q_lora_rank=hidden // 2, kv_lora_rank=hidden // 4,
+            qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, num_mtp_layers=0,
         )  # fmt: skip
         return transformers.DeepseekV3ForCausalLM(config)
     config = transformers.Qwen3MoeConfig(
@@ -82,7 +84,7 @@ def _synchronize(x: torch.Tensor) -> None:
 
 
 def compare(first: Step, second: Step, rounds: int) -> dict[str, Any]:
-    """Both in turn; each ratio is of two neighbours."""
+    """Time both in turn; each ratio is of two neighbouring passes."""
     first(), second()
     pairs = [(first(), second()) for _ in range(rounds)]
     ratios = sorted(b / a for a, b in pairs)
@@ -130,7 +132,7 @@ def against_transformers(name: str, dtype: torch.dtype, device: torch.device, ro
     other = measured(x, theirs_forward, list(theirs.model.layers[0].parameters()))
     return {
         "block": name, "dtype": str(dtype).removeprefix("torch."), "relative_difference": difference,
-        "shape": dict(zip(("family", "hidden", "experts", "expert_hidden", "experts_per_token"), SHAPES[name], strict=True)),
+        "shape": dict(zip(SHAPE_KEYS, SHAPES[name], strict=True)),
         "attention": theirs.config._attn_implementation, "experts": theirs.config._experts_implementation,
         **compare(ours, other, rounds),
     }  # fmt: skip
@@ -141,9 +143,10 @@ def mhc_cost(hidden: int, dtype: torch.dtype, device: torch.device, fused: str, 
     steps = []
     for residual in ("plain", "mhc"):
         cfg = ModelConfig(
-            vocab_size=128, hidden_size=hidden, num_layers=2, num_dense_layers=0, attention="mla", num_heads=hidden // 128,
-            head_dim=128, rope_dim=64, value_dim=128, kv_latent=512, num_experts=16, experts_per_token=4,
-            expert_hidden=hidden // 2, num_shared_experts=1, residual=residual, fused=fused, seq_balance_weight=0.0,
+            vocab_size=128, hidden_size=hidden, num_layers=2, num_dense_layers=0, attention="mla",
+            num_heads=hidden // 128, head_dim=128, rope_dim=64, value_dim=128, kv_latent=512, num_experts=16,
+            experts_per_token=4, expert_hidden=hidden // 2, num_shared_experts=1, residual=residual, fused=fused,
+            seq_balance_weight=0.0,
         )  # fmt: skip
         local = LocalExperts(cfg)
         model = Transformer(cfg, local)

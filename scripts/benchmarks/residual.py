@@ -1,8 +1,8 @@
-"""Plain residual, HC and mHC on the same text: same tokens, same order, same first weights, several seeds; loss curves drawn.
+"""Plain residual, HC and mHC on the same text: same tokens, order and first weights, several seeds; loss curves drawn.
 
-Every run is a run of the product, `elastic_moe.train` with one worker, read back from its metrics. The figures are the training loss averaged over
-the last tenth of the steps, the validation loss at the end, and both against the plain residual of the same seed. Step times stand beside them, and are
-those of this machine and of eager kernels.
+Every run is a run of the product, `elastic_moe.train` with one worker, read back from its metrics. The figures are the
+training loss averaged over the last tenth of the steps, the validation loss at the end, and the difference of both to
+the plain residual of the same seed. Step times stand beside them; they are those of one machine and of eager kernels.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from scripts.benchmarks.figures import Curve, draw_curves
 
 KINDS = ("plain", "hc", "mhc")
 MODEL = [
-    "model=tiny", "model.attention=mla", "model.num_layers=8", "model.head_dim=32", "model.value_dim=32", "model.rope_dim=16",
-    "model.kv_latent=64", "data.global_batch=16",
+    "model=tiny", "model.attention=mla", "model.num_layers=8", "model.head_dim=32", "model.value_dim=32",
+    "model.rope_dim=16", "model.kv_latent=64", "data.global_batch=16",
 ]  # fmt: skip
 
 
@@ -34,6 +34,7 @@ def train(kind: str, seed: int, steps: int, root: Path, threads: int) -> dict[st
     command = [
         sys.executable, "-m", "elastic_moe.train", f"run.dir={run_dir}", f"run.steps={steps}", f"seed={seed}", *MODEL,
         f"model.residual={kind}", "cluster.workers=1", f"threads={threads}", "tracking.wandb=off", "run.sample_tokens=0",
+        *MODEL,
         "checkpoint.every_steps=0", "run.eval_every_steps=0", "run.eval_sequences=256", f"data.cache_dir={root / 'cache'}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
@@ -97,7 +98,8 @@ def main() -> int:
             curves = [Curve(r["residual"], r["loss"]) for r in runs]
             draw_curves(options.svg, "training loss", curves)
         return {
-            "benchmark": "residual", "machine": common.machine(), "steps": steps, "model": MODEL, "summary": summary(runs),
+            "benchmark": "residual", "machine": common.machine(), "steps": steps, "model": MODEL,
+            "summary": summary(runs),
             "runs": runs,
         }  # fmt: skip
 

@@ -17,7 +17,7 @@ class Hello:
     """A worker registers, or re-registers after the coordinator was lost.
 
     Attributes:
-        worker, node, pid, slots: who it is, as in `Member`.
+        worker, node, pid, slots: its identity, as in `Member`.
         ready: it has warmed up already.
         view: newest view it knows; None if it never was in one.
         entered: generation that it entered last.
@@ -53,7 +53,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A collective failed under the worker: some peer may be gone, or only a connection."""
+    """A collective failed under the worker. Perhaps a peer has died, perhaps only a connection has broken."""
 
     worker: str
     generation: int
@@ -77,14 +77,14 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """The worker goes because it is not wanted any more."""
+    """The worker ends because no view contains it any more."""
 
     worker: str
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The worker is gone: its connection closed, or its process was reported dead."""
+    """The worker has died: its connection has closed, or its process was reported dead."""
 
     worker: str
     reason: str = "connection closed"
@@ -92,7 +92,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class NodeLost:
-    """A node is gone, with all its workers."""
+    """A node has died, with all its workers."""
 
     node: str
     reason: str = "node lost"
@@ -144,7 +144,7 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Too few workers: those named keep their state and wait."""
+    """Too few workers are left: the named ones keep their state and wait."""
 
     generation: int
     workers: tuple[str, ...]
@@ -160,14 +160,14 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """The worker is not needed any more and may end itself in peace."""
+    """The worker is not needed any more and may end itself."""
 
     worker: str
 
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """The worker does not count any more and must not touch the run; its connection is cut."""
+    """The worker is no member any more and must not touch the run; its connection is closed."""
 
     worker: str
     reason: str

@@ -1,8 +1,8 @@
-"""Who is in the run: the membership state machine, `transition(state, event, now_s, config) -> (state, commands, reason)`.
+"""The membership state machine: `transition(state, event, now_s, config) -> (state, commands, reason)`.
 
-Every event is first *absorbed* (it changes what is known), then the rules are applied to what is known (`rules.apply_rules`), so that a death is
-answered in the same call in which it is heard, and no rule depends on which event revealed its condition. Pure: time is an argument.
-Messages about a generation that is not the newest are dropped in `_stale`, and nowhere else.
+Every event is first *observed*: it changes the state. Then the rules are applied to the state (`rules.apply_rules`).
+A death is therefore answered in the call that reports it, and no rule depends on the event that revealed its condition.
+The machine is pure: time is an argument. `_stale` alone drops messages about a generation that is not the newest.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from elastic_moe.control.rules import apply_rules
 from elastic_moe.control.state import FINISHING, RUNNING, WAITING, State, WorkerRecord
 from elastic_moe.types import Member
 
-PAUSE_S = 2.0  # a longer gap between two looks at the clock means that the coordinator itself was stopped
-ADOPTION_GAP = 10  # generations left free after an adopted one: the lost coordinator may have published some that nobody alive told us of
+STALL_S = 2.0  # a longer gap between two events (ticks among them) means that the coordinator itself was stopped
+ADOPTION_GAP = 10  # generations left free after an adopted one: the lost coordinator may have published newer ones
 
-Step = tuple[State, list[Command]]
+Observed = tuple[State, list[Command]]
 
 
 def initial_state(target: int) -> State:
@@ -56,15 +56,15 @@ def transition(
     """Take in one event and decide.
 
     Args:
-        state: what was known.
-        event: what happened.
+        state: the state before the event.
+        event: the event.
         now_s: monotonic seconds.
         config: limits and timeouts.
 
     Returns:
-        What is known now, commands to carry out in order, and why they were given ("" when nothing was decided).
+        The new state, the commands to carry out in order, and their reason ("" when nothing was decided).
     """
-    state = _forgive_pause(state, now_s)
+    state = _forgive_stall(state, now_s)
     if not isinstance(event, Hello | Lost | NodeLost | Drain | Stop | Tick):
         if event.worker not in state.records:
             return state, (), f"{type(event).__name__} of unknown worker {event.worker}"
@@ -76,11 +76,11 @@ def transition(
     return state, (*commands, *decided), reason
 
 
-def _forgive_pause(state: State, now_s: float) -> State:
-    """If the coordinator itself was stopped for a while, nobody's silence during it counts."""
+def _forgive_stall(state: State, now_s: float) -> State:
+    """If the coordinator itself was stopped for a while, no worker's silence in that time counts."""
     gap_s = 0.0 if state.ticked_s is None else now_s - state.ticked_s
     state = replace(state, ticked_s=now_s)
-    if gap_s <= PAUSE_S:
+    if gap_s <= STALL_S:
         return state
     records = {
         w: replace(s, last_heard_s=s.last_heard_s + gap_s, last_progress_s=s.last_progress_s + gap_s)
@@ -96,38 +96,36 @@ def _stale(state: State, event: Event) -> bool:
     return False
 
 
-def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) -> Step:
+def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) -> Observed:
+    """The state with the event in it, and the commands that answer the event itself."""
     match event:
         case Hello():
             return _hello(state, event, now_s, config)
         case Ready(worker):
             if state.records[worker].ready_s is not None:
                 return state, []
-            return state.with_record(worker, ready_s=now_s), [_note(state, "worker_ready", worker)]
+            return state.with_record(worker, ready_s=now_s), [_log_event(state, "worker_ready", worker)]
         case Heartbeat(worker, generation, step, progress):
             last_progress = (generation, step, progress)
             if step - 1 > state.step:
                 state = replace(state, step=step - 1, reforms=0)
-            return (
-                state.with_record(worker, last_progress=last_progress, last_progress_s=now_s)
-                if last_progress > state.records[worker].last_progress
-                else state
-            ), []
+            if last_progress > state.records[worker].last_progress:
+                state = state.with_record(worker, last_progress=last_progress, last_progress_s=now_s)
+            return state, []
         case Suspect(worker, _, error):
-            note = _note(state, "suspect", worker, error)
+            line = _log_event(state, "suspect", worker, error)
             if state.suspected_s is not None:
-                return state, [note]
-            return replace(state, suspected_s=now_s), [note, Probe(state.view_workers)]
+                return state, [line]
+            return replace(state, suspected_s=now_s), [line, Probe(state.view_workers)]
         case Entered(worker, _):
             return replace(state.with_record(worker, last_progress_s=now_s), entered=state.entered | {worker}), []
         case Finished(worker):
             state = state.with_record(worker, finished=True)
             if state.phase == RUNNING:
                 state = replace(state, phase=FINISHING, finishing_s=now_s)
-            return state, [_note(state, "worker_finished", worker)]
+            return state, [_log_event(state, "worker_finished", worker)]
         case Left(worker):
-            note = _note(state, "worker_left", worker)
-            return state.without(worker), [note]
+            return state.without(worker), [_log_event(state, "worker_left", worker)]
         case Lost(worker, reason):
             return _lost(state, [worker], reason)
         case NodeLost(node, reason):
@@ -145,7 +143,8 @@ def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) ->
             return replace(state, draining_nodes=nodes), []
 
 
-def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> Step:
+def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> Observed:
+    """Register a worker, unless it is to be turned away, and tell it the newest state of its view."""
     worker = event.worker
     if worker in state.removed:
         return state, [Evict(worker, "no longer a member")]
@@ -157,8 +156,7 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> S
         commands.append(LogEvent("adopted", reason=f"generation {state.generation - ADOPTION_GAP} of {worker}"))
     if event.view is not None and not state.in_view(worker):
         return state.without(worker), [*commands, Evict(worker, "the run went on without it")]
-    known = state.records.get(worker)
-    if known is None:
+    if worker not in state.records:
         until_s = state.draining_nodes.get(event.node)
         if until_s is not None:
             return state, [*commands, Release(worker)]
@@ -167,7 +165,7 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> S
         state = replace(state, records={**state.records, worker: record})
     state = state.with_record(worker, last_heard_s=now_s, missing=False)
     state = replace(state, step=max(state.step, event.step))
-    commands += [Welcome(worker), _note(state, "worker_connected", worker)]
+    commands += [Welcome(worker), _log_event(state, "worker_connected", worker)]
     view = state.view
     if view is not None and view.rank_of(worker) is not None:
         if event.entered == view.generation:
@@ -182,7 +180,7 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> S
 
 
 def _adoptable(state: State, event: Hello) -> bool:
-    """Whether the worker's view is to be taken over: this coordinator has published none, and knows no newer one."""
+    """Whether to take the worker's view over: this coordinator has published none, and knows no newer one."""
     if event.view is None or event.view.rank_of(event.worker) is None:
         return False
     if state.view is None:
@@ -191,7 +189,7 @@ def _adoptable(state: State, event: Hello) -> bool:
 
 
 def _adopt(state: State, event: Hello, now_s: float, config: ElasticConfig) -> State:
-    """Take over a view. Members that do not re-register fall silent and are lost like any other."""
+    """Take a view over. A member that does not register is silent, and is evicted like any silent worker."""
     view = event.view
     assert view is not None
     records = {w: s for w, s in state.records.items() if not s.missing}
@@ -216,22 +214,24 @@ def _adopt(state: State, event: Hello, now_s: float, config: ElasticConfig) -> S
     )
 
 
-def _lost(state: State, workers: Sequence[str], reason: str) -> Step:
-    notes: list[Command] = []
+def _lost(state: State, workers: Sequence[str], reason: str) -> Observed:
+    """The state without these workers. A worker that had finished or was released has left as planned."""
+    commands: list[Command] = []
     for worker in workers:
         record = state.records.get(worker)
         if record is None:
             state = replace(state, removed=state.removed | {worker})
             continue
-        quiet = record.released or record.finished or state.over
-        notes.append(_note(state, "worker_left" if quiet else "worker_lost", worker, reason))
-        if not quiet:
-            notes.append(Evict(worker, reason))
+        planned = record.released or record.finished or state.over
+        commands.append(_log_event(state, "worker_left" if planned else "worker_lost", worker, reason))
+        if not planned:
+            commands.append(Evict(worker, reason))
         state = state.without(worker)
-    return state, notes
+    return state, commands
 
 
-def _drain(state: State, event: Drain, now_s: float, config: ElasticConfig) -> Step:
+def _drain(state: State, event: Drain, now_s: float, config: ElasticConfig) -> Observed:
+    """Give members a deadline and release other workers; a draining node takes no new worker for a while."""
     until_s = now_s + (event.deadline_s or config.drain_deadline_s)
     if event.node:
         state = replace(state, draining_nodes={**state.draining_nodes, event.node: until_s + config.drain_deadline_s})
@@ -239,7 +239,7 @@ def _drain(state: State, event: Drain, now_s: float, config: ElasticConfig) -> S
     for worker, record in state.records.items():
         if worker != event.worker and (not event.node or record.member.node != event.node):
             continue
-        commands.append(_note(state, "drain", worker, event.reason))
+        commands.append(_log_event(state, "drain", worker, event.reason))
         if state.in_view(worker):
             sooner_s = until_s if record.drain_s is None else min(record.drain_s, until_s)
             state = state.with_record(worker, drain_s=sooner_s)
@@ -249,6 +249,7 @@ def _drain(state: State, event: Drain, now_s: float, config: ElasticConfig) -> S
     return state, commands
 
 
-def _note(state: State, event: str, worker: str, reason: str = "") -> LogEvent:
+def _log_event(state: State, event: str, worker: str, reason: str = "") -> LogEvent:
+    """A line of the event log about a living worker."""
     member = state.records[worker].member
     return LogEvent(event, worker, member.node, member.pid, reason)

@@ -33,7 +33,7 @@ class HelloMessage:
 
     Attributes:
         token: shared secret of the run.
-        worker, node, pid, slots: who it is, as in `Member`.
+        worker, node, pid, slots: its identity, as in `Member`.
         ready: it has warmed up already.
         view: newest view it knows; None if it never was in one.
         entered: generation that it entered last.
@@ -212,7 +212,7 @@ class DrainRequest:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLostRequest:
-    """A worker's process is gone."""
+    """A worker's process has died."""
 
     worker: str
     node: str = ""
@@ -222,7 +222,7 @@ class WorkerLostRequest:
 
 @dataclass(frozen=True, slots=True)
 class NodeLostRequest:
-    """A node is gone, with all its workers."""
+    """A node has died, with all its workers."""
 
     node: str
     reason: str = ""

@@ -1,7 +1,8 @@
-"""The rules of membership, applied to what is known after every event: who is given up, which view comes next, when the run is over.
+"""The rules of membership, applied to the state after every event: evictions, the next view, the end of the run.
 
-A *planned* view (join, drain) waits until every active member has entered the one before, and is entered at a step boundary. An *unplanned*
-one (a death) interrupts. A view that fails though nobody died is *re-formed*: same members, next generation.
+A *planned* view (join, drain) is published once every active member has entered the view before, and is entered at a
+step boundary. An *unplanned* view (a death) interrupts the step in flight. A view that fails although no member died is
+*re-formed*: same members, next generation.
 """
 
 from __future__ import annotations
@@ -15,42 +16,42 @@ from elastic_moe.control.state import FAILED, FINISHED, FINISHING, RUNNING, WAIT
 from elastic_moe.types import Member, View
 
 START_GRACE_S = 30.0  # after the first worker is ready, wait this long for the target number
-FINISH_GRACE_S = 10.0  # after the first worker finished, wait this long for the others to say so
+FINISH_GRACE_S = 10.0  # after the first worker finished, wait this long for the others
 REFORM_GRACE_S = 0.3  # a suspicion may be the first sign of a death; its closed connection arrives within this
-ADOPTED_GRACE_S = 1.0  # after a restart: time to hear that an adopted view was entered
+ADOPTED_GRACE_S = 1.0  # after a restart: time for the members to report that they have entered the adopted view
 MAX_REFORMS = 20  # views in a row that failed although everyone lived
 
-Decision = tuple[State, list[Command], str]
+RuleResult = tuple[State, list[Command], str]
 
 
-def apply_rules(state: State, now_s: float, config: ElasticConfig) -> Decision:
-    """Apply the rules. Returns the state, the commands and why they were given."""
+def apply_rules(state: State, now_s: float, config: ElasticConfig) -> RuleResult:
+    """Apply the rules. Returns the state, the commands and their reason."""
     if state.over:
         return state, [], ""
-    state, commands = _give_up(state, now_s, config)
+    state, commands = _evict(state, now_s, config)
     for rule in (_finish, _start, _survive, _resume, _reform, _plan):
-        decision = rule(state, now_s, config)
-        if decision is not None:
-            state, more, reason = decision
+        result = rule(state, now_s, config)
+        if result is not None:
+            state, more, reason = result
             return state, commands + more, reason
     return state, commands, commands[0].reason if commands and isinstance(commands[0], LogEvent) else ""
 
 
-# --- who is given up --------------------------------------------------------------------------------------------------
+# --- evictions --------------------------------------------------------------------------------------------------------
 
 
-def _give_up(state: State, now_s: float, config: ElasticConfig) -> tuple[State, list[Command]]:
-    """Evict the silent, the hung, and those whose drain deadline has passed."""
-    verdicts: dict[str, str] = {}
+def _evict(state: State, now_s: float, config: ElasticConfig) -> tuple[State, list[Command]]:
+    """Evict silent workers, hung members, and workers whose drain deadline has passed."""
+    reasons: dict[str, str] = {}
     for worker, record in state.records.items():
         if now_s - record.last_heard_s > config.heartbeat_timeout_s:
-            verdicts[worker] = f"silent for {config.heartbeat_timeout_s:g} s"
+            reasons[worker] = f"silent for {config.heartbeat_timeout_s:g} s"
         elif record.drain_s is not None and now_s > record.drain_s and not record.released:
-            verdicts[worker] = "drain deadline passed"
+            reasons[worker] = "drain deadline passed"
     for worker in _hung(state, now_s, config):
-        verdicts.setdefault(worker, f"no progress for {config.hang_timeout_s:g} s while others waited")
+        reasons.setdefault(worker, f"no progress for {config.hang_timeout_s:g} s while others waited")
     commands: list[Command] = []
-    for worker, reason in verdicts.items():
+    for worker, reason in reasons.items():
         member = state.records[worker].member
         commands += [LogEvent("worker_evicted", worker, member.node, member.pid, reason), Evict(worker, reason)]
         state = state.without(worker)
@@ -58,26 +59,26 @@ def _give_up(state: State, now_s: float, config: ElasticConfig) -> tuple[State, 
 
 
 def _hung(state: State, now_s: float, config: ElasticConfig) -> list[str]:
-    """Members whose main thread stands still at the least advanced point, while others stand further on."""
+    """Members whose main thread stands still at the least advanced point, while another member has come further."""
     workers = state.view_workers
     if state.phase != RUNNING or not workers:
         return []
-    marks = [state.records[w].last_progress for w in workers]
-    if min(marks) == max(marks):
+    progress = [state.records[w].last_progress for w in workers]
+    if min(progress) == max(progress):
         return []
-    return [
-        w
-        for w in workers
-        if state.records[w].last_progress == min(marks)
-        and now_s - state.records[w].last_progress_s > config.hang_timeout_s
-    ]
+    last = [state.records[w] for w in workers if state.records[w].last_progress == min(progress)]
+    return [record.member.worker for record in last if now_s - record.last_progress_s > config.hang_timeout_s]
 
 
-# --- when the run is over ---------------------------------------------------------------------------------------------
+# --- the end of the run -----------------------------------------------------------------------------------------------
 
 
-def _finish(state: State, now_s: float, config: ElasticConfig) -> Decision | None:
-    """Finishing members have all passed the last barrier, so nothing is lost if one of them goes without a word."""
+def _finish(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
+    """End the run: finished, stopped before or between views, or failed.
+
+    The first member that finishes has passed the last barrier, and so has every other one. Nothing is lost if one of
+    them dies before its own report.
+    """
     if state.phase == FINISHING:
         assert state.finishing_s is not None
         waiting = [w for w in state.view_workers if not state.records[w].finished]
@@ -94,20 +95,18 @@ def _finish(state: State, now_s: float, config: ElasticConfig) -> Decision | Non
     return None
 
 
-def _end(state: State, phase: str, reason: str) -> Decision:
+def _end(state: State, phase: str, reason: str) -> RuleResult:
+    """End the run in this phase, and release every worker that has not finished."""
     releases: list[Command] = [Release(w) for w, record in state.records.items() if not record.finished]
-    return (
-        replace(state, phase=phase, reason=reason),
-        [LogEvent(phase, reason=reason), *releases, End(phase, reason)],
-        reason,
-    )
+    commands = [LogEvent(phase, reason=reason), *releases, End(phase, reason)]
+    return replace(state, phase=phase, reason=reason), commands, reason
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
 
 
-def _start(state: State, now_s: float, config: ElasticConfig) -> Decision | None:
-    """The first view, once the target number is ready, or enough are after a while."""
+def _start(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
+    """Publish the first view: once the target number is ready, or after `START_GRACE_S` with enough workers."""
     if state.view is not None or state.phase != WAITING:
         return None
     if state.waiting_s is None:
@@ -121,8 +120,8 @@ def _start(state: State, now_s: float, config: ElasticConfig) -> Decision | None
     return _publish(state, members, True, "start", now_s)
 
 
-def _survive(state: State, now_s: float, config: ElasticConfig) -> Decision | None:
-    """A member died: go on with the survivors at once, or hold if they are too few."""
+def _survive(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
+    """A member died: go on with the survivors at once, or pause if they are too few."""
     if state.view is None or state.phase != RUNNING or len(state.view_workers) == state.view.world_size:
         return None
     dead = [m.worker for m in state.view.members if m.worker not in state.records]
@@ -139,8 +138,8 @@ def _survive(state: State, now_s: float, config: ElasticConfig) -> Decision | No
     return state, [LogEvent("pause", reason=reason), Pause(generation, survivors, reason)], reason
 
 
-def _resume(state: State, now_s: float, config: ElasticConfig) -> Decision | None:
-    """End a hold once survivors and newcomers together are enough."""
+def _resume(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
+    """End a pause once survivors and newcomers together are enough."""
     if state.view is None or state.phase != WAITING:
         return None
     workers = (*state.view_workers, *_joiners(state))
@@ -150,30 +149,33 @@ def _resume(state: State, now_s: float, config: ElasticConfig) -> Decision | Non
     return _publish(state, _members(state, workers, config), False, "enough workers again", now_s)
 
 
-def _reform(state: State, now_s: float, config: ElasticConfig) -> Decision | None:
-    """Re-form a view that does not work although all its members live."""
+def _reform(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
+    """Re-form a view that does not work although all its members live.
+
+    Causes: a collective failed and every member has answered the probe; a restarted coordinator has adopted a view that
+    is not entered; no member makes progress.
+    """
     if state.view is None or state.phase != RUNNING:
         return None
     records = [state.records[w] for w in state.view_workers]
-    reason, moved = "", False
+    reason, hung = "", False
     if state.suspected_s is not None:
         grace_s = min(REFORM_GRACE_S * 2.0**state.reforms, 10.0)
         answered = all(record.last_heard_s > state.suspected_s for record in records)
         reason = "a collective failed, all members live" if answered and now_s - state.suspected_s >= grace_s else ""
     elif state.adopted_s is not None and not state.all_entered and not any(record.missing for record in records):
-        reason = (
-            "the coordinator was lost while a view was entered" if now_s - state.adopted_s > ADOPTED_GRACE_S else ""
-        )
+        if now_s - state.adopted_s > ADOPTED_GRACE_S:
+            reason = "the coordinator was lost while a view was entered"
     elif all(now_s - record.last_progress_s > config.hang_timeout_s for record in records):
-        reason, moved = f"nobody progressed for {config.hang_timeout_s:g} s", True
+        reason, hung = f"nobody progressed for {config.hang_timeout_s:g} s", True
     if not reason:
         return None
     members = _members(state, state.view_workers, config)
-    return _publish(replace(state, reforms=state.reforms + 1), members, False, reason, now_s, keep_moved=not moved)
+    return _publish(replace(state, reforms=state.reforms + 1), members, False, reason, now_s, keep_progress=not hung)
 
 
-def _plan(state: State, now_s: float, config: ElasticConfig) -> Decision | None:
-    """The next planned view: without those that have handed over, with those that must, and with newcomers."""
+def _plan(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
+    """Publish the next planned view: without members that have handed over, with draining ones, and with newcomers."""
     if state.view is None or state.phase != RUNNING or not state.all_entered or state.suspected_s is not None:
         return None
     if state.stopping:
@@ -204,12 +206,22 @@ def _plan(state: State, now_s: float, config: ElasticConfig) -> Decision | None:
 
 
 def _publish(
-    state: State, members: Sequence[Member], planned: bool, reason: str, now_s: float, keep_moved: bool = False
-) -> Decision:
+    state: State, members: Sequence[Member], planned: bool, reason: str, now_s: float, keep_progress: bool = False
+) -> RuleResult:
+    """The state with a new view of these members, and the command to send it.
+
+    Args:
+        state: the state before.
+        members: the new view's members, in rank order.
+        planned: the view may wait for a step boundary.
+        reason: cause of the view.
+        now_s: monotonic seconds.
+        keep_progress: the view does not count as progress of its members, so a hung one is found without delay.
+    """
     view = View(state.generation + 1, tuple(members))
     records = dict(state.records)
     for member in members:
-        if not keep_moved:
+        if not keep_progress:
             records[member.worker] = replace(records[member.worker], last_progress_s=now_s)
     recipients = [m.worker for m in members]
     if not planned:  # a released worker that waits in a collective of an older view must be interrupted too
@@ -230,7 +242,7 @@ def _publish(
 
 
 def _members(state: State, workers: Sequence[str], config: ElasticConfig) -> list[Member]:
-    """Members in the order given; those that must leave are draining, the most urgent first, while enough stay active."""
+    """Members in the given order. Those with a deadline drain, the earliest first, while enough others stay active."""
     urgent = sorted(
         (w for w in workers if state.records[w].drain_s is not None), key=lambda w: state.records[w].drain_s or 0.0
     )
@@ -249,8 +261,10 @@ def _joiners(state: State) -> list[str]:
 
 
 def min_workers(config: ElasticConfig) -> int:
+    """Smallest number of active members with which the run goes on."""
     return max(1, config.min_workers)
 
 
 def max_workers(state: State, config: ElasticConfig) -> int:
+    """Largest number of members that a view may have."""
     return max(config.max_workers or state.target, min_workers(config))

@@ -1,4 +1,4 @@
-"""What the coordinator knows, as frozen values: one `WorkerRecord` per living worker, and the state of the run around them."""
+"""The coordinator's knowledge as frozen values: one `WorkerRecord` per living worker, and the `State` of the run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ class WorkerRecord:
     """One living worker.
 
     Attributes:
-        member: who it is; its `draining` flag is not used, the view's is.
-        ready_s: when it became ready; None before.
-        last_heard_s: when anything was last heard of it.
+        member: its identity. Its `draining` flag is not used; the flag in the view counts.
+        ready_s: time at which it became ready; None before.
+        last_heard_s: time of its last message.
         last_progress: newest (generation, step, progress) of its main thread.
-        last_progress_s: when `last_progress` last grew.
-        drain_s: by when it must have left; None if it may stay.
-        missing: it is in an adopted view and has not re-registered with this coordinator.
+        last_progress_s: time at which `last_progress` last grew.
+        drain_s: deadline for its end; None if it may stay.
+        missing: it is in an adopted view and has not registered with this coordinator.
         finished: it did all steps.
         released: it was told to end itself.
+
+    Times are monotonic seconds.
     """
 
     member: Member
@@ -45,20 +47,21 @@ class State:
     Attributes:
         target: number of workers to start with, and the largest number where the configuration names none.
         phase: waiting (for the first view, or for enough workers), running, finishing, finished, failed.
-        reason: why the phase is what it is.
+        reason: cause of the phase.
         records: living workers by id, in order of arrival.
         removed: ids of workers that were lost or evicted; they never come back.
         view: the newest view; `generation` is the highest number ever used and never decreases.
         entered: members that have entered the newest view.
-        adopted_s: when the newest view was taken over from workers after a restart; None if this coordinator published it.
-        suspected_s: when the first unexplained failure of the newest view was reported; None if there is none.
-        reforms: views in a row that were published only because the one before failed to work.
-        waiting_s: since when the run has waited; None while it runs.
+        adopted_s: time at which a restarted coordinator took the newest view over from a worker; None if this
+            coordinator published it.
+        suspected_s: time of the first unexplained failure in the newest view; None if there is none.
+        reforms: views in a row that were published only because the view before failed to work.
+        waiting_s: time at which the run began to wait; None while it runs.
         draining_nodes: nodes that take no new workers, with the time until which this holds.
         stopping: a stop was asked for.
-        finishing_s: when the first member finished.
-        step: newest step heard of.
-        ticked_s: when the machine last saw the time.
+        finishing_s: time at which the first member finished.
+        step: newest committed step that a worker has reported.
+        ticked_s: time of the newest event.
     """
 
     target: int
@@ -81,6 +84,7 @@ class State:
 
     @property
     def over(self) -> bool:
+        """The run has finished or failed."""
         return self.phase in (FINISHED, FAILED)
 
     @property
@@ -94,15 +98,16 @@ class State:
         return self.view is not None and all(m.draining or m.worker in self.entered for m in self.view.members)
 
     def in_view(self, worker: str) -> bool:
+        """Whether the worker is a member of the newest view."""
         return self.view is not None and self.view.rank_of(worker) is not None
 
     def with_record(self, worker: str, **changes: Any) -> State:
-        """The state with one seat changed; unchanged if there is no such worker."""
+        """The state with one worker's record changed; unchanged if there is no such worker."""
         if worker not in self.records:
             return self
         return replace(self, records={**self.records, worker: replace(self.records[worker], **changes)})
 
     def without(self, worker: str) -> State:
-        """The state with a worker gone for good."""
+        """The state with a worker removed for good."""
         records = {name: record for name, record in self.records.items() if name != worker}
         return replace(self, records=records, removed=self.removed | {worker})

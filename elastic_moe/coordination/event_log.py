@@ -1,4 +1,4 @@
-"""The coordinator's event log: every line gets the time, the generation and the step; a worker's line gets its identity.
+"""The coordinator's event log. Every line gets the time, the generation and the step; a worker's line its identity.
 
 The lines go to a sink, which writes events.jsonl and experts.jsonl. A full disk stops the log, not the run.
 """

@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control import events as ev
@@ -54,7 +54,7 @@ class ControlServer:
         self._membership = Membership(config, target, self, on_record, on_event, on_shard)
         self._writers: dict[str, asyncio.StreamWriter] = {}
         self._handlers: set[asyncio.Task[None]] = set()
-        self._store: dist.TCPStore | None = None  # pyright: ignore[reportPrivateImportUsage]
+        self._store: TCPStore | None = None
         self._address: tuple[str, int] = (host, 0)
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
@@ -70,7 +70,7 @@ class ControlServer:
         Raises:
             RuntimeError: the server cannot listen on its host.
         """
-        self._store = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
+        self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
         self._thread.start()
         self._started.wait()
         if self._error is not None:

@@ -278,8 +278,9 @@ class ConnectionThread:
                 if not data:
                     return
                 *lines, buffer = (buffer + data).split(b"\n")
-                if any([self._receive(line) for line in lines]):
-                    heartbeat_s = 0.0
+                for line in lines:
+                    if self._receive(line):
+                        heartbeat_s = 0.0
 
     def _send_waiting(self, connection: socket.socket) -> None:
         lines = self.outbox.waiting()

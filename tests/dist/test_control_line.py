@@ -113,8 +113,8 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     bench = Bench(**getattr(request, "param", {"target": 3}))
     yield bench
     bench.close()
-    left = [t.name for t in threading.enumerate() if t not in threads and t.name in ("coordinator-client", "control-server")]
-    assert left == []
+    ours = ("coordinator-client", "control-server")
+    assert [t.name for t in threading.enumerate() if t not in threads and t.name in ours] == []
 
 
 def workers_of(message: ViewMessage) -> list[str]:
@@ -232,7 +232,7 @@ def test_suspicion_alone_reforms_with_everyone(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("bench", [{"target": 2, "min_workers": 2}], indirect=True)
-def test_hold_and_resume(bench: Bench) -> None:
+def test_pause_and_resume(bench: Bench) -> None:
     bench.client("a")
     bench.client("b")
     first = bench.enter(["a", "b"], 0)

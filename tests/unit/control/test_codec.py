@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, get_args
 
 import pytest
@@ -66,7 +67,7 @@ def test_every_message_has_a_name_and_is_tested() -> None:
 @given(FROM_WORKER)
 def test_a_workers_message_comes_back(message: msg.WorkerMessage) -> None:
     line = encode(message)
-    assert line.count(b"\n") == 1 and line.endswith(b"\n")
+    assert line.index(b"\n") == len(line) - 1
     assert decode_from_worker(line) == message
 
 
@@ -81,17 +82,16 @@ def _decode_with_all(line: bytes) -> None:
     for decode in (decode_from_worker, decode_from_coordinator):
         try:
             message = decode(line)
-        except ValueError as error:
-            assert str(error)
-        else:
-            assert decode(encode(message)) == message
+        except ValueError:
+            continue
+        assert decode(encode(message)) == message
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=80))
 def test_random_bytes_are_refused(line: bytes) -> None:
     for decode in (decode_from_worker, decode_from_coordinator):
-        with pytest.raises(ValueError, match="."):
+        with pytest.raises(ValueError, match="[a-z]"):
             decode(line)
 
 
@@ -158,8 +158,9 @@ def test_numbers_that_json_lacks_are_refused_where_a_number_counts_and_kept_in_p
         line = json.dumps(HELLO | {"view": VIEW | {"members": [member | {"speed": "?"}]}}).replace('"?"', speed)
         with pytest.raises(ValueError, match=r"speed' must be a finite number"):
             decode_from_worker(line.encode())
-    (loss,) = [decode_from_worker(encode(msg.RecordMessage({"step": 1, "loss": float("nan")})))]
-    assert isinstance(loss, msg.RecordMessage) and loss.record["loss"] != loss.record["loss"]
+    message = decode_from_worker(encode(msg.RecordMessage({"step": 1, "loss": float("nan")})))
+    assert isinstance(message, msg.RecordMessage)
+    assert math.isnan(message.record["loss"])
 
 
 def test_nesting_without_end_is_refused() -> None:
@@ -223,9 +224,10 @@ def test_a_malformed_request_is_refused_with_a_sentence(values: dict[str, Any], 
 @given(st.dictionaries(st.sampled_from(["event", "worker", "node", "deadline_s", "reason"]), VALUES))
 def test_any_mapping_is_a_request_or_a_value_error(values: dict[str, Any]) -> None:
     try:
-        decode_request(values)
-    except ValueError as error:
-        assert str(error)
+        request = decode_request(values)
+    except ValueError:
+        return
+    assert type(request) in msg.REQUESTS.values()
 
 
 def test_messages_become_events() -> None:

@@ -124,7 +124,7 @@ def test_silence_evicts_and_the_evicted_stays_out() -> None:
     assert machine.on(ev.Hello("b", "n-b", 1)) == [ev.Evict("b", "no longer a member")]
 
 
-def test_a_pause_of_the_coordinator_evicts_nobody() -> None:
+def test_a_stall_of_the_coordinator_evicts_nobody() -> None:
     machine = running("a", "b")
     machine.on(ev.Tick())
     machine.now_s += 1000
@@ -132,7 +132,7 @@ def test_a_pause_of_the_coordinator_evicts_nobody() -> None:
     assert machine.members == ["a", "b"]
 
 
-def test_hold_below_minimum_and_resume() -> None:
+def test_pause_below_minimum_and_resume() -> None:
     machine = running("a", "b", min_workers=2)
     commands = machine.on(ev.Lost("b"))
     assert any(isinstance(c, ev.Pause) and c.workers == ("a",) for c in commands)
@@ -142,7 +142,7 @@ def test_hold_below_minimum_and_resume() -> None:
     assert not machine.published[-1].planned
 
 
-def test_hold_gives_up_at_last() -> None:
+def test_a_long_pause_ends_the_run() -> None:
     machine = running("a", "b", min_workers=2, wait_below_min_s=5)
     machine.on(ev.Lost("b"))
     commands = machine.wait(6)
@@ -162,7 +162,7 @@ def test_joiners_settle_and_are_appended_together() -> None:
     assert machine.published[-1].planned
 
 
-def test_no_more_than_the_most() -> None:
+def test_no_more_than_the_largest_number() -> None:
     machine = running("a", "b", max_workers=2)
     machine.join("c")
     machine.wait(2)
@@ -384,7 +384,7 @@ CONFIGS = st.builds(
 @settings(max_examples=300, deadline=None)
 @given(TRACES, st.integers(1, 4), CONFIGS)
 def test_total_and_consistent(trace: list[tuple[ev.Event, float]], target: int, config: ElasticConfig) -> None:
-    """Any event in any state has an answer; generations grow; a published view is of living, distinct, wanted members."""
+    """Any event in any state has an answer; generations grow; members of a published view live and are distinct."""
     state, now_s, generation, adopted = initial_state(target), 0.0, 0, False
     for event, gap_s in trace:
         now_s += gap_s

@@ -1,0 +1,102 @@
+"""The coordinator without Ray: records, the roll back when state came from storage, and requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_moe.config.schema import ModelConfig, RunConfig, TrainConfig
+from elastic_moe.coordination import records as records_module
+from elastic_moe.coordination.coordinator import RunCoordinator
+from elastic_moe.coordination.records import StepRecords
+from elastic_moe.metrics.jsonl import read_jsonl
+from elastic_moe.metrics.recorder import Recorder
+from elastic_moe.run_dir import EVENTS, METRICS
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path) -> Iterator[RunCoordinator]:
+    model = ModelConfig(num_layers=2, num_experts=4, experts_per_token=2)
+    config = TrainConfig(run=RunConfig(dir=str(tmp_path), steps=5), model=model)
+    coordinator = RunCoordinator(config, "token", 1)
+    yield coordinator
+    coordinator.close()
+
+
+def _add(coordinator: RunCoordinator, *steps: int, loss: float = 1.0) -> None:
+    for step in steps:
+        coordinator._records.add({"step": step, "loss": loss})
+
+
+def _entered(source: str, generation: int, step: int) -> dict[str, Any]:
+    return {"event": "entered", "source": source, "generation": generation, "step": step}
+
+
+def _steps(records: list[dict[str, Any]]) -> list[int]:
+    return [record["step"] for record in records]
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "initialisation"])
+def test_state_from_storage_drops_later_records_once(coordinator: RunCoordinator, tmp_path: Path, source: str) -> None:
+    _add(coordinator, 1, 2, 3, 4)
+    coordinator._on_event(_entered(source, 2, 2))
+    assert _steps(coordinator.records_since(0)) == [1, 2]
+    _add(coordinator, 3, loss=0.5)
+    coordinator._on_event(_entered(source, 2, 2))  # another member's report of the same generation
+    assert [record["loss"] for record in coordinator.records_since(2)] == [0.5]
+    events = read_jsonl(tmp_path / EVENTS)
+    assert [event["event"] for event in events] == ["rolled_back", "entered", "entered"]
+    assert (events[0]["generation"], events[0]["step"], events[0]["lost_steps"]) == (2, 2, 2)
+
+
+def test_state_from_peers_drops_nothing(coordinator: RunCoordinator) -> None:
+    _add(coordinator, 1, 2, 3)
+    coordinator._on_event(_entered("peers", 2, 2))
+    assert _steps(coordinator.records_since(0)) == [1, 2, 3]
+
+
+def test_a_second_roll_back_of_a_later_generation_counts(coordinator: RunCoordinator) -> None:
+    _add(coordinator, 1, 2)
+    coordinator._on_event(_entered("checkpoint", 2, 1))
+    _add(coordinator, 2, 3)
+    coordinator._on_event(_entered("initialisation", 3, 0))
+    assert coordinator.records_since(0) == []
+
+
+def test_requests_reach_the_membership(coordinator: RunCoordinator) -> None:
+    with pytest.raises(ValueError, match="'explode'"):
+        coordinator.submit({"event": "explode"})
+    coordinator.submit({"event": "stop", "reason": "enough"})
+    coordinator.close()
+    coordinator.submit({"event": "stop"})  # has no effect any more
+    coordinator.close()
+
+
+def test_the_next_life_goes_on_with_the_records(tmp_path: Path) -> None:
+    config = TrainConfig(run=RunConfig(dir=str(tmp_path), steps=5), model=ModelConfig(num_layers=1))
+    first = RunCoordinator(config, "token", 1)
+    _add(first, 1, 2)
+    first.close()
+    second = RunCoordinator(config, "token", 1)
+    try:
+        _add(second, 2, 3)
+        assert _steps(second.records_since(0)) == [1, 2, 3]
+        assert _steps(second.records_since(2)) == [3]
+    finally:
+        second.close()
+
+
+def test_records_come_from_memory_if_it_has_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records_module, "RECENT", 3)
+    recorder = Recorder(tmp_path)
+    records = StepRecords(tmp_path, recorder)
+    for step in range(1, 8):
+        records.add({"step": step})
+    assert _steps(records.since(2)) == [3, 4, 5, 6, 7]  # from the file
+    (tmp_path / METRICS).rename(tmp_path / "away")
+    assert _steps(records.since(4)) == [5, 6, 7]
+    assert records.since(7) == []
+    recorder.close()

@@ -1,0 +1,178 @@
+"""Membership without sockets: messages in; messages, closed connections and log lines out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from elastic_moe.config.schema import ElasticConfig, RunConfig, TrainConfig
+from elastic_moe.control import events as ev
+from elastic_moe.control import messages as msg
+from elastic_moe.control.state import State, WorkerRecord
+from elastic_moe.coordination.event_log import EventLog
+from elastic_moe.coordination.membership import Membership
+from elastic_moe.types import Member, View
+
+STORE = ("127.0.0.1", 7)
+
+
+class Run:
+    """A membership with connections that record."""
+
+    def __init__(self, target: int, **elastic: Any) -> None:
+        self.sent: list[tuple[str, msg.CoordinatorMessage]] = []
+        self.closed: list[str] = []
+        self.records: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self.shards: list[dict[str, Any]] = []
+        config = TrainConfig(elastic=ElasticConfig(**elastic), run=RunConfig(steps=10))
+        self.membership = Membership(config, target, self, self.records.append, self.events.append, self.shards.append)
+
+    @property
+    def store_address(self) -> tuple[str, int]:
+        return STORE
+
+    def send(self, workers: Sequence[str], message: msg.CoordinatorMessage) -> None:
+        self.sent += [(worker, message) for worker in workers]
+
+    def disconnect(self, worker: str) -> None:
+        self.closed.append(worker)
+
+    def join(self, *workers: str) -> None:
+        for i, worker in enumerate(workers):
+            self.membership.receive(worker, msg.HelloMessage("token", worker, f"n-{worker}", i))
+            self.membership.receive(worker, msg.ReadyMessage())
+
+    def enter(self, *workers: str, **info: Any) -> None:
+        for worker in workers:
+            generation = self.membership.status()["generation"]
+            self.membership.receive(worker, msg.EnteredMessage(generation, info or None))
+
+    def names(self) -> list[str]:
+        return [event["event"] for event in self.events]
+
+    def to(self, worker: str, kind: type) -> list[Any]:
+        return [message for to, message in self.sent if to == worker and isinstance(message, kind)]
+
+
+def test_a_view_is_sent_to_its_members_and_logged() -> None:
+    run = Run(2)
+    run.join("a", "b")
+    assert run.to("a", msg.WelcomeMessage) == [msg.WelcomeMessage(msg.VERSION)]
+    (view,) = run.to("b", msg.ViewMessage)
+    assert [m.worker for m in view.view.members] == ["a", "b"]
+    assert (view.planned, view.reason, view.store) == (True, "start", STORE)
+    (line,) = [e for e in run.events if e["event"] == "view"]
+    assert (line["generation"], line["step"], line["members"], line["world_size"]) == (1, 0, ["a", "b"], 2)
+
+
+def test_only_the_first_active_rank_gives_the_line_that_the_view_is_entered() -> None:
+    run = Run(2)
+    run.join("a", "b")
+    run.enter("b", source="peers")
+    assert "entered" not in run.names()
+    run.enter("a", source="checkpoint", step=5)
+    (line,) = [e for e in run.events if e["event"] == "entered"]
+    assert (line["worker"], line["node"], line["pid"], line["world_size"]) == ("a", "n-a", 0, 2)
+    assert (line["source"], line["step"]) == ("checkpoint", 5)
+    assert line["total_s"] >= 0
+    assert run.membership.status()["entered"]
+
+
+def test_a_late_report_of_an_older_view_gives_no_line() -> None:
+    run = Run(2)
+    run.join("a", "b")
+    run.membership.observe(ev.Lost("b"))
+    run.membership.receive("a", msg.EnteredMessage(1, {"source": "peers"}))
+    assert "entered" not in run.names()
+    assert not run.membership.status()["entered"]
+
+
+def test_an_evicted_worker_is_told_and_cut_and_listed_until_its_process_is_gone() -> None:
+    run = Run(2, drain_deadline_s=30.0)
+    run.join("a", "b")
+    run.enter("a", "b")
+    run.membership.observe(ev.Drain("b", deadline_s=1e-9))
+    run.membership.observe(ev.Tick())
+    (evicted,) = run.to("b", msg.EvictedMessage)
+    assert evicted.reason == "drain deadline passed"
+    assert run.closed == ["b"]
+    assert run.membership.status()["evicted"] == ["b"]
+    run.membership.observe(ev.Lost("b"))
+    assert run.membership.status()["evicted"] == []
+
+
+def test_too_few_workers_pause_and_a_stop_reaches_all() -> None:
+    run = Run(2, min_workers=2)
+    run.join("a", "b")
+    run.enter("a", "b")
+    run.membership.observe(ev.Lost("b"))
+    (pause,) = run.to("a", msg.PauseMessage)
+    assert pause.generation == 1
+    assert "waiting for elastic.min_workers=2" in pause.reason
+    assert (run.membership.status()["phase"], run.names()[-1]) == ("waiting", "pause")
+    run.membership.observe(ev.Stop("enough"))
+    assert run.to("a", msg.StopMessage) == [msg.StopMessage()]
+    assert run.membership.status()["phase"] == "finished"
+
+
+def test_a_suspicion_probes() -> None:
+    run = Run(2)
+    run.join("a", "b")
+    run.enter("a", "b")
+    run.membership.receive("a", msg.SuspectMessage(1, "connection reset"))
+    assert run.to("b", msg.ProbeMessage) == [msg.ProbeMessage()]
+
+
+def test_records_give_the_status_and_the_step_of_every_line() -> None:
+    run = Run(1)
+    run.join("a")
+    run.membership.receive("a", msg.RecordMessage({"step": 4, "loss": 2.5, "tokens_per_s": 100.0}))
+    run.membership.receive("a", msg.RecordMessage({"step": 3, "loss": 9.0}))  # sent again, and older
+    assert [record["step"] for record in run.records] == [4, 3]
+    status = run.membership.status()
+    assert (status["step"], status["loss"], status["tokens_per_s"], status["steps"]) == (4, 2.5, 100.0, 10)
+    run.membership.receive("a", msg.EventMessage({"event": "evaluated", "val_loss": 1.0}))
+    assert {"event": "evaluated", "worker": "a", "node": "n-a", "step": 4, "val_loss": 1.0}.items() <= run.events[
+        -1
+    ].items()
+
+
+def test_a_shard_report_names_its_worker() -> None:
+    run = Run(1)
+    run.join("a")
+    run.membership.receive("a", msg.ShardMessage({"step": 5, "file": "f"}))
+    assert run.shards == [{"step": 5, "file": "f", "worker": "a"}]
+
+
+def test_a_full_disk_stops_the_log_and_not_the_run() -> None:
+    run = Run(1)
+
+    def full(_: dict[str, Any]) -> None:
+        raise OSError("no space left on device")
+
+    run.membership = Membership(TrainConfig(), 1, run, full, full, full)
+    run.join("a")
+    run.enter("a")
+    run.membership.receive("a", msg.RecordMessage({"step": 1}))
+    run.membership.receive("a", msg.ShardMessage({"step": 1}))
+    assert run.membership.status()["step"] == 1
+    assert run.membership.status()["phase"] == "running"
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_the_time_until_a_view_is_entered_counts_from_its_publication_or_from_the_start(published: bool) -> None:
+    view = View(3, (Member("a", "n", 1),))
+    state = State(1, records={"a": WorkerRecord(view.members[0])}, view=view, generation=3)
+    lines: list[dict[str, Any]] = []
+    now_s = [100.0]
+    log = EventLog(lines.append, clock=lambda: 5.0, monotonic=lambda: now_s[0])
+    now_s[0] = 110.0
+    if published:
+        log.view_published(state, 0, view, True, "start")
+    now_s[0] = 112.0
+    log.entered(state, 0, "a", 3, {})
+    assert lines[-1]["total_s"] == (2.0 if published else 12.0)
+    assert lines[-1]["time"] == 5.0

@@ -1,0 +1,95 @@
+"""The server's connections: who is admitted, and that neither nonsense nor an error ends the server."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from elastic_moe.config.schema import RunConfig, TrainConfig
+from elastic_moe.control import messages as msg
+from elastic_moe.control.codec import decode_from_coordinator, encode
+from elastic_moe.coordination.server import ControlServer
+
+TIMEOUT_S = 60.0
+
+
+class Served:
+    """A server, and plain sockets to it."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.server = ControlServer(TrainConfig(run=RunConfig(steps=10)), "secret", 1, on_record=self._on_record)
+        self.address = self.server.start()
+        self.sockets: list[socket.socket] = []
+
+    def _on_record(self, record: dict[str, Any]) -> None:
+        if record["step"] == 13:
+            raise RuntimeError("a fault of the program")
+        self.records.append(record)
+
+    def connect(self, *lines: bytes) -> Any:
+        """A connection as a file of lines, after it has sent these."""
+        connection = socket.create_connection(self.address, timeout=TIMEOUT_S)
+        self.sockets.append(connection)
+        connection.sendall(b"".join(lines))
+        return connection.makefile("rb")
+
+    def close(self) -> None:
+        for connection in self.sockets:
+            connection.close()
+        self.server.close()
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    served = Served()
+    yield served
+    served.close()
+
+
+HELLO = encode(msg.HelloMessage("secret", "w", "n", 1))
+
+
+def test_a_worker_is_welcomed_with_the_version(served: Served) -> None:
+    assert decode_from_coordinator(served.connect(HELLO).readline()) == msg.WelcomeMessage(msg.VERSION)
+    assert served.server.status()["workers"] == 1
+
+
+def test_another_version_is_turned_away_with_a_sentence(served: Served) -> None:
+    hello = {"type": "hello", "token": "secret", "version": msg.VERSION + 1, "of_tomorrow": True}
+    lines = served.connect(json.dumps(hello).encode() + b"\n").readlines()  # until the server closes
+    (evicted,) = [decode_from_coordinator(line) for line in lines]
+    assert isinstance(evicted, msg.EvictedMessage)
+    assert "install the same release of elastic_moe on every node" in evicted.reason
+    assert served.server.status()["workers"] == 0
+
+
+def test_a_wrong_token_is_turned_away(served: Served) -> None:
+    lines = served.connect(encode(msg.HelloMessage("guess", "w", "n", 1))).readlines()
+    assert [decode_from_coordinator(line) for line in lines] == [msg.EvictedMessage("wrong token")]
+    assert served.server.status()["workers"] == 0
+
+
+@pytest.mark.parametrize("line", [b"GET / HTTP/1.1\r\n", b"\xff\xfe\n", b"[]\n", b"{}\n", encode(msg.ReadyMessage())])
+def test_a_first_line_that_is_no_hello_closes_the_connection(served: Served, line: bytes) -> None:
+    assert served.connect(line).readlines() == []
+    assert decode_from_coordinator(served.connect(HELLO).readline()) == msg.WelcomeMessage()
+
+
+def test_nonsense_of_a_worker_counts_as_a_closed_connection(served: Served) -> None:
+    assert len(served.connect(HELLO, b'{"type": "heartbeat"}\n').readlines()) == 1  # the welcome, then the end
+    assert decode_from_coordinator(served.connect(HELLO).readline()) == msg.EvictedMessage("no longer a member")
+
+
+def test_an_error_in_a_callback_ends_neither_the_connection_nor_the_server(served: Served) -> None:
+    lines = [encode(msg.RecordMessage({"step": step})) for step in (12, 13, 14)]
+    peer = served.connect(HELLO, *lines, encode(msg.ReadyMessage()))
+    messages = [decode_from_coordinator(peer.readline()) for _ in range(2)]
+    assert [type(message) for message in messages] == [msg.WelcomeMessage, msg.ViewMessage]
+    assert [record["step"] for record in served.records] == [12, 14]
+    served.server.submit(msg.StopRequest("enough"))
+    assert isinstance(decode_from_coordinator(peer.readline()), msg.StopMessage)

@@ -1,0 +1,202 @@
+"""The worker's client against a scripted coordinator: versions, nonsense, and errors that must not end its thread."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from elastic_moe.control import messages as msg
+from elastic_moe.control.codec import decode_from_worker, encode
+from elastic_moe.errors import Evicted
+from elastic_moe.runtime.coordinator_client import CoordinatorClient
+from elastic_moe.runtime.mailbox import RECENT, Inbox, Outbox
+from elastic_moe.types import Member, View
+
+TIMEOUT_S = 60.0
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        threading.Event().wait(0.005)
+
+
+def view(generation: int, *workers: str, planned: bool = True) -> msg.ViewMessage:
+    members = tuple(Member(worker, "n", i) for i, worker in enumerate(workers))
+    return msg.ViewMessage(View(generation, members), planned, "test", ("127.0.0.1", 1))
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(TIMEOUT_S)
+    yield listener
+    listener.close()
+
+
+@pytest.fixture
+def client(listener: socket.socket) -> Iterator[CoordinatorClient]:
+    client = CoordinatorClient(listener.getsockname, "secret", "w", "n", os.getpid())
+    yield client
+    client.close(0.0)
+
+
+def test_a_coordinator_of_another_version_evicts(listener: socket.socket, client: CoordinatorClient) -> None:
+    client.start()
+    connection, _ = listener.accept()
+    with connection:
+        connection.sendall(b'{"type":"welcome"}\n')
+        with pytest.raises(Evicted, match="the coordinator speaks version 0"):
+            client.wait_view(0)
+
+
+def test_nonsense_of_a_coordinator_makes_a_new_connection(listener: socket.socket, client: CoordinatorClient) -> None:
+    client.start()
+    connection, _ = listener.accept()
+    with connection:
+        connection.sendall(b"nonsense\n")
+        again, _ = listener.accept()
+    with again, again.makefile("rb") as lines:
+        assert isinstance(decode_from_worker(lines.readline()), msg.HelloMessage)
+        again.sendall(encode(view(1, "w")))
+        assert client.wait_view(0) == view(1, "w")
+
+
+def test_an_unexpected_error_of_find_does_not_end_the_thread(listener: socket.socket) -> None:
+    calls: list[int] = []
+
+    def find() -> tuple[str, int]:
+        calls.append(1)
+        if len(calls) < 3:
+            raise RuntimeError("no cluster")
+        return listener.getsockname()
+
+    client = CoordinatorClient(find, "secret", "w", "n", os.getpid())
+    client.start()
+    try:
+        connection, _ = listener.accept()
+        connection.close()
+        assert len(calls) >= 3
+    finally:
+        client.close(0.0)
+
+
+def test_an_error_in_the_abort_callback_does_not_end_the_thread(
+    listener: socket.socket, client: CoordinatorClient
+) -> None:
+    def broken(_: str) -> None:
+        raise RuntimeError("a fault of the program")
+
+    client.start()
+    first, _ = listener.accept()
+    with first:
+        client.begin_view(view(1, "w").view, broken)
+        first.sendall(encode(view(2, "w", planned=False)))
+        second, _ = listener.accept()
+    with second, second.makefile("rb") as lines:
+        hello = decode_from_worker(lines.readline())
+        assert isinstance(hello, msg.HelloMessage)
+        assert hello.view == view(2, "w").view
+
+
+def test_the_hello_of_a_new_connection_tells_everything(listener: socket.socket, client: CoordinatorClient) -> None:
+    client.start()
+    client.ready()
+    first, _ = listener.accept()
+    with first:
+        first.sendall(encode(view(4, "w")))
+        message = client.wait_view(0)
+        assert message is not None
+        client.begin_view(message.view, lambda _: None, lambda: (8, 3))
+        client.entered(4, None)
+        client.record({"step": 7})
+        client.finished()
+        until(client._outbox._empty.is_set)
+    second, _ = listener.accept()
+    with second, second.makefile("rb") as lines:
+        hello, *again = [decode_from_worker(lines.readline()) for _ in range(3)]
+    pid = os.getpid()
+    assert hello == msg.HelloMessage("secret", "w", "n", pid, ready=True, view=message.view, entered=4, step=7)
+    assert again == [msg.RecordMessage({"step": 7}), msg.FinishedMessage()]
+
+
+def test_what_json_cannot_hold_is_refused_where_it_is_sent(client: CoordinatorClient) -> None:
+    with pytest.raises(TypeError):
+        client.record({"step": 1, "loss": object()})
+
+
+# --- the inbox --------------------------------------------------------------------------------------------------------
+
+
+def test_only_an_unplanned_view_a_pause_or_an_eviction_interrupts() -> None:
+    reasons: list[str] = []
+    inbox = Inbox("w")
+    inbox.begin_view(view(2, "w").view, reasons.append)
+    for message in (view(3, "w"), msg.PauseMessage(1, "old"), msg.StopMessage(), msg.ReleaseMessage()):
+        inbox.receive(message)
+    assert reasons == []
+    assert inbox.stop_requested
+    inbox.receive(view(4, "other", planned=False))  # without this worker, which waits in a collective of generation 2
+    assert reasons == ["generation 4 replaces 2"]
+    assert inbox.newest == view(3, "w")
+
+
+def test_a_view_that_is_over_already_is_interrupted_at_once() -> None:
+    reasons: list[str] = []
+    inbox = Inbox("w")
+    inbox.receive(msg.PauseMessage(2, "too few"))
+    inbox.begin_view(view(2, "w").view, reasons.append)
+    assert reasons == ["too few workers"]
+
+
+def test_an_older_view_changes_nothing() -> None:
+    inbox = Inbox("w")
+    inbox.receive(view(3, "w"))
+    inbox.receive(view(2, "w"))
+    assert inbox.newest == view(3, "w")
+    assert inbox.superseded(2)
+    assert not inbox.superseded(3)
+
+
+def test_a_release_and_a_close_end_the_wait() -> None:
+    for end in (lambda inbox: inbox.receive(msg.ReleaseMessage()), Inbox.close):
+        inbox = Inbox("w")
+        results: list[Any] = [1]
+        waiting = threading.Thread(target=lambda i=inbox, r=results: r.append(i.wait_view(0)))
+        waiting.start()
+        end(inbox)
+        waiting.join(TIMEOUT_S)
+        assert results == [1, None]
+
+
+# --- the outbox -------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_records_and_shards_are_sent_again_and_nothing_else() -> None:
+    outbox = Outbox(lambda: None)
+    messages = [msg.RecordMessage({"step": step}) for step in range(RECENT + 5)]
+    for message in (msg.ReadyMessage(), *messages, msg.EventMessage({"event": "sample"}), msg.FinishedMessage()):
+        outbox.add(message)
+    assert outbox.resent() == b""
+    count = len(outbox.waiting())
+    outbox.mark_sent(count - 1)
+    assert outbox.resent() == b"".join(encode(message) for message in messages[5:])
+    assert outbox.waiting() == [encode(msg.FinishedMessage())]
+    outbox.mark_sent(1)
+    assert outbox.resent().endswith(encode(msg.FinishedMessage()))
+
+
+def test_waiting_ends_when_all_is_sent_or_nobody_sends() -> None:
+    outbox = Outbox(lambda: None)
+    outbox.add(msg.ReadyMessage())
+    outbox.wait_empty(0.0)
+    assert outbox.waiting()
+    outbox.abandon()
+    outbox.wait_empty(TIMEOUT_S)

@@ -205,10 +205,16 @@ class ConnectionThread:
         self._wake()
         if self._thread.ident is not None:
             self._thread.join(CONNECT_TIMEOUT_S + DRAIN_TIMEOUT_S)
+        else:
+            self._close_wake_sockets()
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # it is awake already, or closed
             self._wake_in.send(b"x")
+
+    def _close_wake_sockets(self) -> None:
+        self._wake_in.close()
+        self._wake_out.close()
 
     # --- the thread ---
 
@@ -217,14 +223,13 @@ class ConnectionThread:
             while not self._closed.is_set() and not self._inbox.evicted:
                 try:
                     self._connect_and_serve()
-                except Exception as error:  # noqa: BLE001 - the thread must outlive an error, or the worker falls silent
+                except Exception as error:  # noqa: BLE001 - the thread must outlive it, or the worker is silent
                     self._report(error)
                 if not self._inbox.evicted:
                     self._closed.wait(RETRY_S)
         finally:
             self.outbox.abandon()
-            self._wake_in.close()
-            self._wake_out.close()
+            self._close_wake_sockets()
 
     def _report(self, error: Exception) -> None:
         """Report an unexpected error, and go on with the next connection. The same error is reported once."""

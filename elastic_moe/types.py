@@ -1,4 +1,4 @@
-"""Values that every layer shares: members, views, parameter specs, units.
+"""Values that every layer shares: members, views, update rules' facts, parameter specs, units.
 
 A *view* is one generation of membership: an ordered, immutable list of members. A *unit* is the atom of ownership:
 one logical tensor, a row block of a large one, or one expert of one layer. Standard library only.
@@ -56,6 +56,41 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class RuleFacts:
+    """Facts of an update rule that planning and the runtime ask for; its arithmetic is in `elastic_moe.optim`.
+
+    Attributes:
+        fields: names of the tensors of a unit's state, "weight" first; each has as many elements as the unit.
+        has_gradient: the rule uses the unit's gradient, so the gradient is reduced and mirrored at every step.
+        may_be_cut: a large tensor may be cut into row blocks; each block is a unit of its own.
+        published_each_step: ranks that compute with the weight receive it after every step. If false, they receive it
+            only on entering a view.
+        elementwise: an element's update depends on that element alone. One call then updates all units of the rule that
+            lie one after another; otherwise each unit has a call of its own.
+    """
+
+    fields: tuple[str, ...]
+    has_gradient: bool
+    may_be_cut: bool
+    published_each_step: bool
+    elementwise: bool
+
+
+# Every update rule by its name. The rule NAME updates its units with `elastic_moe/optim/NAME.py`.
+RULE_FACTS: dict[str, RuleFacts] = {
+    "adamw": RuleFacts(
+        fields=("weight", "m", "v"), has_gradient=True, may_be_cut=True, published_each_step=True, elementwise=True
+    ),
+    "bias": RuleFacts(
+        fields=("weight",), has_gradient=False, may_be_cut=False, published_each_step=True, elementwise=False
+    ),
+    "frozen": RuleFacts(
+        fields=("weight",), has_gradient=False, may_be_cut=True, published_each_step=False, elementwise=True
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class ParamSpec:
     """One logical parameter tensor of the model, before any layout.
 
@@ -66,7 +101,7 @@ class ParamSpec:
         std: standard deviation for "normal".
         values: the elements in order, for "values".
         bound: number of experts, for "experts".
-        optimizer: "adamw"; "bias" for a router's balancing bias (sign rule on the global load, no gradient); "frozen".
+        optimizer: name of its update rule in `RULE_FACTS`.
         decay: weight decay applies.
         layer: transformer layer, if it belongs to one.
         expert: index of the routed expert within its layer, for expert weights only.
@@ -88,6 +123,11 @@ class ParamSpec:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def rule(self) -> RuleFacts:
+        """Facts of its update rule."""
+        return RULE_FACTS[self.optimizer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +160,19 @@ class Part:
         start: first element of the piece in the flattened parameter.
         numel: elements in the piece.
         offset: where the piece begins in the unit's flat vector.
+        shape: shape of the piece; that of the parameter, or of a block of its rows.
     """
 
     param: str
     start: int
     numel: int
     offset: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The atom of ownership: a named flat fp32 vector made of parts."""
+    """The atom of ownership: a named flat fp32 vector made of parts; `optimizer` names its update rule."""
 
     name: str
     parts: tuple[Part, ...]
@@ -143,3 +185,13 @@ class Unit:
     @property
     def numel(self) -> int:
         return sum(part.numel for part in self.parts)
+
+    @property
+    def rule(self) -> RuleFacts:
+        """Facts of its update rule."""
+        return RULE_FACTS[self.optimizer]
+
+    @property
+    def state_numel(self) -> int:
+        """Elements of its whole state: every field of its rule."""
+        return self.numel * len(self.rule.fields)

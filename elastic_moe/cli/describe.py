@@ -52,7 +52,7 @@ def count(cfg: ModelConfig) -> Counts:
     embedding = cfg.vocab_size * cfg.hidden_size
     expert = 3 * cfg.hidden_size * cfg.expert_hidden
     mtp = sum(s.numel for s in specs if s.name.startswith("mtp."))
-    tables = sum(s.numel for s in specs if s.optimizer == "frozen")
+    tables = sum(s.numel for s in specs if not s.rule.published_each_step)
     mtp_dense = sum(s.numel for s in specs if s.name.startswith("mtp.") and s.expert is None)
     routed = (cfg.num_layers - cfg.num_dense_layers) * cfg.experts_per_token * expert
     active = total - experts - embedding - mtp_dense - tables + routed

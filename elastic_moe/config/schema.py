@@ -99,7 +99,7 @@ class ModelConfig(Sealed):
     mtp_late_weight: float = 0.1
     mtp_switch: float = 0.67  # fraction of run.steps after which the late weight holds
 
-    max_unit_elements: int = 262144  # larger AdamW tensors are cut into row blocks of about this many elements
+    max_unit_elements: int = 262144  # larger tensors are cut into row blocks of about this many elements
 
     @property
     def num_moe_layers(self) -> int:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from elastic_moe.checkpoint.ledger import PendingShards
+from elastic_moe.checkpoint.pending_shards import PendingShards
 from elastic_moe.checkpoint.storage import CorruptCheckpoint
 from elastic_moe.checkpoint.writer import discard_after, retain, write_manifest
 

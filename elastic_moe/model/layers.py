@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.init import Init, constant, init_in, init_out
+from elastic_moe.types import RULE_FACTS
 
 
 class DeclaredModule(nn.Module):
@@ -31,11 +32,10 @@ class DeclaredModule(nn.Module):
 
     def declare(self, name: str, shape: tuple[int, ...], init: Init) -> None:
         """Register a parameter, or a buffer where no gradient trains it. `Transformer.initialize` sets its value."""
-        tensor = torch.zeros(shape) if init.optimizer != "adamw" else torch.empty(shape)
-        if init.optimizer == "adamw":
-            self.register_parameter(name, nn.Parameter(tensor))
+        if RULE_FACTS[init.optimizer].has_gradient:
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         else:
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, torch.zeros(shape))
         self.inits[name] = init
 
 

@@ -16,7 +16,7 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.experts.specs import expert_specs
 from elastic_moe.model.layers import DeclaredModule
 from elastic_moe.model.transformer import Transformer
-from elastic_moe.types import ParamSpec
+from elastic_moe.types import RULE_FACTS, ParamSpec
 
 
 def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
@@ -32,7 +32,7 @@ def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
             layer = _layer_of(cfg, path)
             for name, init in module.inits.items():
                 shape = tuple(getattr(module, name).shape)
-                index = None if layer is None or init.optimizer == "adamw" else layer - cfg.num_dense_layers
+                index = None if layer is None or RULE_FACTS[init.optimizer].has_gradient else layer - cfg.num_dense_layers
                 specs.append(
                     ParamSpec(f"{path}.{name}", shape, **dataclasses.asdict(init), layer=layer, moe_layer=index)
                 )

@@ -114,7 +114,7 @@ class HFCheckpoint:
         used: set[str] = set()
         for spec in param_specs(cfg):
             name = self._find(spec.name)
-            if name is None or (spec.optimizer == "bias" and name not in self._files):
+            if name is None or (_is_balancing_bias(spec) and name not in self._files):
                 continue
             if name not in self._files:
                 raise UserError(f"{self._directory} has no tensor {name}.")
@@ -215,9 +215,9 @@ def write_checkpoint(
             unwritten.append(spec.name)
             continue
         tensor = family.layout(spec.name)(read(spec))
-        if spec.optimizer == "frozen":
+        if spec.init == "experts":  # a table of expert indices
             tensor = tensor.long()
-        elif spec.optimizer == "bias":
+        elif _is_balancing_bias(spec):
             if kind == "qwen3_moe":
                 _refuse_bias(spec.name, tensor)
                 continue
@@ -229,6 +229,11 @@ def write_checkpoint(
     writer.close()
     (target / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return unwritten
+
+
+def _is_balancing_bias(spec: ParamSpec) -> bool:
+    """Whether it changes at every step without a gradient. Families without such a bias have no tensor for it."""
+    return spec.rule.published_each_step and not spec.rule.has_gradient
 
 
 def _refuse_bias(name: str, bias: torch.Tensor) -> None:

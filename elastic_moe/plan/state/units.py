@@ -7,6 +7,7 @@ tensor. Units never depend on the world size: any layout, and any checkpoint, is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from elastic_moe.types import ParamSpec, Part, Unit
@@ -17,8 +18,8 @@ def build_units(specs: Sequence[ParamSpec], max_unit_elements: int) -> tuple[Uni
 
     Args:
         specs: all parameters of the model, names unique.
-        max_unit_elements: larger dense AdamW tensors are cut into blocks of whole rows, at most this many elements each
-            (at least one row); 0 for no cuts.
+        max_unit_elements: larger dense tensors are cut into blocks of whole rows, at most this many elements each (at
+            least one row), if their update rule allows it; 0 for no cuts.
     """
     expert_parts: dict[tuple[int | None, int], list[ParamSpec]] = {}
     for spec in specs:
@@ -39,24 +40,24 @@ def build_units(specs: Sequence[ParamSpec], max_unit_elements: int) -> tuple[Uni
 def _dense_units(spec: ParamSpec, max_unit_elements: int) -> list[Unit]:
     """The unit of one tensor, or several units of even blocks of whole rows."""
     numel = spec.numel
-    if max_unit_elements <= 0 or numel <= max_unit_elements or spec.optimizer == "bias" or not spec.shape:
-        return [_dense_unit(spec, spec.name, 0, numel)]
+    if max_unit_elements <= 0 or numel <= max_unit_elements or not spec.rule.may_be_cut or not spec.shape:
+        return [_dense_unit(spec, spec.name, 0, spec.shape)]
     num_rows = spec.shape[0]
     row_numel = numel // num_rows
     rows_per_block = max(1, max_unit_elements // row_numel)
     num_blocks = -(-num_rows // rows_per_block)
     if num_blocks == 1:
-        return [_dense_unit(spec, spec.name, 0, numel)]
-    cuts = [num_rows * block // num_blocks * row_numel for block in range(num_blocks + 1)]
+        return [_dense_unit(spec, spec.name, 0, spec.shape)]
+    cuts = [num_rows * block // num_blocks for block in range(num_blocks + 1)]
     return [
-        _dense_unit(spec, f"{spec.name}#{block}", cuts[block], cuts[block + 1] - cuts[block])
-        for block in range(num_blocks)
+        _dense_unit(spec, f"{spec.name}#{block}", first * row_numel, (end - first, *spec.shape[1:]))
+        for block, (first, end) in enumerate(zip(cuts, cuts[1:], strict=False))
     ]
 
 
-def _dense_unit(spec: ParamSpec, name: str, start: int, numel: int) -> Unit:
-    """The unit of `numel` elements of a tensor, from element `start` on."""
-    part = Part(param=spec.name, start=start, numel=numel, offset=0)
+def _dense_unit(spec: ParamSpec, name: str, start: int, shape: tuple[int, ...]) -> Unit:
+    """The unit of a tensor's rows with this shape, from element `start` on."""
+    part = Part(param=spec.name, start=start, numel=math.prod(shape), offset=0, shape=shape)
     return Unit(name, (part,), spec.optimizer, spec.decay, spec.layer, None, spec.moe_layer)
 
 
@@ -67,7 +68,7 @@ def _expert_unit(specs: Sequence[ParamSpec]) -> Unit:
     offset = 0
     for spec in specs:
         assert (spec.optimizer, spec.decay, spec.moe_layer) == (first.optimizer, first.decay, first.moe_layer)
-        parts.append(Part(param=spec.name, start=0, numel=spec.numel, offset=offset))
+        parts.append(Part(param=spec.name, start=0, numel=spec.numel, offset=offset, shape=spec.shape))
         offset += spec.numel
     name = f"layers.{first.layer}.experts.{first.expert}"
     return Unit(name, tuple(parts), first.optimizer, first.decay, first.layer, first.expert, first.moe_layer)

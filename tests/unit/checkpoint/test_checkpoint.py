@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from elastic_moe.checkpoint import storage as storage_module
-from elastic_moe.checkpoint.ledger import PendingShards
 from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo
+from elastic_moe.checkpoint.pending_shards import PendingShards
 from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
 from elastic_moe.checkpoint.writer import discard_after, retain, write_manifest, write_shard

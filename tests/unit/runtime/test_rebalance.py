@@ -17,7 +17,7 @@ from elastic_moe.types import Member, ModelStats, Part, Unit, View
 RANKS, EXPERTS, LAYERS = 4, 16, 2
 VIEW = View(1, tuple(Member(f"w{r}", f"n{r // 2}", r) for r in range(RANKS)))
 UNITS = [
-    Unit(f"{layer}.{e}", (Part("p", 0, 1000, 0),), expert=e, moe_layer=layer)
+    Unit(f"{layer}.{e}", (Part("p", 0, 1000, 0, (1000,)),), expert=e, moe_layer=layer)
     for layer in range(LAYERS)
     for e in range(EXPERTS)
 ]

@@ -84,15 +84,17 @@ def find_latest(
 
 
 def read_units(
-    manifest: Manifest, names: Sequence[str], fields: Sequence[str] = ("weight", "m", "v")
+    manifest: Manifest, names: Sequence[str], fields: Sequence[str] | None = None
 ) -> dict[str, dict[str, torch.Tensor]]:
     """State of some units.
 
     Args:
-        fields: what of each unit is read.
+        manifest: the checkpoint.
+        names: units to read.
+        fields: fields to read, "weight" among them; None for all that were written.
 
     Returns:
-        For each name: "weight", and "m" and "v" where it has them; flat tensors that the caller may change.
+        Unit name -> field name -> flat fp32 tensor. The caller may change the tensors.
 
     Raises:
         KeyError: the checkpoint has no such unit: it is of another model.
@@ -115,7 +117,7 @@ def read_units(
 
 
 def _read_shard(
-    storage: Storage, manifest: Manifest, shard: ShardInfo, units: set[str], fields: Sequence[str]
+    storage: Storage, manifest: Manifest, shard: ShardInfo, units: set[str], fields: Sequence[str] | None
 ) -> dict[str, dict[str, Any]]:
     """The wanted units of one file."""
     file = f"{manifest.directory}/{shard.file}"
@@ -130,7 +132,7 @@ def _read_shard(
         entries = [
             (name, entry)
             for name, entry in header.items()
-            if name.rsplit("/", 1)[0] in units and name.rsplit("/", 1)[1] in fields
+            if name.rsplit("/", 1)[0] in units and (fields is None or name.rsplit("/", 1)[1] in fields)
         ]
         spans = [entry["data_offsets"] for _, entry in entries]
         pieces = storage.read_ranges(file, [(8 + length + start, end - start) for start, end in spans])

@@ -32,7 +32,9 @@ def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
             layer = _layer_of(cfg, path)
             for name, init in module.inits.items():
                 shape = tuple(getattr(module, name).shape)
-                index = None if layer is None or RULE_FACTS[init.optimizer].has_gradient else layer - cfg.num_dense_layers
+                index = (
+                    None if layer is None or RULE_FACTS[init.optimizer].has_gradient else layer - cfg.num_dense_layers
+                )
                 specs.append(
                     ParamSpec(f"{path}.{name}", shape, **dataclasses.asdict(init), layer=layer, moe_layer=index)
                 )

@@ -25,9 +25,7 @@ from elastic_moe.types import RULE_FACTS, RuleFacts, Unit
 class Apply(Protocol):
     """Update units in place for one committed step."""
 
-    def __call__(
-        self, units: Sequence[Unit], state: UnitState, grad: torch.Tensor | None, step: CommittedStep
-    ) -> None:
+    def __call__(self, units: Sequence[Unit], state: UnitState, grad: torch.Tensor | None, step: CommittedStep) -> None:
         """Update `state` in place.
 
         Args:

@@ -13,7 +13,7 @@ from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
 from elastic_moe.checkpoint.writer import write_shard
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
 from elastic_moe.runtime.reconfigure import Storage
-from elastic_moe.runtime.state import FIELDS, HeldState
+from elastic_moe.runtime.state import HeldState
 
 
 class CheckpointStorage(Storage):
@@ -42,9 +42,9 @@ class ShardWriter:
     def save(self, step: int, tag: str, held: HeldState, primary: Sequence[int], generation: int) -> None:
         """Take a consistent copy of the owned units now, write it later."""
         tensors = {
-            f"{held.units[u].name}/{field}": getattr(held.states[u], field).clone()
+            f"{held.units[u].name}/{name}": tensor.clone()
             for u in primary
-            for field in FIELDS[held.units[u].optimizer]
+            for name, tensor in held.states[u].fields.items()
         }
         self._jobs.put((step, tag, tensors, generation))
 

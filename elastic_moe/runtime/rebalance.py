@@ -20,7 +20,6 @@ from elastic_moe.plan.placement import Placement, Topology, plan_placement
 from elastic_moe.plan.split import slowest_times
 from elastic_moe.plan.state.ownership import Ownership, plan_ownership
 from elastic_moe.plan.state.transfers import Transfer, plan_transfers
-from elastic_moe.runtime.state import packed_numel
 from elastic_moe.types import Unit, View
 
 BACKWARD = 2.0  # an expert's backward pass takes this many times as long as its forward pass
@@ -205,7 +204,7 @@ class Rebalancer:
         transfers = plan_transfers(roles_RU, ownership).transfers
         to_R = np.zeros(self._view.world_size, dtype=np.int64)
         for transfer in transfers:
-            to_R[transfer.dst] += 4 * packed_numel(self._units[transfer.unit])
+            to_R[transfer.dst] += 4 * self._units[transfer.unit].state_numel
         estimate = self._estimate(best_L, self._times(placement), self._config.payback_steps, int(to_R.max()))
         if not self._pays(estimate, now_L):
             return None

@@ -15,16 +15,18 @@ import torch
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.vote import VoteResult, VoteShape, pack, packed_size, unpack
-from elastic_moe.optim.adamw import UnitState
+from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.transfer import exchange
 from elastic_moe.plan.placement import Placement, Topology, default_slots, plan_placement
 from elastic_moe.plan.state.ownership import NONE, Ownership, plan_ownership
 from elastic_moe.plan.state.transfers import Transfer, plan_transfers
 from elastic_moe.runtime.exchange.exchanger import homes_from_roles
-from elastic_moe.runtime.state import HeldState, merge_roles, packed_numel, unpack_state
+from elastic_moe.runtime.state import HeldState, merge_roles
 from elastic_moe.runtime.step import Progress
 from elastic_moe.types import ParamSpec, Unit, View
+
+STATE_DEVICE = torch.device("cpu")  # fp32 master weights and optimizer state lie in host memory
 
 
 @dataclass(frozen=True)
@@ -153,10 +155,10 @@ def enter_view(
         needed = [int(u) for u in np.flatnonzero(roles != NONE)]
         if source == "checkpoint":
             read = storage.read(newest, [units[u].name for u in needed])
-            known = {u: _from_storage(read[units[u].name]) for u in needed}
+            known = {u: UnitState.stored(units[u], read[units[u].name]) for u in needed}
         else:
             known = {u: _initial(units[u], specs, initial) for u in needed}
-        new = HeldState.build(units, roles, known)
+        new = HeldState.build(units, roles, known, STATE_DEVICE)
         holdings.clear()
         progress.vote = None
         _confirm(group, new, progress, holdings, fault, newest)
@@ -181,7 +183,7 @@ def take_over(
     for held in holdings:
         known.update(held.states)
     moved = _transfer(group, units, transfers, known, fault, step + 1)
-    new = HeldState.build(units, ownership.role(group.rank), known)
+    new = HeldState.build(units, ownership.role(group.rank), known, STATE_DEVICE)
     _confirm(group, new, progress, holdings, fault, step)
     return new, moved
 
@@ -216,25 +218,18 @@ def _transfer(
     arriving: list[list[int]] = [[] for _ in range(world)]
     for transfer in transfers:
         if transfer.src == rank:
-            state = known[transfer.unit]
-            fields = (state.weight, state.m, state.v) if units[transfer.unit].optimizer == "adamw" else (state.weight,)
-            outgoing[transfer.dst].append(torch.cat([f.flatten() for f in fields]))
+            outgoing[transfer.dst].append(known[transfer.unit].pack())
         if transfer.dst == rank:
             arriving[transfer.src].append(transfer.unit)
     if not transfers:
         return 0
-    received = exchange(group, outgoing, [[packed_numel(units[u]) for u in peer] for peer in arriving])
+    received = exchange(group, outgoing, [[units[u].state_numel for u in peer] for peer in arriving])
     moved = 0
     for peer, tensors in zip(arriving, received, strict=True):
         for u, tensor in zip(peer, tensors, strict=True):
-            known[u] = unpack_state(units[u], tensor)
+            known[u] = UnitState.unpacked(units[u], tensor)
             moved += tensor.numel() * tensor.element_size()
     return moved
-
-
-def _from_storage(tensors: dict[str, torch.Tensor]) -> UnitState:
-    none = torch.empty(0)
-    return UnitState(tensors["weight"], tensors.get("m", none), tensors.get("v", none))
 
 
 def _initial(unit: Unit, specs: dict[str, ParamSpec], initial: Callable[[ParamSpec], torch.Tensor]) -> UnitState:
@@ -243,7 +238,4 @@ def _initial(unit: Unit, specs: dict[str, ParamSpec], initial: Callable[[ParamSp
     for part in unit.parts:
         whole = initial(specs[part.param]).flatten()
         pieces.append(whole[part.start : part.start + part.numel])
-    weight = torch.cat(pieces).float()
-    if unit.optimizer != "adamw":
-        return UnitState(weight, torch.empty(0), torch.empty(0))
-    return UnitState(weight, torch.zeros_like(weight), torch.zeros_like(weight))
+    return UnitState.initial(unit, torch.cat(pieces).float())

@@ -1,109 +1,124 @@
-"""What one worker holds: fp32 master weights and optimizer moments of the units it owns or mirrors.
+"""State of the units that one worker owns or mirrors, at one committed step.
 
-Units of one kind lie one after another in flat vectors, so that one call updates them all; AdamW is elementwise, so this equals updating
-them one by one. Twins apply the same update to the same numbers and therefore stay equal (active replication, DESIGN.md section 3).
+Units with the same update rule and weight decay lie one after another in flat vectors. If the rule is elementwise, one
+call updates all of them, which equals updating them one by one. Twins apply the same update to the same numbers, so
+they stay equal (active replication, DESIGN.md section 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from elastic_moe.config.schema import ModelConfig, OptimConfig
 from elastic_moe.control.vote import VoteResult
-from elastic_moe.optim.adamw import UnitState, apply_adamw, apply_bias
+from elastic_moe.optim.committed import CommittedStep
+from elastic_moe.optim.rules import RULES
+from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.plan.state.ownership import NONE
 from elastic_moe.types import Unit
 
-FIELDS = {"adamw": ("weight", "m", "v"), "bias": ("weight",), "frozen": ("weight",)}
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Held units with the same rule and decay, which lie one after another in flat vectors.
+
+    Attributes:
+        indices: the units' indices, in the order of the vectors.
+        units: the units themselves.
+        state: their state; grad: their reduced gradient, None where the rule has none.
+    """
+
+    indices: list[int]
+    units: list[Unit]
+    state: UnitState
+    grad: torch.Tensor | None
+
+    @staticmethod
+    def allocate(indices: list[int], units: list[Unit], device: torch.device) -> _Group:
+        rule, numel = units[0].rule, sum(unit.numel for unit in units)
+        grad = torch.zeros(numel, device=device) if rule.has_gradient else None
+        return _Group(indices, units, UnitState.empty(rule.fields, numel, device), grad)
+
+    def one_by_one(self) -> Iterator[tuple[int, Unit, UnitState, torch.Tensor | None]]:
+        """(index, unit, state, gradient) of each unit; the tensors are views of the vectors."""
+        start = 0
+        for index, unit in zip(self.indices, self.units, strict=True):
+            stop = start + unit.numel
+            yield index, unit, self.state.span(start, stop), None if self.grad is None else self.grad[start:stop]
+            start = stop
+
+    def apply(self, step: CommittedStep) -> None:
+        """Update all units by their rule."""
+        rule = RULES[self.units[0].optimizer]
+        if rule.facts.elementwise:
+            rule.apply(self.units, self.state, self.grad, step)
+            return
+        for _, unit, state, grad in self.one_by_one():
+            rule.apply([unit], state, grad, step)
 
 
-def packed_numel(unit: Unit) -> int:
-    """Elements of a unit's whole state as it travels: weight, and moments where it has them."""
-    return unit.numel * len(FIELDS[unit.optimizer])
-
-
-@dataclass
 class HeldState:
-    """Units held by this worker, at one committed step.
+    """Units held by this worker, at one committed step. Made by `build`.
 
     Attributes:
         units: every unit of the model (not only the held ones).
         roles: uint8 [U], NONE, MIRROR or PRIMARY per unit.
-        states: unit index -> views of its weight and moments.
+        states: unit index -> views of its state, held units only.
     """
 
-    units: Sequence[Unit]
-    roles: np.ndarray
-    states: dict[int, UnitState] = field(default_factory=dict)
-    _flat: dict[bool, UnitState] = field(default_factory=dict)
-    _spans: dict[int, tuple[bool, int]] = field(default_factory=dict)
-    _grads: dict[bool, torch.Tensor] = field(default_factory=dict)
+    def __init__(self, units: Sequence[Unit], roles: np.ndarray, groups: Sequence[_Group]) -> None:
+        self.units, self.roles, self._groups = units, roles, groups
+        self.states: dict[int, UnitState] = {}
+        self._grads: dict[int, torch.Tensor] = {}
+        for group in groups:
+            for index, _, state, grad in group.one_by_one():
+                self.states[index] = state
+                if grad is not None:
+                    self._grads[index] = grad
 
     @staticmethod
-    def empty(units: Sequence[Unit]) -> HeldState:
-        return HeldState(units, np.full(len(units), NONE, dtype=np.uint8))
+    def build(
+        units: Sequence[Unit], roles: np.ndarray, source: Mapping[int, UnitState], device: torch.device
+    ) -> HeldState:
+        """Lay out the held units in new vectors on `device`.
 
-    @staticmethod
-    def build(units: Sequence[Unit], roles: np.ndarray, source: Mapping[int, UnitState]) -> HeldState:
-        """Lay out the held units afresh, copying their state from `source` (unit index -> state)."""
-        held = HeldState(units, roles)
-        indices = [int(u) for u in np.flatnonzero(roles != NONE)]
-        for decay in (True, False):
-            group = [u for u in indices if units[u].optimizer == "adamw" and units[u].decay is decay]
-            total = sum(units[u].numel for u in group)
-            flat = UnitState(torch.empty(total), torch.empty(total), torch.empty(total))
-            held._flat[decay] = flat
-            held._grads[decay] = torch.zeros(total)
-            start = 0
-            for u in group:
-                span = slice(start, start + units[u].numel)
-                view = UnitState(flat.weight[span], flat.m[span], flat.v[span])
-                view.weight.copy_(source[u].weight)
-                view.m.copy_(source[u].m)
-                view.v.copy_(source[u].v)
-                held.states[u] = view
-                held._spans[u] = (decay, start)
-                start = span.stop
-        for u in indices:
-            if units[u].optimizer != "adamw":
-                held.states[u] = UnitState(source[u].weight.clone(), torch.empty(0), torch.empty(0))
+        Args:
+            units: every unit of the model.
+            roles: uint8 [U] role of each unit on this worker.
+            source: unit index -> its present state, to be copied; has every unit with a role.
+            device: place of the vectors.
+        """
+        members: dict[tuple[str, bool], list[int]] = {}
+        for index in np.flatnonzero(roles != NONE).tolist():
+            members.setdefault((units[index].optimizer, units[index].decay), []).append(index)
+        groups = [_Group.allocate(indices, [units[u] for u in indices], device) for indices in members.values()]
+        held = HeldState(units, roles, groups)
+        for index, state in held.states.items():
+            state.copy_(source[index])
         return held
 
     def grad_of(self, unit: int) -> torch.Tensor:
-        """The 1-D view where the reduced gradient of an AdamW unit is to be put before `apply`."""
-        decay, start = self._spans[unit]
-        return self._grads[decay][start : start + self.units[unit].numel]
+        """The 1-D view where the reduced gradient of a unit is to be put before `apply`; its rule has a gradient."""
+        return self._grads[unit]
 
     def apply(self, vote: VoteResult, lr: float, optim: OptimConfig, model: ModelConfig) -> None:
-        """Apply a committed step to every held unit; gradients are sums over tokens and are divided here."""
-        if vote.finite:
-            clip = min(1.0, optim.grad_clip / (vote.grad_norm + 1e-6)) if optim.grad_clip > 0 else 1.0
-            for decay, flat in self._flat.items():
-                if flat.weight.numel():
-                    self._grads[decay].mul_(clip / vote.tokens)
-                    apply_adamw(flat, self._grads[decay], vote.step, lr, optim, decay)
-        for u, state in self.states.items():
-            unit = self.units[u]
-            if unit.optimizer == "bias":
-                assert unit.moe_layer is not None
-                apply_bias(state, torch.from_numpy(vote.load_LE[unit.moe_layer]), model.bias_update_speed)
+        """Apply a committed step to every held unit.
 
-    def pack(self, unit: int) -> torch.Tensor:
-        """A unit's whole state as one 1-D vector, for transfers."""
-        state = self.states[unit]
-        return torch.cat([getattr(state, name).flatten() for name in FIELDS[self.units[unit].optimizer]])
-
-
-def unpack_state(unit: Unit, vector: torch.Tensor) -> UnitState:
-    """Inverse of `HeldState.pack`."""
-    pieces = list(vector.split(unit.numel))
-    while len(pieces) < 3:
-        pieces.append(torch.empty(0))
-    return UnitState(*pieces)
+        Gradients are sums over tokens. They are averaged and clipped here, in place, so a step is applied only once. If
+        a gradient is not finite, units whose rule has a gradient stay as they are.
+        """
+        step = CommittedStep(vote.step, lr, vote.load_LE, optim, model)
+        clip = min(1.0, optim.grad_clip / (vote.grad_norm + 1e-6)) if optim.grad_clip > 0 else 1.0
+        for group in self._groups:
+            if group.grad is not None:
+                if not vote.finite:
+                    continue
+                group.grad.mul_(clip / vote.tokens)
+            group.apply(step)
 
 
 def merge_roles(states: Iterable[HeldState]) -> np.ndarray:

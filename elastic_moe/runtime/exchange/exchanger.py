@@ -77,19 +77,19 @@ class Layout:
         self.frozen_out, self.frozen_in = _empty(world), _empty(world)
         for u, unit in enumerate(units):
             expert = None if unit.expert is None or unit.moe_layer is None else (unit.moe_layer, unit.expert)
-            kept = unit.optimizer == "frozen"
+            kept = not unit.rule.published_each_step
             if expert is None or expert in here:
                 coming = self.frozen_in if kept else self.weight_in if expert is None else self.expert_in
                 coming[primary[u]].append(u)
-                if unit.optimizer == "adamw":
+                if unit.rule.has_gradient:
                     self.grad_out[primary[u]].append(u)
             if primary[u] == rank:
                 for r in world if expert is None else ranks_of[expert]:
                     going = self.frozen_out if kept else self.weight_out if expert is None else self.expert_out
                     going[r].append(u)
-                    if unit.optimizer == "adamw":
+                    if unit.rule.has_gradient:
                         self.grad_in[r].append(u)
-            if unit.optimizer == "adamw":
+            if unit.rule.has_gradient:
                 mirrors = ownership.mirrors[u].tolist()
                 if primary[u] == rank:
                     for r in sorted(m for m in mirrors if m >= 0):

@@ -12,7 +12,9 @@ from elastic_moe.types import Member, Part, Unit, View
 
 
 def _unit(index: int, numel: int, expert: int | None = None, moe_layer: int | None = None) -> Unit:
-    return Unit(f"u{index}", (Part(f"u{index}", 0, numel, 0, (numel,)),), layer=moe_layer, expert=expert, moe_layer=moe_layer)
+    return Unit(
+        f"u{index}", (Part(f"u{index}", 0, numel, 0, (numel,)),), layer=moe_layer, expert=expert, moe_layer=moe_layer
+    )
 
 
 def _view(generation: int, nodes: str, draining: frozenset[int] = frozenset()) -> View:

@@ -1,4 +1,4 @@
-"""What the command lines that look at a finished run share: its configuration, its tokenizer, its weights."""
+"""Opens a trained model for export and for generating text: its shape, its tokenizer and its weights."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class SavedModel:
 
     Attributes:
         cfg: its shape.
-        read: fp32 value of a parameter.
-        tokenizer: None where none lies beside it.
-        seq_len: longest sequence it was trained on here; 0 for a model of others.
-        what: one line that says which model this is.
+        read: returns the fp32 value of a parameter.
+        tokenizer: None if the model has no tokenizer file.
+        seq_len: tokens per sequence in training; 0 for a Hugging Face model.
+        what: name of the model in one line, for people.
     """
 
     cfg: ModelConfig
@@ -41,10 +41,14 @@ class SavedModel:
 
 
 def open_run(path: str, step: int | None = None) -> SavedModel:
-    """A run directory, or one of its checkpoints.
+    """Open a run directory or one of its checkpoints.
+
+    Args:
+        path: the directory.
+        step: step of the checkpoint to open; the newest one, or the one that `path` names, if None.
 
     Raises:
-        UserError: it is neither, or has no complete checkpoint.
+        UserError: the path is neither, or has no complete checkpoint.
     """
     run_dir, root, own_step = locate(path)
     with warnings.catch_warnings():
@@ -63,10 +67,10 @@ def open_run(path: str, step: int | None = None) -> SavedModel:
 
 
 def open_hf(path: str) -> SavedModel:
-    """A Hugging Face directory.
+    """Open a Hugging Face directory.
 
     Raises:
-        UserError: it has no model that can be expressed here.
+        UserError: its model cannot be expressed by the configuration.
     """
     directory = Path(path).expanduser().absolute()
     cfg = ModelConfig(**read_fields(directory))
@@ -74,21 +78,21 @@ def open_hf(path: str) -> SavedModel:
 
     def read(spec: ParamSpec) -> torch.Tensor:
         value = checkpoint.read(spec)
-        return torch.zeros(spec.shape) if value is None else value  # a balancing bias that the family does not have
+        return torch.zeros(spec.shape) if value is None else value  # the family has no balancing bias
 
     tokenizer = read_tokenizer_file(directory / TOKENIZER_FILE) if (directory / TOKENIZER_FILE).is_file() else None
     return SavedModel(cfg, read, tokenizer, 0, directory.name)
 
 
 def open_model(path: str, step: int | None = None) -> SavedModel:
-    """A run, a checkpoint of one, or a Hugging Face directory."""
+    """Open a run, one of its checkpoints, or a Hugging Face directory (which has a config.json)."""
     if (Path(path).expanduser() / "config.json").is_file():
         return open_hf(path)
     return open_run(path, step)
 
 
 def with_tokenizer(cfg: ModelConfig, tokenizer: TextTokenizer) -> ModelConfig:
-    """The model's shape once its tokenizer is known: vocabulary and end token.
+    """Fill in the vocabulary size and the end token of a model from its tokenizer.
 
     Raises:
         UserError: the weights to start from have no row for some of the tokenizer's tokens.
@@ -97,7 +101,7 @@ def with_tokenizer(cfg: ModelConfig, tokenizer: TextTokenizer) -> ModelConfig:
         return replace(cfg, vocab_size=tokenizer.vocab_size, end_token=tokenizer.end_id)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(
-            f"data.tokenizer has {tokenizer.vocab_size} tokens, and the model of model.init_from only {cfg.vocab_size}: "
-            "use its own tokenizer.json, or a smaller data.vocab_size."
+            f"data.tokenizer has {tokenizer.vocab_size} tokens, and the model of model.init_from has only "
+            f"{cfg.vocab_size}: use its own tokenizer.json, or a smaller data.vocab_size."
         )
     return replace(cfg, end_token=tokenizer.end_id)

@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself: shards with sizes and checksums, in a manifest that is written last. Pure values.
+"""The manifest of a checkpoint: its shards with sizes and checksums. Pure values.
 
-A directory without a manifest is an unfinished checkpoint. The manifest carries a checksum of its own content, so
-that a flipped bit anywhere in a checkpoint is seen.
+The manifest is written last; a directory without one is an unfinished checkpoint. It carries a checksum of its own
+content, so a flipped bit anywhere in a checkpoint is detected.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Manifest:
     """A complete checkpoint.
 
     Attributes:
-        root_uri: where it was found or written.
-        step: the committed step that it holds.
+        root_uri: the checkpoint root that it was read from or written to.
+        step: the committed step whose state it holds.
         shards: its files; every unit is in at least one of them.
-        meta: whatever the run adds (generation, world size, configuration).
+        meta: additions of the run (generation, world size, configuration).
     """
 
     root_uri: str

@@ -1,8 +1,7 @@
-"""The coordinator's account of which shards of which step are written: it decides when a checkpoint is complete.
-Pure.
+"""The shards that workers have reported for each step; the coordinator decides from them when a checkpoint is complete.
 
-Workers die between writing and reporting, and a step may be written again by the next generation, so shards come in
-any order, more than once, and overlapping. A step is complete when every unit is in some shard.
+Pure. Workers die between writing and reporting, and the next generation may write a step again. So reports come in any
+order and more than once, and shards overlap. A step is complete when every unit is in some shard.
 """
 
 from __future__ import annotations
@@ -12,11 +11,15 @@ from typing import Any
 
 from elastic_moe.checkpoint.manifest import ShardInfo
 
-MAX_PENDING = 8  # steps under way; the oldest is given up beyond this
+MAX_PENDING = 8  # incomplete steps that are remembered; beyond this, the oldest one is forgotten
 
 
 class PendingShards:
-    """Shards of the steps under way."""
+    """Shards of the incomplete steps, and of the last complete ones.
+
+    Args:
+        max_pending: incomplete steps that are remembered, and complete ones; the oldest are forgotten.
+    """
 
     def __init__(self, max_pending: int = MAX_PENDING) -> None:
         self._max_pending = max_pending
@@ -25,10 +28,10 @@ class PendingShards:
         self._complete: dict[int, tuple[ShardInfo, ...]] = {}
 
     def expect(self, step: int, unit_names: Iterable[str]) -> bool:
-        """A checkpoint of this step must hold these units.
+        """Name the units that a checkpoint of this step must hold.
 
         Returns:
-            True when shards that came before make it complete already: write the manifest now.
+            True if the shards reported before make the step complete: write the manifest now.
         """
         if step in self._complete:
             return False
@@ -38,10 +41,10 @@ class PendingShards:
         return self._completed(step)
 
     def add(self, step: int, shard: ShardInfo | Mapping[str, Any]) -> bool:
-        """A shard is written.
+        """Note that a shard is written.
 
         Returns:
-            True for the shard that makes the step complete, and for no other: write the manifest now.
+            True for the one shard that makes the step complete: write the manifest now.
         """
         if step in self._complete:
             return False
@@ -73,11 +76,11 @@ class PendingShards:
 
     @property
     def pending(self) -> tuple[int, ...]:
-        """Steps under way, in order."""
+        """Incomplete steps, in order."""
         return tuple(sorted(set(self._expected) | set(self._shards)))
 
     def discard_after(self, step: int) -> None:
-        """The run fell back to this step: shards of later ones belong to a past that no longer is."""
+        """Forget the shards of later steps: the run was rolled back to this step."""
         for later in [s for s in self.pending if s > step]:
             self._drop(later)
         for later in [s for s in self._complete if s > step]:
@@ -88,7 +91,7 @@ class PendingShards:
         self._shards.pop(step, None)
 
     def _cover(self, step: int) -> tuple[ShardInfo, ...]:
-        """Shards that hold all units, newest first as far as needed, so that one generation's set is preferred."""
+        """Choose shards that hold all units, the newest first, so that one generation's set is preferred."""
         left, chosen = set(self._expected[step]), []
         for shard in reversed(self._shards[step].values()):
             if left.intersection(shard.units):

@@ -1,7 +1,7 @@
-"""Reading checkpoints back: the newest complete one that verifies, and of it only the units that the caller needs.
+"""Reads checkpoints: finds the newest complete one that verifies, and loads the units that the caller names.
 
-The layout of a safetensors file is 8 bytes of header length, a JSON header with offsets, then the data
-(https://github.com/huggingface/safetensors#format); it is parsed here so that single tensors can be read from an
+A safetensors file has 8 bytes of header length, a JSON header with offsets, then the data
+(https://github.com/huggingface/safetensors#format). It is parsed here, so that single tensors can be read from an
 object store.
 """
 
@@ -22,10 +22,10 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 
 
 def load_manifest(root_uri: str, step: int) -> Manifest:
-    """Manifest of one step; its files are there and have their sizes.
+    """Read the manifest of one step, and check that its files exist and have their sizes.
 
     Raises:
-        FileNotFoundError: the checkpoint is unfinished, or there is none.
+        FileNotFoundError: the checkpoint is unfinished or does not exist.
         CorruptCheckpoint: the manifest is damaged, or a file is missing or truncated.
     """
     storage = Storage(root_uri)
@@ -56,12 +56,12 @@ def verify_shards(manifest: Manifest) -> None:
 def find_latest(
     root_uri: str, verify: bool = True, on_skip: Callable[[int, str], None] | None = None
 ) -> Manifest | None:
-    """The newest complete checkpoint.
+    """Find the newest complete checkpoint; None if there is none.
 
     Args:
         root_uri: the checkpoint root; need not exist.
-        verify: compare checksums too, which reads everything once; sizes are always compared.
-        on_skip: told (step, reason) of every newer one that is unfinished or damaged.
+        verify: compare checksums too, which reads every file once. Sizes are always compared.
+        on_skip: called as on_skip(step, reason) for every newer checkpoint that is unfinished or damaged.
 
     Raises:
         OSError: the root cannot be listed.
@@ -86,7 +86,7 @@ def find_latest(
 def read_units(
     manifest: Manifest, names: Sequence[str], fields: Sequence[str] | None = None
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """State of some units.
+    """Read the state of some units.
 
     Args:
         manifest: the checkpoint.
@@ -97,7 +97,7 @@ def read_units(
         Unit name -> field name -> flat fp32 tensor. The caller may change the tensors.
 
     Raises:
-        KeyError: the checkpoint has no such unit: it is of another model.
+        KeyError: the checkpoint lacks a unit, so it is of another model.
         CorruptCheckpoint: a file is damaged.
     """
     home = {unit: shard for shard in manifest.shards for unit in shard.units}
@@ -119,7 +119,7 @@ def read_units(
 def _read_shard(
     storage: Storage, manifest: Manifest, shard: ShardInfo, units: set[str], fields: Sequence[str] | None
 ) -> dict[str, dict[str, Any]]:
-    """The wanted units of one file."""
+    """Read some units of one file."""
     file = f"{manifest.directory}/{shard.file}"
     try:
         (prefix,) = storage.read_ranges(file, [(0, 8)])
@@ -143,7 +143,7 @@ def _read_shard(
             flat = torch.frombuffer(bytearray(piece), dtype=dtype) if piece else torch.empty(0, dtype=dtype)
             tensors[unit][part] = flat.reshape(entry["shape"])
     except FileNotFoundError as error:
-        raise CorruptCheckpoint(f"{storage.path(file)} is gone") from error
+        raise CorruptCheckpoint(f"{storage.path(file)} has disappeared") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"{storage.path(file)} cannot be read: {error}") from error
     if any("weight" not in parts for parts in tensors.values()):

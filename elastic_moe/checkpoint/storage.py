@@ -1,8 +1,8 @@
-"""Where checkpoints lie: a directory or an object store behind one small interface, made of `pyarrow.fs`.
+"""Storage of checkpoints: a directory or an object store behind one small interface, built on `pyarrow.fs`.
 
-A local file appears under its name only when it is complete and on the disk (written aside, synced, renamed). In an
-object store a put is atomic by itself. Storage fails for a while in real life, so an operation is tried several times
-before its OSError is let through.
+A local file is written under a temporary name, synced to disk and then renamed, so its name never shows a partial file.
+In an object store, a put is atomic by itself. Storage can fail for a short time, so an operation is tried several times
+before its OSError is raised.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class CorruptCheckpoint(OSError):
-    """A file of a checkpoint is not what its manifest says: missing, truncated or changed."""
+    """A file of a checkpoint differs from its manifest: missing, truncated or changed."""
 
 
 class Storage:
@@ -78,12 +78,24 @@ class Storage:
             raise
 
     def read(self, name: str) -> bytes:
-        """Read a whole file. Raises FileNotFoundError when there is none."""
+        """Read a whole file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
         with self._fs.open_input_stream(self.path(name)) as stream:
             return stream.read()
 
     def read_ranges(self, name: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-        """Read (offset, length) ranges of one file. A range that ends early is a corrupt file."""
+        """Read ranges of one file.
+
+        Args:
+            name: path relative to the root.
+            ranges: (offset, length) in bytes.
+
+        Raises:
+            CorruptCheckpoint: the file ends before a range does.
+        """
         pieces: list[bytes] = []
         with self._fs.open_input_file(self.path(name)) as file:
             for offset, length in ranges:
@@ -95,12 +107,12 @@ class Storage:
         return pieces
 
     def size(self, name: str) -> int:
-        """Size of a file, or -1 when there is none."""
+        """Size of a file in bytes, or -1 if there is none."""
         info = self._fs.get_file_info(self.path(name))
         return info.size if info.type == pafs.FileType.File else -1
 
     def sha256(self, name: str) -> str:
-        """Checksum of a file, in chunks."""
+        """SHA-256 checksum of a file, which is read in chunks."""
         digest = hashlib.sha256()
         with self._fs.open_input_stream(self.path(name)) as stream:
             while chunk := stream.read(_CHUNK):
@@ -108,22 +120,32 @@ class Storage:
         return digest.hexdigest()
 
     def directories(self) -> list[str]:
-        """Names of the directories directly below the root; none when there is no root."""
+        """Names of the directories directly below the root; an empty list if the root does not exist."""
         infos = self._fs.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def remove(self, name: str) -> None:
-        """Delete a file if it is there."""
+        """Delete a file if it exists."""
         if self.size(name) >= 0:
             self._fs.delete_file(self.path(name))
 
     def remove_directory(self, name: str) -> None:
-        """Delete a directory and what is in it."""
+        """Delete a directory with its content."""
         self._fs.delete_dir(self.path(name))
 
 
 def persistent(action: Callable[[], T], attempts: int = ATTEMPTS, pause_s: float = PAUSE_S) -> T:
-    """Try an operation again after an OSError, with a doubling pause. What a retry cannot mend is raised at once."""
+    """Run an operation; try it again after an OSError, with a pause that doubles each time.
+
+    Args:
+        action: the operation.
+        attempts: number of attempts in all.
+        pause_s: seconds before the second attempt.
+
+    Raises:
+        FileNotFoundError, CorruptCheckpoint: at once, because another attempt would not help.
+        OSError: the last attempt failed.
+    """
     for attempt in range(attempts):
         try:
             return action()

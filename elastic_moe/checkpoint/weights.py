@@ -1,7 +1,7 @@
-"""The weights of a finished or running run, parameter by parameter: for export, and for generating text.
+"""Reads the weights of a finished or running run, one parameter at a time, for export and for generating text.
 
-A run is found by its directory, or by one of its checkpoints. Only weights are read, never optimizer state, and of the units only those
-that the parameter asked for is made of.
+A run is named by its directory, or by one of its checkpoints. Only weights are read, never the rest of the optimizer
+state, and only from the units that hold a part of the parameter.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from elastic_moe.types import ParamSpec, Part
 
 
 def find_checkpoint(root: str, step: int | None = None) -> Manifest:
-    """The checkpoint of a step below a checkpoint root, or the newest one.
+    """Find the checkpoint of a step below a checkpoint root, or the newest one if the step is None.
 
     Raises:
-        UserError: there is none, or it is unfinished or damaged.
+        UserError: there is no such checkpoint, or it is unfinished or damaged.
     """
     try:
         manifest = find_latest(root) if step is None else load_manifest(root, step)
@@ -40,7 +40,11 @@ def find_checkpoint(root: str, step: int | None = None) -> Manifest:
 
 
 def locate(path: str) -> tuple[Path, str | None, int | None]:
-    """What a path given by a user means: (run directory, checkpoint root, step); the root is None for that of the run's configuration.
+    """Interpret a path that a user gave: a run directory, or one of its checkpoints.
+
+    Returns:
+        The run directory, the checkpoint root and the step. For a run directory the root and the step are None: the
+        run's configuration names the root.
 
     Raises:
         UserError: it is neither a run directory nor one of its checkpoints.
@@ -54,15 +58,18 @@ def locate(path: str) -> tuple[Path, str | None, int | None]:
 
 
 def weight_reader(manifest: Manifest, cfg: ModelConfig) -> Callable[[ParamSpec], torch.Tensor]:
-    """A function that reads a parameter's fp32 value out of a checkpoint.
+    """Make a function that reads the fp32 value of a parameter from a checkpoint.
 
-    It raises UserError when the checkpoint is of another model.
+    The function returns a tensor of the parameter's shape on the CPU. It raises UserError if the checkpoint is of
+    another model.
     """
     pieces: dict[str, list[tuple[str, Part]]] = {}
     for unit in build_units(param_specs(cfg), cfg.max_unit_elements):
         for part in unit.parts:
             pieces.setdefault(part.param, []).append((unit.name, part))
-    last: dict[str, torch.Tensor] = {}  # an expert's three matrices come one after the other, from one unit
+    last: dict[
+        str, torch.Tensor
+    ] = {}  # one unit holds the three matrices of an expert, which are read one after the other
 
     def read(spec: ParamSpec) -> torch.Tensor:
         names = [name for name, _ in pieces[spec.name]]

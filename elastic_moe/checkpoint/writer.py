@@ -1,7 +1,7 @@
-"""Writing a checkpoint: shards by the workers, then the manifest by the coordinator, then old checkpoints go.
+"""Writes checkpoints: the workers write shards, then the coordinator writes the manifest and deletes old checkpoints.
 
-Shards are safetensors files named after their content, so that writing a step again never changes a file that a
-manifest names.
+Shards are safetensors files named after their content. So writing a step again never changes a file that a manifest
+names.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def write_shard(root_uri: str, step: int, tag: str, tensors: Mapping[str, torch.
     Args:
         root_uri: the checkpoint root.
         step: the committed step.
-        tag: who writes, for people (generation and rank).
-        tensors: `{unit}/weight`, `{unit}/m`, `{unit}/v`; may be empty.
+        tag: begins the file's name, so that people see the writer (generation and rank).
+        tensors: tensor of each `{unit}/{field}`; may be empty.
 
     Raises:
-        OSError: the storage failed, several times.
+        OSError: the storage failed at every attempt.
     """
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     sha256 = hashlib.sha256(data).hexdigest()
@@ -43,11 +43,11 @@ def write_shard(root_uri: str, step: int, tag: str, tensors: Mapping[str, torch.
 def write_manifest(
     root_uri: str, step: int, shards: Sequence[ShardInfo | Mapping[str, Any]], meta: Mapping[str, Any] | None = None
 ) -> Manifest:
-    """Make a checkpoint complete. Call it when all shards are written, and only then.
+    """Make a checkpoint complete. Call it only after all shards are written.
 
     Raises:
-        CorruptCheckpoint: a shard is not there, or not of its size; no manifest is written.
-        OSError: the storage failed, several times.
+        CorruptCheckpoint: a shard is missing or has another size; no manifest is written.
+        OSError: the storage failed at every attempt.
     """
     manifest = Manifest(root_uri, step, as_shards(shards), dict(meta or {}))
     storage = Storage(root_uri)
@@ -63,7 +63,10 @@ def write_manifest(
 def retain(root_uri: str, keep: int) -> list[int]:
     """Delete all but the newest `keep` complete checkpoints (at least one), and unfinished ones older than those.
 
-    A checkpoint that lacks a file does not count as complete. Returns the deleted steps.
+    A checkpoint that lacks a file does not count as complete.
+
+    Returns:
+        The deleted steps.
     """
     storage = Storage(root_uri)
     steps = _steps(storage)
@@ -80,7 +83,11 @@ def retain(root_uri: str, keep: int) -> list[int]:
 
 
 def discard_after(root_uri: str, step: int) -> list[int]:
-    """Delete checkpoints of later steps, complete or not: the run goes on from this step. -1 deletes all of them."""
+    """Delete the checkpoints of later steps, complete or not; -1 deletes all.
+
+    Returns:
+        The deleted steps.
+    """
     storage = Storage(root_uri)
     return _delete(storage, [later for later in _steps(storage) if later > step])
 
@@ -91,7 +98,7 @@ def _steps(storage: Storage) -> list[int]:
 
 def _delete(storage: Storage, steps: list[int]) -> list[int]:
     for step in steps:
-        # The manifest goes first: a deletion cut short leaves an unfinished checkpoint, not a complete one with holes.
+        # The manifest is deleted first: an interrupted deletion leaves an unfinished checkpoint, never a damaged one.
         persistent(lambda step=step: storage.remove(f"{step_dir(step)}/{MANIFEST}"))
         persistent(lambda step=step: storage.remove_directory(step_dir(step)))
     return steps

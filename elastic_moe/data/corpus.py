@@ -1,8 +1,9 @@
-"""Which text a run trains on, as files and as pieces. Only the text: tokens are made in prepare.py.
+"""The text of a corpus, as files and as pieces. `prepare.py` makes tokens from it.
 
-The default corpus, "stdlib", is the source of the Python standard library with its docstrings and the language
-reference that `help()` shows: some megabytes on every machine that can run this program, no download, PSF licence. A
-piece is a document, or a run of whole lines of a long one; pieces are what is dealt to training and validation.
+The default corpus, "stdlib", is the source of the Python standard library, with its docstrings and the language
+reference that `help()` shows. Every machine that can run this program has these megabytes, without a download, under
+the PSF licence. A piece is a whole document, or consecutive whole lines of a long one. Each piece belongs either to
+training or to validation.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MIN_PIECE_BYTES, MAX_PIECE_BYTES = 512, 65536
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of a corpus. `name` is its path relative to the corpus; the identity of its content is size and time."""
+    """One file of a corpus. `name` is its path relative to the corpus; size and time identify its content."""
 
     path: Path
     name: str
@@ -35,14 +36,14 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of text that stays together. `ends` says that the document ends here."""
+    """Consecutive text of one document. `ends` is true if the document ends here."""
 
     text: str
     ends: bool
 
 
 def list_files(config: DataConfig) -> list[SourceFile]:
-    """Files of the corpus in a fixed order, as many as `max_bytes` needs.
+    """List the files of the corpus in a fixed order, until they have `max_bytes` bytes.
 
     Raises:
         UserError: the corpus does not exist or has no text.
@@ -83,12 +84,12 @@ def _is_binary(path: Path) -> bool:
 
 
 def piece_bytes(total_bytes: int, val_fraction: float) -> int:
-    """Size of a piece such that validation text is several pieces, taken from all over the corpus."""
+    """Characters per piece: few enough that the validation text is several pieces from all parts of the corpus."""
     return int(min(max(total_bytes * val_fraction / 8, MIN_PIECE_BYTES), MAX_PIECE_BYTES))
 
 
 def read_pieces(files: list[SourceFile], max_bytes: int, size: int) -> Iterator[Piece]:
-    """The corpus, piece by piece; only one piece is in memory at a time.
+    """Read the corpus, piece by piece, with only one piece in memory at a time.
 
     Args:
         files: the files, in order.
@@ -117,15 +118,16 @@ def read_pieces(files: list[SourceFile], max_bytes: int, size: int) -> Iterator[
             return
 
 
-class Dealer:
-    """Deals pieces to validation so that its share stays close to the fraction at every point of the corpus."""
+class ValidationSplit:
+    """Chooses pieces for validation, such that their share of the text is close to a fraction at every point."""
 
     def __init__(self, val_fraction: float) -> None:
         self._fraction, self._val, self._total = val_fraction, 0, 0
 
     def is_val(self, piece: Piece) -> bool:
+        """Whether the next piece is for validation."""
         size = len(piece.text)
-        # Half a piece early, so that the first validation piece comes in the middle of its share of the corpus.
+        # Half a piece early: the first validation piece then lies in the middle of its share of the corpus.
         val = self._val + size / 2 <= self._fraction * (self._total + size) and self._total > 0
         self._total += size
         self._val += size if val else 0

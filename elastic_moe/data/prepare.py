@@ -1,9 +1,8 @@
-"""From a corpus to token shards, once: the result lies in a cache directory named after everything that it depends
-on.
+"""Makes token shards from a corpus, in a cache directory whose name is a hash of everything that the tokens depend on.
 
-Idempotent (a complete, undamaged result is used as it is) and atomic (a directory is filled under another name and
-renamed when complete), so that two runs may prepare the same corpus at once, and a killed preparation leaves nothing
-that looks complete.
+A complete, undamaged result is used as it is. A new one is written to a directory with a temporary name, which is
+renamed when it is complete. So two runs may prepare the same corpus at once, and a preparation that is killed leaves no
+directory that looks complete. No environment variable is read.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from elastic_moe.config.schema import DataConfig
-from elastic_moe.data.corpus import Dealer, Piece, SourceFile, list_files, piece_bytes, read_pieces
+from elastic_moe.data.corpus import Piece, SourceFile, ValidationSplit, list_files, piece_bytes, read_pieces
 from elastic_moe.data.shards import FORMAT, TokenShard, TokenShardWriter
 from elastic_moe.data.tokenizer import (
     TOKENIZER_FILE,
@@ -37,7 +36,7 @@ _BATCH = 64  # pieces encoded at once
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Where the tokens of a run are. Paths only, so that it travels between processes."""
+    """Paths of a prepared corpus; can be sent between processes."""
 
     train_path: str
     val_path: str
@@ -54,12 +53,12 @@ class Prepared:
 
 
 def default_cache_root(config: DataConfig, run_dir: str | Path) -> Path:
-    """`data.cache_dir`, or `.cache` beside the run directories."""
+    """Directory of all prepared corpora: `data.cache_dir`, or `.cache` beside the run directories."""
     return Path(config.cache_dir).expanduser() if config.cache_dir else Path(run_dir).absolute().parent / ".cache"
 
 
 def prepare(config: DataConfig, cache_root: str | Path) -> Prepared:
-    """Make the token shards and the tokenizer of a corpus, or find them in the cache.
+    """Find the token shards and the tokenizer of a corpus in the cache, or make them.
 
     Args:
         config: the data configuration.
@@ -90,7 +89,7 @@ def prepare(config: DataConfig, cache_root: str | Path) -> Prepared:
 
 
 def _key(config: DataConfig, files: list[SourceFile]) -> str:
-    """Everything that the tokens depend on, as a short name. The sequence length is not part of it."""
+    """Short hash of everything that the tokens depend on; the sequence length is not part of it."""
     vocab_size = config.vocab_size if config.tokenizer == "bpe" else 0
     parts = [FORMAT, config.tokenizer, vocab_size, config.max_bytes, config.val_fraction]
     if config.tokenizer not in ("bpe", "bytes"):
@@ -134,13 +133,13 @@ def _build(config: DataConfig, files: list[SourceFile], final: Path) -> Prepared
     return prepared
 
 
-def _dealt(config: DataConfig, files: list[SourceFile]) -> Iterator[tuple[Piece, bool]]:
-    """Pieces of the corpus, each with whether it is for validation."""
+def _split(config: DataConfig, files: list[SourceFile]) -> Iterator[tuple[Piece, bool]]:
+    """Pieces of the corpus, each with a flag: true for validation."""
     total = sum(file.size for file in files)
     total = min(total, config.max_bytes) if config.max_bytes else total
-    dealer = Dealer(config.val_fraction)
+    split = ValidationSplit(config.val_fraction)
     for piece in read_pieces(files, config.max_bytes, piece_bytes(total, config.val_fraction)):
-        yield piece, dealer.is_val(piece)
+        yield piece, split.is_val(piece)
 
 
 def _tokenizer(config: DataConfig, files: list[SourceFile]) -> TextTokenizer:
@@ -148,13 +147,13 @@ def _tokenizer(config: DataConfig, files: list[SourceFile]) -> TextTokenizer:
         return BytesTokenizer()
     if config.tokenizer != "bpe":
         return read_tokenizer_file(config.tokenizer)
-    return BpeTokenizer.train((piece.text for piece, val in _dealt(config, files) if not val), config.vocab_size)
+    return BpeTokenizer.train((piece.text for piece, val in _split(config, files) if not val), config.vocab_size)
 
 
 def _write_tokens(config: DataConfig, files: list[SourceFile], tokenizer: TextTokenizer, directory: Path) -> None:
     train, val = (TokenShardWriter(directory / name, tokenizer.vocab_size) for name in (TRAIN, VAL))
-    dealt = _dealt(config, files)
-    while batch := list(islice(dealt, _BATCH)):
+    pieces = _split(config, files)
+    while batch := list(islice(pieces, _BATCH)):
         encoded = tokenizer.encode_batch([piece.text for piece, _ in batch])
         for (piece, is_val), ids in zip(batch, encoded, strict=True):
             (val if is_val else train).append([*ids, tokenizer.end_id] if piece.ends else ids)
@@ -163,7 +162,7 @@ def _write_tokens(config: DataConfig, files: list[SourceFile], tokenizer: TextTo
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give the complete directory its name; a damaged one of that name goes, another process's complete one stays."""
+    """Rename the complete directory. It replaces a damaged one; a complete one of another process stays."""
     try:
         os.rename(temporary, final)
     except OSError:

@@ -1,8 +1,7 @@
-"""Token shards: a flat array of token ids on disk, memory-mapped, with an index that says its type, length and
-checksum.
+"""Token shards: a flat array of token ids on disk, memory-mapped, and an index with its type, length and checksum.
 
-Sample i of sequence length S is tokens [i*S, i*S+S+1): inputs and, moved by one, targets. Nothing else is stored, so
-that the sequence length is free to change, and any worker finds any sample by itself.
+Sample i of sequence length S is tokens [i*S, i*S+S+1): the inputs, and the targets one token later. Nothing depends on
+S, so the sequence length may change, and every worker computes the place of every sample by itself.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def index_path(path: str | Path) -> Path:
-    """The index that belongs to a token file."""
+    """Path of a token file's index."""
     return Path(path).with_suffix(".json")
 
 
 class TokenShardWriter:
-    """Writes a token file piece by piece; `close` adds the index. prepare.py makes it atomic, by moving directories."""
+    """Writes a token file piece by piece; `close` writes the index. Not atomic: `prepare.py` renames the directory."""
 
     def __init__(self, path: Path, vocab_size: int) -> None:
         self._path, self._vocab_size = path, vocab_size
@@ -47,7 +46,7 @@ class TokenShardWriter:
         self._tokens += len(ids)
 
     def close(self) -> int:
-        """Finish the file. Returns the number of tokens."""
+        """Finish the file and write its index. Returns the number of tokens."""
         self._stream.close()
         index = {
             "format": FORMAT,
@@ -105,7 +104,7 @@ class TokenShard:
         return max(len(self._tokens) - 1, 0) // seq_len
 
     def batch(self, ids: Iterable[int] | NDArray, seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Samples by id.
+        """Read samples by id.
 
         Args:
             ids: sample ids, each below `num_samples(seq_len)`; may be empty.
@@ -113,16 +112,21 @@ class TokenShard:
 
         Returns:
             (inputs, targets), each int64 [len(ids), seq_len].
+
+        Raises:
+            IndexError: an id is out of range.
         """
         ids_B = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
         if ids_B.size and not (ids_B.min() >= 0 and ids_B.max() < self.num_samples(seq_len)):
-            raise IndexError(f"sample ids {ids_B.min()}..{ids_B.max()} of {self.num_samples(seq_len)}")
+            raise IndexError(
+                f"sample ids {ids_B.min()}..{ids_B.max()}, but there are {self.num_samples(seq_len)} samples"
+            )
         window_BS1 = self._tokens[ids_B[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64)
         return window_BS1[:, :-1].copy(), window_BS1[:, 1:].copy()
 
 
 def file_sha256(path: Path) -> str:
-    """Checksum of a file, in chunks."""
+    """SHA-256 checksum of a file, which is read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):

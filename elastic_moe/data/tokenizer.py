@@ -1,8 +1,7 @@
-"""Tokenizers: byte-level BPE trained on the corpus itself, and plain bytes for the smallest runs.
+"""Tokenizers: byte-level BPE, trained on the corpus or read from a file, and plain bytes for the smallest runs.
 
-Both are lossless on any text, so that no corpus has unknown tokens, and both have one extra token that ends a
-document. Byte-level BPE is GPT-2's (Radford et al. 2019, section 2.2); the implementation is the `tokenizers`
-library.
+Both are lossless on every text, so no corpus has unknown tokens. Both have one extra token that ends a document.
+Byte-level BPE is that of GPT-2 (Radford et al. 2019, section 2.2), as implemented in the `tokenizers` library.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _BYTES_FORMAT = '{"kind": "bytes"}'
 
 
 class TextTokenizer(Protocol):
-    """What the rest of the program knows of a tokenizer."""
+    """Interface of a tokenizer."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -62,15 +61,16 @@ class BytesTokenizer:
 
 
 class BpeTokenizer:
-    """Byte-level BPE around a `tokenizers.Tokenizer`, of our own training or another model's.
+    """Byte-level BPE around a `tokenizers.Tokenizer`, trained here or taken from another model.
 
     Args:
+        tokenizer: the tokenizer; it must have the token `end`.
         end: text of the token that ends a document.
     """
 
     def __init__(self, tokenizer: HubTokenizer, end: str = END) -> None:
         self._tokenizer, self._end = tokenizer, end
-        # The text of the end token in a corpus is text: it must not end a document.
+        # If the corpus contains the end token's text, that text is encoded as text and ends no document.
         self._tokenizer.encode_special_tokens = True
         end_id = tokenizer.token_to_id(end)
         assert end_id is not None, f"tokenizer has no {end} token"
@@ -78,7 +78,7 @@ class BpeTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
-        """Train on the texts. The vocabulary is smaller than asked for when the texts have too few distinct pairs.
+        """Train on the texts. The vocabulary is smaller than `vocab_size` if the texts have too few distinct pairs.
 
         Raises:
             UserError: the vocabulary cannot hold all bytes.
@@ -123,14 +123,16 @@ class BpeTokenizer:
             Path(path).write_text(json.dumps({"kind": "hub", "end": self._end, "tokenizer": self._tokenizer.to_str()}))
 
     def export(self, directory: Path) -> None:
-        """Write the files from which transformers makes a tokenizer."""
+        """Write the files from which `transformers` makes a tokenizer."""
         self._tokenizer.save(str(directory / TOKENIZER_FILE))
         described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end}
         (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
 
 
 def read_tokenizer_file(path: str | Path) -> BpeTokenizer:
-    """A `tokenizer.json` of Hugging Face. What ends a document is the end token that its `tokenizer_config.json` names, or one of the usual ones.
+    """Read a `tokenizer.json` of Hugging Face.
+
+    The end token is the one that the `tokenizer_config.json` beside it names, or else one of the usual end tokens.
 
     Raises:
         UserError: the file cannot be read, or no end token is found.

@@ -1,8 +1,8 @@
 """AdamW on flat fp32 vectors, in place, the same bits on every machine.
 
-Twins apply the same update to the same numbers and must stay equal bit for bit. Their vectors lie differently in memory,
-and their CPUs may have different vector widths. So every operation here rounds once (IEEE add, multiply, divide, square
-root). Fused kernels (lerp, addcmul, addcdiv) may contract to FMA in the vector body and not in the tail.
+Twins apply the same update to the same numbers and must stay equal bit for bit. Their vectors lie differently in
+memory, and their CPUs may have different vector widths. So every operation here rounds once (IEEE add, multiply,
+divide, square root). Fused kernels (lerp, addcmul, addcdiv) may contract to FMA in the vector body and not in the tail.
 Source: Loshchilov and Hutter (https://arxiv.org/abs/1711.05101), as in `torch.optim.AdamW`.
 """
 

@@ -11,7 +11,11 @@ from elastic_moe.errors import UserError
 def lr_at(step: int, total: int, cfg: OptimConfig) -> float:
     """Learning rate of update `step` (from 1) in a run of `total` updates.
 
-    Warm-up reaches the peak at step `warmup_steps`; cosine reaches `min_lr_ratio` of it at step `total` and stays.
+    Warm-up reaches the peak at step `warmup_steps`. Cosine reaches `min_lr_ratio` of the peak at step `total` and stays
+    there.
+
+    Raises:
+        UserError: `optim.schedule` is unknown.
     """
     if cfg.schedule not in ("cosine", "constant"):
         raise UserError(f"optim.schedule is {cfg.schedule!r}; use cosine or constant.")

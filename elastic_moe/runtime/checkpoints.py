@@ -1,46 +1,73 @@
-"""A worker's side of durable checkpoints: reading them where no living holder is left, and writing shards while training goes on."""
+"""A worker's side of durable checkpoints: it reads units that no living worker holds, and writes shards in a thread."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
 from elastic_moe.checkpoint.writer import write_shard
-from elastic_moe.runtime.coordinator_client import CoordinatorClient
 from elastic_moe.runtime.reconfigure import Storage
 from elastic_moe.runtime.state import HeldState
 
 
 class CheckpointStorage(Storage):
-    """Durable checkpoints as a reconfiguration sees them."""
+    """Durable checkpoints as the source of a reconfiguration.
+
+    Args:
+        root: the checkpoint root.
+    """
 
     def __init__(self, root: str) -> None:
         self._root = root
 
     def latest_step(self) -> int:
+        """Step of the newest complete checkpoint that verifies, or -1."""
         manifest = find_latest(self._root)
         return -1 if manifest is None else manifest.step
 
     def read(self, step: int, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+        """State of the named units at that step: unit name -> field name -> tensor on the CPU."""
         return read_units(load_manifest(self._root, step), names)
 
 
-class ShardWriter:
-    """Writes this worker's checkpoint shards in a thread, while training goes on; a failure is reported, never raised."""
+class Reports(Protocol):
+    """Receiver of a writer's reports."""
 
-    def __init__(self, root: str, line: CoordinatorClient) -> None:
-        self._root, self._line = root, line
+    def shard(self, shard: Mapping[str, Any]) -> None: ...
+
+    def event(self, event: Mapping[str, Any]) -> None: ...
+
+
+class ShardWriter:
+    """Writes this worker's checkpoint shards in a thread, while training goes on. Failures are reported, never raised.
+
+    Args:
+        root: the checkpoint root.
+        reports: receives a report of every written shard, and an event for every failed one.
+    """
+
+    def __init__(self, root: str, reports: Reports) -> None:
+        self._root, self._reports = root, reports
         self._jobs: queue.Queue[tuple[int, str, dict[str, torch.Tensor], int] | None] = queue.Queue(maxsize=2)
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
     def save(self, step: int, tag: str, held: HeldState, primary: Sequence[int], generation: int) -> None:
-        """Take a consistent copy of the owned units now, write it later."""
+        """Copy the state of the owned units now, and write it later.
+
+        Args:
+            step: the committed step of the state.
+            tag: begins the file's name, so that people see the writer.
+            held: the held state.
+            primary: indices of the units to save, all of which are held.
+            generation: generation of the view.
+        """
         tensors = {
             f"{held.units[u].name}/{name}": tensor.clone()
             for u in primary
@@ -49,10 +76,11 @@ class ShardWriter:
         self._jobs.put((step, tag, tensors, generation))
 
     def drain(self) -> None:
-        """Wait until everything saved so far is written or has failed."""
+        """Wait until every shard saved so far is written or has failed."""
         self._jobs.join()
 
     def close(self) -> None:
+        """Write the shards that wait, at most 30 s long, and end the thread."""
         self._jobs.put(None)
         self._thread.join(timeout=30)
 
@@ -62,11 +90,11 @@ class ShardWriter:
             started = time.perf_counter()
             try:
                 info = write_shard(self._root, step, tag, tensors)
-                self._line.shard(
+                self._reports.shard(
                     {"step": step, "generation": generation, **info.as_dict(), "write_s": time.perf_counter() - started}
                 )
             except OSError as error:
-                self._line.event({"event": "checkpoint_failed", "step": step, "reason": str(error)})
+                self._reports.event({"event": "checkpoint_failed", "step": step, "reason": str(error)})
             finally:
                 self._jobs.task_done()
         self._jobs.task_done()

@@ -1,7 +1,7 @@
-"""Faults as arguments: kill or stop this process at a chosen point of a chosen step, and count that it happened.
+"""Injected faults: kill or stop this process at a configured phase of a configured step, and record that it happened.
 
-An entry is `rank:step:phase` or `rank:step:phase:stop`; each fires once in the life of a run directory, proved by the marker it leaves there
-(a replacement worker with the same rank must not die again).
+An entry is `rank:step:phase` or `rank:step:phase:stop`. Each fires once in a run directory and leaves a marker file
+there, so a replacement worker with the same rank does not die again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ PHASES = ("compute", "reduce", "mirror", "vote", "apply", "publish", "committed"
 
 
 class Faults:
-    """Fires the configured faults of one worker.
+    """The configured faults of one worker.
 
     Args:
-        config: the faults to inflict.
+        config: the faults.
         marker_dir: directory shared by the workers of a run, where fired faults are recorded.
     """
 
@@ -33,7 +33,7 @@ class Faults:
             self._points[config.kill_rank, config.kill_worker_at_step, "committed"] = signal.SIGKILL
 
     def at(self, rank: int, step: int, phase: str) -> None:
-        """Inflict the fault configured for this point, if there is one and it has not fired before."""
+        """Inflict the fault that is configured for this point, unless it has fired before."""
         how = self._points.get((rank, step, phase))
         if how is None:
             return

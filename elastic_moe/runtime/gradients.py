@@ -1,4 +1,4 @@
-"""Where a step's gradients of the dense part add up over its micro-batches."""
+"""Sums of the dense parameters' gradients over the micro-batches of a step."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from elastic_moe.parallel.reproducible import Grid
 
 
 class DenseGradients:
-    """Sums over micro-batches: in the parameters' own `grad`, or, with a grid, in fp64 beside it.
+    """Sums over micro-batches: in the parameters' own `grad`, or, with a grid, in separate fp64 tensors.
 
     Args:
-        model: whose parameters get `grad` tensors that are never replaced.
+        model: its parameters get `grad` tensors that are never replaced.
         grid: makes the sums independent of their order.
 
     Attributes:
-        tensors: parameter name -> sum.
+        tensors: parameter name -> sum, of the parameter's shape and on its device.
     """
 
     def __init__(self, model: nn.Module, grid: Grid | None) -> None:
@@ -27,12 +27,12 @@ class DenseGradients:
         self.tensors = {n: g.double() for n, g in self._grads.items()} if grid else self._grads
 
     def zero(self) -> None:
-        """Begin a step."""
+        """Set all sums to zero, at the beginning of a step."""
         for tensor in (*self._grads.values(), *self.tensors.values()):
             tensor.zero_()
 
     def add(self) -> None:
-        """Take in a micro-batch whose backward pass has ended."""
+        """Add the gradients of a micro-batch, after its backward pass."""
         if self._grid is None:
             return
         for name, grad in self._grads.items():

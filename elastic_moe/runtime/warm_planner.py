@@ -1,6 +1,6 @@
-"""Compile the planner before it is needed: `python -m elastic_moe.plan.warm`, and every worker before it joins.
+"""Compiles the planner before its first use: `python -m elastic_moe.plan.warm`, and every worker before it joins.
 
-Of the processes of one machine that start together, one compiles; the others wait for it and load the result.
+A file lock makes one process of a machine compile. The others wait for it and load the result from the cache.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from elastic_moe.plan.split import split_tokens
 
 
 def warm_up() -> None:
-    """Run the planner and the split once, with every type of argument that they see later."""
+    """Run the planner and the split once, with the types of arguments that a run uses."""
     with open(cache_dir() / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         placement = plan_placement(np.ones((1, 4)), Topology(("a", "b"), (1.0, 1.0)), [3, 3])

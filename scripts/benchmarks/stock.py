@@ -1,7 +1,8 @@
 """The comparison side of the recovery benchmark: the same model and data on Ray Train 2.60's own elastic TorchTrainer.
 
-It restarts its worker group on a failure or resize and resumes from a checkpoint that is written every step (its best case for steps lost).
-Every interval it lets one tune is tuned for speed. Each rank appends a line per finished step to a log, from which the driver measures.
+On a failure or a resize, the trainer restarts its worker group and resumes from the last checkpoint. A checkpoint is
+written at every step, which loses the fewest steps. Every interval that the trainer lets one set is set for speed. Each
+rank appends a line per finished step to a log, from which the driver measures.
 """
 
 from __future__ import annotations
@@ -79,12 +80,19 @@ def stock_loop(config: dict[str, Any]) -> None:
                 torch.save(state, Path(folder) / "state.pt")
                 saved = train.Checkpoint.from_directory(folder)
             train.report({"step": step}, checkpoint=saved)
-        line = {"time": time.time(), "step": step, "rank": rank, "world": world, "pid": os.getpid()}
-        line["node"] = __import__("ray").get_runtime_context().get_node_id()
-        with open(config["log"], "a") as log:
-            log.write(json.dumps(line) + "\n")
+        _append_line(config["log"], step, rank, world)
         if Path(config["stop_file"]).exists():
             return
+
+
+def _append_line(path: str, step: int, rank: int, world: int) -> None:
+    """Append a finished step of this rank to the log."""
+    import ray
+
+    line = {"time": time.time(), "step": step, "rank": rank, "world": world, "pid": os.getpid()}
+    line["node"] = ray.get_runtime_context().get_node_id()
+    with open(path, "a") as log:
+        log.write(json.dumps(line) + "\n")
 
 
 def fit_stock(config: dict[str, Any], min_workers: int, max_workers: int, storage: str) -> None:

@@ -1,4 +1,7 @@
-"""A new update rule is one line of facts and one function: a rule registered here goes the whole way of a unit's state."""
+"""A new update rule is one line of facts and one function.
+
+A rule registered here is carried through units, updates, transfers and checkpoints, without an edit elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,8 @@ def gradients(held: HeldState) -> dict[int, torch.Tensor]:
 def test_every_rule_has_facts_and_a_function() -> None:
     assert {name: rule.facts for name, rule in RULES.items()} == RULE_FACTS
     for facts in RULE_FACTS.values():
-        assert facts.fields[0] == "weight" and len(set(facts.fields)) == len(facts.fields)
+        assert facts.fields[0] == "weight"
+        assert len(set(facts.fields)) == len(facts.fields)
 
 
 def test_units_are_cut_where_the_rule_allows_it() -> None:
@@ -113,7 +117,8 @@ def test_units_are_cut_where_the_rule_allows_it() -> None:
 def test_a_layer_declares_a_parameter_of_the_rule() -> None:
     layer = DeclaredModule()
     layer.declare("matrix", (6, 4), Init(optimizer="sgd"))
-    assert dict(layer.named_parameters()).keys() == {"matrix"} and not dict(layer.named_buffers())
+    assert dict(layer.named_parameters()).keys() == {"matrix"}
+    assert not dict(layer.named_buffers())
 
 
 def test_the_update_is_the_rules() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from elastic_moe.config.schema import OptimConfig
@@ -15,7 +17,7 @@ def test_cosine_with_warm_up() -> None:
     assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert rates[59] == pytest.approx(0.55)  # half way down
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[9:]))
     assert lr_at(500, 110, cfg) == pytest.approx(0.1)
 
 

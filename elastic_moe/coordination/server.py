@@ -13,13 +13,12 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control import events as ev
 from elastic_moe.control import messages as msg
 from elastic_moe.control.codec import VersionMismatch, decode_from_worker, encode
 from elastic_moe.coordination.membership import Membership, RunStatus, Sink
+from elastic_moe.parallel.collectives.store import HostedStore
 
 TICK_S = 0.1
 LINE_LIMIT = 1 << 24  # bytes of a message
@@ -54,7 +53,7 @@ class ControlServer:
         self._membership = Membership(config, target, self, on_record, on_event, on_shard)
         self._writers: dict[str, asyncio.StreamWriter] = {}
         self._handlers: set[asyncio.Task[None]] = set()
-        self._store: TCPStore | None = None
+        self._store: HostedStore | None = None
         self._address: tuple[str, int] = (host, 0)
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
@@ -70,7 +69,7 @@ class ControlServer:
         Raises:
             RuntimeError: the server cannot listen on its host.
         """
-        self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
+        self._store = HostedStore(self._host)
         self._thread.start()
         self._started.wait()
         if self._error is not None:

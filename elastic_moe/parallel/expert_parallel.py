@@ -249,7 +249,7 @@ class ExpertParallel:
         placement, rank, speeds = self._placement, self._rank, self._speeds
         if self._grid is not None:
             return of_rank(split_whole(counts_RE, placement, moe_layer, speeds), placement, rank)
-        if isinstance(self._transport, ByNode):
+        if self._transport.needs_row_matrix:
             return of_rank(split_tokens(counts_RE, placement, moe_layer, speeds), placement, rank)
         return split_for_rank(counts_RE, placement, moe_layer, rank, speeds)
 

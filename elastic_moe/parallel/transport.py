@@ -1,9 +1,10 @@
-"""How rows travel between ranks: straight to each, or by way of the nodes, one message per pair of nodes.
+"""How rows travel between ranks: straight to each rank, or by way of the nodes with one message per pair of nodes.
 
-`Flat` is the uneven all-to-all: every rank sends to every other. With many ranks per node most of those messages are small, and their number
-between nodes grows with the square of the ranks. `ByNode` gathers what node A sends to node B at one rank of A, sends it in one message to one
-rank of B, and deals it out there. Each pair of nodes has its own two ranks, so that all ranks of a node share the work. Rows travel up to
-three times, twice of them inside a node.
+`Flat` is the uneven all-to-all: every rank sends to every other. With many ranks per node most of those messages are small,
+and their number between nodes grows with the square of the ranks. `ByNode` collects all rows from node A to node B at one rank
+of A, the leader of A for B. The leader sends them in one message to the leader of B for A, which hands them to the ranks of B.
+Each pair of nodes has its own two leaders, so that all ranks of a node share the work. A row travels up to three times, twice
+of them inside a node.
 
 Shapes: R ranks, N rows, D hidden.
 """
@@ -17,21 +18,30 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from elastic_moe.parallel.collectives.group import Group, Pending
+from elastic_moe.parallel.collectives.group import Group
 
 
 class Transport(Protocol):
-    """Moves rows; collective."""
+    """Moves rows between ranks."""
+
+    @property
+    def needs_row_matrix(self) -> bool:
+        """Whether a call needs `rows_RR`."""
+        ...
 
     def __call__(
-        self, rows_ND: torch.Tensor, sent: list[int], arrive: list[int], rows_RR: NDArray[np.int64] | None
+        self, rows_ND: torch.Tensor, sent_R: list[int], received_R: list[int], rows_RR: NDArray[np.int64] | None
     ) -> torch.Tensor:
-        """Rows sorted by destination -> rows sorted by source.
+        """Rows sorted by destination -> rows sorted by source; collective.
 
         Args:
             rows_ND: this rank's rows.
-            sent, arrive: rows to and from each rank.
-            rows_RR: rows from each rank (first index) to each other, the same on every rank; where it is needed.
+            sent_R, received_R: rows to and from each rank.
+            rows_RR: rows from each rank (first index) to each other, the same on every rank; may be None where
+                `needs_row_matrix` is false.
+
+        Raises:
+            GroupAborted: the generation is over.
         """
         ...
 
@@ -39,123 +49,177 @@ class Transport(Protocol):
 class Flat:
     """One all-to-all over all ranks."""
 
+    needs_row_matrix = False
+
     def __init__(self, group: Group) -> None:
         self._group = group
 
     def __call__(
-        self, rows_ND: torch.Tensor, sent: list[int], arrive: list[int], rows_RR: NDArray[np.int64] | None
+        self, rows_ND: torch.Tensor, sent_R: list[int], received_R: list[int], rows_RR: NDArray[np.int64] | None
     ) -> torch.Tensor:
-        out = rows_ND.new_empty((sum(arrive), *rows_ND.shape[1:]))
-        self._group.all_to_all(out, rows_ND, arrive, sent)
+        out = rows_ND.new_empty((sum(received_R), *rows_ND.shape[1:]))
+        self._group.all_to_all(out, rows_ND, received_R, sent_R)
         return out
 
 
-class ByNode:
-    """Gather in the node, one message per pair of nodes, deal out in the node.
+class NodeLeaders:
+    """The ranks of each node, and which of them exchanges with which other node. Pure.
 
     Args:
-        group: the collectives.
+        node_of_rank: node of each rank.
+
+    Attributes:
+        nodes: in ascending order.
+        ranks_of: node -> its ranks in ascending order.
+    """
+
+    def __init__(self, node_of_rank: Sequence[int]) -> None:
+        self._node_of_rank = node_of_rank
+        self.nodes = sorted(set(node_of_rank))
+        self.ranks_of = {n: [r for r, other in enumerate(node_of_rank) if other == n] for n in self.nodes}
+
+    def node_leader(self, node: int, other: int) -> int:
+        """The rank of `node` that exchanges rows with `other`."""
+        ranks = self.ranks_of[node]
+        return ranks[self.nodes.index(other) % len(ranks)]
+
+    def led_nodes(self, rank: int) -> list[int]:
+        """The other nodes with which `rank` exchanges rows on behalf of its node."""
+        own = self._node_of_rank[rank]
+        return [node for node in self.nodes if node != own and self.node_leader(own, node) == rank]
+
+
+class ByNode:
+    """Collect rows in the node, send one message per pair of nodes, hand rows out in the node.
+
+    Args:
+        group: the generation's collectives.
         node_of_rank: node of each rank.
 
     Attributes:
         messages: sent by this rank to other nodes so far.
     """
 
-    def __init__(self, group: Group, node_of_rank: Sequence[int]) -> None:
-        self._group, self._rank = group, group.rank
-        self._node = node_of_rank[group.rank]
-        self._nodes = sorted(set(node_of_rank))
-        self._ranks = {n: [r for r, other in enumerate(node_of_rank) if other == n] for n in self._nodes}
-        self.messages = 0
-        self._inside = group.part(f"node{self._node}", self._ranks[self._node])
-        self._between: dict[int, Group] = {}  # other gate -> the group of the two
-        for index, node in enumerate(self._nodes):
-            for other in self._nodes[index + 1 :]:
-                gates = [self._gate(node, other), self._gate(other, node)]
-                if self._rank in gates:
-                    pair = group.part(f"nodes{node}-{other}", gates)
-                    self._between[gates[1 - gates.index(self._rank)]] = pair
+    needs_row_matrix = True
 
-    def _gate(self, node: int, other: int) -> int:
-        """The rank of `node` that talks to `other`."""
-        ranks = self._ranks[node]
-        return ranks[self._nodes.index(other) % len(ranks)]
+    def __init__(self, group: Group, node_of_rank: Sequence[int]) -> None:
+        self._rank = group.rank
+        self._leaders = leaders = NodeLeaders(node_of_rank)
+        node = node_of_rank[group.rank]
+        self._peers = leaders.ranks_of[node]  # of the node, this rank included
+        self._led = {peer: leaders.led_nodes(peer) for peer in self._peers}
+        self.messages = 0
+        self._intra_node = group.subgroup(f"node{node}", self._peers)
+        self._inter_node: dict[int, Group] = {}  # other node -> the group of its leader and this rank
+        for index, low in enumerate(leaders.nodes):
+            for high in leaders.nodes[index + 1 :]:
+                pair = [leaders.node_leader(low, high), leaders.node_leader(high, low)]
+                if self._rank in pair:
+                    self._inter_node[high if node == low else low] = group.subgroup(f"nodes{low}-{high}", pair)
 
     def __call__(
-        self, rows_ND: torch.Tensor, sent: list[int], arrive: list[int], rows_RR: NDArray[np.int64] | None
+        self, rows_ND: torch.Tensor, sent_R: list[int], received_R: list[int], rows_RR: NDArray[np.int64] | None
     ) -> torch.Tensor:
         assert rows_RR is not None
-        me, here, width = self._rank, self._ranks[self._node], tuple(rows_ND.shape[1:])
-        others = [node for node in self._nodes if node != self._node]
-        mine = list(rows_ND.split(sent))  # by destination
+        collected = self._collect(rows_ND.split(sent_R), rows_RR)
+        by_source, outgoing = self._sort_collected(collected, rows_RR)
+        incoming = self._exchange_between(outgoing, rows_RR)
+        handed_out = self._hand_out(incoming, rows_ND[:0], rows_RR)
+        by_source.update(self._sort_handed_out(handed_out, rows_RR))
+        return torch.cat([by_source[source] for source in range(len(rows_RR))])
 
-        def empty(rows: int) -> torch.Tensor:
-            return rows_ND.new_empty((int(rows), *width))
+    def _collect(self, by_target: Sequence[torch.Tensor], rows_RR: NDArray[np.int64]) -> list[torch.Tensor]:
+        """Send each peer its own rows and the rows for the nodes that it leads. Returns the rows from each peer."""
+        outgoing = [
+            torch.cat([by_target[peer], *(by_target[r] for node in self._led[peer] for r in self._ranks_of(node))])
+            for peer in self._peers
+        ]
+        return self._exchange_in_node(outgoing, [sum(self._collected_sizes(peer, rows_RR)) for peer in self._peers])
 
-        def total(sources: Sequence[int], targets: Sequence[int]) -> int:
-            return int(rows_RR[np.ix_(list(sources), list(targets))].sum())
+    def _collected_sizes(self, peer: int, rows_RR: NDArray[np.int64]) -> list[int]:
+        """Rows that `peer` sends to this rank when rows are collected: for this rank, then for each node that it leads."""
+        own = int(rows_RR[peer, self._rank])
+        return [own, *(_total(rows_RR, [peer], self._ranks_of(node)) for node in self._led[self._rank])]
 
-        # In the node: rows for a peer, then rows for the nodes whose gate it is.
-        def duties(rank: int) -> list[int]:
-            return [node for node in others if self._gate(self._node, node) == rank]
+    def _sort_collected(
+        self, collected: Sequence[torch.Tensor], rows_RR: NDArray[np.int64]
+    ) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+        """Returns the rows of the node's ranks for this rank, by source, and the messages to the led nodes, by node.
 
-        parcels = {
-            peer: torch.cat([mine[peer], *(mine[r] for node in duties(peer) for r in self._ranks[node])])
-            for peer in here
-        }
-        arriving = {
-            peer: empty(rows_RR[peer, me] + sum(total([peer], self._ranks[node]) for node in duties(me)))
-            for peer in here
-        }
-        self._deal(parcels, arriving)
-        near: dict[int, torch.Tensor] = {}
-        letters: dict[int, list[torch.Tensor]] = {node: [] for node in duties(me)}
-        for peer in here:
-            sizes = [int(rows_RR[peer, me]), *(total([peer], self._ranks[node]) for node in duties(me))]
-            near[peer], *rest = arriving[peer].split(sizes)
-            for node, piece in zip(duties(me), rest, strict=True):
-                letters[node].append(piece)
-        # Between nodes: by source, then by destination.
-        outgoing = {self._gate(node, self._node): torch.cat(pieces) for node, pieces in letters.items()}
-        incoming = {self._gate(node, self._node): empty(total(self._ranks[node], here)) for node in duties(me)}
-        self.messages += len(outgoing)
-        self._post(outgoing, incoming)
-        # In the node again: each peer's rows, by source.
-        dealt: dict[int, list[torch.Tensor]] = {peer: [] for peer in here}
-        for node in duties(me):
-            letter = incoming[self._gate(node, self._node)]
-            sizes = [int(rows_RR[source, peer]) for source in self._ranks[node] for peer in here]
-            for index, piece in enumerate(letter.split(sizes)):
-                dealt[here[index % len(here)]].append(piece)
-        parcels = {peer: torch.cat(pieces) if pieces else empty(0) for peer, pieces in dealt.items()}
-        arriving = {
-            peer: empty(sum(total(self._ranks[node], [me]) for node in others if self._gate(self._node, node) == peer))
-            for peer in here
-        }
-        self._deal(parcels, arriving)
-        found = dict(near)
-        for peer in here:
-            sources = [r for node in others if self._gate(self._node, node) == peer for r in self._ranks[node]]
-            pieces = arriving[peer].split([int(rows_RR[source, me]) for source in sources])
-            found.update(zip(sources, pieces, strict=True))
-        return torch.cat([found[source] for source in range(len(rows_RR))])
+        A message has its rows by source, then by destination.
+        """
+        by_source: dict[int, torch.Tensor] = {}
+        messages: dict[int, list[torch.Tensor]] = {node: [] for node in self._led[self._rank]}
+        for peer, rows in zip(self._peers, collected, strict=True):
+            by_source[peer], *for_nodes = rows.split(self._collected_sizes(peer, rows_RR))
+            for node, part in zip(messages, for_nodes, strict=True):
+                messages[node].append(part)
+        return by_source, {node: torch.cat(parts) for node, parts in messages.items()}
 
-    def _deal(self, outgoing: dict[int, torch.Tensor], incoming: dict[int, torch.Tensor]) -> None:
-        """Every rank of the node to every other."""
-        arriving = torch.cat(list(incoming.values()))
-        sizes = [len(t) for t in incoming.values()]
-        self._inside.all_to_all(
-            arriving, torch.cat(list(outgoing.values())), sizes, [len(t) for t in outgoing.values()]
-        )
-        for target, piece in zip(incoming.values(), arriving.split(sizes), strict=True):
-            target.copy_(piece)
-
-    def _post(self, outgoing: dict[int, torch.Tensor], incoming: dict[int, torch.Tensor]) -> None:
-        """One message to each other node whose gate this rank is, and one from it, all under way at once."""
-        under_way: list[Pending] = []
-        for rank, pair in self._between.items():
+    def _exchange_between(
+        self, outgoing: dict[int, torch.Tensor], rows_RR: NDArray[np.int64]
+    ) -> dict[int, torch.Tensor]:
+        """One message to each node that this rank leads, and one from it, all under way at once."""
+        incoming: dict[int, torch.Tensor] = {}
+        under_way = []
+        for node, pair in self._inter_node.items():
+            message = outgoing[node]
+            rows = _total(rows_RR, self._ranks_of(node), self._peers)
+            incoming[node] = message.new_empty((rows, *message.shape[1:]))
             received, sent = [0, 0], [0, 0]
-            received[1 - pair.rank], sent[1 - pair.rank] = len(incoming[rank]), len(outgoing[rank])
-            under_way.append(pair.begin_all_to_all(incoming[rank], outgoing[rank], received, sent))
+            received[1 - pair.rank], sent[1 - pair.rank] = len(incoming[node]), len(message)
+            under_way.append(pair.begin_all_to_all(incoming[node], message, received, sent))
+        self.messages += len(outgoing)
         for pending in under_way:
             pending.wait()
+        return incoming
+
+    def _hand_out(
+        self, incoming: dict[int, torch.Tensor], no_rows: torch.Tensor, rows_RR: NDArray[np.int64]
+    ) -> list[torch.Tensor]:
+        """Send each peer its rows from the nodes that this rank leads. Returns the rows from each peer."""
+        by_peer: dict[int, list[torch.Tensor]] = {peer: [no_rows] for peer in self._peers}
+        for node in self._led[self._rank]:
+            pairs = [(source, peer) for source in self._ranks_of(node) for peer in self._peers]
+            parts = incoming[node].split([int(rows_RR[pair]) for pair in pairs])
+            for (_, peer), part in zip(pairs, parts, strict=True):
+                by_peer[peer].append(part)
+        outgoing = [torch.cat(parts) for parts in by_peer.values()]
+        sizes = [_total(rows_RR, self._sources_led_by(peer), [self._rank]) for peer in self._peers]
+        return self._exchange_in_node(outgoing, sizes)
+
+    def _sort_handed_out(
+        self, handed_out: Sequence[torch.Tensor], rows_RR: NDArray[np.int64]
+    ) -> dict[int, torch.Tensor]:
+        """Rows of the other nodes' ranks for this rank, by source."""
+        by_source: dict[int, torch.Tensor] = {}
+        for peer, rows in zip(self._peers, handed_out, strict=True):
+            sources = self._sources_led_by(peer)
+            parts = rows.split([int(rows_RR[source, self._rank]) for source in sources])
+            by_source.update(zip(sources, parts, strict=True))
+        return by_source
+
+    def _exchange_in_node(self, outgoing: Sequence[torch.Tensor], received: list[int]) -> list[torch.Tensor]:
+        """Send one tensor to each peer of the node. Returns the rows from each, in the sizes of `received`."""
+        out = outgoing[0].new_empty((sum(received), *outgoing[0].shape[1:]))
+        self._intra_node.all_to_all(out, torch.cat(list(outgoing)), received, [len(rows) for rows in outgoing])
+        return list(out.split(received))
+
+    def _ranks_of(self, node: int) -> list[int]:
+        return self._leaders.ranks_of[node]
+
+    def _sources_led_by(self, peer: int) -> list[int]:
+        """Ranks of other nodes whose rows reach this node through `peer`."""
+        return [rank for node in self._led[peer] for rank in self._ranks_of(node)]
+
+
+def transport_for(group: Group, node_of_rank: Sequence[int] | None, by_node: bool) -> Transport:
+    """The transport of a generation: `ByNode` where that is wanted and there are several nodes, else `Flat`."""
+    if by_node and node_of_rank is not None and len(set(node_of_rank)) > 1:
+        return ByNode(group, node_of_rank)
+    return Flat(group)
+
+
+def _total(rows_RR: NDArray[np.int64], sources: Sequence[int], targets: Sequence[int]) -> int:
+    """Rows from any of the sources to any of the targets."""
+    return int(rows_RR[np.ix_(list(sources), list(targets))].sum())

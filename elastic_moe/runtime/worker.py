@@ -29,7 +29,10 @@ from elastic_moe.model.init import init_param
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.residual.connections import warm_up_kernels
 from elastic_moe.model.transformer import Transformer
-from elastic_moe.parallel.collectives.group import AbortSignal, Group
+from elastic_moe.parallel.collectives.abort import AbortSignal
+from elastic_moe.parallel.collectives.backend import GroupMember
+from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.collectives.store import Rendezvous
 from elastic_moe.parallel.expert_parallel import ExpertParallel
 from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.state.units import build_units
@@ -160,9 +163,9 @@ class Worker:
         completed = [0]
         self._line.begin_view(view, abort.set, lambda: (self._progress.committed + 1, completed[0]))
         started = time.perf_counter()
-        host, port = message.store
-        timeout_s = self._config.elastic.form_timeout_s
-        group = Group(host, port, view.generation, rank, view.world_size, abort, timeout_s, completed)
+        member = GroupMember(view.generation, rank, view.world_size)
+        rendezvous = Rendezvous(*message.store, self._config.elastic.form_timeout_s)
+        group = Group(member, rendezvous, abort, completed, device=self._device)
         try:
             formed_s = time.perf_counter() - started
             session, entered, balancer = self._enter(message, group)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import multiprocessing as mp
 import statistics
 import time
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from elastic_moe.parallel.collectives.group import AbortSignal, Group
+from elastic_moe.parallel.collectives.abort import AbortSignal
+from elastic_moe.parallel.collectives.backend import GroupMember
+from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.collectives.store import HostedStore, Rendezvous
 from elastic_moe.parallel.transport import ByNode, Flat
 from scripts.benchmarks import common
 
@@ -32,7 +33,7 @@ CASES = [
 def _rank(rank: int, case: tuple[int, int, int, int], port: int, rounds: int, results: Any) -> None:
     torch.set_num_threads(1)
     ranks, nodes, mean, width = case
-    group = Group("127.0.0.1", port, 1, rank, ranks, AbortSignal(), 60.0)
+    group = Group(GroupMember(1, rank, ranks), Rendezvous("127.0.0.1", port, 60.0), AbortSignal())
     node_of_rank = [r * nodes // ranks for r in range(ranks)]
     by_node = ByNode(group, node_of_rank)
     ways = {"flat": Flat(group), "by_node": by_node}
@@ -56,7 +57,7 @@ def _rank(rank: int, case: tuple[int, int, int, int], port: int, rounds: int, re
 
 def one_case(case: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
     """Both ways in turn; a round's time is that of its slowest rank."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    store = HostedStore("127.0.0.1")
     context = mp.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=_rank, args=(r, case, store.port, rounds, results)) for r in range(case[0])]

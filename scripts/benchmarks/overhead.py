@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import TrainConfig
@@ -31,7 +30,10 @@ from elastic_moe.data.prepare import Prepared, prepare
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.transformer import Transformer
-from elastic_moe.parallel.collectives.group import AbortSignal, Group
+from elastic_moe.parallel.collectives.abort import AbortSignal
+from elastic_moe.parallel.collectives.backend import GroupMember
+from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.collectives.store import HostedStore, Rendezvous
 from elastic_moe.parallel.expert_parallel import ExpertParallel
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.runtime.exchange.exchanger import ComputeTensors, Exchanger, Layout
@@ -98,7 +100,9 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     train, val = TokenShard.open(prepared.train_path), TokenShard.open(prepared.val_path)
     stepper = StepRunner(config, model, train, val, lambda _step, _phase: None, contextlib.nullcontext, device)  # type: ignore[arg-type]
     view = View(1, tuple(Member(f"w{r}", f"n{r}", 0) for r in range(WORKERS)))
-    group = Group("127.0.0.1", port, 1, rank, WORKERS, AbortSignal(), config.elastic.form_timeout_s)
+    group = Group(
+        GroupMember(1, rank, WORKERS), Rendezvous("127.0.0.1", port, config.elastic.form_timeout_s), AbortSignal()
+    )
     progress, holdings = Progress(), list[HeldState]()
     entered = enter_view(
         config,
@@ -179,7 +183,7 @@ def full(config: TrainConfig, prepared: Prepared) -> list[tuple[float, float]]:
 def plain(config: TrainConfig, prepared: Prepared) -> list[tuple[float, float]]:
     """(time, loss) of every step of the plain loop."""
     config = replace(config, elastic=replace(config.elastic, redundancy=0))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
+    store = HostedStore("127.0.0.1")
     results = mp.get_context("spawn").Queue()
     by_rank = [(config, store.port, prepared, rank, results) for rank in range(WORKERS)]
     with _processes(_plain_worker, by_rank) as processes:

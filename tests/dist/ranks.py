@@ -19,9 +19,11 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from elastic_moe.parallel.collectives.group import AbortSignal, Group
+from elastic_moe.parallel.collectives.abort import AbortSignal
+from elastic_moe.parallel.collectives.backend import GroupMember
+from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.collectives.store import HostedStore, Rendezvous
 
 PATIENCE_S = 60.0
 
@@ -38,10 +40,10 @@ class Seat:
     aborted_at_s: float = 0.0
     orders: queue.Queue[Any] = field(default_factory=queue.Queue)
 
-    def form(self, generation: int, rank: int, world: int, timeout_s: float = 20.0) -> Group:
+    def form(self, generation: int, rank: int, world: int, abort: AbortSignal | None = None) -> Group:
         """Begin a generation with an abort signal of its own."""
-        self.abort = AbortSignal()
-        return Group("127.0.0.1", self.port, generation, rank, world, self.abort, timeout_s)
+        self.abort = abort or AbortSignal()
+        return Group(GroupMember(generation, rank, world), Rendezvous("127.0.0.1", self.port, 20.0), self.abort)
 
     def say(self, value: Any) -> None:
         self.line.send(value)
@@ -66,6 +68,11 @@ class Seat:
             return
 
 
+def alone(generation: int = 1, abort: AbortSignal | None = None, activity: list[int] | None = None) -> Group:
+    """A group of one, which needs no store."""
+    return Group(GroupMember(generation, 0, 1), Rendezvous("nowhere", 0, 1.0), abort or AbortSignal(), activity)
+
+
 def _main(body: Callable[..., Any], seat: Seat, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     threading.Thread(target=seat.listen, daemon=True).start()
@@ -84,7 +91,7 @@ class Ranks:
     """A world of spawned ranks; use as a context manager. Processes that are left at the end are killed."""
 
     def __init__(self, world: int, body: Callable[..., Any], *args: Any) -> None:
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = HostedStore("127.0.0.1")
         context = mp.get_context("spawn")
         self.lines: list[Connection] = []
         self.processes: list[Any] = []

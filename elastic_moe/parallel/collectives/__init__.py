@@ -1,0 +1,1 @@
+"""Collectives that an abort can end: the signal, the backends, the store through which members meet, and `Group`."""

@@ -10,22 +10,30 @@ import pytest
 import torch
 
 from elastic_moe.errors import GroupAborted
-from elastic_moe.parallel.collectives.group import MAX, AbortSignal, Group, sweep
-from tests.dist.ranks import Ranks, Seat, results
+from elastic_moe.parallel.collectives.abort import AbortSignal
+from elastic_moe.parallel.collectives.backend import GroupMember, Reduction
+from elastic_moe.parallel.collectives.gloo import free_abandoned
+from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.collectives.store import Rendezvous
+from tests.dist.ranks import Ranks, Seat, alone, results
 
 FAST_S = 60.0  # far below the operation's own timeout of an hour: an abort ends a wait, a timeout does not
 
 
 class Watched(AbortSignal):
-    """Says "waiting" once a collective has been started and waited for: `_run` looks first before the start, then between slices."""
+    """Says "waiting" once a collective is waited for: `Group` looks once before its start, then between slices.
+
+    Attributes:
+        armed: look at the looks from now on.
+    """
 
     def __init__(self, seat: Seat) -> None:
         super().__init__()
-        self._seat, self._looks = seat, 0
+        self._seat, self._looks, self.armed = seat, 0, False
 
     @property
     def is_set(self) -> bool:
-        self._looks += 1
+        self._looks += self.armed
         if self._looks == 2:
             self._seat.say(("waiting", None))
         return self._event.is_set()
@@ -44,7 +52,7 @@ def _collectives(seat: Seat) -> dict[str, Any]:
     total = torch.full((3,), float(rank + 1))
     group.all_reduce(total)
     top = torch.tensor([rank, -rank])
-    group.all_reduce(top, MAX)
+    group.all_reduce(top, Reduction.MAX)
     strided = torch.zeros(4, 2)
     strided[:, 0] = rank
     group.all_reduce(strided[:, 0])
@@ -136,12 +144,13 @@ def test_survivors_of_a_death_go_on_in_the_next_generation(victim: int, operatio
 
 def _peer_stands_still(seat: Seat) -> dict[str, Any] | None:
     """Rank 1 is alive but never joins the second collective: no socket breaks, only the abort can end the others' wait."""
-    group = seat.form(1, seat.rank, seat.world)
+    watched = Watched(seat)
+    group = seat.form(1, seat.rank, seat.world, watched)
     group.barrier()
     if seat.rank == 1:
         seat.hear()
         return None
-    seat.abort = group._abort = Watched(seat)
+    watched.armed = True
     with pytest.raises(GroupAborted, match="evicted") as caught:
         group.all_reduce(torch.ones(100_000))
     raised_s = time.monotonic()
@@ -151,7 +160,7 @@ def _peer_stands_still(seat: Seat) -> dict[str, Any] | None:
     freed_s = time.monotonic()
     with pytest.raises(GroupAborted):
         group.barrier()
-    left = sweep()
+    left = free_abandoned()
     _, rank, world = seat.hear()
     group = seat.form(2, rank, world)
     check = torch.ones(1)
@@ -188,21 +197,22 @@ def test_abort_ends_a_wait_that_no_broken_socket_ends() -> None:
 
 
 def _abandoned_is_freed(seat: Seat) -> list[int] | None:
-    group = seat.form(1, seat.rank, seat.world)
+    watched = Watched(seat)
+    group = seat.form(1, seat.rank, seat.world, watched)
     group.barrier()
     if seat.rank == 1:
         seat.hear()
         return None
-    seat.abort = group._abort = Watched(seat)
+    watched.armed = True
     with pytest.raises(GroupAborted):
         group.all_reduce(torch.ones(10))
     group.close()
-    counts = [sweep()]
+    counts = [free_abandoned()]
     seat.say(("abandoned", None))
     deadline_s = time.monotonic() + 20
-    while sweep() and time.monotonic() < deadline_s:
+    while free_abandoned() and time.monotonic() < deadline_s:
         seat.abort.wait(0)  # the condition is the operation's end
-    return [*counts, sweep()]
+    return [*counts, free_abandoned()]
 
 
 def test_an_abandoned_group_is_destroyed_once_its_operation_has_ended() -> None:
@@ -220,7 +230,7 @@ def _form_with_an_absent_peer(seat: Seat) -> float | None:
     seat.abort = AbortSignal()
     seat.say(("forming", None))  # only now: the order that answers it sets this signal
     with pytest.raises(GroupAborted, match="absent"):
-        Group("127.0.0.1", seat.port, 1, 0, 2, seat.abort, 20.0)
+        Group(GroupMember(1, 0, 2), Rendezvous("127.0.0.1", seat.port, 20.0), seat.abort)
     return time.monotonic() - seat.aborted_at_s
 
 
@@ -233,12 +243,12 @@ def test_abort_ends_forming() -> None:
 
 def test_store_that_is_gone_aborts_the_forming() -> None:
     with pytest.raises(GroupAborted, match="forming generation 3"):
-        Group("127.0.0.1", 1, 3, 0, 2, AbortSignal(), 0.5)
+        Group(GroupMember(3, 0, 2), Rendezvous("127.0.0.1", 1, 0.5), AbortSignal())
 
 
 def test_group_of_one_and_abort_signal() -> None:
     abort, counter = AbortSignal(), [0]
-    group = Group("nowhere", 0, 1, 0, 1, abort, 1.0, counter)
+    group = alone(1, abort, counter)
     tensor = torch.tensor([1.0])
     group.all_reduce(tensor)
     assert tensor.item() == 1 and not abort.is_set
@@ -249,4 +259,4 @@ def test_group_of_one_and_abort_signal() -> None:
     with pytest.raises(GroupAborted, match="first"):
         group.barrier()
     with pytest.raises(GroupAborted, match="first"):
-        Group("nowhere", 0, 2, 0, 1, abort, 1.0)
+        alone(2, abort)

@@ -17,10 +17,10 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import GroupAborted
 from elastic_moe.model.experts.local import LocalExperts
 from elastic_moe.parallel.expert_parallel import ExpertParallel, _interleave, _inverse, _sending_order
-from elastic_moe.parallel.collectives.group import AbortSignal, Group
+from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.transport import ByNode
 from elastic_moe.plan.placement import Placement, Topology, plan_placement
-from tests.dist.ranks import Seat, results
+from tests.dist.ranks import Seat, alone, results
 
 CONFIG = ModelConfig(
     hidden_size=16, num_layers=3, num_dense_layers=1, num_experts=6, experts_per_token=2, expert_hidden=8, vocab_size=32
@@ -242,7 +242,7 @@ def test_abort_passes_through_autograd() -> None:
 
 
 def test_alone_without_gradients_of_the_input() -> None:
-    group = Group("nowhere", 0, 1, 0, 1, AbortSignal(), 1.0)
+    group = alone()
     parallel = ExpertParallel(group, _placement([EXPERTS], 0), 0, CONFIG, torch.device("cpu"))
     for tensor in parallel.slot_params(0):
         tensor.data.normal_()

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from elastic_moe.parallel.transfer import exchange
-from elastic_moe.parallel.collectives.group import AbortSignal, Group
-from tests.dist.ranks import Seat, results
+from tests.dist.ranks import Seat, alone, results
 
 
 def _sizes(src: int, dst: int) -> list[int]:
@@ -46,7 +45,7 @@ def test_vectors_arrive_whole_over_many_rounds() -> None:
 
 
 def test_alone_and_a_wrong_expectation() -> None:
-    group = Group("nowhere", 0, 1, 0, 1, AbortSignal(), 1.0)
+    group = alone()
     ((first, second),) = exchange(group, [[torch.arange(3.0), torch.arange(2.0)]], [[3, 2]])
     assert first.tolist() == [0, 1, 2] and second.tolist() == [0, 1]
     with pytest.raises(AssertionError, match="expects"):

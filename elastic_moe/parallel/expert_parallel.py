@@ -30,7 +30,7 @@ from elastic_moe.model.backend import ExpertStatistics
 from elastic_moe.model.experts.grouped import grouped_swiglu, weighted_sum
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.reproducible import Grid, pieces_swiglu
-from elastic_moe.parallel.transport import ByNode, Flat, Transport
+from elastic_moe.parallel.transport import Transport, transport_for
 from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.split import RankSplit, of_rank, split_for_rank, split_tokens, split_whole
 
@@ -103,7 +103,6 @@ class ExpertParallel:
     Args:
         group: the generation's collectives.
         placement: experts in slots.
-        rank: of this process.
         cfg: the model's shape.
         device: of the slot weights.
         speeds: relative speed per rank, for the split; None for equal ones.
@@ -125,7 +124,6 @@ class ExpertParallel:
         self,
         group: Group,
         placement: Placement,
-        rank: int,
         cfg: ModelConfig,
         device: torch.device,
         speeds: Sequence[float] | None = None,
@@ -135,14 +133,12 @@ class ExpertParallel:
     ) -> None:
         nodes = placement.node_of_rank
         self.before_experts: Callable[[], None] = lambda: None
-        self._transport: Transport = Flat(group)
-        if by_node and nodes is not None and len(set(nodes.tolist())) > 1:
-            self._transport = ByNode(group, nodes.tolist())
+        self._transport = transport_for(group, None if nodes is None else nodes.tolist(), by_node)
         row_bytes = 4 * (3 * cfg.hidden_size + 4 * cfg.expert_hidden)
         self._most_rows = max(1, memory_limit // row_bytes) if memory_limit and grid is None else 0
-        self._group, self._placement, self._rank, self._speeds = group, placement, rank, speeds
+        self._group, self._placement, self._rank, self._speeds = group, placement, group.rank, speeds
         self._grid, self._limit = grid, cfg.swiglu_limit
-        self._span = placement.slots_of(rank)
+        self._span = placement.slots_of(group.rank)
         self.num_layers, self.num_experts = placement.expert_of_slot.shape[0], cfg.num_experts
         slots = self._span.stop - self._span.start
         shapes = ((slots, 2 * cfg.expert_hidden, cfg.hidden_size), (slots, cfg.hidden_size, cfg.expert_hidden))

@@ -210,7 +210,6 @@ class Worker:
         experts = ExpertParallel(
             group,
             entered.placement,
-            group.rank,
             config.model,
             self._device,
             [m.speed for m in view.members],

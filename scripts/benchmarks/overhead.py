@@ -118,7 +118,7 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
         lambda _step, _phase: None,
         first_values(config),
     )
-    experts = ExpertParallel(group, entered.placement, rank, config.model, device)
+    experts = ExpertParallel(group, entered.placement, config.model, device)
     model.experts = experts
     layout = Layout(units, view, rank, entered.ownership, entered.placement)
     dense = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())

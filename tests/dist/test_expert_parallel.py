@@ -79,7 +79,7 @@ def _one_case(
     if nodes:
         placement = replace(placement, node_of_rank=np.array([ord(n) - ord("a") for n in nodes], dtype=np.int32))
     device = torch.device("cpu")
-    parallel = ExpertParallel(group, placement, rank, CONFIG, device, memory_limit=limit, by_node=bool(nodes))
+    parallel = ExpertParallel(group, placement, CONFIG, device, memory_limit=limit, by_node=bool(nodes))
     if nodes:
         assert isinstance(parallel._transport, ByNode)
     at_once: list[int] = []
@@ -225,7 +225,7 @@ def _abort_in_backward(seat: Seat) -> str:
     """A peer that stops after the forward pass: the others wait in a backward collective until the abort."""
     group = seat.form(1, seat.rank, seat.world)
     placement = _placement([3, 3, 3], seed=1)
-    parallel = ExpertParallel(group, placement, seat.rank, CONFIG, torch.device("cpu"))
+    parallel = ExpertParallel(group, placement, CONFIG, torch.device("cpu"))
     x_TD, ids_TK, gates_TK = _tokens(4, seat.rank, False)
     y = _run_layers(parallel, x_TD.requires_grad_(), ids_TK, gates_TK)
     if seat.rank == 1:
@@ -243,7 +243,7 @@ def test_abort_passes_through_autograd() -> None:
 
 def test_alone_without_gradients_of_the_input() -> None:
     group = alone()
-    parallel = ExpertParallel(group, _placement([EXPERTS], 0), 0, CONFIG, torch.device("cpu"))
+    parallel = ExpertParallel(group, _placement([EXPERTS], 0), CONFIG, torch.device("cpu"))
     for tensor in parallel.slot_params(0):
         tensor.data.normal_()
     x_TD, ids_TK, gates_TK = _tokens(6, 0, False)

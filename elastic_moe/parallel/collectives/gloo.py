@@ -20,6 +20,7 @@ import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ from elastic_moe.parallel.collectives.store import Rendezvous, connect
 ARRIVAL_POLL_S = 0.005  # between two looks whether all members have arrived
 OPERATION_TIMEOUT_S = 3600.0  # peers may be slow for good reasons; hangs are the coordinator's business
 
-_NATIVE_REDUCTION = {Reduction.SUM: dist.ReduceOp.SUM, Reduction.MAX: dist.ReduceOp.MAX}
+_NATIVE_REDUCTION: dict[Reduction, Any] = {Reduction.SUM: dist.ReduceOp.SUM, Reduction.MAX: dist.ReduceOp.MAX}
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +178,7 @@ def free_abandoned() -> int:
     return remaining
 
 
-def _start(group: dist.ProcessGroupGloo, operation: Operation) -> GlooWork:
+def _start(group: Any, operation: Operation) -> GlooWork:  # torch's stubs lack the group's methods
     """Copy the inputs to host memory where they are not there, and start the operation."""
     match operation:
         case AllReduce(tensor, reduction):

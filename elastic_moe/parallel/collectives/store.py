@@ -40,7 +40,7 @@ class HostedStore:
         self.port: int = self._store.port
 
 
-def connect(rendezvous: Rendezvous, key_prefix: str) -> dist.Store:
+def connect(rendezvous: Rendezvous, key_prefix: str) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
     """The coordinator's store as its client sees it, with all keys under a prefix.
 
     Raises:

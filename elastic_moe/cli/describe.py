@@ -1,8 +1,9 @@
-"""What a model and a cluster come to, without allocating either: `python -m elastic_moe.describe model=NAME key=value ...`.
+"""Size of a model and memory of its workers, without allocating either: `elastic-moe describe model=NAME key=value ...`.
 
-Takes the same keys as `elastic_moe.train`, of which it uses the model, `data.micro_batch`, `data.seq_len`, `precision`, the number of workers, `elastic.redundancy`,
-`elastic.spare_slots` and `cluster.worker_memory_gib`. Parameters are counted on the meta device, exactly; bytes of weights, gradients and optimizer state are those
-that the runtime holds (DESIGN.md, section 3); activations and the buffers of exchange are estimates, and marked so.
+Takes the keys of `elastic-moe train`. It uses the model, `data.micro_batch`, `data.seq_len`, `precision`, the number of
+workers, `elastic.redundancy`, `elastic.spare_slots` and `cluster.worker_memory_gib`. Parameters are counted exactly, on
+the meta device. Bytes of weights, gradients and optimizer state are those that the runtime holds (DESIGN.md, section 3).
+Activations and the buffers of the exchange are estimates, and marked so.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ class Counts:
     """Parameters of a model, trained or not.
 
     Attributes:
-        total: all of them; embedding: the input embedding; dense: those every worker computes with; expert: one routed expert's; experts: all routed ones.
-        active: those a token meets, the input embedding left out, as papers count it; multi-token prediction is left out too.
+        total: all of them.
+        embedding: the input embedding.
+        dense: those every worker computes with.
+        expert: those of one routed expert.
+        experts: those of all routed experts.
+        active: those that compute a token, without the input embedding (as papers count) and multi-token prediction.
         mtp: those of the multi-token prediction, part of the total.
     """
 
@@ -82,7 +87,7 @@ def attention_flops(cfg: ModelConfig, seq_len: int) -> float:
 
 
 def training_flops(cfg: ModelConfig, seq_len: int) -> float:
-    """FLOPs per token, forward and backward: six per parameter in a product, and attention; multi-token prediction included."""
+    """FLOPs per token, forward and backward: six per parameter in a product, and attention, and multi-token prediction."""
     counts = count(cfg)
     mtp = 0.0
     if cfg.mtp_depth:
@@ -114,7 +119,7 @@ def slots_per_layer(config: TrainConfig, workers: int) -> int:
 
 
 def memory(config: TrainConfig, workers: int, counts: Counts | None = None) -> Memory:
-    """What the fullest of so many workers holds."""
+    """Memory of the fullest of so many workers."""
     cfg, counts = config.model, counts or count(config.model)
     computed = counts.dense + slots_per_layer(config, workers) * cfg.num_moe_layers * counts.expert
     copies = min(1 + config.elastic.redundancy, workers)
@@ -130,7 +135,7 @@ def memory(config: TrainConfig, workers: int, counts: Counts | None = None) -> M
 
 
 def activation_bytes(config: TrainConfig) -> float:
-    """What one micro-batch leaves for its backward pass, estimated from the widths of what each layer saves."""
+    """Bytes that one micro-batch keeps for its backward pass, estimated from the widths of each layer's tensors."""
     cfg = config.model
     size = 2 if config.precision == "bf16" else 4
     width, n = cfg.hidden_size, cfg.num_streams
@@ -203,12 +208,13 @@ def _number(value: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 2 and one sentence for a bad configuration."""
-    from elastic_moe.cli.train import BAD_CONFIG, check, register_schema
+    from elastic_moe.cli.compose import BAD_CONFIG, check, register_schema
+    from elastic_moe.cli.key_help import show_help
 
     register_schema()
     overrides = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(overrides):
-        print(__doc__)
+        show_help("describe", "Count a model's parameters, FLOPs and memory per worker, without allocating either.")
         return 0
     try:
         with warnings.catch_warnings():

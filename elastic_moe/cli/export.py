@@ -1,8 +1,9 @@
-"""A run's weights as a Hugging Face checkpoint: `python -m elastic_moe.export RUN_OR_CHECKPOINT --to DIR`.
+"""A run's weights as a Hugging Face checkpoint: `elastic-moe export RUN_OR_CHECKPOINT --to DIR`.
 
-Writes safetensors, config.json and the tokenizer, which `transformers` loads with `from_pretrained`. Tensors are read and written one by one, so the
-model need not fit into memory. A model that no family of transformers can express (mHC with MLA, for example) is refused with a sentence. What multi-token
-prediction has learned is left out: transformers has no place for it.
+Writes safetensors, config.json and the tokenizer, which `transformers` loads with `from_pretrained`. Tensors are read
+and written one by one, so the model need not fit into memory. A model that no family of transformers can express (mHC
+with MLA, for example) is refused with a sentence. The weights of multi-token prediction are left out, because
+transformers has no place for them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def export(source: str, target: str, step: int | None, dtype: torch.dtype) -> str:
-    """Write the checkpoint, whole or not at all. Returns what was done, in one line.
+    """Write the checkpoint, whole or not at all. Returns one line about the result.
 
     Raises:
         UserError: no such run or checkpoint, a model that cannot be expressed, or a target that cannot be written.
@@ -60,7 +61,9 @@ def export(source: str, target: str, step: int | None, dtype: torch.dtype) -> st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 2 and one sentence for what cannot be done."""
-    parser = argparse.ArgumentParser(prog="elastic_moe.export", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="elastic-moe export", description="Write a run's weights as a Hugging Face checkpoint."
+    )
     parser.add_argument("source", help="a run directory, or one of its checkpoints")
     parser.add_argument("--to", required=True, metavar="DIR", help="directory to write; must not exist or be empty")
     parser.add_argument("--step", type=int, help="of the checkpoint; the newest one if not given")

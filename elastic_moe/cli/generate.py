@@ -1,7 +1,8 @@
-"""Text from a trained model: `python -m elastic_moe.generate CHECKPOINT --prompt TEXT`.
+"""Text from a trained model: `elastic-moe generate CHECKPOINT --prompt TEXT`.
 
-CHECKPOINT is a run directory, one of its checkpoints, or a Hugging Face directory. The whole model is loaded into this process, on the GPU
-where there is one. Keys and values are cached (for latent attention: the latents), so a token costs one position.
+CHECKPOINT is a run directory, one of its checkpoints, or a Hugging Face directory. The whole model is loaded into this
+process, on the GPU where there is one. Keys and values are cached (for latent attention: the latents), so a token costs
+one position.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def load(saved: SavedModel) -> Transformer:
 
 
 def pieces(shown: str, prompt: Sequence[int], continued: Iterable[int], tokenizer: TextTokenizer) -> Iterator[str]:
-    """The text of tokens as they come, after what is shown already. A character may take several tokens: it waits for the last of them."""
+    """The text of tokens as they come, after `shown`. A character of several tokens waits for the last of them."""
     tokens, text = list(prompt), shown
     for token in continued:
         tokens.append(token)
@@ -72,7 +73,7 @@ def _temperature(text: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 2 and one sentence for what cannot be done."""
-    parser = argparse.ArgumentParser(prog="elastic_moe.generate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="elastic-moe generate", description="Continue a text with a trained model.")
     parser.add_argument("checkpoint", help="a run directory, one of its checkpoints, or a Hugging Face directory")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-tokens", type=_positive, default=128)

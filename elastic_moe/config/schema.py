@@ -29,74 +29,72 @@ class Sealed:
 class ModelConfig(Sealed):
     """Shape of the MoE transformer. Sources of the terms: the files of elastic_moe/model."""
 
-    vocab_size: int = 2048  # overwritten by the tokenizer's size
-    end_token: int = -1  # id that ends a document; overwritten by the tokenizer's
-    hidden_size: int = 128
-    num_layers: int = 4
-    norm_eps: float = 1e-6
-    init_std: float = 0.02
+    vocab_size: int = 2048  # tokens in the vocabulary; the tokenizer's size replaces it
+    end_token: int = -1  # id that ends a document; the tokenizer's replaces it; -1: none
+    hidden_size: int = 128  # width of the hidden state
+    num_layers: int = 4  # transformer layers, the dense ones included
+    norm_eps: float = 1e-6  # epsilon of RMSNorm
+    init_std: float = 0.02  # standard deviation of the initial weights
     init_from: str = ""  # directory of a Hugging Face checkpoint: its shape and weights are taken
     document_mask: bool = False  # tokens of a packed sequence see their own document only
     recompute: int = 0  # with streams: 0 keeps them all, n keeps every n-th sub-layer's, -1 the paper's best n
-    fused: str = "auto"  # mHC kernels: "auto", "off", "compile", "triton"
+    fused: str = "auto"  # kernels of mHC
 
-    attention: str = "gqa"  # "gqa", "mla", "csa"
-    num_heads: int = 4
-    num_kv_heads: int = 2  # gqa
+    attention: str = "gqa"  # grouped-query, multi-head latent, or compressed sparse attention
+    num_heads: int = 4  # attention heads
+    num_kv_heads: int = 2  # gqa: heads of keys and values
     head_dim: int = 32  # gqa and csa: a head's width; mla: its part without positions
     rope_dim: int = 16  # mla, csa: a head's part with positions
-    value_dim: int = 32  # mla
-    query_latent: int = 0  # mla, csa; 0: none
-    kv_latent: int = 64  # mla
-    qk_norm: bool = False  # gqa
-    attention_bias: bool = False
-    rope_theta: float = 10000.0
+    value_dim: int = 32  # mla: width of a head's values
+    query_latent: int = 0  # mla, csa: width of the queries' latent; 0: none
+    kv_latent: int = 64  # mla: width of the latent of keys and values
+    qk_norm: bool = False  # gqa: normalise queries and keys
+    attention_bias: bool = False  # biases in the projections of attention
+    rope_theta: float = 10000.0  # base of the rotary embedding
     rope_interleave: bool = True  # mla: rotate pairs (2i, 2i + 1); false: (i, i + d/2)
     rope_factor: float = 1.0  # YaRN: context extension; 1: none
     rope_original_len: int = 4096  # YaRN: length before extension
-    rope_beta_fast: float = 32.0  # YaRN
-    rope_beta_slow: float = 1.0  # YaRN
-    rope_mscale: float = 0.0  # YaRN; 0: not given
-    rope_mscale_all_dim: float = 0.0  # YaRN; 0: not given
-    layer_kinds: list[str] = field(
-        default_factory=list[str]
-    )  # csa: "sliding", "csa" or "hca" per layer; empty: V4-Pro's
+    rope_beta_fast: float = 32.0  # YaRN: rotations above which a dimension is not interpolated
+    rope_beta_slow: float = 1.0  # YaRN: rotations below which a dimension is interpolated
+    rope_mscale: float = 0.0  # YaRN: scale of attention; 0: not given
+    rope_mscale_all_dim: float = 0.0  # YaRN: scale of attention over all dimensions; 0: not given
+    layer_kinds: list[str] = field(default_factory=list[str])  # csa: "sliding", "csa" or "hca" per layer; []: V4-Pro's
     window: int = 128  # csa: tokens seen uncompressed
-    csa_rate: int = 4
-    hca_rate: int = 128
+    csa_rate: int = 4  # csa: tokens per compressed entry in csa layers
+    hca_rate: int = 128  # csa: tokens per compressed entry in hca layers
     compress_theta: float = 160000.0  # csa: rotary base of csa and hca layers
-    index_heads: int = 4
-    index_dim: int = 32
-    index_topk: int = 512
-    index_loss_weight: float = 1.0
-    output_groups: int = 2  # csa
-    output_latent: int = 64  # csa: per group
+    index_heads: int = 4  # csa: heads of the indexer
+    index_dim: int = 32  # csa: width of an indexer's head
+    index_topk: int = 512  # csa: compressed entries that a query selects
+    index_loss_weight: float = 1.0  # csa: weight of the indexer's loss
+    output_groups: int = 2  # csa: groups of heads in the output projection
+    output_latent: int = 64  # csa: width of each group's latent in the output projection
 
     num_dense_layers: int = 1  # leading layers with a dense feed-forward
-    dense_hidden: int = 384
-    num_experts: int = 16
-    experts_per_token: int = 4
-    expert_hidden: int = 64
-    num_shared_experts: int = 1
-    router_score: str = "sigmoid"  # "sigmoid", "sqrtsoftplus", "softmax"
+    dense_hidden: int = 384  # inner width of a dense feed-forward
+    num_experts: int = 16  # routed experts per MoE layer
+    experts_per_token: int = 4  # routed experts that compute each token
+    expert_hidden: int = 64  # inner width of an expert
+    num_shared_experts: int = 1  # experts that compute every token
+    router_score: str = "sigmoid"  # function from the router's logits to scores
     normalize_gates: bool = True  # gates of a token's experts sum to routed_scaling
-    routed_scaling: float = 1.0
-    num_groups: int = 1  # node-limited routing: groups of experts,
-    groups_per_token: int = 1  # and how many of them a token may use
+    routed_scaling: float = 1.0  # factor of the routed experts' output
+    num_groups: int = 1  # node-limited routing: groups of experts
+    groups_per_token: int = 1  # node-limited routing: groups that a token may use
     num_hash_layers: int = 0  # leading MoE layers whose experts follow from the token id
     swiglu_limit: float = 0.0  # clamp of the SwiGLU's inputs; 0: none
-    bias_update_speed: float = 0.001
-    seq_balance_weight: float = 0.0001
+    bias_update_speed: float = 0.001  # change of the router's balancing bias per step; 0: none
+    seq_balance_weight: float = 0.0001  # weight of the balance loss within a sequence
 
-    residual: str = "plain"  # "plain", "hc", "mhc"
-    num_streams: int = 4  # hc, mhc
-    sinkhorn_iters: int = 20  # mhc
+    residual: str = "plain"  # residual connections: plain, hyper-connections, or manifold-constrained hyper-connections
+    num_streams: int = 4  # hc, mhc: residual streams
+    sinkhorn_iters: int = 20  # mhc: Sinkhorn iterations
     mix_eps: float = 0.0  # mhc: added where transformers adds hc_eps; 0 as in the paper
-    readout: str = "mean"  # hc, mhc: streams -> hidden, "mean" or "learned"
+    readout: str = "mean"  # hc, mhc: how the streams become one hidden state
 
     mtp_depth: int = 0  # 1: predict the token after the next one too
-    mtp_weight: float = 0.3
-    mtp_late_weight: float = 0.1
+    mtp_weight: float = 0.3  # weight of the loss of multi-token prediction
+    mtp_late_weight: float = 0.1  # the same late in the run
     mtp_switch: float = 0.67  # fraction of run.steps after which the late weight holds
 
     max_unit_elements: int = 262144  # larger tensors are cut into row blocks of about this many elements
@@ -113,40 +111,40 @@ class ModelConfig(Sealed):
 
 @dataclass(kw_only=True)
 class DataConfig(Sealed):
-    corpus: str = "stdlib"  # "stdlib", or a text file or directory
+    corpus: str = "stdlib"  # text file or directory; "stdlib": the source of Python's standard library
     pattern: str = "*"  # files of a directory
-    max_bytes: int = 8_000_000  # 0: all of it
+    max_bytes: int = 8_000_000  # bytes of text that are read; 0: all of it
     tokenizer: str = "bpe"  # "bpe", "bytes", or a tokenizer.json
-    vocab_size: int = 2048
-    seq_len: int = 128
+    vocab_size: int = 2048  # bpe: tokens in the trained vocabulary
+    seq_len: int = 128  # tokens per sequence
     global_batch: int = 32  # sequences per step, whatever the world size
     micro_batch: int = 8  # sequences per forward pass on one worker
-    val_fraction: float = 0.02
-    cache_dir: str = ""  # "": beside the run directories, in .cache
+    val_fraction: float = 0.02  # part of the text that is kept for evaluation
+    cache_dir: str = ""  # directory of tokenized text; "": .cache beside the run directories
 
 
 @dataclass(kw_only=True)
 class OptimConfig(Sealed):
-    lr: float = 2e-3
-    min_lr_ratio: float = 0.1
-    warmup_steps: int = 20
-    schedule: str = "cosine"  # "cosine", "constant"
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
+    lr: float = 2e-3  # highest learning rate
+    min_lr_ratio: float = 0.1  # last learning rate over the highest
+    warmup_steps: int = 20  # steps in which the learning rate rises from 0
+    schedule: str = "cosine"  # learning rate after the warm-up
+    beta1: float = 0.9  # AdamW: decay of the first moment
+    beta2: float = 0.95  # AdamW: decay of the second moment
+    eps: float = 1e-8  # AdamW: added to the denominator
+    weight_decay: float = 0.1  # AdamW: decoupled weight decay
+    grad_clip: float = 1.0  # largest norm of the gradient; larger ones are scaled down
 
 
 @dataclass(kw_only=True)
 class ElasticConfig(Sealed):
-    min_workers: int = 1
-    max_workers: int = 0  # 0: the number the cluster starts with
+    min_workers: int = 1  # fewer workers than this wait for others
+    max_workers: int = 0  # most workers; 0: the number the cluster starts with
     redundancy: int = 1  # living mirrors of every unit: 0, 1 or 2
     reproducible: bool = False  # losses equal bit for bit at every world size; shares are whole micro-batches
     spare_slots: int = 1  # expert slots per worker and layer beyond an even share
     slots_per_worker: int = 0  # hard limit per MoE layer; 0: no limit
-    heartbeat_s: float = 0.5
+    heartbeat_s: float = 0.5  # seconds between two heartbeats of a worker
     heartbeat_timeout_s: float = 6.0  # silence of a worker before it is evicted
     hang_timeout_s: float = 120.0  # no progress of the main thread while others wait for it
     join_settle_s: float = 0.5  # wait this long for more joiners before admitting them together
@@ -157,54 +155,54 @@ class ElasticConfig(Sealed):
 
 @dataclass(kw_only=True)
 class BalanceConfig(Sealed):
-    every_steps: int = 1  # steps between two looks at the experts' load; 0: placement changes with the membership only
+    every_steps: int = 1  # steps between two looks at the experts' load; 0: placement follows the membership only
     window: float = 3.0  # steps over which the load that is planned for is averaged
     home_moves: int = 1  # homes per MoE layer that one look may move where the gain pays for their bytes
     home_every_steps: int = 20  # steps between two looks at homes
     payback_steps: int = 50  # steps for which a moved home is taken to be of use
-    dispatch_gib: float = 1.0  # most that the rows of one layer take on a rank before they come in chunks; 0: no limit
+    dispatch_gib: float = 1.0  # largest rows of one layer on a rank, in GiB; more come in chunks; 0: no limit
     by_node: bool = False  # tokens between nodes go in one message per pair of nodes, not one per pair of workers
     log_every_steps: int = 10  # steps that a record of the experts' loads covers; 0: none
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig(Sealed):
-    every_steps: int = 50  # 0: only at the end
-    keep: int = 3
-    dir: str = ""  # "": <run.dir>/checkpoints; a path or s3:// or gs:// URI
+    every_steps: int = 50  # steps between two checkpoints; 0: only at the end
+    keep: int = 3  # newest checkpoints that are kept
+    dir: str = ""  # a path or s3:// or gs:// URI; "": <run.dir>/checkpoints
 
 
 @dataclass(kw_only=True)
 class RunConfig(Sealed):
-    dir: str = "runs/default"
-    steps: int = 200
-    resume: str = "never"  # "never" or "auto"
-    eval_every_steps: int = 50  # 0: only at the end
-    eval_sequences: int = 64
-    sample_tokens: int = 64  # 0: no sample
-    sample_prompt: str = "def "
+    dir: str = "runs/default"  # directory of the run's files
+    steps: int = 200  # training steps
+    resume: str = "never"  # auto: continue the run in run.dir if there is one
+    eval_every_steps: int = 50  # steps between two evaluations; 0: only at the end
+    eval_sequences: int = 64  # sequences of an evaluation
+    sample_tokens: int = 64  # tokens of the sample text at the end; 0: no sample
+    sample_prompt: str = "def "  # text that the sample continues
     overwrite: bool = False  # allow starting anew in a run directory that has a run
 
 
 @dataclass(kw_only=True)
 class ClusterConfig(Sealed):
-    kind: str = "local"  # "local", "simulated", "address"
-    workers: int = 4  # workers to start with (local, address)
-    nodes: int = 2  # simulated
-    workers_per_node: int = 2  # simulated
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
-    address: str = ""  # "": RAY_ADDRESS
-    object_store_gib: float = 0.1
-    worker_memory_gib: float = 74.5  # what a worker has; only `elastic_moe.describe` asks
-    dashboard: bool = False
+    kind: str = "local"  # Ray in this process, several Ray nodes in this machine, or an existing cluster
+    workers: int = 4  # local, address: workers to start with
+    nodes: int = 2  # simulated: nodes to start with
+    workers_per_node: int = 2  # simulated: workers on each node
+    cpus_per_worker: float = 1.0  # CPU cores that Ray reserves for a worker
+    gpus_per_worker: float = 0.0  # GPUs that Ray reserves for a worker
+    address: str = ""  # address of the Ray cluster; "": RAY_ADDRESS
+    object_store_gib: float = 0.1  # size of Ray's object store on a node that is started, in GiB
+    worker_memory_gib: float = 74.5  # memory of a worker, in GiB; used by `elastic-moe describe` only
+    dashboard: bool = False  # start Ray's dashboard
 
 
 @dataclass(kw_only=True)
 class TrackingConfig(Sealed):
-    wandb: str = "auto"  # "auto": online with an account, else offline; "online", "offline", "off"
-    project: str = "elastic_moe"
-    name: str = ""
+    wandb: str = "auto"  # auto: online with an account, else offline
+    project: str = "elastic_moe"  # project in Weights & Biases
+    name: str = ""  # name of the run in Weights & Biases; "": chosen from run.dir
 
 
 @dataclass(kw_only=True)
@@ -212,15 +210,15 @@ class FaultConfig(Sealed):
     """Faults a run inflicts on itself, for demonstrations and tests."""
 
     kill_worker_at_step: int = 0  # SIGKILL the worker of rank `kill_rank` once this step is committed; 0: never
-    kill_rank: int = 1
+    kill_rank: int = 1  # rank of the worker that is killed
     inject: list[str] = field(default_factory=list[str])  # "rank:step:phase", each fires once
 
 
 @dataclass(kw_only=True)
 class TrainConfig(Sealed):
-    seed: int = 0
-    precision: str = "fp32"  # "fp32" or "bf16" (autocast)
-    device: str = "auto"  # "auto", "cpu", "cuda"
+    seed: int = 0  # seed of weights, data order and samples
+    precision: str = "fp32"  # bf16: autocast, weights stay fp32
+    device: str = "auto"  # auto: a GPU where there is one
     threads: int = 1  # torch threads per worker; 0: torch's default
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from elastic_moe.cli.compose import check, register_schema
 from elastic_moe.cli.describe import count, main, memory, report, slots_per_layer, smallest, training_flops
-from elastic_moe.cli.train import check, register_schema
 from elastic_moe.config.schema import ClusterConfig, DataConfig, ElasticConfig, ModelConfig, TrainConfig
 from elastic_moe.errors import UserError
 from elastic_moe.plan.placement import default_slots

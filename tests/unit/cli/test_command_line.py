@@ -15,7 +15,8 @@ import pytest
 import yaml
 from hydra.core.config_store import ConfigStore
 
-from elastic_moe.cli.train import check, config_dir
+from elastic_moe.cli.compose import check
+from elastic_moe.config.reference import config_dir
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
 

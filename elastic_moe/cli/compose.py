@@ -1,0 +1,88 @@
+"""Composing and checking the configuration of a command line, before anything starts or is written.
+
+Hydra reports a bad key with a paragraph, and a bad value after it made directories. Here the whole command line is
+composed first (every job of a sweep), and a fault becomes one sentence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from elastic_moe.cli.hydra_internals import split_jobs
+from elastic_moe.config.build import build, unknown_key
+from elastic_moe.config.reference import config_dir
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.errors import UserError
+
+BAD_CONFIG = 2  # exit code
+
+
+def register_schema() -> None:
+    """Tell Hydra the typed defaults that conf/train.yaml begins with."""
+    ConfigStore.instance().store(name="schema", node=TrainConfig)
+
+
+def one_sentence(error: BaseException) -> str:
+    """The message of a Hydra or OmegaConf error as one sentence that names the key."""
+    text = "\n".join(filter(None, (str(error), str(error.__cause__ or ""))))
+    if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
+        options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        known = f"; it can be {', '.join(options)}." if options else "."
+        return f"{match[1]} has no option {match[2]}{known}"
+    value_error = re.search(r"(Value '.*?' .*?could not be converted.*|Cannot convert .*|Invalid value .*)", text)
+    full_key = re.search(r"full_key: (\S+)", text)
+    if value_error and full_key:
+        return f"{full_key[1]}: {value_error[1].strip().rstrip('.')}."
+    unknown = re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text)
+    if unknown or (full_key and "not in" in text):
+        key = unknown[1] if unknown else full_key[1] if full_key else ""
+        return unknown_key(key)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]).rstrip(".") + "."
+
+
+def check(overrides: Sequence[str], config_name: str = "train", multirun: bool = False) -> list[TrainConfig]:
+    """Compose and check every job of a command line without starting or writing anything.
+
+    Raises:
+        UserError: with one sentence about the first fault found.
+    """
+    checked: list[TrainConfig] = []
+    try:
+        with initialize_config_dir(version_base=None, config_dir=str(config_dir())):
+            for job in split_jobs(overrides) if multirun else [list(overrides)]:
+                checked.append(build(with_origin(compose(config_name, overrides=job))))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_sentence(error)) from error
+    return checked
+
+
+def with_origin(config: DictConfig) -> DictConfig:
+    """The configuration with the model's shape, and the tokenizer if there is one, of the directory `model.init_from`.
+
+    Raises:
+        UserError: the directory has no model that can be expressed here.
+    """
+    origin = config.model.init_from
+    if not origin:
+        return config
+    from elastic_moe.data.tokenizer import TOKENIZER_FILE
+    from elastic_moe.model.hf.checkpoint import read_fields  # torch is imported only where it is needed
+
+    directory = Path(origin).expanduser().absolute()
+    fields: dict[str, Any] = {"model": {**read_fields(directory), "init_from": str(directory)}}
+    tokenizer = directory / TOKENIZER_FILE
+    if tokenizer.is_file() and config.data.tokenizer == TrainConfig().data.tokenizer:
+        fields["data"] = {"tokenizer": str(tokenizer)}
+    merged = OmegaConf.merge(config, fields)
+    assert isinstance(merged, DictConfig)
+    return merged

@@ -83,10 +83,8 @@ def help_text(title: str, usage: str, width: int) -> str:
         lines.append(f"  {key.name}={key.default}")
         described = f"{key.comment} [{key.allowed}]" if key.allowed else key.comment
         lines += _hanging("      ", described, width)
-    lines += [
-        "",
-        "Hydra's own flags: --cfg job shows the composed configuration, -m runs a sweep, --hydra-help lists all.",
-    ]
+    flags = "Hydra's own flags: --cfg job shows the composed configuration, -m runs a sweep, --hydra-help lists all."
+    lines += ["", *textwrap.wrap(flags, width)]
     return "\n".join(lines)
 
 

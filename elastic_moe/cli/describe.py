@@ -1,8 +1,8 @@
-"""Size of a model and memory of its workers, without allocating either: `elastic-moe describe model=NAME key=value ...`.
+"""Size of a model and memory of its workers, without allocating them: `elastic-moe describe model=NAME ...`.
 
 Takes the keys of `elastic-moe train`. It uses the model, `data.micro_batch`, `data.seq_len`, `precision`, the number of
 workers, `elastic.redundancy`, `elastic.spare_slots` and `cluster.worker_memory_gib`. Parameters are counted exactly, on
-the meta device. Bytes of weights, gradients and optimizer state are those that the runtime holds (DESIGN.md, section 3).
+the meta device. Bytes of weights, gradients and optimizer state are those of the runtime (DESIGN.md, section 3).
 Activations and the buffers of the exchange are estimates, and marked so.
 """
 
@@ -87,7 +87,7 @@ def attention_flops(cfg: ModelConfig, seq_len: int) -> float:
 
 
 def training_flops(cfg: ModelConfig, seq_len: int) -> float:
-    """FLOPs per token, forward and backward: six per parameter in a product, and attention, and multi-token prediction."""
+    """FLOPs per token, forward and backward: six per parameter in a product, attention, multi-token prediction."""
     counts = count(cfg)
     mtp = 0.0
     if cfg.mtp_depth:
@@ -180,19 +180,23 @@ def report(config: TrainConfig) -> str:
     workers, seq_len = start_workers(config), config.data.seq_len
     held, limit = memory(config, workers, counts), config.cluster.worker_memory_gib * GIB
     fits = smallest(config, limit)
-    at_least = f"{fits} workers" if fits else "no number of workers: what each one holds in any case is more"
+    at_least = f"{fits} workers" if fits else "no number of workers: each one holds more than that in any case"
+    mtp = f" ({_number(counts.mtp)} of them predict the token after the next)" if counts.mtp else ""
+    routed = f"{cfg.num_moe_layers} layers of {cfg.num_experts} with {_number(counts.expert)} each"
+    flops = f"{_number(training_flops(cfg, seq_len))} forward and backward"
+    batch = f"{config.data.micro_batch} sequences of {seq_len}"
     lines = [
-        ("parameters", f"{_number(counts.total)}" + (f" ({_number(counts.mtp)} of them predict the token after the next)" if counts.mtp else "")),
+        ("parameters", f"{_number(counts.total)}{mtp}"),
         ("  active per token", f"{_number(counts.active)} without the input embedding ({_number(counts.embedding)})"),
-        ("  routed experts", f"{_number(counts.experts)}: {cfg.num_moe_layers} layers of {cfg.num_experts} with {_number(counts.expert)} each"),
+        ("  routed experts", f"{_number(counts.experts)}: {routed}"),
         ("  on every worker", _number(counts.dense)),
-        ("FLOPs per token", f"{_number(training_flops(cfg, seq_len))} forward and backward, at {seq_len} tokens per sequence"),
+        ("FLOPs per token", f"{flops}, at {seq_len} tokens per sequence"),
         (f"memory per worker, {workers} of them", f"{held.total / GIB:,.2f} GiB"),
         ("  weights", f"{held.weights / GIB:,.2f} GiB ({slots_per_layer(config, workers)} expert slots per layer)"),
         ("  gradients", f"{held.gradients / GIB:,.2f} GiB"),
         ("  owned and mirrored state", f"{held.state / GIB:,.2f} GiB (redundancy {config.elastic.redundancy})"),
         ("  exchange, about", f"{held.exchange / GIB:,.2f} GiB"),
-        ("  activations, about", f"{held.activations / GIB:,.2f} GiB ({config.data.micro_batch} sequences of {seq_len})"),
+        ("  activations, about", f"{held.activations / GIB:,.2f} GiB ({batch})"),
         (f"fits into {config.cluster.worker_memory_gib:g} GiB with", at_least),
     ]  # fmt: skip
     width = max(len(name) for name, _ in lines)

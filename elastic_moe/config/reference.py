@@ -1,6 +1,6 @@
 """The reference of all configuration keys, made from the schema and the rules: conf/README.md and `--help`.
 
-`python -m elastic_moe.config.reference` prints conf/README.md. A key's comment is the one beside its field in schema.py.
+`python -m elastic_moe.config.reference` prints conf/README.md. A key's comment stands beside its field in schema.py.
 """
 
 from __future__ import annotations

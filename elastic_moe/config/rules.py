@@ -1,4 +1,4 @@
-"""Ranges and cross-key rules of the configuration, one line each. What would only hurt is returned as a note.
+"""Ranges and cross-key rules of the configuration, one line each. A setting that is allowed but doubtful gives a note.
 
 The alignment of 4 elements is torch's: `grouped_mm` wants rows of 16 bytes, which are 4 fp32 or 8 bf16 values.
 """
@@ -33,22 +33,23 @@ CHOICES: dict[str, tuple[str, ...]] = {
 AT_LEAST_ONE = """
     run.steps model.vocab_size model.hidden_size model.num_layers model.num_heads model.num_kv_heads model.head_dim
     model.num_experts model.experts_per_token model.expert_hidden model.dense_hidden model.max_unit_elements
-    model.rope_dim model.value_dim model.kv_latent model.rope_original_len model.window model.csa_rate model.hca_rate
-    model.index_heads model.index_dim model.index_topk model.output_groups model.output_latent model.num_groups
-    model.groups_per_token model.num_streams model.sinkhorn_iters
-    data.seq_len data.global_batch data.micro_batch elastic.min_workers checkpoint.keep balance.home_every_steps balance.payback_steps
+    model.rope_dim model.value_dim model.kv_latent model.rope_original_len model.window model.csa_rate
+    model.hca_rate model.index_heads model.index_dim model.index_topk model.output_groups model.output_latent
+    model.num_groups model.groups_per_token model.num_streams model.sinkhorn_iters data.seq_len data.global_batch
+    data.micro_batch elastic.min_workers checkpoint.keep balance.home_every_steps balance.payback_steps
     cluster.workers cluster.nodes cluster.workers_per_node
 """.split()
 
 AT_LEAST_ZERO = """
-    seed threads run.eval_every_steps run.eval_sequences run.sample_tokens model.num_dense_layers model.num_shared_experts
-    model.bias_update_speed model.seq_balance_weight model.init_std model.query_latent model.rope_mscale
-    model.rope_mscale_all_dim model.index_loss_weight model.num_hash_layers model.swiglu_limit model.mix_eps
-    model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes optim.warmup_steps optim.min_lr_ratio
-    optim.weight_decay elastic.max_workers elastic.redundancy elastic.spare_slots elastic.slots_per_worker
-    elastic.join_settle_s elastic.drain_deadline_s elastic.wait_below_min_s checkpoint.every_steps
-    balance.every_steps balance.home_moves balance.dispatch_gib balance.log_every_steps
-    cluster.cpus_per_worker cluster.gpus_per_worker faults.kill_worker_at_step faults.kill_rank
+    seed threads run.eval_every_steps run.eval_sequences run.sample_tokens model.num_dense_layers
+    model.num_shared_experts model.bias_update_speed model.seq_balance_weight model.init_std model.query_latent
+    model.rope_mscale model.rope_mscale_all_dim model.index_loss_weight model.num_hash_layers model.swiglu_limit
+    model.mix_eps model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes
+    optim.warmup_steps optim.min_lr_ratio optim.weight_decay elastic.max_workers elastic.redundancy
+    elastic.spare_slots elastic.slots_per_worker elastic.join_settle_s elastic.drain_deadline_s
+    elastic.wait_below_min_s checkpoint.every_steps balance.every_steps balance.home_moves balance.dispatch_gib
+    balance.log_every_steps cluster.cpus_per_worker cluster.gpus_per_worker faults.kill_worker_at_step
+    faults.kill_rank
 """.split()
 
 ABOVE_ZERO = """
@@ -69,7 +70,7 @@ def start_workers(config: TrainConfig) -> int:
 
 
 def check_rules(config: TrainConfig) -> list[str]:
-    """Raise UserError for the first rule broken; return notes about what is allowed and probably not meant."""
+    """Raise UserError for the first rule broken; return notes about settings that are allowed but doubtful."""
     for key, choices in CHOICES.items():
         if note := renamed_value(key, _get(config, key)):
             raise UserError(note)

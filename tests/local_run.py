@@ -28,7 +28,7 @@ from elastic_moe.run_dir import EVENTS, METRICS
 from elastic_moe.saved import with_tokenizer
 from tests.declared import assert_declared
 
-WAIT_S = 90.0
+WAIT_S = 240.0
 
 
 def tiny_config(run_dir: Path, corpus: Path, **elastic: Any) -> TrainConfig:

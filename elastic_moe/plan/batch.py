@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from elastic_moe.types import View
+
 _ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -89,3 +91,15 @@ def split_batch(global_batch: int, speeds: Sequence[float]) -> list[slice]:
         slices.append(slice(start, start + size))
         start += size
     return slices
+
+
+def share_of_batch(view: View, global_batch: int, multiple: int = 1) -> list[slice]:
+    """Slice of the global batch per rank; a draining rank gets an empty one.
+
+    Args:
+        view: the membership.
+        global_batch: sequences of the batch.
+        multiple: each slice but the last is a multiple of so many sequences.
+    """
+    shares = split_batch(-(-global_batch // multiple), [0.0 if m.draining else m.speed for m in view.members])
+    return [slice(min(s.start * multiple, global_batch), min(s.stop * multiple, global_batch)) for s in shares]

@@ -12,12 +12,11 @@ import torch
 
 from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
 from elastic_moe.checkpoint.writer import write_shard
-from elastic_moe.runtime.reconfigure import Storage
 from elastic_moe.runtime.state import HeldState
 
 
-class CheckpointStorage(Storage):
-    """Durable checkpoints as the source of a reconfiguration.
+class CheckpointStorage:
+    """Durable checkpoints as the source of a reconfiguration; implements `reconfigure.DurableState`.
 
     Args:
         root: the checkpoint root.

@@ -1,19 +1,21 @@
-"""Entering a view: form the groups, agree on the committed step, roll forward, plan, transfer, publish.
+"""Entering a view: agree on the committed step, roll forward, plan, transfer, confirm.
 
-Failure, join, drain and start are one path, because nothing is assumed about the past: each rank reports which units it holds and how far it
-came, and the plan follows from the reports, which are the same on every rank. A rank keeps what it held until every rank confirmed that it has
-its new share, so a death in the middle of a reconfiguration loses nothing.
+Failure, join, drain and start are one path, because nothing is assumed about the past. Each rank reports which units it
+holds and how far it came. The plan follows from the reports, which are the same on every rank. A rank keeps its old
+state until every rank has confirmed its new share, so a death in the middle of a reconfiguration loses nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from elastic_moe.config.schema import TrainConfig
+from elastic_moe.config.schema import ElasticConfig
+from elastic_moe.control.protocol import Decision, Status, recover
 from elastic_moe.control.vote import VoteResult, VoteShape, pack, packed_size, unpack
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.parallel.collectives.group import Group
@@ -22,16 +24,25 @@ from elastic_moe.plan.placement import Placement, Topology, default_slots, plan_
 from elastic_moe.plan.state.ownership import NONE, Ownership, plan_ownership
 from elastic_moe.plan.state.transfers import Transfer, plan_transfers
 from elastic_moe.runtime.exchange.exchanger import homes_from_roles
+from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.state import HeldState, merge_roles
-from elastic_moe.runtime.step import Progress
-from elastic_moe.types import ParamSpec, Unit, View
+from elastic_moe.types import Unit, View
 
 STATE_DEVICE = torch.device("cpu")  # fp32 master weights and optimizer state lie in host memory
 
 
 @dataclass(frozen=True)
-class Entered:
-    """The result of a reconfiguration on one rank, with what it cost."""
+class Reconfigured:
+    """The result of a reconfiguration on one rank, with its cost.
+
+    Attributes:
+        held: this rank's state in the new view.
+        ownership, placement: of the new view.
+        source: origin of the state: "peers", "checkpoint" or "initialisation".
+        lost_steps: committed steps that have to be made again.
+        rolled_forward: ranks that applied the last vote only now.
+        moved_bytes: bytes of state that this rank received.
+    """
 
     held: HeldState
     ownership: Ownership
@@ -42,165 +53,175 @@ class Entered:
     moved_bytes: int
 
 
-class Storage:
-    """What a reconfiguration asks of durable checkpoints when no living holder is left."""
+class DurableState(Protocol):
+    """Durable checkpoints, for a reconfiguration in which no rank holds some unit."""
 
     def latest_step(self) -> int:
         """Step of the newest complete checkpoint that verifies, or -1."""
-        raise LookupError("no checkpoint storage")
+        ...
 
     def read(self, step: int, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
-        """State of the named units at that step."""
-        raise LookupError("no checkpoint storage")
+        """State of the named units at that step: unit name -> field -> tensor."""
+        ...
 
 
 def agree(
     group: Group,
-    progress: Progress,
-    holdings: list[HeldState],
-    commit: Callable[[HeldState, VoteResult], None],
+    local: LocalState,
+    roll_forward: Callable[[VoteResult], None],
     shape: tuple[int, int],
     num_units: int,
-) -> tuple[np.ndarray, int, int]:
+) -> tuple[np.ndarray, Decision]:
     """Bring all living ranks to the newest committed step; collective.
 
-    A rank that entered the vote of the newest step, but did not see its result, holds all reduced gradients of that step: it takes the result
-    from a rank that has it and applies the update. Completing the vote needs every rank's contribution, so no other case exists among
-    members of the same view; a rank further behind (a stale one that came back) counts as holding nothing.
+    The ranks gather their reports. `control.protocol.recover` decides where they meet, and this function carries it
+    out: ranks that roll forward receive the vote's result and apply it; a stale rank counts as holding nothing.
 
     Args:
         group: the new generation's group.
-        progress: this rank's progress, updated.
-        holdings: this rank's held states.
-        commit: applies a vote's result to one held state.
+        local: this rank's state, updated.
+        roll_forward: applies a vote's result to all that this rank holds.
         shape: (MoE layers, experts).
         num_units: units of the model.
 
     Returns:
-        roles_RU: uint8 [R, U] what each rank holds at the agreed step; the agreed step (-1 if nobody has state); ranks rolled forward.
+        roles_RU: uint8 [R, U], the role in which each rank holds each unit at the agreed step.
+        decision: the agreed step (-1 if no rank has state), and the ranks that roll forward.
     """
-    mine = torch.tensor([progress.committed, progress.reduced, progress.evaluated], dtype=torch.int64)
-    status_R3 = group.all_gather(mine).numpy()
-    roles_U = merge_roles(holdings) if holdings else np.full(num_units, NONE, dtype=np.uint8)
+    mine = local.status
+    report = torch.tensor([mine.committed, mine.reduced, mine.voted, local.evaluated], dtype=torch.int64)
+    reports_R4 = group.all_gather(report).tolist()
+    roles_U = merge_roles(local.holdings) if local.holdings else np.full(num_units, NONE, dtype=np.uint8)
     roles_RU = group.all_gather(torch.from_numpy(roles_U)).numpy().copy()
-    newest = int(status_R3[:, 0].max())
-    behind = (status_R3[:, 0] == newest - 1) & (status_R3[:, 1] == newest) & (status_R3[:, 0] >= 0)
-    if newest > 0:
-        leader = int(np.flatnonzero(status_R3[:, 0] == newest)[0])
-        sizes = VoteShape(*shape)
-        packed = torch.zeros(packed_size(VoteResult, sizes), dtype=torch.float64)
-        if group.rank == leader and progress.vote is not None:
-            packed = torch.from_numpy(pack(progress.vote))
-        group.broadcast(packed, leader)
-        vote = unpack(VoteResult, packed.numpy(), sizes)
-        if behind[group.rank]:
-            for held in holdings:
-                commit(held, vote)
-        progress.vote = vote if vote.step == newest else None
-    roles_RU[(status_R3[:, 0] != newest) & ~behind] = NONE
+    statuses = [Status(committed, reduced, voted) for committed, reduced, voted, _ in reports_R4]
+    decision = recover(statuses)
+    if decision.committed > 0:
+        leader = next(rank for rank, status in enumerate(statuses) if status.voted == decision.committed)
+        vote = _broadcast_vote(group, local.vote if group.rank == leader else None, leader, VoteShape(*shape))
+        if group.rank in decision.forward:
+            roll_forward(vote)
+        local.vote = vote if vote.step == decision.committed else None
+    roles_RU[list(decision.stale)] = NONE
     if not roles_RU[group.rank].any():
-        holdings.clear()
-    progress.evaluated = int(status_R3[:, 2].max())
-    return roles_RU, newest, int(behind.sum())
+        local.holdings.clear()
+    local.evaluated = max(evaluated for *_, evaluated in reports_R4)
+    return roles_RU, decision
 
 
-def enter_view(
-    config: TrainConfig,
-    specs: dict[str, ParamSpec],
-    units: Sequence[Unit],
-    view: View,
-    group: Group,
-    progress: Progress,
-    holdings: list[HeldState],
-    commit: Callable[[HeldState, VoteResult], None],
-    storage: Storage,
-    shape: tuple[int, int],
-    fault: Callable[[int, str], None],
-    initial: Callable[[ParamSpec], torch.Tensor],
-) -> Entered:
-    """Carry out the reconfiguration into `view`; collective over its members.
+def _broadcast_vote(group: Group, vote: VoteResult | None, leader: int, shape: VoteShape) -> VoteResult:
+    """The leader's vote on every rank; its step is 0 if the leader has none, as after a checkpoint."""
+    packed = torch.zeros(packed_size(VoteResult, shape), dtype=torch.float64)
+    if vote is not None:
+        packed = torch.from_numpy(pack(vote))
+    group.broadcast(packed, leader)
+    return unpack(VoteResult, packed.numpy(), shape)
 
-    `initial` gives a parameter's first value, the same on whichever rank. `holdings` is extended by the new state before the members confirm it, and reduced to it afterwards.
 
-    Raises:
-        GroupAborted: a member died on the way; `holdings` and `progress` still say truthfully what this rank has.
+class Reconfigurer:
+    """Brings one worker's state from view to view.
+
+    Args:
+        elastic: mirrors per unit, slots.
+        units: all units.
+        shape: (MoE layers, experts).
+        local: this worker's state, updated.
+        roll_forward: applies a vote's result to all that this worker holds.
+        storage: durable checkpoints.
+        initial: returns a unit's first weight, fp32 [numel], the same on every rank.
+        fault: called as fault(step, phase); may not return.
     """
-    rank = group.rank
-    roles_RU, newest, rolled = agree(group, progress, holdings, commit, shape, len(units))
-    present = roles_RU.any(axis=0)
-    source, lost = "peers", 0
-    if not present.all():
-        stored = torch.tensor([storage.latest_step() if rank == 0 else 0], dtype=torch.int64)
+
+    def __init__(
+        self,
+        elastic: ElasticConfig,
+        units: Sequence[Unit],
+        shape: tuple[int, int],
+        local: LocalState,
+        roll_forward: Callable[[VoteResult], None],
+        storage: DurableState,
+        initial: Callable[[Unit], torch.Tensor],
+        fault: Callable[[int, str], None],
+    ) -> None:
+        self._elastic, self._units, self._shape, self._local = elastic, units, shape, local
+        self._roll_forward, self._storage, self._initial, self._fault = roll_forward, storage, initial, fault
+
+    def enter(self, view: View, group: Group) -> Reconfigured:
+        """Carry out the reconfiguration into `view`; collective over its members.
+
+        Raises:
+            GroupAborted: a member died on the way; `local` still says truthfully what this rank has.
+        """
+        roles_RU, decision = agree(group, self._local, self._roll_forward, self._shape, len(self._units))
+        step, rolled = decision.committed, len(decision.forward)
+        if roles_RU.any(axis=0).all():
+            assert step >= 0, "state without a step"
+            placement, ownership = self._plan(view, roles_RU, self._local.vote)
+            transfers = plan_transfers(roles_RU, ownership).transfers
+            held, moved = self.take_over(group, ownership, transfers, step)
+            return Reconfigured(held, ownership, placement, "peers", 0, rolled, moved)
+        stored = torch.tensor([self._storage.latest_step() if group.rank == 0 else 0], dtype=torch.int64)
         group.broadcast(stored, 0)
         target = int(stored[0])
-        source = "initialisation" if target < 0 else "checkpoint"
-        lost = max(newest, 0) - max(target, 0)
         roles_RU[:] = NONE
-        newest = max(target, 0)
-    elif newest < 0:
-        raise AssertionError("state without a step")
+        placement, ownership = self._plan(view, roles_RU, None)
+        held = self._start_over(group, ownership, target)
+        source = "initialisation" if target < 0 else "checkpoint"
+        return Reconfigured(held, ownership, placement, source, max(step, 0) - max(target, 0), rolled, 0)
 
-    load_LE = progress.vote.load_LE + 1.0 if progress.vote is not None and source == "peers" else np.ones(shape)
-    topology = Topology(tuple(m.node for m in view.members), tuple(m.speed for m in view.members))
-    slots = default_slots(shape[1], view, config.elastic.spare_slots, config.elastic.slots_per_worker)
-    homes = homes_from_roles(units, roles_RU, view.active_ranks, shape)
-    unplaced = Placement(np.zeros((shape[0], 0), np.int32), np.zeros(0, np.int32), homes)
-    placement = plan_placement(load_LE, topology, slots, unplaced, home_moves=0)
-    ownership = plan_ownership(units, view, roles_RU, config.elastic.redundancy, placement.home)
-    if source == "peers":
-        transfers = plan_transfers(roles_RU, ownership).transfers
-        new, moved = take_over(group, units, ownership, transfers, progress, holdings, fault, newest)
-    else:
-        roles, moved = ownership.role(rank), 0
+    def _plan(self, view: View, roles_RU: np.ndarray, vote: VoteResult | None) -> tuple[Placement, Ownership]:
+        """Placement and ownership in the view; the same on every rank. The last vote has the experts' loads."""
+        elastic, shape = self._elastic, self._shape
+        load_LE = np.ones(shape) if vote is None else vote.load_LE + 1.0
+        topology = Topology(tuple(m.node for m in view.members), tuple(m.speed for m in view.members))
+        slots = default_slots(shape[1], view, elastic.spare_slots, elastic.slots_per_worker)
+        homes = homes_from_roles(self._units, roles_RU, view.active_ranks, shape)
+        unplaced = Placement(np.zeros((shape[0], 0), np.int32), np.zeros(0, np.int32), homes)
+        placement = plan_placement(load_LE, topology, slots, unplaced, home_moves=0)
+        return placement, plan_ownership(self._units, view, roles_RU, elastic.redundancy, placement.home)
+
+    def take_over(
+        self, group: Group, ownership: Ownership, transfers: Sequence[Transfer], step: int
+    ) -> tuple[HeldState, int]:
+        """Bring the state at the committed `step` to its new owners; collective.
+
+        `local.holdings` has the old state and the new one until every rank has confirmed that it has its own, so a
+        death on the way loses nothing.
+
+        Returns:
+            This rank's new state, and the bytes that it received.
+        """
+        known: dict[int, UnitState] = {}
+        for held in self._local.holdings:
+            known.update(held.states)
+        self._fault(step + 1, "transfer")
+        moved = _transfer(group, self._units, transfers, known)
+        new = HeldState.build(self._units, ownership.role(group.rank), known, STATE_DEVICE)
+        self._confirm(group, new, step)
+        return new, moved
+
+    def _start_over(self, group: Group, ownership: Ownership, target: int) -> HeldState:
+        """This rank's state from the checkpoint of step `target`, or from initial values if that is negative."""
+        roles = ownership.role(group.rank)
         needed = [int(u) for u in np.flatnonzero(roles != NONE)]
-        if source == "checkpoint":
-            read = storage.read(newest, [units[u].name for u in needed])
-            known = {u: UnitState.stored(units[u], read[units[u].name]) for u in needed}
+        if target < 0:
+            known = {u: UnitState.initial(self._units[u], self._initial(self._units[u])) for u in needed}
         else:
-            known = {u: _initial(units[u], specs, initial) for u in needed}
-        new = HeldState.build(units, roles, known, STATE_DEVICE)
-        holdings.clear()
-        progress.vote = None
-        _confirm(group, new, progress, holdings, fault, newest)
-    return Entered(new, ownership, placement, source, lost, rolled, moved)
+            read = self._storage.read(target, [self._units[u].name for u in needed])
+            known = {u: UnitState.stored(self._units[u], read[self._units[u].name]) for u in needed}
+        new = HeldState.build(self._units, roles, known, STATE_DEVICE)
+        self._local.holdings.clear()
+        self._local.vote = None
+        self._confirm(group, new, max(target, 0))
+        return new
 
-
-def take_over(
-    group: Group,
-    units: Sequence[Unit],
-    ownership: Ownership,
-    transfers: Sequence[Transfer],
-    progress: Progress,
-    holdings: list[HeldState],
-    fault: Callable[[int, str], None],
-    step: int,
-) -> tuple[HeldState, int]:
-    """Bring the state at the committed `step` to its new owners; collective. Returns this rank's new state, and the bytes it received.
-
-    `holdings` has the old state and the new one until every rank has confirmed that it has its own, so a death on the way loses nothing.
-    """
-    known: dict[int, UnitState] = {}
-    for held in holdings:
-        known.update(held.states)
-    moved = _transfer(group, units, transfers, known, fault, step + 1)
-    new = HeldState.build(units, ownership.role(group.rank), known, STATE_DEVICE)
-    _confirm(group, new, progress, holdings, fault, step)
-    return new, moved
-
-
-def _confirm(
-    group: Group,
-    new: HeldState,
-    progress: Progress,
-    holdings: list[HeldState],
-    fault: Callable[[int, str], None],
-    step: int,
-) -> None:
-    progress.committed, progress.reduced = step, -1
-    holdings.append(new)
-    fault(step + 1, "confirm")
-    group.barrier()
-    holdings[:] = [new]
+    def _confirm(self, group: Group, new: HeldState, step: int) -> None:
+        """Wait until every rank has its new state, then drop the old one."""
+        local = self._local
+        local.committed, local.reduced = step, -1
+        local.holdings.append(new)
+        self._fault(step + 1, "confirm")
+        group.barrier()
+        local.holdings[:] = [new]
 
 
 def _transfer(
@@ -208,12 +229,9 @@ def _transfer(
     units: Sequence[Unit],
     transfers: Sequence[Transfer],
     known: dict[int, UnitState],
-    fault: Callable[[int, str], None],
-    step: int,
 ) -> int:
     """Carry out the planned transfers into `known` (unit index -> state). Returns the bytes this rank received."""
     rank, world = group.rank, group.world_size
-    fault(step, "transfer")
     outgoing: list[list[torch.Tensor]] = [[] for _ in range(world)]
     arriving: list[list[int]] = [[] for _ in range(world)]
     for transfer in transfers:
@@ -230,12 +248,3 @@ def _transfer(
             known[u] = UnitState.unpacked(units[u], tensor)
             moved += tensor.numel() * tensor.element_size()
     return moved
-
-
-def _initial(unit: Unit, specs: dict[str, ParamSpec], initial: Callable[[ParamSpec], torch.Tensor]) -> UnitState:
-    """Initial state of a unit, from the initial values of the parameters it is made of."""
-    pieces = []
-    for part in unit.parts:
-        whole = initial(specs[part.param]).flatten()
-        pieces.append(whole[part.start : part.start + part.numel])
-    return UnitState.initial(unit, torch.cat(pieces).float())

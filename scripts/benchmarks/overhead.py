@@ -1,9 +1,12 @@
-"""What elasticity costs while nothing happens: step time of the full machinery against a plain loop of the same model and parallelism.
+"""Cost of elasticity while nothing happens: step time of the whole system against a plain loop.
 
-Full: four workers with a coordinator, heartbeats, records, and one mirror of every unit. Plain: the same four processes, model, expert parallelism,
-reduce and publish, without mirrors, coordinator, heartbeats and records. What remains on both sides is what any sharded trainer needs, the small
-all-reduce of loss and gradient norm among it, with our flags in it as constants. The sides take turns (ABAB), so that a machine whose speed drifts
-favours neither; a round's first steps are not counted. Plain processes without Ray on both sides: Ray takes no part in a step.
+- Full: four workers with a coordinator, heartbeats, records, and one mirror of every unit.
+- Plain: four processes with the same model, expert parallelism, reduce and publish, but without mirrors, coordinator,
+  heartbeats and records.
+
+Both sides need the small all-reduce of loss and gradient norm, as any sharded trainer does. On the plain side it
+carries our flags as constants. The sides take turns (ABAB), so that a machine whose speed drifts favours neither. The
+first steps of a round are not counted. Both sides are plain processes without Ray, because Ray takes no part in a step.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ import queue
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +40,12 @@ from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.collectives.store import HostedStore, Rendezvous
 from elastic_moe.parallel.expert_parallel import ExpertParallel
 from elastic_moe.plan.state.units import build_units
-from elastic_moe.runtime.exchange.exchanger import ComputeTensors, Exchanger, Layout
-from elastic_moe.runtime.reconfigure import Storage, enter_view
-from elastic_moe.runtime.state import HeldState
-from elastic_moe.runtime.step import GenerationContext, Progress, StepRunner, share_of_batch
-from elastic_moe.runtime.worker import first_values
+from elastic_moe.runtime.batches import MicroBatches
+from elastic_moe.runtime.initial import InitialWeights
+from elastic_moe.runtime.local_state import LocalState
+from elastic_moe.runtime.reconfigure import Reconfigurer
+from elastic_moe.runtime.session import ContextBuilder
+from elastic_moe.runtime.step import StepRunner
 from elastic_moe.types import Member, View
 from scripts.benchmarks.common import arguments, machine, median, run, say
 
@@ -76,11 +81,14 @@ def settings(run_dir: Path, steps: int, hidden: int, sequences: int, seq_len: in
     )
 
 
-class NoStorage(Storage):
+class NoStorage:
     """There is no checkpoint: the plain loop starts from the initial weights."""
 
     def latest_step(self) -> int:
         return -1
+
+    def read(self, step: int, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+        raise LookupError(f"there is no checkpoint of step {step}")
 
 
 def _full_worker(config: TrainConfig, address: tuple[str, int], prepared: Prepared, rank: int) -> None:
@@ -97,43 +105,37 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     shape = (config.model.num_moe_layers, config.model.num_experts)
     device = torch.device("cpu")
     model = Transformer(config.model, None)
-    train, val = TokenShard.open(prepared.train_path), TokenShard.open(prepared.val_path)
-    stepper = StepRunner(config, model, train, val, lambda _step, _phase: None, contextlib.nullcontext, device)  # type: ignore[arg-type]
+
+    def no_fault(_step: int, _phase: str) -> None: ...
+
+    train = TokenShard.open(prepared.train_path)
+    runner = StepRunner(config, model, train, MicroBatches(config.data, device), no_fault, contextlib.nullcontext)
     view = View(1, tuple(Member(f"w{r}", f"n{r}", 0) for r in range(WORKERS)))
     group = Group(
         GroupMember(1, rank, WORKERS), Rendezvous("127.0.0.1", port, config.elastic.form_timeout_s), AbortSignal()
     )
-    progress, holdings = Progress(), list[HeldState]()
-    entered = enter_view(
-        config,
-        {spec.name: spec for spec in specs},
+    local = LocalState()
+    initial = InitialWeights(config.model, specs, config.seed)
+    reconfigurer = Reconfigurer(
+        config.elastic,
         units,
-        view,
-        group,
-        progress,
-        holdings,
-        lambda held, vote: stepper.commit(held, progress, vote),
-        NoStorage(),
         shape,
-        lambda _step, _phase: None,
-        first_values(config),
+        local,
+        lambda vote: runner.roll_forward(local, vote),
+        NoStorage(),
+        initial,
+        no_fault,
     )
-    experts = ExpertParallel(group, entered.placement, config.model, device)
-    model.experts = experts
-    layout = Layout(units, view, rank, entered.ownership, entered.placement)
-    dense = {name: p.data for name, p in model.named_parameters()} | dict(model.named_buffers())
-    weights = ComputeTensors(dense, [tuple(t.data for t in experts.slot_params(i)) for i in range(shape[0])])
-    gradients = ComputeTensors(stepper.gradients.tensors, [experts.slot_grads(i) for i in range(shape[0])])
-    exchanger = Exchanger(layout, weights, gradients, entered.held, group)
-    experts.before_experts = exchanger.wait_expert_weights
+    result = reconfigurer.enter(view, group)
+    model.experts = experts = ExpertParallel(group, result.placement, config.model, device)
+    builder = ContextBuilder(units, model, runner.gradients.tensors, shape[0], config.data.global_batch)
+    context = builder.build(view, group, experts, result.held, result.ownership, result.placement)
+    exchanger = context.exchanger
     exchanger.mirror = lambda: None  # type: ignore[method-assign]  # nobody mirrors: not even an empty all-to-all
     exchanger.publish()
-    session = GenerationContext(
-        rank, layout, group, experts, exchanger, entered.held, share_of_batch(layout, config.data.global_batch)
-    )
     times = []
-    while progress.committed < config.run.steps:
-        outcome = stepper.train_step(session, progress, lambda: (False, False))
+    while local.committed < config.run.steps:
+        outcome = runner.train_step(context, local, lambda: (False, False))
         times.append((outcome.record["time"], outcome.record["loss"]))
     group.barrier()
     if rank == 0:
@@ -209,7 +211,7 @@ def benchmark(rounds: int, steps: int, hidden: int, sequences: int, seq_len: int
                 config = replace(config, model=replace(config.model, vocab_size=prepared.vocab_size))
                 done = side(config, prepared)
                 times = [at for at, _ in done][WARMUP_STEPS - 1 :]
-                gaps[name].append([b - a for a, b in zip(times, times[1:], strict=False)])
+                gaps[name].append([b - a for a, b in pairwise(times)])
                 losses[name] = done[-1][1]
                 say(f"round {number + 1} of {rounds}, {name}: median step {median(gaps[name][-1]):.3f} s")
     rounds_of = {name: [median(one) or 0.0 for one in gaps[name]] for name in sides}

@@ -13,7 +13,7 @@ from tests.local_run import LocalRun, tiny_config
 
 RTOL = 1e-5
 CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split" / "split.py"
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")

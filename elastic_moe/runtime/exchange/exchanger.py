@@ -167,7 +167,7 @@ class Exchanger:
         """Copy weights that arrived into the compute weights."""
         windows = self._weight_windows[kind]
         if windows:
-            torch._foreach_copy_(windows, list(received.split([w.numel() for w in windows])))
+            torch._foreach_copy_(windows, list(received.split([w.numel() for w in windows])))  # pyright: ignore[reportPrivateImportUsage]
 
     def reduce(self) -> float:
         """Sum every holder's gradients at the primaries. Returns the sum of squares over the units this rank is primary of."""
@@ -182,8 +182,9 @@ class Exchanger:
                 sums[u] = piece
         owned = [held.grad_of(u) for u in sorted(sums)]
         if owned:
-            torch._foreach_copy_(owned, [sums[u] for u in sorted(sums)])
-        return float(sum(n.double() ** 2 for n in torch._foreach_norm(owned))) if owned else 0.0
+            torch._foreach_copy_(owned, [sums[u] for u in sorted(sums)])  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch._foreach_norm(owned) if owned else ()  # pyright: ignore[reportPrivateImportUsage]
+        return float(sum(norm.double() ** 2 for norm in norms))
 
     def mirror(self) -> None:
         """Send each reduced gradient to the unit's mirrors."""

@@ -1,0 +1,44 @@
+"""Everything of a run that one worker keeps from one generation to the next."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic_moe.control.protocol import Status
+from elastic_moe.control.vote import VoteResult
+from elastic_moe.runtime.state import HeldState
+
+RECENT_RECORDS = 16
+
+
+@dataclass
+class LocalState:
+    """State of this worker, and how far it has come.
+
+    Attributes:
+        committed: last step whose update is in the held state; -1 before any state exists.
+        reduced: step whose reduced gradients are complete here (own and mirrored); -1 for none.
+        vote: result of the last committed step's vote; None if the state came from a checkpoint or is new.
+        evaluated: last step that was evaluated.
+        records: records of the last committed steps. The next leader reports those that a dead one did not.
+        holdings: the state at step `committed`. It has two entries while the state moves to its new owners.
+    """
+
+    committed: int = -1
+    reduced: int = -1
+    vote: VoteResult | None = None
+    evaluated: int = -1
+    records: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=RECENT_RECORDS))
+    holdings: list[HeldState] = field(default_factory=list)
+
+    @property
+    def status(self) -> Status:
+        """This worker's report for the recovery.
+
+        A state without a vote counts as voted on: it is complete. A worker without state has committed nothing, even if
+        it knows the last vote. So it never counts as a rank that can roll forward.
+        """
+        voted = self.committed if self.vote is None else self.vote.step
+        return Status(self.committed, self.reduced, voted) if self.holdings else Status(-1, -1, voted)

@@ -1,0 +1,64 @@
+"""Records and events that a worker sends to the coordinator while it trains. The leader of a view reports for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from elastic_moe.control.vote import VoteResult
+from elastic_moe.plan.placement import Placement
+from elastic_moe.runtime.coordinator_client import CoordinatorClient
+from elastic_moe.runtime.rebalance import Change, moves_between
+from elastic_moe.types import View
+
+
+class Reporter:
+    """Makes the records of one worker; `metrics/schema.py` declares their keys.
+
+    Args:
+        client: the connection to the coordinator.
+        load_every_steps: steps between two records of the experts' loads; 0 for none.
+        shape: (MoE layers, experts).
+    """
+
+    def __init__(self, client: CoordinatorClient, load_every_steps: int, shape: tuple[int, int]) -> None:
+        self._client, self._load_every_steps, self._shape = client, load_every_steps, shape
+        self._load_LE, self._load_steps = np.zeros(shape), 0  # since the last record
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A step's record."""
+        self._client.record(record)
+
+    def event(self, event: str, step: int, **values: Any) -> None:
+        """An event about a step."""
+        self._client.event({"event": event, "step": step, **values})
+
+    def rebalanced(self, record: dict[str, Any]) -> None:
+        """The outcome of a change of placement."""
+        self._client.event(record)
+
+    def load(self, vote: VoteResult) -> None:
+        """Tokens of every expert, summed over the steps since the last record."""
+        if not self._load_every_steps:
+            return
+        self._load_LE, self._load_steps = self._load_LE + vote.load_LE, self._load_steps + 1
+        if vote.step % self._load_every_steps == 0:
+            load = self._load_LE.astype(int).tolist()
+            self.event("expert_load", vote.step, steps=self._load_steps, load=load)
+            self._load_LE, self._load_steps = np.zeros(self._shape), 0
+
+    def entered_placement(self, step: int, view: View, placement: Placement) -> None:
+        """The whole placement of a new view."""
+        ranks = [[member.worker, member.node] for member in view.members]
+        self._placement(step, view, "membership", moves_between(None, placement), {"ranks": ranks})
+
+    def changed_placement(self, step: int, view: View, before: Placement, change: Change) -> None:
+        """A change of placement within a view."""
+        moves = moves_between(before, change.placement)
+        self._placement(step, view, "load", moves, {"expected": change.estimate, "layers": change.layers})
+
+    def _placement(self, step: int, view: View, cause: str, moves: list[list[int]], details: dict[str, Any]) -> None:
+        shape = list(self._shape)
+        common = {"generation": view.generation, "cause": cause, "shape": shape, "moves": moves}
+        self.event("placement", step, **common, **details)

@@ -1,0 +1,176 @@
+"""The only loop over steps: it trains in one view until the run ends or a newer view is agreed on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.control.vote import VoteResult
+from elastic_moe.data.tokenizer import load_tokenizer
+from elastic_moe.runtime.checkpoints import ShardWriter
+from elastic_moe.runtime.evaluate import Evaluator
+from elastic_moe.runtime.local_state import LocalState
+from elastic_moe.runtime.rebalance import Rebalancer
+from elastic_moe.runtime.reconfigure import Reconfigurer
+from elastic_moe.runtime.reporter import Reporter
+from elastic_moe.runtime.session import ContextBuilder, GenerationContext
+from elastic_moe.runtime.step import StepResult, StepRunner
+
+
+class TrainingLoop:
+    """Makes steps, and after each of them the record, a checkpoint and an evaluation where they are due.
+
+    Args:
+        config: the run's configuration.
+        tokenizer_path: of the run's tokenizer.
+        local: this worker's state.
+        runner: makes steps.
+        evaluator: measures the validation loss and samples text.
+        writer: writes checkpoint shards.
+        reporter: sends records and events.
+        fault: called as fault(step, phase) after each step; may not return.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer_path: str | Path,
+        local: LocalState,
+        runner: StepRunner,
+        evaluator: Evaluator,
+        writer: ShardWriter,
+        reporter: Reporter,
+        fault: Callable[[int, str], None],
+    ) -> None:
+        self._config, self._tokenizer_path, self._local = config, tokenizer_path, local
+        self._runner, self._evaluator, self._writer = runner, evaluator, writer
+        self._reporter, self._fault = reporter, fault
+        self._saved_step = -1
+
+    def train(
+        self,
+        context: GenerationContext,
+        control_flags: Callable[[], tuple[bool, bool]],
+        rebalance: Callable[[GenerationContext, VoteResult], GenerationContext],
+    ) -> str:
+        """Make steps in one view.
+
+        Args:
+            context: of the view.
+            control_flags: as in `StepRunner.train_step`.
+            rebalance: as in `StepRunner.train_step`.
+
+        Returns:
+            "finished" or "stopped" at the end of the run, "" when a newer view is to be entered.
+        """
+        stop = False
+        while self._local.committed < self._config.run.steps and not stop:
+            result = self._runner.train_step(context, self._local, control_flags, rebalance)
+            context, stop = result.context, result.stop
+            self._after_commit(result)
+            self._fault(self._local.committed, "committed")
+            if result.reconfigure:
+                return ""
+        self._finish(context, stop)
+        return "stopped" if stop else "finished"
+
+    def _after_commit(self, result: StepResult) -> None:
+        """Send the record; save a checkpoint and evaluate where that is due."""
+        config, local = self._config, self._local
+        if result.context.leads:
+            self._reporter.record(result.record)
+            if local.vote is not None:
+                self._reporter.load(local.vote)
+        last = local.committed == config.run.steps or result.stop
+        if last or _due(local.committed, config.checkpoint.every_steps):
+            self._save(result.context)
+        if not result.reconfigure and _due(local.committed, config.run.eval_every_steps):
+            self._evaluate(result.context)
+
+    def _save(self, context: GenerationContext) -> None:
+        step, generation = self._local.committed, context.layout.view.generation
+        owned = context.layout.ownership.owned(context.rank).tolist()
+        self._writer.save(step, f"g{generation:05d}-r{context.rank:05d}", context.held, owned, generation)
+        self._saved_step = step
+
+    def _evaluate(self, context: GenerationContext) -> None:
+        config, local = self._config, self._local
+        started = time.perf_counter()
+        loss = self._evaluator.loss(context, config.run.eval_sequences, config.data.seq_len)
+        local.evaluated = local.committed
+        if context.leads:
+            self._reporter.event("evaluated", local.committed, val_loss=loss, eval_s=time.perf_counter() - started)
+
+    def _finish(self, context: GenerationContext, stopped: bool) -> None:
+        """The end of a run: checkpoint, last evaluation, sample. Every part may be repeated after a failure."""
+        context.exchanger.wait_expert_weights()
+        if self._saved_step != self._local.committed:
+            self._save(context)
+        if not stopped:
+            if self._local.evaluated != self._local.committed:
+                self._evaluate(context)
+            if self._config.run.sample_tokens:
+                self._sample(context)
+        self._writer.drain()
+        context.group.barrier()
+
+    def _sample(self, context: GenerationContext) -> None:
+        config = self._config
+        tokenizer = load_tokenizer(self._tokenizer_path)
+        prompt = tokenizer.encode(config.run.sample_prompt)
+        tokens = self._evaluator.sample(context, prompt, config.run.sample_tokens, config.data.seq_len, config.seed)
+        if context.leads:
+            self._reporter.event("sample", self._local.committed, text=tokenizer.decode(tokens))
+
+
+class Rebalance:
+    """Carries out changes of placement in one view.
+
+    Args:
+        balancer: decides, alike on every rank.
+        builder: builds the contexts.
+        reconfigurer: moves state to new homes.
+        local: this worker's state.
+        reporter: sends events.
+    """
+
+    def __init__(
+        self,
+        balancer: Rebalancer,
+        builder: ContextBuilder,
+        reconfigurer: Reconfigurer,
+        local: LocalState,
+        reporter: Reporter,
+    ) -> None:
+        self._balancer, self._builder, self._reconfigurer = balancer, builder, reconfigurer
+        self._local, self._reporter = local, reporter
+
+    def __call__(self, context: GenerationContext, vote: VoteResult) -> GenerationContext:
+        """The context for the steps that follow; collective where homes move."""
+        balancer, view = self._balancer, context.layout.view
+        change = balancer.propose(vote)
+        if context.leads:
+            for record in balancer.finished:
+                self._reporter.rebalanced(record)
+        balancer.finished.clear()
+        if change is None:
+            return context
+        started = time.perf_counter()
+        before, held = balancer.placement, context.held
+        balancer.adopted(change)
+        if change.ownership is not None:
+            step = self._local.committed
+            held, _ = self._reconfigurer.take_over(context.group, change.ownership, change.transfers, step)
+        context.experts.adopt(change.placement)
+        new = self._builder.build(view, context.group, context.experts, held, balancer.ownership, balancer.placement)
+        if context.leads:
+            self._reporter.changed_placement(self._local.committed, view, before, change)
+        return replace(new, switch_s=time.perf_counter() - started)
+
+
+def _due(step: int, every_steps: int) -> bool:
+    """Whether `step` is a multiple of `every_steps`; 0 means never."""
+    return every_steps > 0 and step % every_steps == 0

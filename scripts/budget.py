@@ -1,7 +1,8 @@
 """The size budget of the package, as a table: `python -m scripts.budget [--rev REV]`.
 
 With `--rev` the table has a second column: the same counts for that revision. The limits hold for every module of
-elastic_moe; functions that numba or Triton compile may be longer and take more parameters, since they can take no objects.
+elastic_moe; functions that numba or Triton compile may be longer and take more parameters, since they can take no
+objects.
 """
 
 from __future__ import annotations

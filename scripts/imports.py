@@ -1,7 +1,8 @@
 """The picture of the imports in elastic_moe/DESIGN.md: `python -m scripts.imports [--write]`.
 
-Packages of elastic_moe as boxes, one row per layer; an arrow says that a module of the one imports a module of the other. Imports inside
-functions count. Arrows that follow from others (a -> b -> c implies a -> c) are left out, so that the picture can be read.
+Packages of elastic_moe as boxes, one row per layer; an arrow says that a module of the one imports a module of the
+other. Imports inside functions count. Arrows that follow from others (a -> b -> c implies a -> c) are left out, so that
+the picture can be read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Graph = dict[str, set[str]]
 
 
 def module_graph(package: Path) -> Graph:
-    """Module -> modules of the same package that it imports, at the top or inside a function; type-checking imports too."""
+    """Module -> modules of the same package that it imports, at the top or inside a function; type-checking imports
+    too.
+    """
     files = {".".join(p.relative_to(package.parent).with_suffix("").parts): p for p in package.rglob("*.py")}
     modules = {name.removesuffix(".__init__"): path for name, path in files.items()}
     graph: Graph = {name: set() for name in modules}
@@ -67,7 +70,9 @@ def cycles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
 
 
 def folder_graph(graph: Graph) -> Graph:
-    """The same by folder below elastic_moe, without types, errors and entry points, which say nothing about the structure."""
+    """The same by folder below elastic_moe, without types, errors and entry points, which say nothing about the
+    structure.
+    """
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()} | {"saved"}
 
     def folder(module: str) -> str | None:

@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Write every test's seconds to .cache/test_durations.json, those of earlier runs kept, and print each tier's sum."""
+    """Write every test's seconds to .cache/test_durations.json, earlier ones kept, and print each tier's sum."""
     seconds: dict[str, float] = {}
     tiers: dict[str, float] = {}
     for reports in terminalreporter.stats.values():
@@ -108,7 +108,8 @@ def _children() -> set[psutil.Process]:
 def _descriptors() -> dict[int, str]:
     """Open file descriptors of sockets, pipes and files, with their targets.
 
-    A pipe of which this process holds both ends is left out: native libraries make one for waking their threads and keep it.
+    A pipe of which this process holds both ends is left out: native libraries make one for waking their threads and
+    keep it.
     """
     found: dict[int, str] = {}
     for name in os.listdir("/proc/self/fd"):
@@ -158,7 +159,8 @@ def _after_patience(look: Callable[[], list[str]], patience_s: float) -> list[st
 def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """A process, thread, environment variable or file descriptor that a test leaves behind fails this test.
 
-    Ray keeps connections of its own until the interpreter ends, so descriptors are not counted for tests of the tier ray.
+    Ray keeps connections of its own until the interpreter ends, so descriptors are not counted for tests of the tier
+    ray.
     """
     before = Resources()
     yield

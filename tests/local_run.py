@@ -34,9 +34,9 @@ WAIT_S = 240.0
 def tiny_config(run_dir: Path, corpus: Path, **elastic: Any) -> TrainConfig:
     """A model of a few thousand parameters on a byte-tokenized corpus.
 
-    Rounding differs with the world size, so now and then a near tie of two experts is decided the other way for one token, and the sign rule
-    of the router's bias amplifies that (DESIGN.md, negative results). Wide initial weights, a slow bias and a small learning rate make such
-    ties too rare to blur what the comparisons test.
+    Rounding differs with the world size, so now and then a near tie of two experts is decided the other way for one
+    token, and the sign rule of the router's bias amplifies that (DESIGN.md, negative results). Wide initial weights, a
+    slow bias and a small learning rate make such ties too rare to blur what the comparisons test.
     """
     return TrainConfig(
         device="cpu",

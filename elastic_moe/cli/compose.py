@@ -59,8 +59,8 @@ def check(overrides: Sequence[str], config_name: str = "train", multirun: bool =
     checked: list[TrainConfig] = []
     try:
         with initialize_config_dir(version_base=None, config_dir=str(config_dir())):
-            for job in split_jobs(overrides) if multirun else [list(overrides)]:
-                checked.append(build(with_origin(compose(config_name, overrides=job))))
+            jobs = split_jobs(overrides) if multirun else [list(overrides)]
+            checked.extend(build(with_origin(compose(config_name, overrides=job))) for job in jobs)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_sentence(error)) from error
     return checked

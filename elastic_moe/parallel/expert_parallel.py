@@ -1,15 +1,17 @@
-"""Expert parallelism over an uneven, replicated placement: tokens travel to slots, outputs travel back; dropless, unpadded.
+"""Expert parallelism over an uneven, replicated placement: tokens travel to slots, outputs travel back; dropless,
+unpadded.
 
 Per MoE layer: one all-gather of the counts, from which every rank computes the same split over replicas; one uneven
-all-to-all of rows there and one back, and the same two in the backward pass. Rows travel sorted by slot, so the receiver need
-only interleave its sources. Each permutation is part of the transport's autograd function: its backward is the inverse
-permutation, a gather, and not the scatter-add that autograd would derive.
+all-to-all of rows there and one back, and the same two in the backward pass. Rows travel sorted by slot, so the
+receiver need only interleave its sources. Each permutation is part of the transport's autograd function: its backward
+is the inverse permutation, a gather, and not the scatter-add that autograd would derive.
 
-When the rows that reach some rank would take more memory than allowed, the tokens are sent in chunks, one after the other, and a chunk's
-rows are not kept for the backward pass but sent again: all tokens on one expert cost time, not memory.
+When the rows that reach some rank would take more memory than allowed, the tokens are sent in chunks, one after the
+other, and a chunk's rows are not kept for the backward pass but sent again: all tokens on one expert cost time, not
+memory.
 
-Shapes: T tokens, K experts per token, N = T * K rows sent, M rows computed here, P slots in the world, S slots here, R ranks,
-D hidden, F expert hidden.
+Shapes: T tokens, K experts per token, N = T * K rows sent, M rows computed here, P slots in the world, S slots here, R
+ranks, D hidden, F expert hidden.
 """
 
 from __future__ import annotations
@@ -69,7 +71,10 @@ def _combine(transport: Transport, rows_MD: torch.Tensor, route: Route) -> torch
 
 
 class _ToSlots(torch.autograd.Function):
-    """x_TD -> rows in slot order. `anchor` requires a gradient, so that every rank joins the backward collectives or none."""
+    """x_TD -> rows in slot order.
+
+    `anchor` requires a gradient, so that every rank joins the backward collectives or none.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, anchor: torch.Tensor, transport: Transport, route: Route) -> torch.Tensor:
@@ -106,9 +111,10 @@ class ExpertParallel:
         cfg: the model's shape.
         device: of the slot weights.
         speeds: relative speed per rank, for the split; None for equal ones.
-        grid: compute what each rank sends to each expert by itself, and sum the weights' gradients exactly; None: grouped, in fp32.
-        memory_limit: bytes that one layer's rows may take on a rank, with what is kept of them for the backward pass; 0 for no limit.
-            Without effect on exact sums, whose pieces may not depend on who computes them.
+        grid: compute what each rank sends to each expert by itself, and sum the weights' gradients exactly; None:
+            grouped, in fp32.
+        memory_limit: bytes that one layer's rows may take on a rank, with what is kept of them for the backward pass; 0
+            for no limit. Without effect on exact sums, whose pieces may not depend on who computes them.
         by_node: one message per pair of nodes instead of one per pair of ranks.
 
     Attributes:
@@ -158,7 +164,9 @@ class ExpertParallel:
         self.reset_balance()
 
     def adopt(self, placement: Placement) -> None:
-        """Go over to another placement with the same slots; the slots' weights are then those of other experts, and must be set anew."""
+        """Go over to another placement with the same slots; the slots' weights are then those of other experts, and
+        must be set anew.
+        """
         assert np.array_equal(placement.rank_of_slot, self._placement.rank_of_slot)
         self._placement = placement
 
@@ -190,12 +198,17 @@ class ExpertParallel:
 
     @property
     def balance(self) -> float:
-        """Mean over maximum of the ranks' rows, of ranks with slots, weighted over the calls since `reset_balance`; 1 is perfect."""
+        """Mean over maximum of the ranks' rows, of ranks with slots, weighted over the calls since `reset_balance`; 1
+        is perfect.
+        """
         return float(self._mean_L.sum() / self._max_L.sum()) if self._max_L.any() else 1.0
 
     @property
     def layer_time_L(self) -> NDArray[np.float64]:
-        """Rows of the slowest rank over the mean, per MoE layer, since `reset_balance`; 1 is perfect. The same on every rank."""
+        """Rows of the slowest rank over the mean, per MoE layer, since `reset_balance`; 1 is perfect.
+
+        The same on every rank.
+        """
         return np.where(self._mean_L > 0, self._max_L / np.maximum(self._mean_L, 1e-9), 1.0)
 
     def __call__(

@@ -1,10 +1,11 @@
 """Sums whose bits do not depend on who computes which share: the arithmetic of `elastic.reproducible`.
 
-fp32 addition is not associative, so a gradient summed by four workers differs in its last bits from the same gradient summed by three; near ties
-of two experts then fall differently, and the runs part. Here the micro-batch is the unit of computation: it has the same sequences, and its matrix
-products the same shapes, on whichever rank it runs, and what it contributes is rounded to a common grid of fp64 before it is added. Sums of
-multiples of one power of two are exact as long as they fit into 53 bits, so their order does not matter (pre-rounding: Demmel and Nguyen, "Fast
-reproducible floating-point summation", ARITH 2013, with a fixed grid in place of one from a first pass over the data).
+fp32 addition is not associative, so a gradient summed by four workers differs in its last bits from the same gradient
+summed by three; near ties of two experts then fall differently, and the runs part. Here the micro-batch is the unit of
+computation: it has the same sequences, and its matrix products the same shapes, on whichever rank it runs, and what it
+contributes is rounded to a common grid of fp64 before it is added. Sums of multiples of one power of two are exact as
+long as they fit into 53 bits, so their order does not matter (pre-rounding: Demmel and Nguyen, "Fast reproducible
+floating-point summation", ARITH 2013, with a fixed grid in place of one from a first pass over the data).
 
 Shapes: M rows, S slots, D hidden, F expert hidden.
 """

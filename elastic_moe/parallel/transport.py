@@ -1,10 +1,10 @@
 """How rows travel between ranks: straight to each rank, or by way of the nodes with one message per pair of nodes.
 
-`Flat` is the uneven all-to-all: every rank sends to every other. With many ranks per node most of those messages are small,
-and their number between nodes grows with the square of the ranks. `ByNode` collects all rows from node A to node B at one rank
-of A, the leader of A for B. The leader sends them in one message to the leader of B for A, which hands them to the ranks of B.
-Each pair of nodes has its own two leaders, so that all ranks of a node share the work. A row travels up to three times, twice
-of them inside a node.
+`Flat` is the uneven all-to-all: every rank sends to every other. With many ranks per node most of those messages are
+small, and their number between nodes grows with the square of the ranks. `ByNode` collects all rows from node A to node
+B at one rank of A, the leader of A for B. The leader sends them in one message to the leader of B for A, which hands
+them to the ranks of B. Each pair of nodes has its own two leaders, so that all ranks of a node share the work. A row
+travels up to three times, twice of them inside a node.
 
 Shapes: R ranks, N rows, D hidden.
 """
@@ -137,7 +137,7 @@ class ByNode:
         return self._exchange_in_node(outgoing, [sum(self._collected_sizes(peer, rows_RR)) for peer in self._peers])
 
     def _collected_sizes(self, peer: int, rows_RR: NDArray[np.int64]) -> list[int]:
-        """Rows that `peer` sends to this rank when rows are collected: for this rank, then for each node that it leads."""
+        """Rows from `peer` when rows are collected: those for this rank, then those for each node that it leads."""
         own = int(rows_RR[peer, self._rank])
         return [own, *(_total(rows_RR, [peer], self._ranks_of(node)) for node in self._led[self._rank])]
 

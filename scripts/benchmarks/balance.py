@@ -1,11 +1,13 @@
 """Expert balancing: placement and token split on many loads, beside EPLB on the same loads in the same run.
 
-- balance: sum over layers of the ideal time / sum over layers of the slowest rank's time. `same`: on the load planned for; `next`: the
-  placement is one interval old; `_even`: every copy of an expert gets the same share; otherwise the split is optimal. `sticky`: planned
-  on from the interval before, with the share of copies that a rank did not hold; `pinned`: so, with homes that may not move.
+- balance: sum over layers of the ideal time / sum over layers of the slowest rank's time. `same`: on the load planned
+  for; `next`: the placement is one interval old; `_even`: every copy of an expert gets the same share; otherwise the
+  split is optimal. `sticky`: planned on from the interval before, with the share of copies that a rank did not hold;
+  `pinned`: so, with homes that may not move.
 - `worst` is the worst single layer and interval. Everything is repeated for several seeds of the generated loads.
 - uneven: ranks, nodes, slots and speeds that differ, against the best time that any placement could reach (`bound`).
-- membership: copies fetched when ranks leave or join, the balance afterwards, and experts whose state nobody holds any more.
+- membership: copies fetched when ranks leave or join, the balance afterwards, and experts whose state nobody holds any
+more.
 - time: milliseconds per plan of 58 layers and per split of one layer.
 The end-to-end run, balancing on and off, is `scripts/bench balance_run`.
 """
@@ -32,7 +34,8 @@ from scripts.benchmarks.placement_bound import least_time
 
 Loads = NDArray[np.float64]
 CELLS = [
-    (64, 8, 72), (64, 16, 80), (64, 64, 128), (128, 16, 144), (128, 64, 192), (256, 8, 288), (256, 16, 288), (256, 64, 320),
+    (64, 8, 72), (64, 16, 80), (64, 64, 128), (128, 16, 144), (128, 64, 192), (256, 8, 288), (256, 16, 288),
+    (256, 64, 320),
     (256, 64, 512), (256, 256, 512),
 ]  # fmt: skip
 FEW = [(64, 8, 64), (64, 8, 66), (64, 16, 72), (256, 64, 288), (256, 16, 264), (256, 256, 300), (256, 256, 384)]
@@ -114,7 +117,9 @@ def series(load: Loads, ranks: int, slots: int) -> dict[str, list[float]]:
 
 
 def merged(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, float]:
-    """Means over everything; the minimum of what is called worst; for what is called next also the standard error over the parts."""
+    """Means over everything; the minimum of what is called worst; for what is called next also the standard error over
+    the parts.
+    """
     out: dict[str, float] = {}
     for key in parts[0]:
         values = [v for p in parts for v in p[key]]
@@ -184,7 +189,8 @@ def membership(seeds: int) -> list[dict[str, Any]]:
         ("64 experts, 7 -> 8 ranks", 64, [10] * 7, list(range(7)), [10] * 8),
         ("64 experts, 16 -> 8 ranks, a node lost", 64, [10] * 16, [LOST] * 8 + list(range(8)), [10] * 8),
         ("64 experts, 12 on 8 + 4 -> 16 ranks", 64, [6] * 12, list(range(12)), [6] * 16),
-        ("256 experts, 64 -> 56 ranks, a node lost", 256, [6] * 64, [*range(16), *[LOST] * 8, *range(16, 56)], [6] * 56),
+        ("256 experts, 64 -> 56 ranks, a node lost", 256, [6] * 64,
+         [*range(16), *[LOST] * 8, *range(16, 56)], [6] * 56),
     ]  # fmt: skip
     rows = []
     for name, experts, slots_before, rank_of, slots_after in cases:
@@ -219,7 +225,10 @@ def membership(seeds: int) -> list[dict[str, Any]]:
 
 
 def promoted(old: Placement, rank_of: Sequence[int], nodes: Sequence[int]) -> tuple[NDArray[np.int32], int]:
-    """Homes after the loss, as a run has them: a lost home's mirror takes over. Also the experts without a living holder."""
+    """Homes after the loss, as a run has them: a lost home's mirror takes over.
+
+    Also the experts without a living holder.
+    """
     layers, experts = old.home.shape
     members = tuple(Member(f"w{rank}", f"node{node}", rank) for rank, node in enumerate(nodes))
     units = [Unit(f"{layer}.{e}", (), expert=e, moe_layer=layer) for layer in range(layers) for e in range(experts)]
@@ -236,7 +245,9 @@ def promoted(old: Placement, rank_of: Sequence[int], nodes: Sequence[int]) -> tu
 
 
 def timing(quick: bool) -> list[dict[str, Any]]:
-    """Plans of 58 layers, and splits of eight layers one by one; the jobs take turns; medians, and of the splits the slowest layer's too."""
+    """Plans of 58 layers, and splits of eight layers one by one; the jobs take turns; medians, and of the splits the
+    slowest layer's too.
+    """
     rows = []
     for experts, ranks, slots in [
         (64, 8, 72),
@@ -287,7 +298,8 @@ def measure(quick: bool, seeds: int, directory: Path | None) -> dict[str, Any]:
         }
         mine = cells[f"{experts}/{ranks}/{slots}"]["all"]
         common.say(
-            f"{experts}/{ranks}/{slots}: same {mine['fresh_same']:.4f} (EPLB {mine['eplb_same']:.3f}), next {mine['fresh_next']:.3f} (EPLB {mine['eplb_next']:.3f})"
+            f"{experts}/{ranks}/{slots}: same {mine['fresh_same']:.4f} (EPLB {mine['eplb_same']:.3f}), "
+            f"next {mine['fresh_next']:.3f} (EPLB {mine['eplb_next']:.3f})"
         )
     few: dict[str, Any] = {}
     for experts, ranks, slots in FEW:

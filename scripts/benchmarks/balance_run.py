@@ -1,8 +1,10 @@
-"""Balancing on and off in real runs: same tokens, same first weights, step time and slowest rank's load side by side, losses compared.
+"""Balancing on and off in real runs: same tokens, same first weights, step time and slowest rank's load side by side,
+losses compared.
 
-The corpus is skewed: two thirds of its bytes are one character, and hash layers send equal bytes to equal experts, so that imbalance is real and
-lasts. Both sides are whole runs of the product, a few steps in turn: run A trains to step n, then run B, and so on, so a noisy
-machine disturbs both alike. Step times are compared step by step; the first steps of each piece are left out (workers warm up).
+The corpus is skewed: two thirds of its bytes are one character, and hash layers send equal bytes to equal experts, so
+that imbalance is real and lasts. Both sides are whole runs of the product, a few steps in turn: run A trains to step n,
+then run B, and so on, so a noisy machine disturbs both alike. Step times are compared step by step; the first steps of
+each piece are left out (workers warm up).
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ SIDES = {
 }
 MODEL = [
     "model.hidden_size=128", "model.num_layers=4", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=32",
-    "model.num_experts=8", "model.experts_per_token=1", "model.num_hash_layers=3", "model.expert_hidden=1024", "model.num_shared_experts=0",
+    "model.num_experts=8", "model.experts_per_token=1", "model.num_hash_layers=3",
+    "model.expert_hidden=1024", "model.num_shared_experts=0",
     "model.bias_update_speed=0", "model.seq_balance_weight=0", "model.init_std=0.1", "model.dense_hidden=128",
 ]  # fmt: skip
 WARM_UP = 3  # steps at the beginning of a piece that are not timed
@@ -46,10 +49,13 @@ def skewed_corpus(directory: Path) -> Path:
 def piece(side: str, run_dir: Path, steps: int, workers: int, corpus: Path, final: int) -> None:
     """Train one side on to `steps`; the schedule is that of `final` steps."""
     command = [
-        sys.executable, "-m", "elastic_moe.train", f"run.dir={run_dir}", f"run.steps={steps}", "run.resume=auto", "seed=0",
+        sys.executable, "-m", "elastic_moe.train", f"run.dir={run_dir}", f"run.steps={steps}",
+        "run.resume=auto", "seed=0",
         *MODEL, *SIDES[side], f"cluster.workers={workers}", "threads=1", "tracking.wandb=off", "run.sample_tokens=0",
-        "checkpoint.every_steps=0", "run.eval_every_steps=0", "run.eval_sequences=8", f"data.corpus={corpus}", "data.tokenizer=bytes", "data.seq_len=128",
-        "data.global_batch=64", "data.micro_batch=8", "optim.schedule=constant", "optim.lr=2e-4", f"data.cache_dir={run_dir.parent / 'cache'}",
+        "checkpoint.every_steps=0", "run.eval_every_steps=0", "run.eval_sequences=8",
+        f"data.corpus={corpus}", "data.tokenizer=bytes", "data.seq_len=128",
+        "data.global_batch=64", "data.micro_batch=8", "optim.schedule=constant", "optim.lr=2e-4",
+        f"data.cache_dir={run_dir.parent / 'cache'}",
         f"optim.warmup_steps={min(10, final)}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

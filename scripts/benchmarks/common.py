@@ -1,4 +1,6 @@
-"""What the benchmarks share: arguments, facts about the machine, progress lines, waiting with a deadline, the JSON file."""
+"""What the benchmarks share: arguments, facts about the machine, progress lines, waiting with a deadline, the JSON
+file.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,10 @@ def median(values: Sequence[float]) -> float | None:
 
 
 def run(main: Callable[[], dict[str, Any]], path: Path) -> int:
-    """Run a benchmark's body, and write what it returns. SIGTERM ends it as Ctrl-C does, so that its processes are ended too."""
+    """Run a benchmark's body, and write what it returns.
+
+    SIGTERM ends it as Ctrl-C does, so that its processes are ended too.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         result = main()

@@ -1,7 +1,8 @@
 """Tokens straight to every rank, or by way of the nodes: messages between nodes, and time, on simulated nodes.
 
-Processes of this machine play the ranks of several nodes. Both ways send the same rows, in turn; the ratio of their times on one machine says what
-the second way costs where messages are cheap, and the number of messages what it saves where they are not.
+Processes of this machine play the ranks of several nodes. Both ways send the same rows, in turn; the ratio of their
+times on one machine says what the second way costs where messages are cheap, and the number of messages what it saves
+where they are not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Expert loads for the balancing benchmark, and the baseline: EPLB, written anew from its description.
 
 Families, each [intervals, layers, experts], a million tokens per interval and layer:
-- zipfA: popularity rank ** -A; between intervals 5 % of the experts exchange their popularity, and every count has 10 % noise;
+- zipfA: popularity rank ** -A; between intervals 5 % of the experts exchange their popularity, and every count has 10 %
+noise;
 - lognorm: exp(0.8 x), x a first-order autoregression with coefficient 0.9.
 """
 
@@ -40,7 +41,9 @@ def generate(family: str, experts: int, seed: int, intervals: int = 5, layers: i
 
 
 def recorded(directory: Path | None) -> dict[str, NDArray[np.float64]]:
-    """Loads in `*.npz` files: arrays [intervals, layers, experts]; long recordings of single steps are summed to 20 intervals."""
+    """Loads in `*.npz` files: arrays [intervals, layers, experts]; long recordings of single steps are summed to 20
+    intervals.
+    """
     loads: dict[str, NDArray[np.float64]] = {}
     for path in sorted(directory.glob("*.npz")) if directory else []:
         with np.load(path) as arrays:
@@ -54,8 +57,9 @@ def recorded(directory: Path | None) -> dict[str, NDArray[np.float64]]:
 
 
 def eplb(load_LE: NDArray[np.float64], ranks: int, slots: int) -> Placement:
-    """EPLB's global policy: the expert with most load per copy gets the next copy; copies, heaviest first, go to the least loaded rank
-    that has a slot. It needs slots that divide by ranks, and does not keep two copies of an expert apart.
+    """EPLB's global policy: the expert with most load per copy gets the next copy; copies, heaviest first, go to the
+    least loaded rank that has a slot. It needs slots that divide by ranks, and does not keep two copies of an expert
+    apart.
     """
     layers, experts = load_LE.shape
     assert slots % ranks == 0, "EPLB needs the same number of slots on every rank"

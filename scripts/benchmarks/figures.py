@@ -43,7 +43,8 @@ def draw_curves(path: Path, label: str, curves: Sequence[Curve]) -> None:
         return f"{x:.1f},{y:.1f}"
 
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="13">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         f'<text x="{LEFT}" y="24" font-size="15">{label} over steps (thin: runs, thick: mean over seeds)</text>',
     ]
@@ -62,11 +63,13 @@ def draw_curves(path: Path, label: str, curves: Sequence[Curve]) -> None:
         for values, width, opacity in [*((v, 0.8, 0.4) for v in own), (mean, 2.2, 1.0)]:
             points = " ".join(point(step, value) for step, value in enumerate(values))
             lines.append(
-                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{width}" opacity="{opacity}"/>'
+                f'<polyline points="{points}" fill="none" stroke="{colour}" '
+                f'stroke-width="{width}" opacity="{opacity}"/>'
             )
         y = TOP + 20 + 22 * index
         lines.append(
-            f'<line x1="{WIDTH - RIGHT + 14}" x2="{WIDTH - RIGHT + 40}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2.2"/>'
+            f'<line x1="{WIDTH - RIGHT + 14}" x2="{WIDTH - RIGHT + 40}" y1="{y}" y2="{y}" '
+            f'stroke="{colour}" stroke-width="2.2"/>'
         )
         lines.append(f'<text x="{WIDTH - RIGHT + 46}" y="{y + 4}">{name}: {mean[-1]:.3f}</text>')
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,21 @@
 """A time that no placement into the given slots beats: what a plan may be measured against.
 
-Two ranks that share an expert, directly or through others, are in one component. A component of m ranks needs m - 1 of its slots for the
-copies that join them, so of the x = slots - experts spare slots it uses u >= m - 1, and its other slots hold one expert each. One that holds
-a set A of hot experts therefore has at least s(m) - u experts, s(m) being the slots of the m smallest ranks, and at best the others are the
-lightest of all: (1) m z >= load(A) + light(s(m) - u - |A|). Two bounds follow, for equal ranks; unequal ones have a weaker one.
+Two ranks that share an expert, directly or through others, are in one component. A component of m ranks needs m - 1 of
+its slots for the copies that join them, so of the x = slots - experts spare slots it uses u >= m - 1, and its other
+slots hold one expert each. One that holds a set A of hot experts therefore has at least s(m) - u experts, s(m) being
+the slots of the m smallest ranks, and at best the others are the lightest of all: (1) m z >= load(A) + light(s(m) - u -
+|A|). Two bounds follow, for equal ranks; unequal ones have a weaker one.
 
-- Together: the least u for which some m allows (1) is what A costs. However the hottest experts are divided into components, the sum of
-  what these cost is at most x. Exact in A, but only the thirteen hottest experts can be looked at.
-- Alone: let c(e) be the least u with which load(e) + light(s m - u - 2) <= m z for some real m <= u + 1, where s is the smallest rank's slots,
-  and light is linear between whole numbers and 0 below 0. Then the sum of c over all experts is at most x, because over the experts of one
-  component it is at most its u. If it were more, take c'(e) <= c(e) of sum u + 1, and A where c' > 0. With c' - 1 spare slots e does not fit:
-  load(e) + light(s m(e) - c'(e) - 1) > m(e) z for every m(e) <= c'(e). Let the m(e) sum to m so that all s m(e) - c'(e) - 1 have the same sign
-  (they sum to s m - u - 1 - |A|). Light is convex, so light(s m - u - |A|) is at least the sum of theirs, and load(A) + light(s m - u - |A|) > m z
-  contradicts (1).
+- Together: the least u for which some m allows (1) is what A costs. However the hottest experts are divided into
+  components, the sum of what these cost is at most x. Exact in A, but only the thirteen hottest experts can be looked
+  at.
+- Alone: let c(e) be the least u with which load(e) + light(s m - u - 2) <= m z for some real m <= u + 1, where s is the
+  smallest rank's slots, and light is linear between whole numbers and 0 below 0. Then the sum of c over all experts is
+  at most x, because over the experts of one component it is at most its u. If it were more, take c'(e) <= c(e) of sum u
+  + 1, and A where c' > 0. With c' - 1 spare slots e does not fit: load(e) + light(s m(e) - c'(e) - 1) > m(e) z for
+  every m(e) <= c'(e). Let the m(e) sum to m so that all s m(e) - c'(e) - 1 have the same sign (they sum to s m - u - 1
+  - |A|). Light is convex, so light(s m - u - |A|) is at least the sum of theirs, and load(A) + light(s m - u - |A|) > m
+  z contradicts (1).
 """
 
 from __future__ import annotations
@@ -99,7 +102,9 @@ def _together(
     hottest: int,
     time: float,
 ) -> int:
-    """The fewest spare slots with which these experts take no longer than `time`, over all their divisions into components."""
+    """The fewest spare slots with which these experts take no longer than `time`, over all their divisions into
+    components.
+    """
     sets = 1 << hottest
     alone, best = np.full(sets, spare + 1), np.full(sets, spare + 1)
     for chosen in range(1, sets):

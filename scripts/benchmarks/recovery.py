@@ -1,12 +1,15 @@
-"""How long training stands still when workers and nodes die and join: this trainer against Ray Train's own elastic TorchTrainer.
+"""How long training stands still when workers and nodes die and join: this trainer against Ray Train's own elastic
+TorchTrainer.
 
-Both sides train the same model on the same data on a simulated cluster of four nodes with one worker each, and get the same events. Recovery is
-the time from the event to the commit of the first step that the new membership made. Steps lost are committed steps that had to be redone.
-The elastic side keeps two mirrors, so that any two workers may die at once.
+Both sides train the same model on the same data on a simulated cluster of four nodes with one worker each, and get the
+same events. Recovery is the time from the event to the commit of the first step that the new membership made. Steps
+lost are committed steps that had to be redone. The elastic side keeps two mirrors, so that any two workers may die at
+once.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
@@ -158,14 +161,14 @@ def _longest_gap(times: list[float], started_s: float, first_s: float) -> float:
     """
     before = max((t for t in times if t <= started_s), default=started_s)
     inside = sorted(t for t in times if before <= t <= first_s)
-    return max(b - a for a, b in zip(inside, inside[1:], strict=False))
+    return max(b - a for a, b in itertools.pairwise(inside))
 
 
 def _pause(records: list[Json], joined: Json) -> float | None:
     """How much longer than a median step the survivors waited at a join: the longest gap around its first step."""
     around = [r for r in records if abs(r["step"] - joined["step"]) <= STEADY_STEPS]
     inside = [r for r in around if r["generation"] >= joined["generation"] - 1]
-    gaps = [b["time"] - a["time"] for a, b in zip(inside, inside[1:], strict=False)]
+    gaps = [b["time"] - a["time"] for a, b in itertools.pairwise(inside)]
     return max(gaps) - (median(gaps) or 0.0) if gaps else None
 
 
@@ -291,7 +294,7 @@ class StockSide:
         }
         if not victims:
             times = [line["time"] for line in last if line["rank"] == 0][-STEADY_STEPS:]
-            steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+            steps = [b - a for a, b in itertools.pairwise(times)]
             result["join_pause_s"] = first["time"] - times[-1] - (median(steps) or 0.0)
         say(f"stock, {name}: {json.dumps({k: v for k, v in result.items() if k != 'event'})}")
         return result

@@ -1,7 +1,7 @@
 """Loss curves of small runs are those of the committed file: twelve steps on two workers, real processes, without Ray.
 
-The curves were made once, by the code before a large refactoring. Rounding differs between kinds of processors, so they agree to
-1e-4, not to the bit; a change of the mathematics shows in the first steps.
+The curves were made once, by the code before a large refactoring. Rounding differs between kinds of processors, so they
+agree to 1e-4, not to the bit; a change of the mathematics shows in the first steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The main job through real kills, stops and drains: uneven nodes, a hung worker, a lost coordinator, a drained node."""
+"""The main job through real kills, stops and drains: uneven nodes, hung worker, lost coordinator, drained node."""
 
 from __future__ import annotations
 

@@ -70,7 +70,8 @@ def test_export_reads_it(old: Path) -> None:
     """No family of transformers has this run's softmax router without qk_norm; with sigmoid scores, glm4_moe has it."""
     config = old / "run" / "config.yaml"
     text = config.read_text()
-    assert "  score: softmax" in text and "  clip: 0.7" in text
+    assert "  score: softmax" in text
+    assert "  clip: 0.7" in text
     assert "qwen3_moe" in call(old, "export", "run", "--to", "hf", code=2)
     config.write_text(text.replace("  score: softmax", "  score: sigmoid"))
     assert "step 6" in call(old, "export", "run", "--to", "hf")

@@ -62,7 +62,8 @@ def _body(run_dir: Path) -> Iterator[str]:
     entered = [event for event in events if event["event"] == "entered"]
     last = records[-1]
     yield (
-        f"<p>{last['step']} steps committed, loss {format_loss(last['loss'])}, {last['world_size']} workers at the end, "
+        f"<p>{last['step']} steps committed, loss {format_loss(last['loss'])}, "
+        f"{last['world_size']} workers at the end, "
         f"{max(len(entered) - 1, 0)} changes of membership (red lines), "
         f"{sum(event.get('lost_steps', 0) for event in entered)} steps lost.</p>"
     )

@@ -1,21 +1,26 @@
 """The seam between `Group` and the library that moves the bytes: operations as values, and the Protocol of a backend.
 
-A backend serves one group of one generation and is thrown away with it. `Group` owns the order of calls: `form` once, then
-`begin` and `poll`, then `release`. `Group` also turns failures into `GroupAborted`. A backend raises `BackendError` alone.
+A backend serves one group of one generation and is thrown away with it. `Group` owns the order of calls: `form` once,
+then `begin` and `poll`, then `release`. `Group` also turns failures into `GroupAborted`. A backend raises
+`BackendError` alone.
 
 Duties of every backend:
-- *Abort from another thread.* The control connection's thread calls `abort` while the main thread may stand inside `form`,
-  `begin`, `poll`, or a wait for the device. `abort` sets flags and wakes the others. It frees nothing, for the main thread may
-  still use what it would free. `release` frees, in the main thread.
-- *No watchdog.* A library's own timeout thread ends the process or its communicators. Hangs are the coordinator's business:
-  it evicts the rank that does not move. So the library's timeouts and watchdogs are off, or longer than any run's patience.
-- *Garbage after an abort.* After an abort the outputs of unfinished operations hold arbitrary bytes. With a library whose
-  aborted ranks let their peers go on (NCCL), even a completed operation proves nothing about its bytes. There, data may enter
-  the training state only after every member has said over a host backend that its own part ended without an abort.
+- *Abort from another thread.* The control connection's thread calls `abort` while the main thread may stand inside
+  `form`, `begin`, `poll`, or a wait for the device. `abort` sets flags and wakes the others. It frees nothing, for the
+  main thread may still use what it would free. `release` frees, in the main thread.
+- *No watchdog.* A library's own timeout thread ends the process or its communicators. Hangs are the coordinator's
+  business: it evicts the rank that does not move. So the library's timeouts and watchdogs are off, or longer than any
+  run's patience.
+- *Garbage after an abort.* After an abort the outputs of unfinished operations hold arbitrary bytes. With a library
+  whose aborted ranks let their peers go on (NCCL), even a completed operation proves nothing about its bytes. There,
+  data may enter the training state only after every member has said over a host backend that its own part ended without
+  an abort.
 - *Streams.* Callers issue operations and kernels on their current stream. A backend with streams of its own orders an
-  operation behind the work that the current stream holds at `begin`. When `poll` has returned True, work that the caller
-  enqueues afterwards sees the results. The backend keeps all tensors of an operation alive until the device is done with them.
-- *Devices.* A backend takes tensors on any device that it is registered for. Copies to host memory are the backend's own.
+  operation behind the work that the current stream holds at `begin`. When `poll` has returned True, work that the
+  caller enqueues afterwards sees the results. The backend keeps all tensors of an operation alive until the device is
+  done with them.
+- *Devices.* A backend takes tensors on any device that it is registered for. Copies to host memory are the backend's
+  own.
 
 Source for NCCL's behaviour: its source at tag v2.29.7-1 (`init.cc`, `device/prims_simple.h`); not run here.
 """
@@ -93,7 +98,9 @@ class AllGather:
 
 @dataclass(frozen=True, eq=False)
 class AllToAll:
-    """Uneven all-to-all along dim 0: `in_splits[d]` rows of `inp` go to rank d, `out_splits[s]` rows of `out` come from s."""
+    """Uneven all-to-all along dim 0: `in_splits[d]` rows of `inp` go to rank d, `out_splits[s]` rows of `out` come from
+    s.
+    """
 
     out: torch.Tensor
     inp: torch.Tensor
@@ -145,8 +152,9 @@ class CollectiveBackend(Protocol[Work]):
     def poll(self, work: Work, timeout_s: float) -> bool:
         """Wait for an operation for at most `timeout_s`. Returns whether it has completed and its outputs may be used.
 
-        A timeout leaves the operation under way and harms nothing. A backend without a timed wait looks, sleeps and looks
-        again. In particular torch's `ProcessGroupNCCL` must not be waited for with a timeout: on expiry it aborts.
+        A timeout leaves the operation under way and harms nothing. A backend without a timed wait looks, sleeps and
+        looks again. In particular torch's `ProcessGroupNCCL` must not be waited for with a timeout: on expiry it
+        aborts.
 
         Raises:
             BackendError: the operation failed, or the backend was aborted.
@@ -156,9 +164,9 @@ class CollectiveBackend(Protocol[Work]):
     def abort(self) -> None:
         """End the group. Called from any thread, at any time, more than once, also before `form` and after `release`.
 
-        Returns at once, raises nothing and frees nothing. A call of `form` that is under way raises BackendError soon after.
-        The backend wakes a main thread that waits for the device behind one of its operations, if it can be stuck there.
-        A `poll` that is under way raises, or returns False when its timeout is over.
+        Returns at once, raises nothing and frees nothing. A call of `form` that is under way raises BackendError soon
+        after. The backend wakes a main thread that waits for the device behind one of its operations, if it can be
+        stuck there. A `poll` that is under way raises, or returns False when its timeout is over.
         """
         ...
 

@@ -1,16 +1,20 @@
-"""Collectives over gloo, in process groups that can be thrown away: one per generation, outside torch's global registry.
+"""Collectives over gloo, in process groups that can be thrown away: one per generation, outside torch's global
+registry.
 
-gloo's own `abort` wakes nobody. Ranks that do not exchange with a dead rank hang until the operation's timeout. So every
-operation is started asynchronously, and `poll` waits for it inside gloo for a short slice at a time: completion wakes the
-waiter at once, and `Group` looks at the abort signal between slices. Measured with gloo (torch 2.13, Python 3.11):
-- No Python may run on behalf of an abandoned operation. When the process ends while a peer's death completes the operation, a
-  future's callback dies of SIGSEGV. A thread in `wait` or in the group's destructor dies of SIGABRT. Slices leave nothing
-  behind, and cost less than callbacks: 0.6 against 0.9 ms for a small all-reduce of two ranks on two cores.
-- The destructor of a group blocks until the group's operations end. So a group with an operation under way is kept, together
-  with the tensors that the operation may write to. It is destroyed once the operation has ended and a later group is formed or
-  released. It is never destroyed at the end of the process.
+gloo's own `abort` wakes nobody. Ranks that do not exchange with a dead rank hang until the operation's timeout. So
+every operation is started asynchronously, and `poll` waits for it inside gloo for a short slice at a time: completion
+wakes the waiter at once, and `Group` looks at the abort signal between slices. Measured with gloo (torch 2.13, Python
+3.11):
+- No Python may run on behalf of an abandoned operation. When the process ends while a peer's death completes the
+  operation, a future's callback dies of SIGSEGV. A thread in `wait` or in the group's destructor dies of SIGABRT.
+  Slices leave nothing behind, and cost less than callbacks: 0.6 against 0.9 ms for a small all-reduce of two ranks on
+  two cores.
+- The destructor of a group blocks until the group's operations end. So a group with an operation under way is kept,
+  together with the tensors that the operation may write to. It is destroyed once the operation has ended and a later
+  group is formed or released. It is never destroyed at the end of the process.
 
-gloo moves host memory. Tensors on another device are copied to host memory at `begin`, and results are copied back by `poll`.
+gloo moves host memory. Tensors on another device are copied to host memory at `begin`, and results are copied back by
+`poll`.
 """
 
 from __future__ import annotations
@@ -147,7 +151,10 @@ class GlooBackend:
 
 
 class _Abandoned:
-    """A group with an operation under way, and the buffers of that operation. Immortal until the operation has ended."""
+    """A group with an operation under way, and the buffers of that operation.
+
+    Immortal until the operation has ended.
+    """
 
     def __init__(self, group: dist.ProcessGroupGloo, work: GlooWork) -> None:
         self.native, self._kept = work.native, (group, work)

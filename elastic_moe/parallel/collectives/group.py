@@ -1,8 +1,8 @@
 """Collectives as the rest of the package sees them: `Group`, one per generation, and `Pending`, an operation under way.
 
 `Group` gives every operation to the backend of its tensors' device, counts operations for the heartbeats, and raises
-`GroupAborted` when the generation is over or a peer is lost. The bytes are the backends' business (`backend.py`). A further
-backend is one file, and one line in `BACKENDS`.
+`GroupAborted` when the generation is over or a peer is lost. The bytes are the backends' business (`backend.py`). A
+further backend is one file, and one line in `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Group:
         member: this process's place in the view.
         rendezvous: the coordinator's store.
         abort: ends every wait.
-        activity: one-element counter, raised when an operation begins and when it completes. So a rank that hangs between two
-            operations is told from those that wait for it. The heartbeats read it.
+        activity: one-element counter, raised when an operation begins and when it completes. So a rank that hangs
+            between two operations is told from those that wait for it. The heartbeats read it.
         device: of the tensors that travel; a backend of its type is formed too, where there is one.
         backends: device type -> maker of a backend.
 
@@ -126,8 +126,8 @@ class Group:
 
         Args:
             name: a word for the store's keys.
-            ranks: of the members, in the order of their ranks in the subgroup. All members form their subgroups in the same
-                order.
+            ranks: of the members, in the order of their ranks in the subgroup. All members form their subgroups in the
+                same order.
 
         Raises:
             GroupAborted: see `Group`.
@@ -147,7 +147,9 @@ class Group:
         self._begin(AllReduce(tensor, reduction)).wait()
 
     def all_gather(self, tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-        """Stack every rank's tensor of equal shape: [R, *shape], on `device`, or on the tensor's own where that is None."""
+        """Stack every rank's tensor of equal shape: [R, *shape], on `device`, or on the tensor's own where that is
+        None.
+        """
         out = torch.empty((self.world_size, *tensor.shape), dtype=tensor.dtype, device=device or tensor.device)
         if self.world_size == 1:
             out[0] = tensor.detach()

@@ -1,6 +1,7 @@
 """The key-value store through which groups form. This is the only file of the package that makes a store.
 
-The coordinator hosts the store: rank 0's death must not take it along. The keys of each group have a prefix of their own.
+The coordinator hosts the store: rank 0's death must not take it along. The keys of each group have a prefix of their
+own.
 """
 
 from __future__ import annotations

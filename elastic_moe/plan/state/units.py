@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from elastic_moe.types import ParamSpec, Part, Unit
 
@@ -51,7 +52,7 @@ def _dense_units(spec: ParamSpec, max_unit_elements: int) -> list[Unit]:
     cuts = [num_rows * block // num_blocks for block in range(num_blocks + 1)]
     return [
         _dense_unit(spec, f"{spec.name}#{block}", first * row_numel, (end - first, *spec.shape[1:]))
-        for block, (first, end) in enumerate(zip(cuts, cuts[1:], strict=False))
+        for block, (first, end) in enumerate(pairwise(cuts))
     ]
 
 

@@ -56,8 +56,10 @@ def test_smallest_number_of_workers_is_the_smallest() -> None:
     config = TrainConfig(model=preset("mhc_9b"), data=DataConfig(seq_len=4096, micro_batch=1), precision="bf16")
     limit = memory(config, 13).total
     found = smallest(config, limit)
-    assert found is not None and found <= 13
-    assert memory(config, found).total <= limit and (found == 1 or memory(config, found - 1).total > limit)
+    assert found is not None
+    assert found <= 13
+    assert memory(config, found).total <= limit
+    assert found == 1 or memory(config, found - 1).total > limit
     assert smallest(config, memory(config, 1).total) == 1
     assert smallest(config, memory(config, 1 << 19).weights) is None
 

@@ -17,7 +17,8 @@ def test_the_version_is_the_one_this_was_written_for() -> None:
 def test_flags_have_the_fields_that_train_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train", "-m", "seed=1,2", "run.steps=3", "--config-name", "other"])
     flags = parse_flags()
-    assert flags.multirun is True and flags.config_name == "other"
+    assert flags.multirun is True
+    assert flags.config_name == "other"
     assert flags.overrides == ["seed=1,2", "run.steps=3"]
     for name in ("help", "hydra_help", "cfg", "info", "shell_completion", "config_path", "config_dir"):
         assert not getattr(flags, name), name

@@ -30,7 +30,8 @@ def test_an_unknown_subcommand_is_one_sentence(
 ) -> None:
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert words in line and "describe" in line
+    assert words in line
+    assert "describe" in line
 
 
 def test_subcommands_are_imported_only_when_called() -> None:

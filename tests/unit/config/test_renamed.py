@@ -22,7 +22,8 @@ def test_an_old_key_names_the_new_one(old: str) -> None:
     with pytest.raises(UserError) as caught:
         build(nested(old, 1))
     assert str(caught.value).startswith(f"{old} is now {RENAMED_KEYS[old].name}")
-    assert str(caught.value).count(".") >= 3 and str(caught.value).endswith(".")
+    assert str(caught.value).count(".") >= 3
+    assert str(caught.value).endswith(".")
 
 
 @pytest.mark.parametrize(("key", "value"), RENAMED_VALUES)
@@ -35,7 +36,8 @@ def test_the_table_leads_to_keys_and_values_that_exist() -> None:
     assert not set(RENAMED_KEYS) & set(key_names())
     assert {new.name for new in RENAMED_KEYS.values()} <= set(key_names())
     for (key, old), new in RENAMED_VALUES.items():
-        assert new in CHOICES[key] and old not in CHOICES[key]
+        assert new in CHOICES[key]
+        assert old not in CHOICES[key]
 
 
 def test_an_old_run_is_translated_units_too() -> None:

@@ -91,7 +91,7 @@ def _decode_with_all(line: bytes) -> None:
 @given(st.binary(max_size=80))
 def test_random_bytes_are_refused(line: bytes) -> None:
     for decode in (decode_from_worker, decode_from_coordinator):
-        with pytest.raises(ValueError, match="[a-z]"):
+        with pytest.raises(ValueError, match=r"[a-z]"):
             decode(line)
 
 

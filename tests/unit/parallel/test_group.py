@@ -101,7 +101,8 @@ def test_a_failed_operation_spoils_the_group(stage: str, counted: int) -> None:
     with pytest.raises(GroupAborted, match=f"collective failed: {stage} broke"):
         group.barrier()
     assert backend.calls == calls, "nothing begins on a failed group"
-    assert activity == [counted] and group.completed == 0
+    assert activity == [counted]
+    assert group.completed == 0
     group.close()
     assert backend.calls[-1] == "release"
 
@@ -136,10 +137,12 @@ def test_completion_counts_for_the_heartbeats() -> None:
     backend, activity = FakeBackend(looks=3), [0]
     group = _group(backend, AbortSignal(), activity)
     pending = group.begin_all_to_all(torch.zeros(3), torch.zeros(3), [1, 1, 1], [1, 1, 1])
-    assert activity == [1] and group.completed == 0
+    assert activity == [1]
+    assert group.completed == 0
     pending.wait()
     pending.wait()
-    assert activity == [2] and group.completed == 1
+    assert activity == [2]
+    assert group.completed == 1
     assert isinstance(backend.operations[0], AllToAll)
 
 
@@ -153,7 +156,8 @@ def test_subgroups_have_keys_of_their_own_and_end_with_the_group() -> None:
     group = Group(GroupMember(7, 1, 3), NOWHERE, AbortSignal(), backends={"cpu": make})
     first, second = (group.subgroup("pair", [2, 1]) for _ in range(2))
     assert (first.rank, first.world_size) == (1, 2)
-    assert made[1].calls == ["form g7/pair:2-1.0/ 1/2"] and made[2].calls == ["form g7/pair:2-1.1/ 1/2"]
+    assert made[1].calls == ["form g7/pair:2-1.0/ 1/2"]
+    assert made[2].calls == ["form g7/pair:2-1.1/ 1/2"]
     group.close()
     assert [backend.calls[-1] for backend in made] == ["release"] * 3
     assert second.generation == 7
@@ -167,7 +171,8 @@ def test_an_operation_goes_to_the_backend_of_its_device() -> None:
     group.all_reduce(torch.zeros(2, device=meta))
     gathered = group.all_gather(torch.zeros(2, device=meta), torch.device("cpu"))
     group.barrier()
-    assert gathered.shape == (3, 2) and gathered.device.type == "cpu"
+    assert gathered.shape == (3, 2)
+    assert gathered.device.type == "cpu"
     assert (len(device.operations), len(host.operations)) == (1, 2), "results for the host come over the host's backend"
 
 
@@ -193,4 +198,5 @@ def test_the_signal_runs_each_callback_once() -> None:
     abort.set("first")
     abort.set("second")
     abort.add_callback(lambda: calls.append("late"))
-    assert calls == ["early", "late"] and abort.reason == "first"
+    assert calls == ["early", "late"]
+    assert abort.reason == "first"

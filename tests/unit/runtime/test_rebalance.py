@@ -81,7 +81,9 @@ def test_replicas_follow_the_load_and_homes_stay() -> None:
     load_LE = _hot(_on_one_rank(balancer)[:2])
     vote = _vote(balancer, 1, load_LE)
     change = balancer.propose(vote)
-    assert change is not None and change.ownership is None and change.transfers == ()
+    assert change is not None
+    assert change.ownership is None
+    assert change.transfers == ()
     assert np.array_equal(change.placement.home, balancer.placement.home)
     assert change.estimate["balance_after"] > change.estimate["balance_before"]
     before = vote.layer_time_L.sum()
@@ -90,7 +92,8 @@ def test_replicas_follow_the_load_and_homes_stay() -> None:
     assert later.layer_time_L.sum() < before
     assert balancer.propose(later) is None, "nothing is left to gain"
     [record] = balancer.finished
-    assert record["step"] == 1 and record["measured"]["steps"] == 1
+    assert record["step"] == 1
+    assert record["measured"]["steps"] == 1
     assert abs(record["measured"]["gain_s"] - record["expected"]["gain_s"]) < 1e-6, (
         "the model's own world is predicted exactly"
     )
@@ -122,7 +125,8 @@ def test_homes_move_only_where_their_bytes_are_cheap() -> None:
         if change is None:
             return 0
         if change.ownership is not None:
-            assert change.estimate["moved_bytes"] > 0 and change.transfers
+            assert change.estimate["moved_bytes"] > 0
+            assert change.transfers
             assert np.array_equal(change.ownership.primary.reshape(LAYERS, EXPERTS), change.placement.home)
         return int((change.placement.home != balancer.placement.home).sum())
 

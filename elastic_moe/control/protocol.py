@@ -1,8 +1,10 @@
-"""The step's commit protocol as a pure model, so that a test can exhaust the points at which ranks die.
+"""The commit protocol of a step as a pure model, so that a test can try every combination of points of failure.
 
-A rank goes through the phases of a step in order. Some phases end with a collective: a rank can complete it only if every rank has reached it
-(and, once in it, may or may not see it complete before another dies). What survives is judged by `recover`, the rule that
-`runtime/reconfigure.py` carries out: nothing is asked of the dead, and no rank needs to know how far it was from its end.
+A rank goes through the phases of a step in order. Some phases end with a collective. A rank completes it only if every
+rank has reached it; after that, it may or may not see the collective complete before another rank dies.
+
+`recover` is the rule of recovery, which `runtime/reconfigure.py` carries out. It uses the reports of the survivors
+alone.
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ from itertools import product
 
 
 class Phase(IntEnum):
-    """How far a rank has come within step `s`; every phase includes the ones before it."""
+    """The last phase of a step that a rank has completed; it includes the phases before it."""
 
-    COMPUTE = 0  # forward and backward, local
-    REDUCE = 1  # has its own units' reduced gradients (all-to-all)
-    MIRROR = 2  # has its mirrored units' reduced gradients (exchange)
+    COMPUTE = 0  # forward and backward pass; local
+    REDUCE = 1  # has the reduced gradients of the units that it owns; all-to-all
+    MIRROR = 2  # has the reduced gradients of the units that it mirrors; all-to-all
     VOTE_ENTERED = 3  # has contributed to the vote
-    VOTE_DONE = 4  # knows the vote's result: the step is committed (all-reduce)
-    APPLIED = 5  # has applied the update to the state it holds, local
-    PUBLISHED = 6  # new weights have reached those who compute with them (all-to-all)
+    VOTE_DONE = 4  # knows the vote's result, so the step is committed; all-reduce
+    APPLIED = 5  # has applied the update to the state that it holds; local
+    PUBLISHED = 6  # the new weights have reached the ranks that compute with them; all-to-all
 
 
 COLLECTIVE = frozenset({Phase.REDUCE, Phase.MIRROR, Phase.VOTE_DONE, Phase.PUBLISHED})
@@ -30,12 +32,12 @@ COLLECTIVE = frozenset({Phase.REDUCE, Phase.MIRROR, Phase.VOTE_DONE, Phase.PUBLI
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What one living rank truthfully reports.
+    """The report of one living rank.
 
     Attributes:
         committed: newest step whose update its state contains.
-        reduced: step whose reduced gradients it holds for all that it owns and mirrors; -1 if none.
-        voted: newest step of whose vote it knows the result.
+        reduced: step of the reduced gradients that it has for all units that it owns or mirrors; -1 if it has none.
+        voted: newest step whose vote it knows the result of.
     """
 
     committed: int
@@ -44,13 +46,13 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """Outcome of a recovery: every survivor's state is brought to `committed`, and step `redo` comes next.
+class Recovery:
+    """The way of the survivors to one step.
 
     Attributes:
-        committed: the step that all survivors are at afterwards.
-        forward: indices of survivors that roll forward by applying the vote of `committed`.
-        stale: indices of survivors too far behind to be rolled forward; they count as holding nothing.
+        committed: the step that the state of all survivors is at afterwards.
+        forward: indices of the survivors that roll forward: they apply the vote of `committed`.
+        stale: indices of the survivors too far behind to roll forward; they count as holding nothing.
     """
 
     committed: int
@@ -59,11 +61,15 @@ class Decision:
 
     @property
     def redo(self) -> int:
+        """The step that comes next."""
         return self.committed + 1
 
 
 def status(step: int, phase: Phase) -> Status:
-    """Report of a rank that came this far in `step`. Knowing the vote's result and applying it are separate moments."""
+    """Report of a rank whose last completed phase in `step` is `phase`.
+
+    A rank knows the vote's result before it has applied it, so it can die or report in between.
+    """
     return Status(
         committed=step if phase >= Phase.APPLIED else step - 1,
         reduced=step if phase >= Phase.MIRROR else -1,
@@ -71,11 +77,15 @@ def status(step: int, phase: Phase) -> Status:
     )
 
 
-def recover(survivors: Sequence[Status]) -> Decision:
-    """Where the survivors meet.
+def recover(survivors: Sequence[Status]) -> Recovery:
+    """The newest step that all survivors can be at, and the ranks that must roll forward to it.
 
-    The newest step of which any survivor knows the vote is committed: completing the vote took every rank's contribution, and a rank contributes
-    only with all its reduced gradients in hand, so each of the others can apply it. If nobody knows it, nobody alive can have applied it.
+    This is the newest step whose vote any survivor knows the result of. That vote needed the contribution of every
+    rank, and a rank contributes only when it has all its reduced gradients. So every survivor can apply the vote. If no
+    survivor knows the result of a vote, no survivor has applied it.
+
+    Args:
+        survivors: reports of all living ranks, at least one.
     """
     committed = max(s.voted for s in survivors)
     forward = tuple(
@@ -84,26 +94,31 @@ def recover(survivors: Sequence[Status]) -> Decision:
         if s.committed == committed - 1 and (s.reduced == committed or s.voted == committed)
     )
     stale = tuple(i for i, s in enumerate(survivors) if s.committed != committed and i not in forward)
-    return Decision(committed, forward, stale)
+    return Recovery(committed, forward, stale)
 
 
 def reachable(phases: Sequence[Phase]) -> bool:
-    """Whether ranks can be at these points at the same time: a collective completes for someone only if all have come to it."""
+    """Whether ranks can be at these points at one time: no rank completes a collective that another has not reached."""
     slowest = min(phases)
     return all(phase > max(phases) or slowest >= phase - 1 for phase in COLLECTIVE)
 
 
 def failure_points(num_ranks: int) -> Iterator[tuple[Phase, ...]]:
-    """All combinations of points at which `num_ranks` ranks can be when some of them die."""
+    """Each combination of points that `num_ranks` ranks can be at when some of them die."""
     return (phases for phases in product(Phase, repeat=num_ranks) if reachable(phases))
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One rank's copy of one unit: the sequence of updates that it contains, as (step, gradients of which ranks)."""
+    """One rank's copy of one unit.
+
+    Attributes:
+        updates: the updates that it contains, oldest first: (step, ranks whose gradients were summed).
+    """
 
     updates: tuple[tuple[int, frozenset[int]], ...]
 
     def apply(self, step: int, contributors: frozenset[int]) -> Held:
+        """This copy after one more update."""
         assert not self.updates or self.updates[-1][0] == step - 1, "an update applied twice or out of order"
         return Held((*self.updates, (step, contributors)))

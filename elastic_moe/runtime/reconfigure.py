@@ -15,15 +15,14 @@ import numpy as np
 import torch
 
 from elastic_moe.config.schema import ElasticConfig
-from elastic_moe.control.protocol import Decision, Status, recover
+from elastic_moe.control.protocol import Recovery, Status, recover
 from elastic_moe.control.vote import VoteResult, VoteShape, pack, packed_size, unpack
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.transfer import exchange
 from elastic_moe.plan.placement import Placement, Topology, default_slots, plan_placement
-from elastic_moe.plan.state.ownership import NONE, Ownership, plan_ownership
+from elastic_moe.plan.state.ownership import NONE, Ownership, homes_from_roles, plan_ownership
 from elastic_moe.plan.state.transfers import Transfer, plan_transfers
-from elastic_moe.runtime.exchange.exchanger import homes_from_roles
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.state import HeldState, merge_roles
 from elastic_moe.types import Unit, View
@@ -71,7 +70,7 @@ def agree(
     roll_forward: Callable[[VoteResult], None],
     shape: tuple[int, int],
     num_units: int,
-) -> tuple[np.ndarray, Decision]:
+) -> tuple[np.ndarray, Recovery]:
     """Bring all living ranks to the newest committed step; collective.
 
     The ranks gather their reports. `control.protocol.recover` decides where they meet, and this function carries it

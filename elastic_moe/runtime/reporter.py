@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from elastic_moe.control.rebalance import Change, moves_between
 from elastic_moe.control.vote import VoteResult
 from elastic_moe.plan.placement import Placement
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
-from elastic_moe.runtime.rebalance import Change, moves_between
 from elastic_moe.types import View
 
 

@@ -13,7 +13,9 @@ from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.plan.batch import share_of_batch
 from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.state.ownership import Ownership
-from elastic_moe.runtime.exchange.exchanger import ComputeTensors, Exchanger, Layout
+from elastic_moe.plan.state.schedule import Layout
+from elastic_moe.runtime.exchange.exchanger import Exchanger
+from elastic_moe.runtime.exchange.windows import ComputeTensors
 from elastic_moe.runtime.state import HeldState
 from elastic_moe.types import Unit, View
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.control.rebalance import Rebalancer
 from elastic_moe.control.vote import VoteResult
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.runtime.checkpoints import ShardWriter
 from elastic_moe.runtime.evaluate import Evaluator
 from elastic_moe.runtime.local_state import LocalState
-from elastic_moe.runtime.rebalance import Rebalancer
 from elastic_moe.runtime.reconfigure import Reconfigurer
 from elastic_moe.runtime.reporter import Reporter
 from elastic_moe.runtime.session import ContextBuilder, GenerationContext
@@ -160,7 +160,7 @@ class Rebalance:
             return context
         started = time.perf_counter()
         before, held = balancer.placement, context.held
-        balancer.adopted(change)
+        balancer.accept(change)
         if change.ownership is not None:
             step = self._local.committed
             held, _ = self._reconfigurer.take_over(context.group, change.ownership, change.transfers, step)

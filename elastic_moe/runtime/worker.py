@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.messages import ViewMessage
+from elastic_moe.control.rebalance import Rebalancer
 from elastic_moe.data.prepare import Prepared
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.errors import GroupAborted, UserError
@@ -37,7 +38,6 @@ from elastic_moe.runtime.evaluate import Evaluator
 from elastic_moe.runtime.faults import Faults
 from elastic_moe.runtime.initial import InitialWeights
 from elastic_moe.runtime.local_state import LocalState
-from elastic_moe.runtime.rebalance import Rebalancer
 from elastic_moe.runtime.reconfigure import Reconfigured, Reconfigurer
 from elastic_moe.runtime.reporter import Reporter
 from elastic_moe.runtime.session import ContextBuilder, GenerationContext

@@ -1,4 +1,4 @@
-"""The commit protocol, exhausted: every reachable combination of points at which one or two of 2 to 5 ranks die."""
+"""The commit protocol under every reachable combination of points at which one or two of 2 to 5 ranks die."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from itertools import combinations
 
 import pytest
 
-from elastic_moe.control.protocol import Decision, Held, Phase, failure_points, reachable, recover, status
+from elastic_moe.control.protocol import Held, Phase, Recovery, failure_points, reachable, recover, status
 
 STEP = 5
 SIZES = (2, 3, 4, 5)
 
 
 def cases(num_ranks: int) -> Iterator[tuple[tuple[Phase, ...], tuple[int, ...]]]:
-    """(where every rank is, who survives), for all points and all choices of one or two deaths."""
+    """(phase of every rank, ranks that survive), for all reachable phases and all choices of one or two deaths."""
     for phases in failure_points(num_ranks):
         for num_dead in (1, 2):
             for dead in combinations(range(num_ranks), num_dead):
@@ -22,13 +22,13 @@ def cases(num_ranks: int) -> Iterator[tuple[tuple[Phase, ...], tuple[int, ...]]]
                     yield phases, tuple(r for r in range(num_ranks) if r not in dead)
 
 
-def decide(phases: tuple[Phase, ...], alive: tuple[int, ...]) -> Decision:
+def decide(phases: tuple[Phase, ...], alive: tuple[int, ...]) -> Recovery:
     return recover([status(STEP, phases[r]) for r in alive])
 
 
 @pytest.mark.parametrize("num_ranks", SIZES)
 def test_no_committed_step_is_lost(num_ranks: int) -> None:
-    """A step that a survivor saw committed stays; one that no survivor saw is redone by all; nothing older is ever touched."""
+    """A step that a survivor knows as committed stays. A step that no survivor knows as committed is made again."""
     seen = {STEP - 1: 0, STEP: 0}
     for phases, alive in cases(num_ranks):
         decision = decide(phases, alive)
@@ -41,7 +41,7 @@ def test_no_committed_step_is_lost(num_ranks: int) -> None:
 
 @pytest.mark.parametrize("num_ranks", SIZES)
 def test_survivors_meet_at_one_step(num_ranks: int) -> None:
-    """Nobody is too far behind to take part, and whoever rolls forward holds the gradients to do so."""
+    """No survivor is stale, and every rank that rolls forward has the gradients for it."""
     rolled = 0
     for phases, alive in cases(num_ranks):
         decision = decide(phases, alive)
@@ -57,7 +57,7 @@ def test_survivors_meet_at_one_step(num_ranks: int) -> None:
 
 @pytest.mark.parametrize("num_ranks", SIZES)
 def test_twins_stay_equal(num_ranks: int) -> None:
-    """Unit u is held by rank u and its twin u+1: after recovery, and after the redone step, all living copies are equal."""
+    """Rank u and its twin u+1 hold unit u. After recovery and the next step, all living copies are equal."""
     past = Held(()).apply(STEP - 1, frozenset(range(num_ranks)))
     everyone = frozenset(range(num_ranks))
     for phases, alive in cases(num_ranks):
@@ -75,7 +75,7 @@ def test_twins_stay_equal(num_ranks: int) -> None:
 
 
 def test_second_death_during_recovery() -> None:
-    """Some survivors have rolled forward and some not when another dies: the rest still meet at the same step."""
+    """Another rank dies when only some survivors have rolled forward. The rest still meet at one step."""
     for phases, alive in cases(4):
         decision = decide(phases, alive)
         reports = [status(STEP, phases[r]) for r in alive]

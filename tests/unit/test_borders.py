@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,18 @@ def test_imports_go_down(path: Path) -> None:
 
 def test_every_part_has_a_level() -> None:
     assert {part_of(path) for path in FILES} <= set(LEVEL)
+
+
+def test_decisions_need_no_torch() -> None:
+    """A process that imports all of `plan` and `control` has neither torch nor ray: it can simulate a whole cluster."""
+    paths = [path.relative_to(PACKAGE) for path in FILES if part_of(path) in ("plan", "control")]
+    modules = [".".join(("elastic_moe", *path.with_suffix("").parts)).removesuffix(".__init__") for path in paths]
+    assert {"elastic_moe.control.rebalance", "elastic_moe.plan.state.schedule"} <= set(modules)
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "print(*sorted({'torch', 'ray'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []

@@ -92,6 +92,30 @@ def plan_ownership(
     return Ownership(primary_U, partners_RK[primary_U].reshape(len(units), redundancy))
 
 
+def homes_from_roles(
+    units: Sequence[Unit], roles_RU: NDArray[np.uint8], active: Sequence[int], shape: tuple[int, int]
+) -> NDArray[np.int32]:
+    """Ranks that have the experts' state now, as present homes for the next placement.
+
+    Args:
+        units: all units.
+        roles_RU: uint8[R, U], the role in which each rank holds each unit.
+        active: ranks that may own.
+        shape: (MoE layers, experts).
+
+    Returns:
+        int32[L, E]: the active rank with the strongest role (primary before mirror, then the lowest rank), -1 if no
+        active rank holds the expert's unit.
+    """
+    homes_LE = np.full(shape, -1, dtype=np.int32)
+    for u, unit in enumerate(units):
+        if unit.expert is not None:
+            best = max(active, key=lambda r: (int(roles_RU[r, u]), -r))
+            if roles_RU[best, u]:
+                homes_LE[unit.moe_layer, unit.expert] = best
+    return homes_LE
+
+
 def _loads(primary_U: NDArray[np.int32], numel_U: NDArray[np.int64], num_ranks: int) -> NDArray[np.int64]:
     """Number of elements that each rank owns, int64[R]."""
     placed_U = primary_U >= 0

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.plan.state.ownership import MIRROR, NONE, PRIMARY, Ownership, plan_ownership
+from elastic_moe.plan.state.ownership import MIRROR, NONE, PRIMARY, Ownership, homes_from_roles, plan_ownership
 from elastic_moe.plan.state.transfers import plan_transfers
 from elastic_moe.types import Member, Part, Unit, View
 
@@ -147,3 +147,27 @@ def test_draining_rank_hands_over_and_owns_nothing() -> None:
     assert not plan.missing
     assert {move.src for move in plan.transfers} == {1}
     assert sorted(move.unit for move in plan.transfers) == before.owned(1).tolist()
+
+
+def test_homes_are_the_strongest_active_holders() -> None:
+    units = [_unit(0, 10), *(_unit(1 + e, 10, e, 0) for e in range(4))]
+    roles_RU = np.full((3, 5), NONE, np.uint8)
+    roles_RU[:, 0] = PRIMARY  # a dense unit has no home
+    roles_RU[[0, 2], 1] = MIRROR, PRIMARY  # the primary before a lower rank
+    roles_RU[[1, 2], 2] = MIRROR  # the lowest of equal ranks
+    roles_RU[[0, 1], 3] = PRIMARY, MIRROR  # rank 0 drains, so its mirror is next
+    roles_RU[0, 4] = PRIMARY  # only a draining rank holds it
+    homes_LE = homes_from_roles(units, roles_RU, (1, 2), (1, 4))
+    assert homes_LE.dtype == np.int32
+    assert homes_LE.tolist() == [[2, 1, 1, -1]]
+
+
+@settings(deadline=None)
+@given(_cases())
+def test_homes_of_planned_roles_are_the_planned_homes(
+    case: tuple[list[Unit], View, np.ndarray, int, np.ndarray | None],
+) -> None:
+    units, view, held, redundancy, homes = case
+    if homes is not None:
+        roles_RU = _roles(plan_ownership(units, view, held, redundancy, homes), view.world_size)
+        assert np.array_equal(homes_from_roles(units, roles_RU, view.active_ranks, homes.shape), homes)

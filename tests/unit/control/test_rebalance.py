@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 
 from elastic_moe.config.schema import BalanceConfig
+from elastic_moe.control.rebalance import Rebalancer, moves_between
 from elastic_moe.control.vote import Measures, VoteResult
 from elastic_moe.plan.placement import Topology, plan_placement
 from elastic_moe.plan.split import slowest_times
 from elastic_moe.plan.state.ownership import NONE, plan_ownership
-from elastic_moe.runtime.rebalance import Rebalancer, moves_between
 from elastic_moe.types import Member, ModelStats, Part, Unit, View
 
 RANKS, EXPERTS, LAYERS = 4, 16, 2
@@ -87,7 +87,7 @@ def test_replicas_follow_the_load_and_homes_stay() -> None:
     assert np.array_equal(change.placement.home, balancer.placement.home)
     assert change.estimate["balance_after"] > change.estimate["balance_before"]
     before = vote.layer_time_L.sum()
-    balancer.adopted(change)
+    balancer.accept(change)
     later = _vote(balancer, 2, load_LE)
     assert later.layer_time_L.sum() < before
     assert balancer.propose(later) is None, "nothing is left to gain"
@@ -144,8 +144,8 @@ def test_every_rank_decides_alike() -> None:
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:
             assert np.array_equal(mine.placement.expert_of_slot, theirs.placement.expert_of_slot)
-            one.adopted(mine)
-            other.adopted(theirs)
+            one.accept(mine)
+            other.accept(theirs)
 
 
 def test_moves_say_what_changed() -> None:

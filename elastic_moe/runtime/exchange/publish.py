@@ -1,0 +1,89 @@
+"""Publication: updated weights from primaries to the ranks that compute with them.
+
+Experts are most of the weights, and the forward pass needs them later than the dense ones. They are sent first and
+travel while the next step begins. `wait_expert_weights` waits for them before the first expert is used.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from elastic_moe.parallel.collectives.group import Group, Pending
+from elastic_moe.plan.state.schedule import Layout, Schedule
+from elastic_moe.runtime.exchange.unit_exchange import UnitExchange
+from elastic_moe.runtime.exchange.windows import ComputeTensors, windows_of
+from elastic_moe.runtime.state import HeldState
+
+
+class _Weights:
+    """Sends weights by one schedule and installs those that arrive."""
+
+    def __init__(
+        self, layout: Layout, schedule: Schedule, weights: ComputeTensors, held: HeldState, group: Group
+    ) -> None:
+        self._held, self._sent_units = held, schedule.sent_units
+        self._windows = [window for u in schedule.received_units for window in windows_of(layout, weights, u)]
+        self._exchange = UnitExchange(layout, schedule, group)
+
+    def begin(self) -> tuple[Pending, torch.Tensor]:
+        return self._exchange.begin([self._held.states[u].weight for u in self._sent_units])
+
+    def install(self, received: torch.Tensor) -> None:
+        """Copy weights that arrived into the compute weights."""
+        if self._windows:
+            pieces = list(received.split([window.numel() for window in self._windows]))
+            torch._foreach_copy_(self._windows, pieces)  # pyright: ignore[reportPrivateImportUsage]
+
+    def run(self) -> int:
+        """Send, wait and install. Returns the bytes received."""
+        pending, received = self.begin()
+        pending.wait()
+        self.install(received)
+        return received.nbytes
+
+
+class WeightPublisher:
+    """Publishes the weights of the units whose primary is this rank, and receives those that it computes with.
+
+    Args:
+        layout: the schedules.
+        weights: this rank's compute weights.
+        held: the master weights.
+        group: the collectives of this generation.
+
+    Attributes:
+        seconds: from the beginning of the last publication to the arrival of the experts' weights.
+        received_bytes: bytes that the last publication brought to this rank.
+    """
+
+    def __init__(self, layout: Layout, weights: ComputeTensors, held: HeldState, group: Group) -> None:
+        self.seconds, self.received_bytes = 0.0, 0
+        self._dense = _Weights(layout, layout.dense_weights, weights, held, group)
+        self._experts = _Weights(layout, layout.expert_weights, weights, held, group)
+        self._frozen = _Weights(layout, layout.frozen_weights, weights, held, group)
+        self._in_flight: tuple[Pending, torch.Tensor, float] | None = None
+
+    def publish(self, frozen: bool = False) -> None:
+        """Send the weights; collective. Returns while the experts' weights may still be on their way.
+
+        Args:
+            frozen: send the frozen weights too, as on entering a view.
+        """
+        self.wait_expert_weights()
+        started = time.perf_counter()
+        pending, received = self._experts.begin()
+        self._in_flight = pending, received, started
+        self.received_bytes = received.nbytes + self._dense.run()
+        if frozen:
+            self.received_bytes += self._frozen.run()
+
+    def wait_expert_weights(self) -> None:
+        """Wait for the experts' weights and install them. Does nothing if they are installed already."""
+        if self._in_flight is None:
+            return
+        (pending, received, started), self._in_flight = self._in_flight, None
+        pending.wait()
+        self._experts.install(received)
+        self.seconds = time.perf_counter() - started

@@ -1,0 +1,48 @@
+"""The all-to-all of one schedule: whole units, one after another in a flat buffer per direction.
+
+The receive buffer lies in host memory, as the state of the units does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from elastic_moe.parallel.collectives.group import HOST, Group, Pending
+from elastic_moe.plan.state.schedule import Layout, Schedule
+
+
+class UnitExchange:
+    """Exchanges units by one schedule, as often as it is called; collective.
+
+    Args:
+        layout: has the units' sizes.
+        schedule: the units per rank, in both directions.
+        group: the collectives of this generation.
+        dtype: of the elements.
+    """
+
+    def __init__(self, layout: Layout, schedule: Schedule, group: Group, dtype: torch.dtype = torch.float32) -> None:
+        self._group, self._dtype = group, dtype
+        self._sent_numel_R, self._received_numel_R = layout.sizes(schedule.send), layout.sizes(schedule.receive)
+
+    def begin(self, pieces: Sequence[torch.Tensor]) -> tuple[Pending, torch.Tensor]:
+        """Begin the exchange.
+
+        Args:
+            pieces: 1-D tensors that together are the sent units, in the order of `Schedule.sent_units`.
+
+        Returns:
+            The exchange in progress, and the buffer that has the units of `Schedule.received_units` when it is done.
+        """
+        sent = torch.cat(list(pieces)) if pieces else torch.empty(0, dtype=self._dtype, device=HOST)
+        received = torch.empty(sum(self._received_numel_R), dtype=self._dtype, device=HOST)
+        pending = self._group.begin_all_to_all(received, sent, self._received_numel_R, self._sent_numel_R)
+        return pending, received
+
+    def run(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Carry out the exchange. Arguments and result as in `begin`."""
+        pending, received = self.begin(pieces)
+        pending.wait()
+        return received

@@ -1,0 +1,135 @@
+"""Gradients and weights of whole units between three ranks: the sums at primaries and mirrors, the weights at users."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from elastic_moe.optim.unit_state import UnitState
+from elastic_moe.plan.placement import Placement
+from elastic_moe.plan.state.ownership import NONE, Ownership, plan_ownership
+from elastic_moe.plan.state.schedule import Layout
+from elastic_moe.plan.state.units import build_units
+from elastic_moe.runtime.exchange.exchanger import Exchanger
+from elastic_moe.runtime.exchange.windows import ComputeTensors, windows_of
+from elastic_moe.runtime.state import HeldState
+from elastic_moe.types import Member, ParamSpec, Unit, View
+from tests.dist.ranks import Seat, results
+
+WORLD, EXPERTS = 3, 3
+SPECS = [
+    ParamSpec("embed", (4, 3)),  # cut into two units
+    ParamSpec("norm", (3,), decay=False),
+    ParamSpec("bias", (EXPERTS,), optimizer="bias", layer=0, moe_layer=0),
+    ParamSpec("positions", (5,), optimizer="frozen"),
+    *(
+        ParamSpec(f"experts.{e}.{name}", shape, layer=0, expert=e, moe_layer=0)
+        for e in range(EXPERTS)
+        for name, shape in {"gate": (2, 3), "up": (2, 3), "down": (3, 2)}.items()
+    ),
+]
+UNITS = build_units(SPECS, 6)
+VIEW = View(1, tuple(Member(f"w{r}", f"n{r}", r) for r in range(WORLD)))
+SLOTS = {0: [0, 1], 1: [0, -1, 2], 2: []}  # rank -> experts; expert 0 is replicated, rank 2 has none
+PLACEMENT = Placement(
+    np.array([[e for experts in SLOTS.values() for e in experts]], np.int32),
+    np.array([r for r, experts in SLOTS.items() for _ in experts], np.int32),
+    np.array([[0, 0, 1]], np.int32),
+)
+
+
+def _ownership() -> Ownership:
+    held = np.full((WORLD, len(UNITS)), NONE, dtype=np.uint8)
+    return plan_ownership(UNITS, VIEW, held, 1, PLACEMENT.home)
+
+
+def _value(unit: int, kind: int) -> torch.Tensor:
+    """Distinct whole numbers, exact in every sum."""
+    return torch.arange(UNITS[unit].numel, dtype=torch.float32) + 100 * unit + 10_000 * kind
+
+
+def _computes(rank: int, unit: Unit) -> bool:
+    return unit.expert is None or unit.expert in SLOTS[rank]
+
+
+def _tensors(rank: int, buffers: bool) -> ComputeTensors:
+    """Compute tensors full of -1, with the buffers that have no gradient if wanted."""
+    dense = {s.name: torch.full(s.shape, -1.0) for s in SPECS if s.expert is None and (buffers or s.rule.has_gradient)}
+    num_slots = len(SLOTS[rank])
+    return ComputeTensors(dense, [(torch.full((num_slots, 4, 3), -1.0), torch.full((num_slots, 3, 2), -1.0))])
+
+
+def _flat(rank: int, tensors: ComputeTensors, unit: Unit) -> torch.Tensor:
+    """A unit's elements as one vector, read from the whole tensors without windows."""
+    if unit.expert is None:
+        [part] = unit.parts
+        return tensors.dense[part.param].flatten()[part.start : part.start + part.numel]
+    slot = SLOTS[rank].index(unit.expert)
+    return torch.cat([stacked[slot].flatten() for stacked in tensors.slots[0]])
+
+
+def _fill(layout: Layout, tensors: ComputeTensors, kind: int) -> None:
+    """Give every unit with a gradient that this rank computes with its value."""
+    for u, unit in enumerate(UNITS):
+        if unit.rule.has_gradient and _computes(layout.rank, unit):
+            windows = windows_of(layout, tensors, u)
+            values = _value(u, kind).split([window.numel() for window in windows])
+            for window, value in zip(windows, values, strict=True):
+                window.copy_(value)
+
+
+def _exchange(seat: Seat, dtype: torch.dtype) -> dict[str, float]:
+    rank, ownership = seat.rank, _ownership()
+    group = seat.form(1, rank, seat.world)
+    layout = Layout(UNITS, VIEW, rank, ownership, PLACEMENT)
+    roles_U = ownership.role(rank)
+    source = {u: UnitState.initial(UNITS[u], _value(u, 9)) for u in np.flatnonzero(roles_U != NONE).tolist()}
+    held = HeldState.build(UNITS, roles_U, source, torch.device("cpu"))
+    weights, grads = _tensors(rank, True), _tensors(rank, False)
+    grads = ComputeTensors(
+        {name: t.to(dtype) for name, t in grads.dense.items()}, [tuple(t.to(dtype) for t in s) for s in grads.slots]
+    )
+    exchanger = Exchanger(layout, weights, grads, held, group)
+
+    _fill(layout, grads, rank)
+    for u, unit in enumerate(UNITS):
+        if unit.rule.has_gradient and _computes(rank, unit):
+            assert torch.equal(_flat(rank, grads, unit), _value(u, rank).to(dtype)), "a window is at the wrong place"
+    square = exchanger.reduce()
+    exchanger.mirror()
+    sums = {
+        u: sum((_value(u, r) for r in range(WORLD) if _computes(r, unit)), torch.zeros(unit.numel))
+        for u, unit in enumerate(UNITS)
+        if unit.rule.has_gradient
+    }
+    for u in set(sums) & set(source):
+        assert torch.equal(held.grad_of(u), sums[u]), f"gradient of {UNITS[u].name}"
+    owned = [u for u in sums if ownership.primary[u] == rank]
+    assert square == pytest.approx(float(sum(sums[u].double().square().sum() for u in owned)))
+
+    exchanger.publish()
+    first_bytes = exchanger.publish_bytes
+    exchanger.wait_expert_weights()
+    exchanger.wait_expert_weights()
+    for u, unit in enumerate(UNITS):
+        if _computes(rank, unit):
+            frozen = torch.full((unit.numel,), -1.0)
+            expected = frozen if unit.optimizer == "frozen" else _value(u, 9)
+            assert torch.equal(_flat(rank, weights, unit), expected), f"weight of {unit.name}"
+    if -1 in SLOTS[rank]:
+        assert all((stacked[SLOTS[rank].index(-1)] == -1).all() for stacked in weights.slots[0]), "an empty slot"
+    exchanger.publish(frozen=True)
+    exchanger.wait_expert_weights()
+    assert torch.equal(weights.dense["positions"], _value([u.name for u in UNITS].index("positions"), 9))
+    group.close()
+    return {"first": first_bytes, "second": exchanger.publish_bytes, "seconds": exchanger.publish_s}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_add_up_and_weights_come_back(dtype: torch.dtype) -> None:
+    for rank, found in enumerate(results(WORLD, _exchange, dtype)):
+        here = sum(u.numel for u in UNITS if u.optimizer != "frozen" and _computes(rank, u))
+        assert found["first"] == 4 * here
+        assert found["second"] == 4 * (here + 5)
+        assert found["seconds"] > 0

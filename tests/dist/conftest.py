@@ -1,4 +1,4 @@
-"""Makes the repository importable in the spawned processes of these tests, whatever started pytest."""
+"""Makes the repository importable in the processes that these tests spawn."""
 
 from __future__ import annotations
 

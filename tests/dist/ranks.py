@@ -1,7 +1,7 @@
-"""Ranks as spawned processes, with the test in the part of the coordinator: it hosts the store, sets aborts and publishes views.
+"""Ranks as spawned processes. The test plays the coordinator: it hosts the store, sets aborts and publishes views.
 
-A rank runs `body(seat, *args)`. It says things to the test with `seat.say` and hears orders with `seat.hear`; an order
-("abort", reason) sets the current abort signal from a thread, as the control line does.
+A rank runs `body(seat, *args)`. It sends values to the test with `seat.say` and receives orders with `seat.hear`. An
+order ("abort", reason) sets the current abort signal from a thread, as the connection to the coordinator does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PATIENCE_S = 60.0
 
 @dataclass
 class Seat:
-    """What a rank's process has: who it is, the store's port, its line to the test."""
+    """A rank's process: its rank, the store's port, its connection to the test."""
 
     rank: int
     world: int
@@ -88,7 +88,7 @@ def _start(body: Callable[..., Any], rank: int, world: int, port: int, line: Con
 
 
 class Ranks:
-    """A world of spawned ranks; use as a context manager. Processes that are left at the end are killed."""
+    """A world of spawned ranks, as a context manager that kills the remaining processes at its end."""
 
     def __init__(self, world: int, body: Callable[..., Any], *args: Any) -> None:
         self.store = HostedStore("127.0.0.1")
@@ -115,7 +115,7 @@ class Ranks:
             line.close()
 
     def hear(self, rank: int) -> Any:
-        """Next thing that a rank says; fails the test with the rank's traceback."""
+        """The next value that a rank says. Fails the test with the rank's traceback if the rank failed."""
         assert self.lines[rank].poll(PATIENCE_S), f"rank {rank} is silent"
         kind, value = self.lines[rank].recv()
         assert kind != "error", f"rank {rank}:\n{value}"
@@ -138,7 +138,7 @@ class Ranks:
 
 
 def results(world: int, body: Callable[..., Any], *args: Any) -> list[Any]:
-    """Run `body` on all ranks and return what they return."""
+    """Run `body` on all ranks. Returns the results in the order of the ranks."""
     with Ranks(world, body, *args) as ranks:
         found = [ranks.hear(rank) for rank in range(world)]
         ranks.ended_well(list(range(world)))

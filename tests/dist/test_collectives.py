@@ -1,4 +1,4 @@
-"""Groups that can be thrown away: collectives, a death in the middle, an abort without any death, re-forming, ending."""
+"""Groups of one generation: collectives, a death in the middle, an abort without a death, re-forming, ending."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ FAST_S = 60.0  # far below the operation's own timeout of an hour: an abort ends
 
 
 class Watched(AbortSignal):
-    """Says "waiting" once a collective is waited for: `Group` looks once before its start, then between slices.
+    """Says "waiting" at the second read of `is_set`: `Group` reads it once before the start, then between slices.
 
     Attributes:
-        armed: look at the looks from now on.
+        armed: whether reads of `is_set` are counted.
     """
 
     def __init__(self, seat: Seat) -> None:
@@ -143,7 +143,7 @@ def test_survivors_of_a_death_go_on_in_the_next_generation(victim: int, operatio
 
 
 def _peer_stands_still(seat: Seat) -> dict[str, Any] | None:
-    """Rank 1 is alive but never joins the second collective: no socket breaks, only the abort can end the others' wait."""
+    """Rank 1 lives but never joins the second collective. No socket breaks; only the abort ends the others' wait."""
     watched = Watched(seat)
     group = seat.form(1, seat.rank, seat.world, watched)
     group.barrier()

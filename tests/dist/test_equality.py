@@ -1,4 +1,7 @@
-"""With `elastic.reproducible` a disturbed run has the undisturbed run's losses bit for bit, in the model's default settings."""
+"""With `elastic.reproducible`, a disturbed run has the losses of an undisturbed one, bit for bit.
+
+The model has its default initial weights, bias speed and learning rate.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ def deepseek(config: TrainConfig) -> TrainConfig:
     """V4's attention with its indexer, streams, a hash layer, groups' successor scores, and multi-token prediction."""
     model = replace(
         config.model, attention="csa", residual="mhc", readout="learned", recompute=3, num_hash_layers=1, mtp_depth=1,
-        router_score="sqrtsoftplus", swiglu_limit=10.0, query_latent=16, output_latent=8, index_dim=8, rope_dim=4, window=8,
+        router_score="sqrtsoftplus", swiglu_limit=10.0, query_latent=16, output_latent=8, index_dim=8, rope_dim=4,
+        window=8,
         csa_rate=2, hca_rate=4, index_topk=4, layer_kinds=["sliding", "csa", "hca"][: config.model.num_layers],
         document_mask=True, mtp_switch=1.0,
     )  # fmt: skip
@@ -43,7 +47,7 @@ def deepseek(config: TrainConfig) -> TrainConfig:
 
 
 def _disturb(run: LocalRun, seed: int, events: int = EVENTS) -> list[str]:
-    """Kill, drain and add workers at random, one at a time. Returns what was done."""
+    """Kill, drain and add workers at random, one at a time. Returns the events, each with the number of workers."""
     dice, living, done = random.Random(seed), list(run.processes), []
     run.wait_step(2)  # a drain before its worker is known has no effect
     while len(done) < events:

@@ -68,6 +68,32 @@ def _run_layers(backend: Any, x_TD: torch.Tensor, ids_TK: torch.Tensor, gates_TK
     return x_TD
 
 
+def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def _weight_gap(
+    group: Group, parallel: ExpertParallel, twin: LocalExperts, expert_of_slot_LS: np.ndarray, kept: list[int]
+) -> float:
+    """Largest difference of the experts' gradients from the twin's, summed over all copies of an expert.
+
+    The gradient tensors are those at the addresses `kept`, and empty slots have a gradient of zero.
+    """
+    gap = 0.0
+    for layer in range(LAYERS):
+        for mine, whole in zip(parallel.slot_params(layer), twin.slot_params(layer), strict=True):
+            assert mine.grad is not None and mine.grad.data_ptr() in kept
+            summed = torch.zeros_like(whole)
+            for slot, expert in enumerate(expert_of_slot_LS[layer]):
+                if expert >= 0:
+                    summed[int(expert)] += mine.grad[slot]
+                else:
+                    assert not mine.grad[slot].any()
+            group.all_reduce(summed)
+            gap = max(gap, _gap(summed, torch.zeros_like(whole) if whole.grad is None else whole.grad))
+    return gap
+
+
 def _one_case(
     group: Group, case: str, skewed: bool, most_rows: int = 0, nodes: str = ""
 ) -> dict[str, float]:
@@ -84,7 +110,12 @@ def _one_case(
         assert isinstance(parallel._transport, ByNode)
     at_once: list[int] = []
     compute = parallel._compute
-    parallel._compute = lambda layer, rows, here: (at_once.append(len(rows)), compute(layer, rows, here))[1]  # type: ignore[method-assign]
+
+    def counted(layer: int, rows: Any, here: Any) -> Any:
+        at_once.append(len(rows))
+        return compute(layer, rows, here)
+
+    parallel._compute = counted  # type: ignore[method-assign]
     span = placement.slots_of(rank)
     for layer in range(LAYERS):
         for mine, whole in zip(parallel.slot_params(layer), twin.slot_params(layer), strict=True):
@@ -107,29 +138,12 @@ def _one_case(
     (y * weight_TD[share]).sum().backward()
     backward = group.completed - before - forward
 
-    worst = 0.0
-    for layer in range(LAYERS):
-        for mine, whole in zip(parallel.slot_params(layer), twin.slot_params(layer), strict=True):
-            assert mine.grad is not None and mine.grad.data_ptr() in kept
-            summed = torch.zeros_like(whole)
-            for slot, expert in enumerate(placement.expert_of_slot[layer, span]):
-                if expert >= 0:
-                    summed[int(expert)] += mine.grad[slot]
-                else:
-                    assert not mine.grad[slot].any()
-            group.all_reduce(summed)
-            expected = torch.zeros_like(whole) if whole.grad is None else whole.grad
-            worst = max(worst, float((summed - expected).abs().max()))
     assert x.grad is not None and gates.grad is not None and x_all.grad is not None and gates_all.grad is not None
-
-    def gap(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float((a - b).abs().max()) if a.numel() else 0.0
-
     return {
-        "y": gap(y.detach(), y_all.detach()[share]),
-        "x_grad": gap(x.grad, x_all.grad[share]),
-        "gates_grad": gap(gates.grad, gates_all.grad[share]),
-        "weight_grad": worst,
+        "y": _gap(y.detach(), y_all.detach()[share]),
+        "x_grad": _gap(x.grad, x_all.grad[share]),
+        "gates_grad": _gap(gates.grad, gates_all.grad[share]),
+        "weight_grad": _weight_gap(group, parallel, twin, placement.expert_of_slot[:, span], kept),
         "forward": forward,
         "backward": backward,
         "rows": parallel.local_tokens,
@@ -149,7 +163,7 @@ def _all_cases(seat: Seat) -> dict[tuple[str, bool], dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def measured() -> list[dict[tuple[str, bool], dict[str, float]]]:
-    """All cases on all ranks of one world, since starting processes is what takes the time."""
+    """All cases on all ranks of one world, because starting processes takes most of the time."""
     return results(3, _all_cases)
 
 

@@ -1,4 +1,4 @@
-"""Placement that follows the load, in whole runs: the same losses as without, better balance, under deaths too."""
+"""Rebalancing in whole runs, with deaths and without: the losses stay equal and the balance gets better."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ pytestmark = pytest.mark.timeout(240)
 
 
 def _config(run_dir: Path, inject: list[str] | None = None, spare: int = 0, **balance: Any) -> TrainConfig:
-    """A router whose first weights are wide and that nothing balances, so that the experts' loads differ; homes move as often as that gains."""
+    """A router with wide initial weights and without balancing, so the experts' loads differ.
+
+    The long payback makes homes move for every gain.
+    """
     config = with_steps(tiny_config(run_dir, CORPUS, spare_slots=spare), STEPS)
     model = replace(
         config.model, num_experts=EXPERTS, num_layers=3, init_std=0.3, bias_update_speed=0.0, seq_balance_weight=0.0
@@ -65,13 +68,13 @@ def test_balance_is_better_and_losses_are_equal(runs: dict[str, LocalRun]) -> No
     assert _home_moves(runs["homes"]) and not _home_moves(off)
 
 
-def test_estimates_stand_beside_what_happened(runs: dict[str, LocalRun]) -> None:
+def test_events_have_estimates_and_measurements(runs: dict[str, LocalRun]) -> None:
     changes = [e for e in runs["on"].events() if e["event"] == "rebalanced"]
     assert changes
     moves = [e for e in runs["homes"].events() if e["event"] == "rebalanced"]
     assert {event["step"] for event in moves} <= set(_home_moves(runs["homes"])), "nothing else can move"
     moved = [event["expected"]["moved_bytes"] for event in moves]
-    assert sum(moved) > 0 and min(moved) >= 0  # none for homes that go to their mirrors
+    assert sum(moved) > 0 and min(moved) >= 0  # zero for a home that moves to its mirror
     for event in changes:
         assert event["expected"]["gain_s"] > 0 and event["measured"]["steps"] >= 1
         assert event["expected"]["balance_after"] > event["expected"]["balance_before"]
@@ -116,7 +119,7 @@ def test_explain_follows_the_experts(runs: dict[str, LocalRun], capsys: pytest.C
 
 @pytest.mark.parametrize("phase", ["transfer", "confirm"])
 def test_a_death_while_a_home_moves_loses_nothing(runs: dict[str, LocalRun], tmp_path: Path, phase: str) -> None:
-    """The same run dies in the middle of the move that the undisturbed one made."""
+    """A rank dies in the middle of a move that the undisturbed run made."""
     step = min(s for s in _home_moves(runs["homes"]) if s > 1)
     with LocalRun(_config(tmp_path / "run", inject=[f"1:{step + 1}:{phase}"]), WORKERS, nodes=2) as run:
         run.wait_end()

@@ -1,4 +1,4 @@
-"""Runs of real worker processes under real signals: every disturbed run must have the losses of an undisturbed one."""
+"""Runs of real worker processes under real signals: each disturbed run has the losses of an undisturbed one."""
 
 from __future__ import annotations
 

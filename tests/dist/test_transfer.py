@@ -1,4 +1,7 @@
-"""Whole vectors between ranks, in many rounds: what arrives is what was sent, in order, zero sizes and silent ranks included."""
+"""Whole vectors between ranks, in many rounds: they arrive unchanged and in order.
+
+Some vectors have no elements, and some ranks send none.
+"""
 
 from __future__ import annotations
 

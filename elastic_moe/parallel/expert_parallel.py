@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.backend import ExpertStatistics
 from elastic_moe.model.experts.grouped import grouped_swiglu, weighted_sum
-from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.collectives.group import HOST, Group
 from elastic_moe.parallel.reproducible import Grid, pieces_swiglu
 from elastic_moe.parallel.transport import Transport, transport_for
 from elastic_moe.plan.placement import Placement
@@ -119,7 +119,7 @@ class ExpertParallel:
 
     Attributes:
         before_experts: called before the slots' weights are used; may wait until they are there.
-        local_tokens: rows that this rank's slots computed since `reset_balance`.
+        local_tokens: rows that this rank's slots computed since `begin_step`.
         tokens_R: the same for every rank.
         cross_node_rows: rows that this rank's tokens sent to other nodes, counted once for all ranks on rank 0.
         compute_s: seconds of this rank's experts in the forward passes.
@@ -148,12 +148,15 @@ class ExpertParallel:
         self.num_layers, self.num_experts = placement.expert_of_slot.shape[0], cfg.num_experts
         slots = self._span.stop - self._span.start
         shapes = ((slots, 2 * cfg.expert_hidden, cfg.hidden_size), (slots, cfg.hidden_size, cfg.expert_hidden))
-        self._slots = [
-            tuple(torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes)
-            for _ in range(self.num_layers)
-        ]
         dtype = torch.float32 if grid is None else torch.float64
-        self._grads = [tuple(torch.zeros(s, device=device, dtype=dtype) for s in shapes) for _ in self._slots]
+
+        def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        self._slots = [
+            (torch.nn.Parameter(zeros(shapes[0])), torch.nn.Parameter(zeros(shapes[1]))) for _ in range(self.num_layers)
+        ]
+        self._grads = [(zeros(shapes[0], dtype), zeros(shapes[1], dtype)) for _ in self._slots]
         if grid is None:
             for slots_of, grads_of in zip(self._slots, self._grads, strict=True):
                 for tensor, grad in zip(slots_of, grads_of, strict=True):
@@ -161,20 +164,18 @@ class ExpertParallel:
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         starts = [placement.slots_of(r).start for r in range(group.world_size)]
         self._bounds = np.array([*starts, len(placement.rank_of_slot)])
-        self.reset_balance()
+        self.begin_step()
 
     def adopt(self, placement: Placement) -> None:
-        """Go over to another placement with the same slots; the slots' weights are then those of other experts, and
-        must be set anew.
-        """
+        """Use another placement with the same slots. The caller then sets the weights of the slots anew."""
         assert np.array_equal(placement.rank_of_slot, self._placement.rank_of_slot)
         self._placement = placement
 
-    def slot_params(self, moe_layer: int) -> tuple[torch.nn.Parameter, ...]:
+    def slot_params(self, moe_layer: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
         """(w_gate_up [S, 2F, D], w_down [S, D, F]) of one layer: an expert's unit, one matrix after the other."""
         return self._slots[moe_layer]
 
-    def slot_grads(self, moe_layer: int) -> tuple[torch.Tensor, ...]:
+    def slot_grads(self, moe_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of `slot_params`, fp64 with a grid; the tensors are never replaced."""
         return self._grads[moe_layer]
 
@@ -182,30 +183,24 @@ class ExpertParallel:
         """Set the gradients and the statistics to zero."""
         for tensor in (t for layer in self._grads for t in layer):
             tensor.zero_()
-        self.reset_balance()
+        self.local_tokens = 0
+        self.tokens_R = np.zeros(self._group.world_size, dtype=np.int64)
+        self._mean_L, self._max_L = np.zeros(self.num_layers), np.zeros(self.num_layers)
+        self.cross_node_rows, self.compute_s, self.chunks = 0, 0.0, 1
 
     def statistics(self) -> ExpertStatistics:
         """Statistics of the calls since `begin_step`."""
         times = torch.from_numpy(self.layer_time_L)
         return ExpertStatistics(self.local_tokens, self.cross_node_rows, self.compute_s, times)
 
-    def reset_balance(self) -> None:
-        """Begin counting anew, at the start of a step."""
-        self.local_tokens = 0
-        self.tokens_R = np.zeros(self._group.world_size, dtype=np.int64)
-        self._mean_L, self._max_L = np.zeros(self.num_layers), np.zeros(self.num_layers)
-        self.cross_node_rows, self.compute_s, self.chunks = 0, 0.0, 1
-
     @property
     def balance(self) -> float:
-        """Mean over maximum of the ranks' rows, of ranks with slots, weighted over the calls since `reset_balance`; 1
-        is perfect.
-        """
+        """Mean over maximum of the rows of the ranks with slots, over the calls since `begin_step`; 1 is perfect."""
         return float(self._mean_L.sum() / self._max_L.sum()) if self._max_L.any() else 1.0
 
     @property
     def layer_time_L(self) -> NDArray[np.float64]:
-        """Rows of the slowest rank over the mean, per MoE layer, since `reset_balance`; 1 is perfect.
+        """Rows of the slowest rank over the mean, per MoE layer, since `begin_step`; 1 is perfect.
 
         The same on every rank.
         """
@@ -252,9 +247,9 @@ class ExpertParallel:
         return y_ND.view(num_tokens, num_choices, x_TD.shape[1])
 
     def _split(self, expert_ids_TK: torch.Tensor, moe_layer: int) -> RankSplit:
-        """What goes where, from what all ranks want; collective."""
-        mine_E = torch.bincount(expert_ids_TK.reshape(-1).cpu(), minlength=self.num_experts)
-        counts_RE = self._group.all_gather(mine_E).numpy()
+        """The split of a layer's tokens over replicas, from the counts of all ranks; collective."""
+        mine_E = torch.bincount(expert_ids_TK.reshape(-1), minlength=self.num_experts)
+        counts_RE = self._group.all_gather(mine_E, device=HOST).numpy()
         placement, rank, speeds = self._placement, self._rank, self._speeds
         if self._grid is not None:
             return of_rank(split_whole(counts_RE, placement, moe_layer, speeds), placement, rank)
@@ -265,7 +260,8 @@ class ExpertParallel:
     def _compute(self, moe_layer: int, rows_MD: torch.Tensor, here_RS: NDArray[np.int64]) -> torch.Tensor:
         weights = self._slots[moe_layer]
         if self._grid is None:
-            return grouped_swiglu(rows_MD, torch.from_numpy(here_RS.sum(axis=0)), *weights, self._limit, direct=True)
+            rows_S = torch.from_numpy(here_RS.sum(axis=0))
+            return grouped_swiglu(rows_MD, rows_S, weights[0], weights[1], self._limit, direct=True)
         pieces = [(slot, int(rows)) for slot, rows_R in enumerate(here_RS.T) for rows in rows_R]
         return pieces_swiglu(rows_MD, pieces, weights, self._grads[moe_layer], self._grid, self._limit)
 

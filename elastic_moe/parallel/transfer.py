@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.collectives.group import HOST, Group
 
 ROUND_ELEMENTS = 16 * 1024 * 1024  # per rank and round: 64 MiB of fp32
 
@@ -16,6 +16,7 @@ def exchange(
     outgoing: Sequence[Sequence[torch.Tensor]],
     incoming: Sequence[Sequence[int]],
     round_elements: int = ROUND_ELEMENTS,
+    device: torch.device = HOST,
 ) -> list[list[torch.Tensor]]:
     """Send 1-D fp32 vectors to each peer and receive theirs; collective.
 
@@ -24,12 +25,13 @@ def exchange(
         outgoing: per destination rank, the vectors to send, in the order the destination expects.
         incoming: per source rank, the sizes of the vectors that arrive.
         round_elements: elements that a rank sends, and receives, in one round at most; the same on every rank.
+        device: of all vectors.
 
     Returns:
         Per source rank, the received vectors (views of one tensor per source).
     """
-    send = [torch.cat(list(vectors)) if vectors else torch.empty(0) for vectors in outgoing]
-    receive = [torch.empty(sum(sizes)) for sizes in incoming]
+    send = [torch.cat(list(vectors)) if vectors else torch.empty(0, device=device) for vectors in outgoing]
+    receive = [torch.empty(sum(sizes), device=device) for sizes in incoming]
     size_RR = group.all_gather(torch.tensor([t.numel() for t in send], dtype=torch.int64))
     expected, announced = [t.numel() for t in receive], size_RR[:, group.rank].tolist()
     assert announced == expected, f"rank {group.rank} expects {expected} elements, its peers send {announced}"
@@ -38,7 +40,7 @@ def exchange(
         out = [t[start : start + width] for t in send]
         arrive = [t[start : start + width] for t in receive]
         sizes = [t.numel() for t in arrive]
-        buffer = torch.empty(sum(sizes))
+        buffer = torch.empty(sum(sizes), device=device)
         group.all_to_all(buffer, torch.cat(out), sizes, [t.numel() for t in out])
         for target, piece in zip(arrive, buffer.split(sizes), strict=True):
             target.copy_(piece)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,16 @@ class HostedStore:
     """
 
     def __init__(self, host: str) -> None:
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
+        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.port: int = self._store.port
 
 
-def connect(rendezvous: Rendezvous, key_prefix: str) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
+def connect(rendezvous: Rendezvous, key_prefix: str) -> Store:
     """The coordinator's store as its client sees it, with all keys under a prefix.
 
     Raises:
         RuntimeError: the store cannot be reached within `rendezvous.timeout_s`.
     """
     limit = timedelta(seconds=rendezvous.timeout_s)
-    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        rendezvous.host, rendezvous.port, is_master=False, wait_for_workers=False, timeout=limit
-    )
-    return dist.PrefixStore(key_prefix, store)  # pyright: ignore[reportPrivateImportUsage]
+    store = TCPStore(rendezvous.host, rendezvous.port, is_master=False, wait_for_workers=False, timeout=limit)
+    return PrefixStore(key_prefix, store)

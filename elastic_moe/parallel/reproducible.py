@@ -61,10 +61,10 @@ class _Pieces(torch.autograd.Function):
         xs = [x.clone() for x in x_MD.split([rows for _, rows in pieces])]
         w_gate_up_SGD, w_down_SDF = weights
         hidden = [x @ w_gate_up_SGD[slot].T for x, (slot, _) in zip(xs, pieces, strict=True)]
-        out = [
-            swiglu(*gate_up.chunk(2, dim=1), limit) @ w_down_SDF[slot].T
-            for gate_up, (slot, _) in zip(hidden, pieces, strict=True)
-        ]
+        out: list[torch.Tensor] = []
+        for gate_up, (slot, _) in zip(hidden, pieces, strict=True):
+            gate, up = gate_up.chunk(2, dim=1)
+            out.append(swiglu(gate, up, limit) @ w_down_SDF[slot].T)
         ctx.saved = (xs, hidden, pieces, weights, sums, grid, limit)
         return torch.cat(out) if out else x_MD.clone()
 

@@ -157,5 +157,6 @@ def test_moves_say_what_changed() -> None:
     change = balancer.propose(_vote(balancer, 1, _hot(_on_one_rank(balancer)[:2])))
     assert change is not None
     moves = moves_between(old, change.placement)
-    assert moves and sum(what for *_, what in moves) == 0, "slots are full before and after"
+    assert moves
+    assert sum(what for *_, what in moves) == 0, "slots are full before and after"
     assert moves_between(old, old) == []

@@ -14,7 +14,7 @@ import torch
 
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.data.tokenizer import BpeTokenizer
-from elastic_moe.plan.batch import order
+from elastic_moe.plan.batch import sample_ids
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ def test_the_first_loss_is_the_oracles(origin: Path, run_dir: Path) -> None:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     (train_path,) = (run_dir.parent / ".cache").glob("*/train.bin")
     shard = TokenShard.open(train_path)
-    ids = order(0, 0, 4, shard.num_samples(32))
+    ids = sample_ids(0, 0, 4, shard.num_samples(32))
     tokens, targets = (torch.from_numpy(np.asarray(part)) for part in shard.batch(ids, 32))
     model = transformers.AutoModelForCausalLM.from_pretrained(origin)
     logits = model(tokens, use_cache=False).logits

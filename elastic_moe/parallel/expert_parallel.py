@@ -1,17 +1,17 @@
-"""Expert parallelism over an uneven, replicated placement: tokens travel to slots, outputs travel back; dropless,
-unpadded.
+"""Expert parallelism over an uneven, replicated placement: tokens travel to slots, outputs travel back.
 
-Per MoE layer: one all-gather of the counts, from which every rank computes the same split over replicas; one uneven
-all-to-all of rows there and one back, and the same two in the backward pass. Rows travel sorted by slot, so the
-receiver need only interleave its sources. Each permutation is part of the transport's autograd function: its backward
-is the inverse permutation, a gather, and not the scatter-add that autograd would derive.
+No token is dropped and no row is padded. In each MoE layer one all-gather brings the counts, from which every rank
+computes the same split over replicas. One uneven all-to-all sends the rows to their slots, another one sends the
+outputs back, and the backward pass has the same two. Rows travel sorted by slot, so the receiver need only interleave
+its sources. Each permutation is part of the transport's autograd function. Its backward pass is the inverse
+permutation, a gather, and not the scatter-add that autograd would derive.
 
-When the rows that reach some rank would take more memory than allowed, the tokens are sent in chunks, one after the
-other, and a chunk's rows are not kept for the backward pass but sent again: all tokens on one expert cost time, not
-memory.
+The rows that reach a rank may need more memory than allowed. Then the tokens are sent in chunks, one after the other.
+The rows of a chunk are not kept for the backward pass but sent again. So a load of all tokens on one expert costs time
+and no memory.
 
-Shapes: T tokens, K experts per token, N = T * K rows sent, M rows computed here, P slots in the world, S slots here, R
-ranks, D hidden, F expert hidden.
+Shapes: T tokens, K experts per token, N = T * K rows sent, M rows computed here. P slots in the world, S slots here,
+R ranks, D hidden, F expert hidden.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.backend import ExpertStatistics
 from elastic_moe.model.experts.grouped import grouped_swiglu, weighted_sum
 from elastic_moe.parallel.collectives.group import HOST, Group
-from elastic_moe.parallel.reproducible import Grid, pieces_swiglu
+from elastic_moe.parallel.reproducible import Grid, segmented_swiglu
 from elastic_moe.parallel.transport import Transport, transport_for
 from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.split import RankSplit, of_rank, split_for_rank, split_tokens, split_whole
@@ -111,10 +111,10 @@ class ExpertParallel:
         cfg: the model's shape.
         device: of the slot weights.
         speeds: relative speed per rank, for the split; None for equal ones.
-        grid: compute what each rank sends to each expert by itself, and sum the weights' gradients exactly; None:
-            grouped, in fp32.
-        memory_limit: bytes that one layer's rows may take on a rank, with what is kept of them for the backward pass; 0
-            for no limit. Without effect on exact sums, whose pieces may not depend on who computes them.
+        grid: compute the rows from each rank to each expert as a product of their own, and sum the weights' gradients
+            exactly; None: grouped, in fp32.
+        memory_limit: bytes that one layer's rows may take on a rank, their part kept for the backward pass included; 0
+            for no limit. It has no effect on exact sums, whose segments must be the same on any rank.
         by_node: one message per pair of nodes instead of one per pair of ranks.
 
     Attributes:
@@ -123,7 +123,7 @@ class ExpertParallel:
         tokens_R: the same for every rank.
         cross_node_rows: rows that this rank's tokens sent to other nodes, counted once for all ranks on rank 0.
         compute_s: seconds of this rank's experts in the forward passes.
-        chunks: the most pieces in which a layer's rows came.
+        chunks: the largest number of chunks in which a layer's rows came.
     """
 
     def __init__(
@@ -215,12 +215,12 @@ class ExpertParallel:
         self.chunks = max(self.chunks, chunks)
         if chunks <= 1:
             return weighted_sum(self._experts(moe_layer, x_TD, expert_ids_TK, split, False), gates_TK)
-        pieces = []
+        outputs = []
         for x, ids in zip(x_TD.tensor_split(chunks), expert_ids_TK.tensor_split(chunks), strict=True):
             rows = x + 0 * self._anchor  # every rank joins the backward collectives, or none
-            run = _Twice(self._experts)
-            pieces.append(checkpoint(run, moe_layer, rows, ids, None, use_reentrant=False, preserve_rng_state=False))
-        return weighted_sum(torch.cat(pieces), gates_TK)
+            run = _CountedOnce(self._experts)
+            outputs.append(checkpoint(run, moe_layer, rows, ids, None, use_reentrant=False, preserve_rng_state=False))
+        return weighted_sum(torch.cat(outputs), gates_TK)
 
     def _experts(
         self,
@@ -262,8 +262,8 @@ class ExpertParallel:
         if self._grid is None:
             rows_S = torch.from_numpy(here_RS.sum(axis=0))
             return grouped_swiglu(rows_MD, rows_S, weights[0], weights[1], self._limit, direct=True)
-        pieces = [(slot, int(rows)) for slot, rows_R in enumerate(here_RS.T) for rows in rows_R]
-        return pieces_swiglu(rows_MD, pieces, weights, self._grads[moe_layer], self._grid, self._limit)
+        segments = [(slot, int(rows)) for slot, rows_R in enumerate(here_RS.T) for rows in rows_R]
+        return segmented_swiglu(rows_MD, segments, weights, self._grads[moe_layer], self._grid, self._limit)
 
     def _count(self, moe_layer: int, tokens_R: NDArray[np.int64], far: int) -> None:
         self.tokens_R += tokens_R
@@ -293,8 +293,8 @@ class ExpertParallel:
         return Route(order, undo, by_slot, by_source, sent, arrived, split.rows_RR, expert_ids_TK.shape[1])
 
 
-class _Twice:
-    """Tells the first call of a function from the later ones: a recomputation must not count its rows again."""
+class _CountedOnce:
+    """Tells a function whether it was called before: a recomputation must not count its rows again."""
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:
         self._function, self._called = function, False

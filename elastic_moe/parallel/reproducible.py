@@ -1,11 +1,14 @@
-"""Sums whose bits do not depend on who computes which share: the arithmetic of `elastic.reproducible`.
+"""Sums whose bits do not depend on the ranks that compute the shares: the arithmetic of `elastic.reproducible`.
 
-fp32 addition is not associative, so a gradient summed by four workers differs in its last bits from the same gradient
-summed by three; near ties of two experts then fall differently, and the runs part. Here the micro-batch is the unit of
-computation: it has the same sequences, and its matrix products the same shapes, on whichever rank it runs, and what it
-contributes is rounded to a common grid of fp64 before it is added. Sums of multiples of one power of two are exact as
-long as they fit into 53 bits, so their order does not matter (pre-rounding: Demmel and Nguyen, "Fast reproducible
-floating-point summation", ARITH 2013, with a fixed grid in place of one from a first pass over the data).
+fp32 addition is not associative. A gradient summed by four workers differs in its last bits from the same gradient
+summed by three. Near ties of two experts are then decided differently, and the runs part.
+
+Here the micro-batch is the unit of computation. It has the same sequences on any rank, and its matrix products have the
+same shapes. Its contribution is rounded to a common grid of fp64 before it is added. Sums of multiples of one power of
+two are exact as long as they fit into 53 bits, so their order does not matter. (Pre-rounding: Demmel and Nguyen, "Fast
+reproducible floating-point summation", ARITH 2013, with a fixed grid in place of one from a first pass over the data.)
+
+A segment is the rows that one micro-batch sends to one expert.
 
 Shapes: M rows, S slots, D hidden, F expert hidden.
 """
@@ -44,37 +47,37 @@ class Grid:
 Weights = tuple[torch.Tensor, torch.Tensor]
 
 
-class _Pieces(torch.autograd.Function):
-    """SwiGLU piece by piece; weight gradients go to fp64 sums on the grid and not to autograd."""
+class _SegmentedSwiglu(torch.autograd.Function):
+    """SwiGLU segment by segment; weight gradients go to fp64 sums on the grid and not to autograd."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_MD: torch.Tensor,
-        pieces: list[tuple[int, int]],
+        segments: list[tuple[int, int]],
         weights: Weights,
         sums: Weights,
         grid: Grid,
         limit: float,
     ) -> torch.Tensor:
         # Every operand is a copy of its own: BLAS may choose its kernel by a pointer's alignment.
-        xs = [x.clone() for x in x_MD.split([rows for _, rows in pieces])]
+        xs = [x.clone() for x in x_MD.split([rows for _, rows in segments])]
         w_gate_up_SGD, w_down_SDF = weights
-        hidden = [x @ w_gate_up_SGD[slot].T for x, (slot, _) in zip(xs, pieces, strict=True)]
+        hidden = [x @ w_gate_up_SGD[slot].T for x, (slot, _) in zip(xs, segments, strict=True)]
         out: list[torch.Tensor] = []
-        for gate_up, (slot, _) in zip(hidden, pieces, strict=True):
+        for gate_up, (slot, _) in zip(hidden, segments, strict=True):
             gate, up = gate_up.chunk(2, dim=1)
             out.append(swiglu(gate, up, limit) @ w_down_SDF[slot].T)
-        ctx.saved = (xs, hidden, pieces, weights, sums, grid, limit)
+        ctx.saved = (xs, hidden, segments, weights, sums, grid, limit)
         return torch.cat(out) if out else x_MD.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
-        xs, hidden, pieces, (w_gate_up_SGD, w_down_SDF), sums, grid, limit = ctx.saved
+        xs, hidden, segments, (w_gate_up_SGD, w_down_SDF), sums, grid, limit = ctx.saved
         back: list[torch.Tensor] = []
-        grads = grad_MD.split([rows for _, rows in pieces])
-        for dy, x, gate_up, (slot, _) in zip(grads, xs, hidden, pieces, strict=True):
+        grads = grad_MD.split([rows for _, rows in segments])
+        for dy, x, gate_up, (slot, _) in zip(grads, xs, hidden, segments, strict=True):
             dy = dy.clone()
             rows, d_gate_up = swiglu_backward(dy @ w_down_SDF[slot], gate_up, limit)
             grid.add(sums[0][slot], d_gate_up.T @ x)
@@ -83,19 +86,19 @@ class _Pieces(torch.autograd.Function):
         return torch.cat(back) if back else grad_MD.clone(), None, None, None, None, None
 
 
-def pieces_swiglu(
+def segmented_swiglu(
     x_MD: torch.Tensor,
-    pieces: Sequence[tuple[int, int]],
+    segments: Sequence[tuple[int, int]],
     weights: Weights,
     sums: Weights,
     grid: Grid,
     limit: float = 0.0,
 ) -> torch.Tensor:
-    """Twin of `grouped_swiglu` that computes each piece by itself.
+    """Twin of `grouped_swiglu` that computes each segment by itself.
 
     Args:
-        x_MD: rows, piece after piece.
-        pieces: (slot, rows) of each piece; a piece is what one micro-batch sends to one expert.
+        x_MD: rows, segment after segment.
+        segments: (slot, rows) of each segment.
         weights: (gate above up [S, 2F, D], down [S, D, F]).
         sums: fp64 tensors of the same shapes, to which the backward pass adds the weights' gradients.
         grid: of the sums.
@@ -106,6 +109,6 @@ def pieces_swiglu(
     """
     dtype, kind = x_MD.dtype, x_MD.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
-    used = [(slot, rows) for slot, rows in pieces if rows]
+    used = [(slot, rows) for slot, rows in segments if rows]
     cast = (weights[0].detach().to(compute), weights[1].detach().to(compute))
-    return _Pieces.apply(x_MD.to(compute), used, cast, sums, grid, limit).to(dtype)
+    return _SegmentedSwiglu.apply(x_MD.to(compute), used, cast, sums, grid, limit).to(dtype)

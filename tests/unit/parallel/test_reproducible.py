@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from elastic_moe.model.experts.grouped import grouped_swiglu
-from elastic_moe.parallel.reproducible import Grid, pieces_swiglu
+from elastic_moe.parallel.reproducible import Grid, segmented_swiglu
 
 HIDDEN, WIDTH, SLOTS = 16, 8, 3
 
@@ -43,20 +43,20 @@ def test_elements_beyond_the_range_are_still_summed_in_fp64() -> None:
     assert torch.isnan(total).all()
 
 
-def _case(pieces: list[tuple[int, int]]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+def _case(segments: list[tuple[int, int]]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     torch.manual_seed(0)
     shapes = ((SLOTS, 2 * WIDTH, HIDDEN), (SLOTS, HIDDEN, WIDTH))
     weights = tuple(torch.randn(shape).requires_grad_() for shape in shapes)
     sums = tuple(torch.zeros(shape, dtype=torch.float64) for shape in shapes)
-    return torch.randn(sum(rows for _, rows in pieces), HIDDEN), weights, sums
+    return torch.randn(sum(rows for _, rows in segments), HIDDEN), weights, sums
 
 
-@pytest.mark.parametrize("pieces", [[(0, 2), (0, 3), (1, 0), (2, 4)], [(1, 5)], [(0, 0), (2, 0)], []])
-def test_pieces_equal_the_grouped_twin(pieces: list[tuple[int, int]]) -> None:
-    x_MD, weights, sums = _case(pieces)
+@pytest.mark.parametrize("segments", [[(0, 2), (0, 3), (1, 0), (2, 4)], [(1, 5)], [(0, 0), (2, 0)], []])
+def test_segments_equal_the_grouped_twin(segments: list[tuple[int, int]]) -> None:
+    x_MD, weights, sums = _case(segments)
     ours, theirs = x_MD.clone().requires_grad_(), x_MD.clone().requires_grad_()
-    y_MD = pieces_swiglu(ours, pieces, weights, sums, Grid(16))  # type: ignore[arg-type]
-    counts = torch.tensor([sum(rows for slot, rows in pieces if slot == s) for s in range(SLOTS)])
+    y_MD = segmented_swiglu(ours, segments, weights, sums, Grid(16))  # type: ignore[arg-type]
+    counts = torch.tensor([sum(rows for slot, rows in segments if slot == s) for s in range(SLOTS)])
     expected = grouped_swiglu(theirs, counts, *weights)
     torch.testing.assert_close(y_MD, expected)
     factor = torch.randn(y_MD.shape)
@@ -72,10 +72,10 @@ def test_a_piece_has_the_same_bits_in_any_company() -> None:
     x_MD, weights, together = _case([(0, 37), (0, 5), (2, 11)])
     alone = tuple(torch.zeros_like(t) for t in together)
     grid, rows = Grid(16), [37, 5, 11]
-    y_MD = pieces_swiglu(x_MD.requires_grad_(), [(0, 37), (0, 5), (2, 11)], weights, together, grid)  # type: ignore[arg-type]
+    y_MD = segmented_swiglu(x_MD.requires_grad_(), [(0, 37), (0, 5), (2, 11)], weights, together, grid)  # type: ignore[arg-type]
     y_MD.sum().backward()
     for x, y, slot in zip(x_MD.detach().split(rows), y_MD.split(rows), [0, 0, 2], strict=True):
-        single = pieces_swiglu(x.clone().requires_grad_(), [(slot, len(x))], weights, alone, grid)  # type: ignore[arg-type]
+        single = segmented_swiglu(x.clone().requires_grad_(), [(slot, len(x))], weights, alone, grid)  # type: ignore[arg-type]
         assert torch.equal(single, y)
         single.sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))

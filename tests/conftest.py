@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -156,6 +157,14 @@ def leaks(before: Resources, patience_s: float, count_descriptors: bool = True) 
     return [*found, *(f"environment variable {name}" for name in sorted(changed))]
 
 
+def _end_compiler_threads() -> None:
+    """End the threads, without names of their own, that torch's compiler keeps once it has compiled something."""
+    module = sys.modules.get("torch._inductor.async_compile")
+    if module is not None and module.AsyncCompile.pool.cache_info().currsize:
+        module.AsyncCompile.pool().shutdown()
+        module.AsyncCompile.pool.cache_clear()
+
+
 def _after_patience(look: Callable[[], list[str]], patience_s: float) -> list[str]:
     deadline_s = time.monotonic() + patience_s
     while (found := look()) and time.monotonic() < deadline_s:
@@ -172,6 +181,7 @@ def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     before = Resources()
     yield
+    _end_compiler_threads()
     found = leaks(before, PATIENCE_S, count_descriptors=request.node.get_closest_marker("ray") is None)
     if found:
         pytest.fail("the test left behind: " + "; ".join(found), pytrace=False)

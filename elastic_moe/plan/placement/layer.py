@@ -13,7 +13,7 @@ from elastic_moe.plan.compiled import Bools, Floats, Ints, compiled
 from elastic_moe.plan.placement.bin_packing import pack_splittable
 from elastic_moe.plan.placement.estimate import estimate_least_time
 from elastic_moe.plan.placement.homes import choose_homes, place_homeless, release_homes
-from elastic_moe.plan.placement.local_search import TOLERANCE, improve
+from elastic_moe.plan.placement.local_search import TOLERANCE, improve, improve_or_keep
 from elastic_moe.plan.placement.partition import fill_by_partition
 from elastic_moe.plan.placement.replicas import EMPTY, LayerPlan, construct, index_copies, keep_copies
 
@@ -104,7 +104,7 @@ def _from_scratch(layer: LayerPlan, resident_ER: Bools, few_slots: bool, least_t
             partition_makespan = fill_by_partition(layer, other_P, GOOD * least_time)
         construct(layer, other_P)
         max_changes = 0 if method == BY_PARTITION else changes
-        other_makespan = improve(layer, other_P, unpinned_E, max_changes, free, FITS)
+        other_makespan = improve_or_keep(layer, other_P, unpinned_E, max_changes, free, FITS)
         # unequal ranks may not divide their load exactly
         if method == BY_PARTITION and other_makespan > max(GOOD, partition_makespan + TOLERANCE):
             other_makespan = _improve_in_steps(layer, other_P, unpinned_E, free)
@@ -175,14 +175,14 @@ def plan_layer(  # noqa: PLR0913 - compiled code sees plain arrays
     index_copies(expert_P, slots_of_ER, copies_E)
     construct(layer, expert_P)
     changes = 2 * num_ranks + 16
-    makespan = improve(layer, expert_P, home_E, changes, 0, FITS)
+    makespan = improve_or_keep(layer, expert_P, home_E, changes, 0, FITS)
     other_P, other_home = np.full(len(expert_P), EMPTY), stay_E.copy()
     if makespan > enough:  # keep the homes, and choose all replicas anew
         keep_copies(np.zeros_like(resident_ER), load_E, stay_E, start_R, other_P)
         index_copies(other_P, slots_of_ER, copies_E)
         pack_splittable(load_E, target_R, start_R, round_robin_R, resident_ER, other_P, slots_of_ER, copies_E)
         construct(layer, other_P)
-        other_makespan = improve(layer, other_P, other_home, changes, 0, FITS)
+        other_makespan = improve_or_keep(layer, other_P, other_home, changes, 0, FITS)
         if other_makespan < makespan:
             makespan = other_makespan
             choose_homes(max_homes_R, rank_P, slots_of_ER, copies_E, other_home)

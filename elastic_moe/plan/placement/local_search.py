@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from elastic_moe.plan.compiled import Bools, Ints, compiled
-from elastic_moe.plan.placement.replicas import LayerPlan, add_copy, drop_copy
+from elastic_moe.plan.placement.replicas import LayerPlan, add_copy, drop_copy, index_copies
 
 TOLERANCE = 1 / 512  # of the mean: a plan this close to the bound is not changed any more
 
@@ -282,4 +282,25 @@ def improve(layer: LayerPlan, expert_P: Ints, home_E: Ints, changes: int, home_m
         makespan += rise
         for rank in range(num_ranks):
             slack_R[rank] += np.int64(target_R[rank] * rise) + (1 if target_R[rank] > 1.0 else 0)
+    return makespan
+
+
+@compiled
+def improve_or_keep(layer: LayerPlan, expert_P: Ints, home_E: Ints, changes: int, home_moves: int, goal: float) -> float:
+    """Like `improve`, but the copies and homes stay as they were if the changes made the makespan worse.
+
+    The search is greedy: in about one of 10,000 small problems, changes towards a goal out of reach do harm.
+    """
+    first_P, first_home = expert_P.copy(), home_E.copy()
+    makespan = improve(layer, expert_P, home_E, changes, home_moves, goal)
+    if changes == 0 or makespan <= goal + 1e-6:
+        return makespan
+    changed_P, changed_home = expert_P.copy(), home_E.copy()
+    expert_P[:], home_E[:] = first_P, first_home
+    index_copies(expert_P, layer.slots_of_ER, layer.copies_E)
+    first_makespan = improve(layer, expert_P, home_E, 0, 0, goal)
+    if first_makespan <= makespan:
+        return first_makespan
+    expert_P[:], home_E[:] = changed_P, changed_home
+    index_copies(expert_P, layer.slots_of_ER, layer.copies_E)
     return makespan

@@ -14,6 +14,7 @@ from elastic_moe.model.residual.eager import EagerKernels
 from tests.unit.model.residual.twins import example
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 def test_compiled_equals_eager() -> None:
     compiled, eager = kernels_module.choose_kernels("compile", torch.device("cpu")), EagerKernels()

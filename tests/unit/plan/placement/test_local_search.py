@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from elastic_moe.plan.placement import Placement
-from elastic_moe.plan.placement.local_search import improve
+from elastic_moe.plan.placement.local_search import improve, improve_or_keep
 from elastic_moe.plan.placement.replicas import construct
 from elastic_moe.plan.split import slowest_times
 from tests.unit.plan.placement.problems import check_index, problem
@@ -20,6 +20,7 @@ def _unpinned(num_experts: int) -> np.ndarray:
 
 @settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 20), st.integers(0, 10**6))
+@example(8, 8, 52430)  # the changes alone make it worse here
 def test_its_makespan_is_that_of_the_optimal_split(num_ranks: int, num_experts: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     slots = [-(-num_experts // num_ranks) + 1] * num_ranks
@@ -33,7 +34,7 @@ def test_its_makespan_is_that_of_the_optimal_split(num_ranks: int, num_experts: 
     placement = Placement(expert_P[None].astype(np.int32), layer.rank_P.astype(np.int32), home)
     split_time = slowest_times(load[None].astype(float), placement, [1.0] * num_ranks)[0]
     assert makespan == pytest.approx(split_time, abs=1e-5)
-    changed = improve(layer, expert_P, _unpinned(num_experts), 20, 10**6, 1.0)
+    changed = improve_or_keep(layer, expert_P, _unpinned(num_experts), 20, 10**6, 1.0)
     check_index(layer, expert_P)
     assert changed <= makespan + 1e-6
     assert set(expert_P[expert_P >= 0]) == set(range(num_experts)), "no expert is lost"

@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         text = "\n".join(explain(options.run, options.layer, options.expert, options.step))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"elastic_moe: {error}", file=sys.stderr)
         return 2
     try:
         print(text, flush=True)

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(write_report(options.run))
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"elastic_moe: {error}", file=sys.stderr)
         return 2
     return 0
 

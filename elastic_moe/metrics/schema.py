@@ -284,7 +284,7 @@ def _markdown() -> Iterator[str]:
     yield "# Records of a run"
     yield ""
     yield "Every line of the three files is one JSON object. This page is made from the declarations in `schema.py`:"
-    yield "`python -m elastic_moe.cli.records` prints it, and `--json FILE` prints the JSON schema of a file's records."
+    yield "`elastic-moe records` prints it, and `--json FILE` prints the JSON schema of a file's records."
     yield ""
     yield f"## {METRICS}"
     yield ""

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from elastic_moe.config.schema import FaultConfig
 
-PHASES = ("compute", "reduce", "mirror", "vote", "apply", "publish", "committed", "transfer", "confirm")
-
 
 class Faults:
     """The configured faults of one worker.

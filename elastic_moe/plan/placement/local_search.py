@@ -286,7 +286,9 @@ def improve(layer: LayerPlan, expert_P: Ints, home_E: Ints, changes: int, home_m
 
 
 @compiled
-def improve_or_keep(layer: LayerPlan, expert_P: Ints, home_E: Ints, changes: int, home_moves: int, goal: float) -> float:
+def improve_or_keep(
+    layer: LayerPlan, expert_P: Ints, home_E: Ints, changes: int, home_moves: int, goal: float
+) -> float:
     """Like `improve`, but the copies and homes stay as they were if the changes made the makespan worse.
 
     The search is greedy: in about one of 10,000 small problems, changes towards a goal out of reach do harm.

@@ -31,7 +31,7 @@ def all_keys(keys: tuple[Key, ...]) -> list[Key]:
 def test_the_committed_reference_is_the_printed_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     committed = (Path(schema.__file__).parent / "README.md").read_text()
-    assert capsys.readouterr().out == committed, "python -m elastic_moe.cli.records > elastic_moe/metrics/README.md"
+    assert capsys.readouterr().out == committed, "elastic-moe records > elastic_moe/metrics/README.md"
 
 
 @pytest.mark.parametrize("file", [METRICS, EVENTS, EXPERTS])

@@ -27,6 +27,7 @@ def load_manifest(root_uri: str, step: int) -> Manifest:
     Raises:
         FileNotFoundError: the checkpoint is unfinished or does not exist.
         CorruptCheckpoint: the manifest is damaged, or a file is missing or truncated.
+        StorageUnavailable: something cannot be read, so nothing is known.
     """
     storage = Storage(root_uri)
     manifest = Manifest.from_bytes(root_uri, persistent(lambda: storage.read(f"{step_dir(step)}/{MANIFEST}")))
@@ -45,6 +46,7 @@ def verify_shards(manifest: Manifest) -> None:
 
     Raises:
         CorruptCheckpoint: a file differs.
+        StorageUnavailable: a file cannot be read.
     """
     storage = Storage(manifest.root_uri)
     for shard in manifest.shards:
@@ -56,7 +58,7 @@ def verify_shards(manifest: Manifest) -> None:
 def find_latest(
     root_uri: str, verify: bool = True, on_skip: Callable[[int, str], None] | None = None
 ) -> Manifest | None:
-    """Find the newest complete checkpoint; None if there is none.
+    """Find the newest complete checkpoint. None if the root was listed, and holds none that is complete and whole.
 
     Args:
         root_uri: the checkpoint root; need not exist.
@@ -64,7 +66,8 @@ def find_latest(
         on_skip: called as on_skip(step, reason) for every newer checkpoint that is unfinished or damaged.
 
     Raises:
-        OSError: the root cannot be listed.
+        StorageUnavailable: the root cannot be listed, or a checkpoint newer than every whole one cannot be read. The
+            storage may answer later, so the caller must not take an older state.
     """
     storage = Storage(root_uri)
     names = persistent(storage.directories)
@@ -76,7 +79,7 @@ def find_latest(
             return manifest
         except FileNotFoundError:
             reason = "unfinished"
-        except OSError as error:
+        except CorruptCheckpoint as error:
             reason = str(error)
         if on_skip is not None:
             on_skip(step, reason)
@@ -99,6 +102,7 @@ def read_units(
     Raises:
         KeyError: the checkpoint lacks a unit, so it is of another model.
         CorruptCheckpoint: a file is damaged.
+        StorageUnavailable: a file cannot be read.
     """
     home = {unit: shard for shard in manifest.shards for unit in shard.units}
     unknown = [name for name in names if name not in home]

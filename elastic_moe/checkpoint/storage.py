@@ -30,6 +30,13 @@ class CorruptCheckpoint(OSError):
     """A file of a checkpoint differs from its manifest: missing, truncated or changed."""
 
 
+class StorageUnavailable(OSError):
+    """The storage failed for another reason than absence or damage, at every attempt.
+
+    It tells nothing about the checkpoints: they may be there and whole. So it never means that there are none.
+    """
+
+
 class Storage:
     """One checkpoint root.
 
@@ -135,7 +142,7 @@ class Storage:
 
 
 def persistent(action: Callable[[], T], attempts: int = ATTEMPTS, pause_s: float = PAUSE_S) -> T:
-    """Run an operation; try it again after an OSError, with a pause that doubles each time.
+    """Run an operation; try it again after a failure of the storage, with a pause that doubles each time.
 
     Args:
         action: the operation.
@@ -144,19 +151,16 @@ def persistent(action: Callable[[], T], attempts: int = ATTEMPTS, pause_s: float
 
     Raises:
         FileNotFoundError, CorruptCheckpoint: at once, because another attempt would not help.
-        OSError: the last attempt failed.
+        StorageUnavailable: the last attempt failed.
     """
     for attempt in range(attempts):
         try:
             return action()
         except (FileNotFoundError, CorruptCheckpoint):
             raise
-        except pa.ArrowException as error:
-            failure: Exception = OSError(str(error))
-        except OSError as error:
-            failure = error
-        if attempt + 1 == attempts:
-            raise failure
+        except (OSError, pa.ArrowException) as error:
+            if attempt + 1 == attempts:
+                raise StorageUnavailable(str(error) or type(error).__name__) from error
         time.sleep(pause_s * 2**attempt)
     raise AssertionError("attempts must be positive")
 

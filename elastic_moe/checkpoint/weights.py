@@ -13,7 +13,7 @@ import torch
 
 from elastic_moe.checkpoint.manifest import Manifest
 from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
-from elastic_moe.checkpoint.storage import CorruptCheckpoint
+from elastic_moe.checkpoint.storage import CorruptCheckpoint, StorageUnavailable
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.params import param_specs
@@ -30,7 +30,9 @@ def find_checkpoint(root: str, step: int | None = None) -> Manifest:
     """
     try:
         manifest = find_latest(root) if step is None else load_manifest(root, step)
-    except (OSError, CorruptCheckpoint) as error:
+    except StorageUnavailable as error:
+        raise UserError(f"{root} cannot be read: {error}.") from error
+    except OSError as error:
         raise UserError(
             f"{root} has no complete checkpoint{'' if step is None else f' of step {step}'}: {error}."
         ) from error

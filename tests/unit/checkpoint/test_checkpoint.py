@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from elastic_moe.checkpoint import storage as storage_module
 from elastic_moe.checkpoint.manifest import MANIFEST, Manifest
 from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
-from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
+from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, StorageUnavailable, persistent
 from elastic_moe.checkpoint.writer import discard_after, retain, write_manifest, write_shard
 from elastic_moe.errors import UserError
 from elastic_moe.run_dir import step_dir, step_of
@@ -187,6 +187,25 @@ def test_storage_that_fails_for_a_while() -> None:
     outcomes[:] = [FileNotFoundError("none"), 7]
     with pytest.raises(FileNotFoundError):
         persistent(action)
+
+
+@pytest.mark.parametrize("operation", ["read", "size", "sha256", "directories"])
+@pytest.mark.parametrize("errno", [5, 13, 116])
+def test_storage_that_cannot_be_read_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, errno: int
+) -> None:
+    """An error tells nothing about the checkpoints, so neither an older one nor none is taken."""
+    write(tmp_path, 10)
+    newest = write(tmp_path, 20)
+
+    def fail(self: Storage, *_: str) -> None:
+        raise OSError(errno, "the storage fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, operation, fail)
+        with pytest.raises(StorageUnavailable, match="the storage fails"):
+            find_latest(str(tmp_path))
+    assert find_latest(str(tmp_path)) == newest
 
 
 def test_retain(tmp_path: Path) -> None:

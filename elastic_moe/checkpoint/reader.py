@@ -1,24 +1,15 @@
-"""Reads checkpoints: finds the newest complete one that verifies, and loads the units that the caller names.
-
-A safetensors file has 8 bytes of header length, a JSON header with offsets, then the data
-(https://github.com/huggingface/safetensors#format). It is parsed here, so that single tensors can be read from an
-object store.
-"""
+"""Reads checkpoints: finds the newest complete one that verifies, and loads the units that the caller names."""
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo
+from elastic_moe.checkpoint.shard_file import TensorEntry, bytes_of, header_length, parse_header
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
 from elastic_moe.run_dir import step_dir, step_of
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 
 
 def load_manifest(root_uri: str, step: int) -> Manifest:
@@ -122,34 +113,38 @@ def read_units(
 
 def _read_shard(
     storage: Storage, manifest: Manifest, shard: ShardInfo, units: set[str], fields: Sequence[str] | None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, torch.Tensor]]:
     """Read some units of one file."""
     file = f"{manifest.directory}/{shard.file}"
     try:
-        (prefix,) = storage.read_ranges(file, [(0, 8)])
-        (length,) = struct.unpack("<Q", prefix)
-        if 8 + length > shard.bytes:
-            raise CorruptCheckpoint(f"{storage.path(file)} has a damaged header")
-        (header_bytes,) = storage.read_ranges(file, [(8, length)])
-        header: dict[str, Any] = json.loads(header_bytes)
-        header.pop("__metadata__", None)
-        entries = [
-            (name, entry)
-            for name, entry in header.items()
-            if name.rsplit("/", 1)[0] in units and (fields is None or name.rsplit("/", 1)[1] in fields)
+        size = storage.size(file)
+        if size != shard.bytes:
+            raise CorruptCheckpoint(f"{size} bytes, not {shard.bytes}")
+        prefix = bytearray(min(8, size))
+        storage.read_into(file, [(0, memoryview(prefix))])
+        header = bytearray(header_length(bytes(prefix), size))
+        storage.read_into(file, [(8, memoryview(header))])
+        wanted = [
+            entry
+            for entry in parse_header(bytes(header), size).values()
+            if entry.unit in units and (fields is None or entry.field in fields)
         ]
-        spans = [entry["data_offsets"] for _, entry in entries]
-        pieces = storage.read_ranges(file, [(8 + length + start, end - start) for start, end in spans])
-        tensors: dict[str, dict[str, Any]] = {unit: {} for unit in units}
-        for (name, entry), piece in zip(entries, pieces, strict=True):
-            unit, part = name.rsplit("/", 1)
-            dtype = _DTYPES[entry["dtype"]]
-            flat = torch.frombuffer(bytearray(piece), dtype=dtype) if piece else torch.empty(0, dtype=dtype)
-            tensors[unit][part] = flat.reshape(entry["shape"])
+        found = _read_entries(storage, file, wanted)
     except FileNotFoundError as error:
         raise CorruptCheckpoint(f"{storage.path(file)} has disappeared") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except CorruptCheckpoint as error:
         raise CorruptCheckpoint(f"{storage.path(file)} cannot be read: {error}") from error
+    tensors: dict[str, dict[str, torch.Tensor]] = {unit: {} for unit in units}
+    for entry in wanted:
+        tensors[entry.unit][entry.field] = found[entry.name]
     if any("weight" not in parts for parts in tensors.values()):
         raise CorruptCheckpoint(f"{storage.path(file)} lacks a unit that the manifest names")
     return tensors
+
+
+def _read_entries(storage: Storage, file: str, entries: Sequence[TensorEntry]) -> dict[str, torch.Tensor]:
+    """Read these tensors, which are in the order of their places."""
+    found = {entry.name: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries}
+    spans = [(entry.start, bytes_of(found[entry.name])) for entry in entries if entry.stop > entry.start]
+    storage.read_into(file, spans)
+    return found

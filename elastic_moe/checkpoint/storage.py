@@ -2,7 +2,7 @@
 
 A local file is written under a temporary name, synced to disk and then renamed, so its name never shows a partial file.
 In an object store, a put is atomic by itself. Storage can fail for a short time, so an operation is tried several times
-before its OSError is raised.
+before its error is raised. It can also hang, so every operation runs in a thread that is left behind after a time-out.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from elastic_moe.checkpoint.bounded import Activity, bounded
 from elastic_moe.errors import UserError
 
 ATTEMPTS = 3
 PAUSE_S = 0.2
-_CHUNK = 1 << 22
+TIMEOUT_S = 60.0  # an operation that does not get on by one piece within this is left behind
+PIECE = 1 << 23  # bytes that are read, hashed or written at once, while other threads run
+_SYNC_BYTES = 1 << 26  # a local file is synced so often: one sync at the end could take longer than the time-out
 T = TypeVar("T")
 
 
@@ -38,26 +42,25 @@ class StorageUnavailable(OSError):
 
 
 class Storage:
-    """One checkpoint root.
+    """One checkpoint root. Every method is bounded in time.
 
     Args:
         root_uri: a path, or a URI that pyarrow knows (file://, s3://, gs://, hdfs://).
+        activity: told of the bytes that are read and written, where the operations are part of a longer call.
 
     Raises:
         UserError: the URI's scheme is unknown.
+        StorageUnavailable: the object store cannot be reached.
     """
 
-    def __init__(self, root_uri: str) -> None:
-        if "://" in root_uri:
-            try:
-                self._fs, root = pafs.FileSystem.from_uri(root_uri)
-            except (pa.ArrowException, ValueError) as error:
-                raise UserError(
-                    f"checkpoint.dir={root_uri} cannot be used ({error}); give a path, s3:// or gs:// URI"
-                ) from error
-        else:
-            self._fs, root = pafs.LocalFileSystem(), Path(root_uri).expanduser().absolute().as_posix()
-        self._root = root.rstrip("/")
+    def __init__(self, root_uri: str, activity: Activity | None = None) -> None:
+        self._place, self._activity = root_uri, activity
+        try:
+            self._fs, self._root = persistent(lambda: self._bounded(lambda _: open_filesystem(root_uri)))
+        except ValueError as error:
+            raise UserError(
+                f"checkpoint.dir={root_uri} cannot be used ({error}); give a path, s3:// or gs:// URI"
+            ) from error
         self._local = isinstance(self._fs, pafs.LocalFileSystem)
 
     def path(self, name: str) -> str:
@@ -66,23 +69,15 @@ class Storage:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file atomically, replacing one of that name."""
+        self.write_pieces(name, [memoryview(data)])
+
+    def write_pieces(self, name: str, parts: Sequence[memoryview]) -> None:
+        """As `write`, with the file's bytes in parts, which are not copied."""
         path = self.path(name)
-        if not self._local:
-            with self._fs.open_output_stream(path) as stream:
-                stream.write(data)
-            return
-        parent = os.path.dirname(path)
-        os.makedirs(parent, exist_ok=True)
-        temporary = f"{parent}/.{uuid.uuid4().hex}.tmp"
-        try:
-            with self._fs.open_output_stream(temporary) as stream:
-                stream.write(data)
-            _sync(temporary)
-            self._fs.move(temporary, path)
-            _sync(parent)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        if self._local:
+            self._bounded(lambda activity: _write_local(path, parts, activity))
+        else:
+            self._bounded(lambda activity: _write_object(self._fs, path, parts, activity))
 
     def read(self, name: str) -> bytes:
         """Read a whole file.
@@ -90,55 +85,91 @@ class Storage:
         Raises:
             FileNotFoundError: there is no such file.
         """
-        with self._fs.open_input_stream(self.path(name)) as stream:
-            return stream.read()
 
-    def read_ranges(self, name: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        def action(_: Activity) -> bytes:
+            with self._fs.open_input_stream(self.path(name)) as stream:
+                return stream.read()
+
+        return self._bounded(action)
+
+    def read_into(self, name: str, spans: Iterable[tuple[int, memoryview]]) -> None:
         """Read ranges of one file.
 
         Args:
             name: path relative to the root.
-            ranges: (offset, length) in bytes.
+            spans: (offset in bytes, buffer to fill).
 
         Raises:
+            FileNotFoundError: there is no such file.
             CorruptCheckpoint: the file ends before a range does.
         """
-        pieces: list[bytes] = []
-        with self._fs.open_input_file(self.path(name)) as file:
-            for offset, length in ranges:
-                file.seek(offset)
-                piece = file.read(length)
-                if len(piece) != length:
-                    raise CorruptCheckpoint(f"{self.path(name)} is truncated")
-                pieces.append(piece)
-        return pieces
+
+        def action(activity: Activity) -> None:
+            with self._fs.open_input_file(self.path(name)) as file:
+                for offset, buffer in spans:
+                    file.seek(offset)
+                    for piece in in_pieces([buffer]):
+                        if file.readinto(piece) != len(piece):
+                            raise CorruptCheckpoint(f"{self.path(name)} is truncated")
+                        activity.moved(len(piece))
+
+        self._bounded(action)
 
     def size(self, name: str) -> int:
         """Size of a file in bytes, or -1 if there is none."""
-        info = self._fs.get_file_info(self.path(name))
+        info = self._bounded(lambda _: self._fs.get_file_info(self.path(name)))
         return info.size if info.type == pafs.FileType.File else -1
 
     def sha256(self, name: str) -> str:
-        """SHA-256 checksum of a file, which is read in chunks."""
-        digest = hashlib.sha256()
-        with self._fs.open_input_stream(self.path(name)) as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-        return digest.hexdigest()
+        """SHA-256 checksum of a file, which is read in pieces."""
+
+        def action(activity: Activity) -> str:
+            digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+            with self._fs.open_input_file(self.path(name)) as stream:
+                while count := stream.readinto(buffer):
+                    digest.update(buffer[:count])
+                    activity.moved(count)
+            return digest.hexdigest()
+
+        return self._bounded(action)
 
     def directories(self) -> list[str]:
         """Names of the directories directly below the root; an empty list if the root does not exist."""
-        infos = self._fs.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
+        selector = pafs.FileSelector(self._root, allow_not_found=True)
+        infos = self._bounded(lambda _: self._fs.get_file_info(selector))
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def remove(self, name: str) -> None:
         """Delete a file if it exists."""
         if self.size(name) >= 0:
-            self._fs.delete_file(self.path(name))
+            self._bounded(lambda _: self._fs.delete_file(self.path(name)))
 
     def remove_directory(self, name: str) -> None:
         """Delete a directory with its content."""
-        self._fs.delete_dir(self.path(name))
+        self._bounded(lambda _: self._fs.delete_dir(self.path(name)))
+
+    def _bounded(self, action: Callable[[Activity], T]) -> T:
+        return bounded(self._place, action, TIMEOUT_S, self._activity)
+
+
+@lru_cache(maxsize=16)
+def open_filesystem(root_uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a root, and the root's path in it.
+
+    Raises:
+        ValueError: the URI's scheme is unknown.
+        OSError: the object store cannot be reached.
+    """
+    if "://" not in root_uri:
+        return pafs.LocalFileSystem(), Path(root_uri).expanduser().absolute().as_posix()
+    try:
+        filesystem, root = pafs.FileSystem.from_uri(root_uri)
+    except pa.ArrowInvalid as error:
+        raise ValueError(str(error)) from error
+    if isinstance(filesystem, pafs.S3FileSystem):  # a write in the background would copy everything that waits
+        rebuild, (options, *_) = filesystem.__reduce__()
+        filesystem = rebuild(options | {"background_writes": False})
+    return filesystem, root.rstrip("/")
 
 
 def persistent(action: Callable[[], T], attempts: int = ATTEMPTS, pause_s: float = PAUSE_S) -> T:
@@ -163,6 +194,50 @@ def persistent(action: Callable[[], T], attempts: int = ATTEMPTS, pause_s: float
                 raise StorageUnavailable(str(error) or type(error).__name__) from error
         time.sleep(pause_s * 2**attempt)
     raise AssertionError("attempts must be positive")
+
+
+def in_pieces(parts: Iterable[memoryview]) -> Iterable[memoryview]:
+    """The bytes of some buffers, in views of at most `PIECE` bytes."""
+    for part in parts:
+        for start in range(0, len(part), PIECE):
+            yield part[start : start + PIECE]
+
+
+def _write_local(path: str, parts: Sequence[memoryview], activity: Activity) -> None:
+    parent = os.path.dirname(path)
+    os.makedirs(parent, exist_ok=True)
+    temporary = f"{parent}/.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            unsynced = 0
+            for piece in in_pieces(parts):
+                written = 0
+                while written < len(piece):
+                    written += file.write(piece[written:])
+                unsynced += len(piece)
+                if unsynced >= _SYNC_BYTES:
+                    os.fsync(file.fileno())
+                    unsynced = 0
+                activity.moved(len(piece))
+        _sync(temporary)
+        activity.moved(0)
+        os.replace(temporary, path)
+        _sync(parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _write_object(filesystem: pafs.FileSystem, path: str, parts: Sequence[memoryview], activity: Activity) -> None:
+    """Put an object.
+
+    Closing the stream publishes all that was written. So a call that was left behind goes on to the end: the object
+    never becomes a part of itself.
+    """
+    with filesystem.open_output_stream(path) as stream:
+        for piece in in_pieces(parts):
+            stream.write(piece)
+            activity.moved_bytes += len(piece)
 
 
 def _sync(path: str) -> None:

@@ -6,37 +6,36 @@ names.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo, as_shards
 from elastic_moe.checkpoint.reader import load_manifest
+from elastic_moe.checkpoint.shard_file import file_parts, sha256_of
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
 from elastic_moe.run_dir import step_dir, step_of
 
 
 def write_shard(root_uri: str, step: int, tag: str, tensors: Mapping[str, torch.Tensor]) -> ShardInfo:
-    """Write one worker's part of a checkpoint.
+    """Write one worker's part of a checkpoint, in pieces and without a copy of it.
 
     Args:
         root_uri: the checkpoint root.
         step: the committed step.
         tag: begins the file's name, so that people see the writer (generation and rank).
-        tensors: tensor of each `{unit}/{field}`; may be empty.
+        tensors: tensor of each `{unit}/{field}`; may be empty. They must not change until it is written.
 
     Raises:
-        OSError: the storage failed at every attempt.
+        StorageUnavailable: the storage failed at every attempt.
     """
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    sha256 = hashlib.sha256(data).hexdigest()
+    parts = file_parts({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    sha256 = sha256_of(parts)
     units = tuple(dict.fromkeys(name.rsplit("/", 1)[0] for name in tensors))
-    info = ShardInfo(f"{tag}-{sha256[:12]}.safetensors", len(data), sha256, units)
+    info = ShardInfo(f"{tag}-{sha256[:12]}.safetensors", sum(map(len, parts)), sha256, units)
     storage = Storage(root_uri)
-    persistent(lambda: storage.write(f"{step_dir(step)}/{info.file}", data))
+    persistent(lambda: storage.write_pieces(f"{step_dir(step)}/{info.file}", parts))
     return info
 
 
@@ -47,7 +46,7 @@ def write_manifest(
 
     Raises:
         CorruptCheckpoint: a shard is missing or has another size; no manifest is written.
-        OSError: the storage failed at every attempt.
+        StorageUnavailable: the storage failed at every attempt.
     """
     manifest = Manifest(root_uri, step, as_shards(shards), dict(meta or {}))
     storage = Storage(root_uri)

@@ -8,6 +8,7 @@ ValueError, and its sentence names the message and the field.
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 import sys
 from collections.abc import Mapping
@@ -20,14 +21,18 @@ from elastic_moe.control.messages import (
     FROM_COORDINATOR,
     FROM_WORKER,
     NAMES,
+    RENDEZVOUS,
     REQUESTS,
     VERSION,
     CoordinatorMessage,
+    MeetMessage,
+    MetMessage,
     Request,
     WorkerMessage,
 )
 
 T = TypeVar("T")
+_TOKEN = re.compile(rb'\s*\{\s*"type"\s*:\s*"\w+"\s*,\s*"token"\s*:\s*("(?:[^"\\]|\\.)*")')
 PLAIN = {str: "a text", int: "a whole number", bool: "true or false", float: "a finite number"}
 
 
@@ -35,7 +40,7 @@ class VersionMismatch(ValueError):
     """The peer speaks another version of the protocol."""
 
 
-def encode(message: WorkerMessage | CoordinatorMessage) -> bytes:
+def encode(message: WorkerMessage | CoordinatorMessage | MeetMessage | MetMessage) -> bytes:
     """The message as a line, with its line break.
 
     Raises:
@@ -67,6 +72,30 @@ def decode_from_coordinator(line: bytes) -> CoordinatorMessage:
     values = _parse(line)
     _check_version(values, "welcome", "the coordinator", "the worker")
     return _message(values, "type", FROM_COORDINATOR)
+
+
+def decode_rendezvous(line: bytes) -> MeetMessage | MetMessage:
+    """The message of a member of a group that forms, or the answer to it.
+
+    Raises:
+        VersionMismatch: a `meet` of another version of the protocol.
+        ValueError: the line is no such message.
+    """
+    values = _parse(line)
+    _check_version(values, "meet", "a member of the group", "the coordinator")
+    return _message(values, "type", RENDEZVOUS)
+
+
+def token_of(head: bytes) -> str | None:
+    """The token in the first bytes of a connection's first message, or None if it is not there.
+
+    The token comes right after the message's type. So a stranger is known before the rest of the line is read.
+    """
+    found = _TOKEN.match(head)
+    try:
+        return None if found is None else str(json.loads(found[1]))
+    except ValueError:
+        return None
 
 
 def decode_request(values: Mapping[str, Any]) -> Request:

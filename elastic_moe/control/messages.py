@@ -197,6 +197,35 @@ CoordinatorMessage = (
     WelcomeMessage | ViewMessage | PauseMessage | ProbeMessage | ReleaseMessage | EvictedMessage | StopMessage
 )
 
+# --- between a member of a group that forms and the rendezvous ------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MeetMessage:
+    """A member has arrived where its group forms. It waits until all members have.
+
+    Attributes:
+        token: shared secret of the run.
+        group: name of the group, unique in the run.
+        rank, world_size: of the member in the group.
+        values: pairs of key and value (in base64) for the other members.
+    """
+
+    token: str = field(repr=False)
+    group: str
+    rank: int
+    world_size: int
+    values: tuple[tuple[str, str], ...]
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class MetMessage:
+    """All members of the group have arrived. `values`: the pairs of all of them, as in `MeetMessage`."""
+
+    values: tuple[tuple[str, str], ...]
+
+
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +336,7 @@ REQUESTS: Mapping[str, type[Request]] = {
     "node_lost": NodeLostRequest,
     "stop": StopRequest,
 }
+RENDEZVOUS: Mapping[str, type[MeetMessage | MetMessage]] = {"meet": MeetMessage, "met": MetMessage}
 NAMES: Mapping[type, str] = {
-    cls: name for table in (FROM_WORKER, FROM_COORDINATOR, REQUESTS) for name, cls in table.items()
+    cls: name for table in (FROM_WORKER, FROM_COORDINATOR, REQUESTS, RENDEZVOUS) for name, cls in table.items()
 }

@@ -1,14 +1,13 @@
 """The coordinator's server: one TCP connection per worker, in a thread of its own. It uses no Ray.
 
 `coordination/membership.py` decides in the same loop turn in which a connection closes, so a death is answered within
-milliseconds. The tick serves conditions that only time reveals, such as silence. The server also hosts the store
-through which groups form, because a store on rank 0 would die with rank 0.
+milliseconds. The tick serves conditions that only time reveals, such as silence. The rendezvous of groups that form has
+a server of its own beside this one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -17,12 +16,11 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control import events as ev
 from elastic_moe.control import messages as msg
 from elastic_moe.control.codec import VersionMismatch, decode_from_worker, encode
+from elastic_moe.coordination.gate import Gate, LineReader, WrongToken
 from elastic_moe.coordination.membership import Membership, RunStatus, Sink
-from elastic_moe.parallel.collectives.store import HostedStore
+from elastic_moe.coordination.rendezvous import RendezvousServer
 
 TICK_S = 0.1
-LINE_LIMIT = 1 << 24  # bytes of a message
-HELLO_TIMEOUT_S = 10.0
 JOIN_TIMEOUT_S = 5.0  # for the server's thread at the end
 
 logger = logging.getLogger(__name__)
@@ -49,11 +47,11 @@ class ControlServer:
         on_event: Sink = lambda _: None,
         on_shard: Sink = lambda _: None,
     ) -> None:
-        self._token, self._host = token, host
+        self._host, self._gate = host, Gate(token)
         self._membership = Membership(config, target, self, on_record, on_event, on_shard)
         self._writers: dict[str, asyncio.StreamWriter] = {}
         self._handlers: set[asyncio.Task[None]] = set()
-        self._store: HostedStore | None = None
+        self._rendezvous = RendezvousServer(host, token)
         self._address: tuple[str, int] = (host, 0)
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
@@ -69,7 +67,7 @@ class ControlServer:
         Raises:
             RuntimeError: the server cannot listen on its host.
         """
-        self._store = HostedStore(self._host)
+        self._rendezvous.start()
         self._thread.start()
         self._started.wait()
         if self._error is not None:
@@ -91,14 +89,13 @@ class ControlServer:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join(JOIN_TIMEOUT_S)
-        self._store = None
+        self._rendezvous.close()
 
     # --- called by the membership, in the server's thread ---
 
     @property
     def store_address(self) -> tuple[str, int]:
-        assert self._store is not None
-        return self._host, self._store.port
+        return self._host, self._rendezvous.port
 
     def send(self, workers: Sequence[str], message: msg.CoordinatorMessage) -> None:
         line = encode(message)
@@ -122,7 +119,7 @@ class ControlServer:
 
     async def _main(self) -> None:
         try:
-            server = await asyncio.start_server(self._serve, self._host, 0, limit=LINE_LIMIT)
+            server = await asyncio.start_server(self._serve, self._host, 0)
         except OSError as error:
             self._error = error
             self._started.set()
@@ -147,16 +144,15 @@ class ControlServer:
         task = asyncio.current_task()
         assert task is not None
         self._handlers.add(task)
-        worker = ""
+        worker, lines = "", LineReader(reader)
         try:
-            line = await asyncio.wait_for(reader.readline(), HELLO_TIMEOUT_S)
-            hello = self._admitted(line, writer)
+            hello = await self._admitted(lines, writer)
             if hello is None:
                 return
             worker = hello.worker
             self._writers[worker] = writer
             self._receive(worker, hello)
-            while line := await reader.readline():
+            while line := await lines.line():
                 self._receive(worker, decode_from_worker(line))
         except (OSError, TimeoutError, ValueError) as error:
             logger.info("connection of %s: %r", worker or "an unknown peer", error)
@@ -168,22 +164,19 @@ class ControlServer:
                 if not self._stopping.is_set():
                     self._guard(lambda: self._membership.observe(ev.Lost(worker)))
 
-    def _admitted(self, line: bytes, writer: asyncio.StreamWriter) -> msg.HelloMessage | None:
+    async def _admitted(self, lines: LineReader, writer: asyncio.StreamWriter) -> msg.HelloMessage | None:
         """The first message of a connection, or None after the peer was told why it is turned away.
 
         Raises:
-            ValueError: the line is no hello.
+            TimeoutError, OSError, ValueError: the line did not come, or is no hello.
         """
         try:
-            hello = decode_from_worker(line)
-        except VersionMismatch as error:
+            hello = decode_from_worker(await self._gate.admit(lines, writer))
+        except (VersionMismatch, WrongToken) as error:
             writer.write(encode(msg.EvictedMessage(str(error))))
             return None
         if not isinstance(hello, msg.HelloMessage):
             raise ValueError("the first message of a connection must be a hello")
-        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            writer.write(encode(msg.EvictedMessage("wrong token")))
-            return None
         return hello
 
     def _receive(self, worker: str, message: msg.WorkerMessage) -> None:

@@ -54,14 +54,15 @@ class Worker:
         config: the run's configuration.
         prepared: token shards and tokenizer.
         client: the connection to the coordinator, started.
+        token: shared secret of the run.
     """
 
-    def __init__(self, config: TrainConfig, prepared: Prepared, client: CoordinatorClient) -> None:
+    def __init__(self, config: TrainConfig, prepared: Prepared, client: CoordinatorClient, token: str) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device is cuda, and a worker sees no GPU: set cluster.gpus_per_worker=1, or device=cpu.")
-        self._config, self._client = config, client
+        self._config, self._client, self._token = config, client, token
         accelerator = Accelerator(
             cpu=config.device == "cpu" or not torch.cuda.is_available(),
             mixed_precision="bf16" if config.precision == "bf16" else "no",
@@ -160,7 +161,7 @@ class Worker:
         client.begin_view(view, abort.set, lambda: (self._local.committed + 1, completed[0]))
         started = time.perf_counter()
         member = GroupMember(view.generation, rank, view.world_size)
-        rendezvous = Rendezvous(*message.store, self._config.elastic.form_timeout_s)
+        rendezvous = Rendezvous(*message.store, self._token, self._config.elastic.form_timeout_s)
         group = Group(member, rendezvous, abort, completed, device=self._device)
         try:
             formed_s = time.perf_counter() - started
@@ -250,6 +251,6 @@ def run_worker(
     )
     client.start()
     try:
-        return Worker(config, prepared, client).run()
+        return Worker(config, prepared, client, token).run()
     finally:
         client.close()

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from elastic_moe.coordination.rendezvous import RendezvousServer
 from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.parallel.collectives.backend import GroupMember
 from elastic_moe.parallel.collectives.group import Group
-from elastic_moe.parallel.collectives.store import HostedStore, Rendezvous
+from elastic_moe.parallel.collectives.store import Rendezvous
 from elastic_moe.parallel.transport import ByNode, Flat
 from scripts.benchmarks import common
 
@@ -34,7 +35,7 @@ CASES = [
 def _rank(rank: int, case: tuple[int, int, int, int], port: int, rounds: int, results: Any) -> None:
     torch.set_num_threads(1)
     ranks, nodes, mean, width = case
-    group = Group(GroupMember(1, rank, ranks), Rendezvous("127.0.0.1", port, 60.0), AbortSignal())
+    group = Group(GroupMember(1, rank, ranks), Rendezvous("127.0.0.1", port, "secret", 60.0), AbortSignal())
     node_of_rank = [r * nodes // ranks for r in range(ranks)]
     by_node = ByNode(group, node_of_rank)
     ways = {"flat": Flat(group), "by_node": by_node}
@@ -58,15 +59,19 @@ def _rank(rank: int, case: tuple[int, int, int, int], port: int, rounds: int, re
 
 def one_case(case: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
     """Both ways in turn; a round's time is that of its slowest rank."""
-    store = HostedStore("127.0.0.1")
+    rendezvous = RendezvousServer("127.0.0.1", "secret")
+    rendezvous.start()
     context = mp.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_rank, args=(r, case, store.port, rounds, results)) for r in range(case[0])]
+    processes = [
+        context.Process(target=_rank, args=(r, case, rendezvous.port, rounds, results)) for r in range(case[0])
+    ]
     for process in processes:
         process.start()
     found = [results.get(timeout=120) for _ in processes]
     for process in processes:
         process.join(60)
+    rendezvous.close()
     slowest = {
         name: [max(took[name][i] for took, _, _ in found) for i in range(rounds)] for name in ("flat", "by_node")
     }

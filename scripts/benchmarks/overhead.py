@@ -29,6 +29,7 @@ import torch
 
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.coordination.rendezvous import RendezvousServer
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.data.prepare import Prepared, prepare
 from elastic_moe.data.shards import TokenShard
@@ -37,7 +38,7 @@ from elastic_moe.model.transformer import Transformer
 from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.parallel.collectives.backend import GroupMember
 from elastic_moe.parallel.collectives.group import Group
-from elastic_moe.parallel.collectives.store import HostedStore, Rendezvous
+from elastic_moe.parallel.collectives.store import Rendezvous
 from elastic_moe.parallel.expert_parallel import ExpertParallel
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.runtime.batches import MicroBatches
@@ -112,7 +113,9 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     runner = StepRunner(config, model, train, MicroBatches(config.data, device), no_fault, contextlib.nullcontext)
     view = View(1, tuple(Member(f"w{r}", f"n{r}", 0) for r in range(WORKERS)))
     group = Group(
-        GroupMember(1, rank, WORKERS), Rendezvous("127.0.0.1", port, config.elastic.form_timeout_s), AbortSignal()
+        GroupMember(1, rank, WORKERS),
+        Rendezvous("127.0.0.1", port, "secret", config.elastic.form_timeout_s),
+        AbortSignal(),
     )
     local = LocalState()
     initial = InitialWeights(config.model, specs, config.seed)
@@ -185,15 +188,19 @@ def full(config: TrainConfig, prepared: Prepared) -> list[tuple[float, float]]:
 def plain(config: TrainConfig, prepared: Prepared) -> list[tuple[float, float]]:
     """(time, loss) of every step of the plain loop."""
     config = replace(config, elastic=replace(config.elastic, redundancy=0))
-    store = HostedStore("127.0.0.1")
+    rendezvous = RendezvousServer("127.0.0.1", "secret")
+    rendezvous.start()
     results = mp.get_context("spawn").Queue()
-    by_rank = [(config, store.port, prepared, rank, results) for rank in range(WORKERS)]
-    with _processes(_plain_worker, by_rank) as processes:
-        _wait_all(processes)
-        try:
-            return results.get(timeout=10)
-        except queue.Empty:
-            raise TimeoutError("the plain loop gave no result") from None
+    by_rank = [(config, rendezvous.port, prepared, rank, results) for rank in range(WORKERS)]
+    try:
+        with _processes(_plain_worker, by_rank) as processes:
+            _wait_all(processes)
+            try:
+                return results.get(timeout=10)
+            except queue.Empty:
+                raise TimeoutError("the plain loop gave no result") from None
+    finally:
+        rendezvous.close()
 
 
 def benchmark(rounds: int, steps: int, hidden: int, sequences: int, seq_len: int) -> dict[str, Any]:

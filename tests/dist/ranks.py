@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from elastic_moe.coordination.rendezvous import RendezvousServer
 from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.parallel.collectives.backend import GroupMember
 from elastic_moe.parallel.collectives.group import Group
-from elastic_moe.parallel.collectives.store import HostedStore, Rendezvous
+from elastic_moe.parallel.collectives.store import Rendezvous
 
 PATIENCE_S = 60.0
 
@@ -43,7 +44,7 @@ class Seat:
     def form(self, generation: int, rank: int, world: int, abort: AbortSignal | None = None) -> Group:
         """Begin a generation with an abort signal of its own."""
         self.abort = abort or AbortSignal()
-        return Group(GroupMember(generation, rank, world), Rendezvous("127.0.0.1", self.port, 20.0), self.abort)
+        return Group(GroupMember(generation, rank, world), Rendezvous("127.0.0.1", self.port, "secret", 20.0), self.abort)
 
     def say(self, value: Any) -> None:
         self.line.send(value)
@@ -70,7 +71,7 @@ class Seat:
 
 def alone(generation: int = 1, abort: AbortSignal | None = None, activity: list[int] | None = None) -> Group:
     """A group of one, which needs no store."""
-    return Group(GroupMember(generation, 0, 1), Rendezvous("nowhere", 0, 1.0), abort or AbortSignal(), activity)
+    return Group(GroupMember(generation, 0, 1), Rendezvous("nowhere", 0, "", 1.0), abort or AbortSignal(), activity)
 
 
 def _main(body: Callable[..., Any], seat: Seat, args: tuple[Any, ...]) -> None:
@@ -91,13 +92,14 @@ class Ranks:
     """A world of spawned ranks, as a context manager that kills the remaining processes at its end."""
 
     def __init__(self, world: int, body: Callable[..., Any], *args: Any) -> None:
-        self.store = HostedStore("127.0.0.1")
+        self.rendezvous = RendezvousServer("127.0.0.1", "secret")
+        self.rendezvous.start()
         context = mp.get_context("spawn")
         self.lines: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(world):
             here, there = context.Pipe()
-            process = context.Process(target=_start, args=(body, rank, world, self.store.port, there, args))
+            process = context.Process(target=_start, args=(body, rank, world, self.rendezvous.port, there, args))
             process.start()
             there.close()
             self.lines.append(here)
@@ -113,6 +115,7 @@ class Ranks:
             process.join()
         for line in self.lines:
             line.close()
+        self.rendezvous.close()
 
     def hear(self, rank: int) -> Any:
         """The next value that a rank says. Fails the test with the rank's traceback if the rank failed."""

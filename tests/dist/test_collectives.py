@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -230,7 +233,7 @@ def _form_with_an_absent_peer(seat: Seat) -> float | None:
     seat.abort = AbortSignal()
     seat.say(("forming", None))  # only now: the order that answers it sets this signal
     with pytest.raises(GroupAborted, match="absent"):
-        Group(GroupMember(1, 0, 2), Rendezvous("127.0.0.1", seat.port, 20.0), seat.abort)
+        Group(GroupMember(1, 0, 2), Rendezvous("127.0.0.1", seat.port, "secret", 20.0), seat.abort)
     return time.monotonic() - seat.aborted_at_s
 
 
@@ -243,7 +246,7 @@ def test_abort_ends_forming() -> None:
 
 def test_store_that_is_gone_aborts_the_forming() -> None:
     with pytest.raises(GroupAborted, match="forming generation 3"):
-        Group(GroupMember(3, 0, 2), Rendezvous("127.0.0.1", 1, 0.5), AbortSignal())
+        Group(GroupMember(3, 0, 2), Rendezvous("127.0.0.1", 1, "secret", 0.5), AbortSignal())
 
 
 def test_group_of_one_and_abort_signal() -> None:
@@ -260,3 +263,27 @@ def test_group_of_one_and_abort_signal() -> None:
         group.barrier()
     with pytest.raises(GroupAborted, match="first"):
         alone(2, abort)
+
+
+def _listening(seat: Seat) -> list[str]:
+    """Addresses on which this process listens while its group lives."""
+    group = seat.form(1, seat.rank, seat.world)
+    inodes: set[str] = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the directory itself
+            inodes.add(os.readlink(f"/proc/self/fd/{fd}"))
+    found: list[str] = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                found.append(fields[1].split(":")[0])
+    group.barrier()
+    group.close()
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="Linux tells a process's listening sockets")
+def test_groups_listen_only_where_the_coordinator_was_reached() -> None:
+    for addresses in results(2, _listening):
+        assert addresses and set(addresses) == {"0100007F"}  # 127.0.0.1

@@ -20,6 +20,7 @@ gloo moves host memory. Tensors on another device are copied to host memory at `
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,9 +41,8 @@ from elastic_moe.parallel.collectives.backend import (
     Operation,
     Reduction,
 )
-from elastic_moe.parallel.collectives.store import Rendezvous, connect
+from elastic_moe.parallel.collectives.store import GroupStore, Rendezvous
 
-ARRIVAL_POLL_S = 0.005  # between two looks whether all members have arrived
 OPERATION_TIMEOUT_S = 3600.0  # peers may be slow for good reasons; hangs are the coordinator's business
 
 _NATIVE_REDUCTION: dict[Reduction, Any] = {Reduction.SUM: dist.ReduceOp.SUM, Reduction.MAX: dist.ReduceOp.MAX}
@@ -68,6 +68,7 @@ class GlooBackend:
 
     def __init__(self) -> None:
         self._group: dist.ProcessGroupGloo | None = None
+        self._store: GroupStore | None = None  # lives as long as the group, which refers to it
         self._aborted = threading.Event()
         self._under_way: set[GlooWork] = set()
         free_abandoned()
@@ -78,14 +79,14 @@ class GlooBackend:
         The thread is no daemon: the interpreter must not end while native code is going to return into it.
         """
         done = threading.Event()
-        result: list[dist.ProcessGroupGloo | RuntimeError] = []
+        result: list[dist.ProcessGroupGloo | RuntimeError | OSError] = []
 
         def run() -> None:
             try:
                 group = self._connect(member, rendezvous)
                 if group is not None:
                     result.append(group)
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 result.append(error)
             finally:
                 done.set()
@@ -95,21 +96,28 @@ class GlooBackend:
             self._check_aborted()
         self._check_aborted()
         formed = result.pop()
-        if isinstance(formed, RuntimeError):
+        if isinstance(formed, RuntimeError | OSError):
             raise BackendError(str(formed)) from formed
         formed.set_timeout(timedelta(seconds=OPERATION_TIMEOUT_S))
         self._group = formed
 
     def _connect(self, member: GroupMember, rendezvous: Rendezvous) -> dist.ProcessGroupGloo | None:
-        """Wait until all members have arrived, then connect to them. Returns None after an abort."""
-        keys = connect(rendezvous, member.key_prefix)
-        if keys.add("arrived", 1) == member.world_size:
-            keys.set("go", "1")
-        while not keys.check(["go"]):  # the slowest member may take its time; an abort ends it
-            if self._aborted.wait(ARRIVAL_POLL_S):
-                return None
-        limit = timedelta(seconds=rendezvous.timeout_s)
-        return dist.ProcessGroupGloo(keys, member.rank, member.world_size, limit)
+        """Wait until all members have arrived, and connect to them. Returns None after an abort.
+
+        gloo listens on the address by which this machine reaches the coordinator, and not on that of the host's name.
+        """
+        store = GroupStore(rendezvous, member.key_prefix, member.rank, member.world_size)
+        self._store = store
+        if self._aborted.is_set():  # perhaps before the store was there to be cancelled
+            store.close()
+            return None
+        try:
+            options: Any = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+            options._timeout = timedelta(seconds=rendezvous.timeout_s)
+            options._devices = [_device(store.local_host)]
+            return dist.ProcessGroupGloo(store, member.rank, member.world_size, options)
+        finally:
+            store.close()
 
     def begin(self, operation: Operation) -> GlooWork:
         self._check_aborted()
@@ -134,15 +142,17 @@ class GlooBackend:
     def abort(self) -> None:
         """End forming. A wait for an operation cannot be woken: it ends with its slice."""
         self._aborted.set()
+        if (store := self._store) is not None:
+            store.cancel()
 
     def release(self) -> None:
         """Drop the group. Operations that are still under way keep it alive among the abandoned ones."""
         if self._group is not None:
             for work in self._under_way:
                 if not work.native.is_completed():
-                    _abandon(self._group, work)
+                    _abandon(self._group, self._store, work)
         self._under_way.clear()
-        self._group = None
+        self._group = self._store = None
         free_abandoned()
 
     def _check_aborted(self) -> None:
@@ -156,8 +166,8 @@ class _Abandoned:
     Immortal until the operation has ended.
     """
 
-    def __init__(self, group: dist.ProcessGroupGloo, work: GlooWork) -> None:
-        self.native, self._kept = work.native, (group, work)
+    def __init__(self, group: dist.ProcessGroupGloo, store: GroupStore | None, work: GlooWork) -> None:
+        self.native, self._kept = work.native, (group, store, work)
         # So that the end of the interpreter does not destroy it.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._kept))
 
@@ -169,9 +179,9 @@ _abandoned: list[_Abandoned] = []
 _abandoned_lock = threading.Lock()
 
 
-def _abandon(group: dist.ProcessGroupGloo, work: GlooWork) -> None:
+def _abandon(group: dist.ProcessGroupGloo, store: GroupStore | None, work: GlooWork) -> None:
     with _abandoned_lock:
-        _abandoned.append(_Abandoned(group, work))
+        _abandoned.append(_Abandoned(group, store, work))
 
 
 def free_abandoned() -> int:
@@ -183,6 +193,14 @@ def free_abandoned() -> int:
     for item in ended:
         item.release()
     return remaining
+
+
+def _device(host: str) -> Any:
+    """gloo's listening socket on this address, or on the interface that GLOO_SOCKET_IFNAME names, as torch has it."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if interface:
+        return dist.ProcessGroupGloo.create_device(interface=interface, lazy_init=False)
+    return dist.ProcessGroupGloo.create_device(hostname=host, lazy_init=False)
 
 
 def _start(group: Any, operation: Operation) -> GlooWork:  # torch's stubs lack the group's methods

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ import pytest
 from elastic_moe.config.schema import RunConfig, TrainConfig
 from elastic_moe.control import messages as msg
 from elastic_moe.control.codec import decode_from_coordinator, encode
+from elastic_moe.coordination import gate
 from elastic_moe.coordination.server import ControlServer
+from elastic_moe.types import Member, View
 
 TIMEOUT_S = 60.0
 
@@ -93,3 +96,39 @@ def test_an_error_in_a_callback_ends_neither_the_connection_nor_the_server(serve
     assert [record["step"] for record in served.records] == [12, 14]
     served.server.submit(msg.StopRequest("enough"))
     assert isinstance(decode_from_coordinator(peer.readline()), msg.StopMessage)
+
+
+def test_strangers_cannot_take_memory_or_places_from_workers(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many sockets with the beginning of a line each, more than there are places: a worker still gets in at once."""
+    monkeypatch.setattr(gate, "MAX_STRANGERS", 8)
+    strangers = [served.connect(b'{"type":"hello","token":') for _ in range(30)]
+    assert decode_from_coordinator(served.connect(HELLO).readline()) == msg.WelcomeMessage()
+    with contextlib.suppress(ConnectionError):
+        assert [stranger.read() for stranger in strangers[:20]] == [b""] * 20  # they made room
+
+
+@pytest.mark.parametrize("begin", [b'{"type":"hello","token":"', b'{"type":"hello","worker":"', b""])
+def test_an_endless_first_line_is_cut_off(served: Served, begin: bytes) -> None:
+    """The end of a line never comes. The server closes after a few KiB, while a worker talks with it."""
+    peer = served.connect(HELLO)
+    stranger = served.connect(begin)
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        while sent < 1 << 26:
+            sent += served.sockets[-1].send(b"x" * (1 << 16))
+    assert sent < 1 << 26, "64 MiB of a line without a token were taken"
+    assert decode_from_coordinator(peer.readline()) == msg.WelcomeMessage()
+    stranger.close()
+
+
+def test_a_silent_stranger_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "HELLO_TIMEOUT_S", 0.2)
+    assert served.connect(HELLO[:-1]).read() == b""  # the right token, and no end of the line
+
+
+def test_a_long_hello_of_a_worker_is_read(served: Served) -> None:
+    """A hello carries the view, which is large in a large run; only what stands before the token is bounded."""
+    view = View(3, tuple(Member(f"w{i}" * 8, f"n{i}" * 8, i) for i in range(2000)))
+    hello = encode(msg.HelloMessage("secret", "w0" * 8, "n0" * 8, 0, ready=True, view=view))
+    assert len(hello) > 10 * gate.HEAD_BYTES
+    assert decode_from_coordinator(served.connect(hello).readline()) == msg.WelcomeMessage()

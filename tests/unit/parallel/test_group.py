@@ -15,7 +15,7 @@ from elastic_moe.parallel.collectives.backend import AllToAll, BackendError, Gro
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.collectives.store import Rendezvous
 
-NOWHERE = Rendezvous("nowhere", 0, 1.0)
+NOWHERE = Rendezvous("nowhere", 0, "", 1.0)
 PATIENCE_S = 60.0
 
 

@@ -76,7 +76,7 @@ class Lone:
         self.runner = StepRunner(
             config, model, self.shard, MicroBatches(config.data, CPU), self._fault, contextlib.nullcontext
         )
-        self.group = Group(GroupMember(VIEW.generation, 0, 1), Rendezvous("nowhere", 0, 1.0), AbortSignal())
+        self.group = Group(GroupMember(VIEW.generation, 0, 1), Rendezvous("nowhere", 0, "", 1.0), AbortSignal())
         reconfigurer = Reconfigurer(
             config.elastic,
             units,

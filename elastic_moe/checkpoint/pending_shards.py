@@ -24,6 +24,7 @@ class PendingShards:
     def __init__(self, max_pending: int = MAX_PENDING) -> None:
         self._max_pending = max_pending
         self._expected: dict[int, frozenset[str]] = {}
+        self._missing: dict[int, set[str]] = {}  # of the steps with expected units
         self._shards: dict[int, dict[str, ShardInfo]] = {}
         self._complete: dict[int, tuple[ShardInfo, ...]] = {}
 
@@ -36,6 +37,7 @@ class PendingShards:
         if step in self._complete:
             return False
         self._expected[step] = frozenset(unit_names)
+        self._count_missing(step)
         for old in sorted(self._expected)[: -self._max_pending]:
             self._drop(old)
         return self._completed(step)
@@ -49,13 +51,18 @@ class PendingShards:
         if step in self._complete:
             return False
         info = shard if isinstance(shard, ShardInfo) else ShardInfo.from_dict(shard)
-        self._shards.setdefault(step, {})[info.file] = info
+        shards = self._shards.setdefault(step, {})
+        before, shards[info.file] = shards.get(info.file), info
+        if before is not None and before.units != info.units:
+            self._count_missing(step)
+        elif step in self._missing:
+            self._missing[step].difference_update(info.units)
         for old in sorted(self._shards)[: -self._max_pending]:
             self._drop(old)
         return self._completed(step)
 
     def _completed(self, step: int) -> bool:
-        if step not in self._expected or step not in self._shards or self.missing(step):
+        if step not in self._expected or step not in self._shards or self._missing[step]:
             return False
         self._complete[step] = self._cover(step)
         self._drop(step)
@@ -65,10 +72,13 @@ class PendingShards:
 
     def missing(self, step: int) -> frozenset[str]:
         """Units of the step that no shard holds yet."""
-        if step in self._complete:
-            return frozenset()
-        present = {unit for shard in self._shards.get(step, {}).values() for unit in shard.units}
-        return self._expected.get(step, frozenset()) - present
+        return frozenset(self._missing.get(step, ()))
+
+    def _count_missing(self, step: int) -> None:
+        """Count the missing units from scratch. Each shard is subtracted as it comes, so this is rarely needed."""
+        if step in self._expected:
+            present = {unit for shard in self._shards.get(step, {}).values() for unit in shard.units}
+            self._missing[step] = set(self._expected[step] - present)
 
     def shards(self, step: int) -> tuple[ShardInfo, ...]:
         """The shards that the manifest of a complete step names."""
@@ -88,6 +98,7 @@ class PendingShards:
 
     def _drop(self, step: int) -> None:
         self._expected.pop(step, None)
+        self._missing.pop(step, None)
         self._shards.pop(step, None)
 
     def _cover(self, step: int) -> tuple[ShardInfo, ...]:

@@ -1,145 +1,122 @@
 """Mirror partners of each rank: few and fixed (copysets), on another node wherever there is one.
 
-Two ranks are paired mutually if possible. A rank that remains closes a ring of three with one pair, so that no rank
-mirrors for two while another mirrors for none. Criteria in order: another node, state held already, mutual, evenly
-used, lower rank. Source of the idea: Cidon et al., Copysets, USENIX ATC 2013
+Two ranks are paired mutually if possible (`pairing.py`). A rank that remains closes a ring of three with one pair, so
+that no rank mirrors for two while another mirrors for none. Criteria in order: another node, state held already,
+mutual, evenly used, lower rank. Source of the idea: Cidon et al., Copysets, USENIX ATC 2013
 (https://www.usenix.org/conference/atc13/technical-sessions/presentation/cidon).
+
+Legend: R ranks; A active ranks, by index; K partners of a rank, -1 for none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from elastic_moe.plan.state.pairing import Pair, match_pairs
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
 
 def choose_partners(
-    active: Sequence[int], nodes: Sequence[str], overlap_RR: Sequence[Sequence[int]], redundancy: int
+    active: Sequence[int], nodes: Sequence[str], overlap_RR: ArrayLike, redundancy: int
 ) -> dict[int, list[int]]:
     """Choose the mirror ranks of each active rank: at most `redundancy`, all different, never the rank itself.
 
     Args:
-        active: ranks that own state.
+        active: ranks that own state, ascending.
         nodes: fault domain of every rank.
         overlap_RR: [p][q], elements owned by p that q holds already; [p][p], all elements that p owns.
         redundancy: partners wanted per rank.
     """
-    partners: dict[int, list[int]] = {rank: [] for rank in active}
-    if redundancy <= 0 or len(active) < 2:
-        return partners
-    allowed = {p: _other_node(p, active, nodes) for p in active}
-    kept = _all_held_fraction(active, allowed, overlap_RR, min(redundancy, len(active) - 1))
-    if kept is not None:
-        return kept
-    pairs = _mutual_pairs(active, nodes, allowed, overlap_RR)
-    for a, b in pairs:
-        partners[a], partners[b] = [b], [a]
-    for p in active:
-        if not partners[p]:
-            _join_unpaired(p, pairs, partners, allowed, overlap_RR)
-    for _ in range(1, min(redundancy, len(active) - 1)):
-        _add_one_each(active, nodes, partners, overlap_RR)
-    return partners
+    wanted = min(redundancy, len(active) - 1)
+    if wanted <= 0:
+        return {rank: [] for rank in active}
+    active_A = np.asarray(active, dtype=np.int64)
+    node_A = np.unique(np.asarray(list(nodes))[active_A], return_inverse=True)[1].astype(np.int64)
+    overlap_AA = np.asarray(overlap_RR, dtype=np.int64)[np.ix_(active_A, active_A)]
+    allowed_AA = node_A[:, None] != node_A if node_A.any() else ~np.eye(len(active), dtype=np.bool_)
+    partners_AK = _all_held(allowed_AA, overlap_AA, wanted)
+    if partners_AK is None:
+        partners_AK = np.full((len(active), wanted), -1, dtype=np.int64)
+        partners_AK[:, 0] = _first_partners(node_A, allowed_AA, overlap_AA)
+        distance_AA = (active_A - active_A[:, None]) % len(nodes)
+        for k in range(1, wanted):
+            _add_one_each(partners_AK, k, node_A, overlap_AA, distance_AA)
+    return {rank: active_A[chosen].tolist() for rank, chosen in zip(active, partners_AK, strict=True)}
 
 
-def _other_node(p: int, active: Sequence[int], nodes: Sequence[str]) -> list[int]:
-    """Ranks that may mirror p: those of other nodes, or of p's own node if there is no other."""
-    elsewhere = [q for q in active if nodes[q] != nodes[p]]
-    return elsewhere or [q for q in active if q != p]
-
-
-def _all_held_fraction(
-    active: Sequence[int], allowed: dict[int, list[int]], overlap_RR: Sequence[Sequence[int]], wanted: int
-) -> dict[int, list[int]] | None:
+def _all_held(allowed_AA: Bools, overlap_AA: Ints, wanted: int) -> Ints | None:
     """Partners that hold all of a rank's units already, if each rank has enough of them; nothing must then be sent.
     Else None.
     """
-    used = dict.fromkeys(active, 0)
-    kept: dict[int, list[int]] = {}
-    for p in active:
-        full = [q for q in active if q != p and overlap_RR[p][q] == overlap_RR[p][p]]
-        full.sort(key=lambda q: (q not in allowed[p], used[q], q))
-        if len(full) < wanted or full[0] not in allowed[p]:
-            return None
-        kept[p] = full[:wanted]
-        if overlap_RR[p][p]:
-            for q in kept[p]:
-                used[q] += 1
-    return kept if any(overlap_RR[p][p] for p in active) else None
+    owned_A = overlap_AA.diagonal()
+    full_AA = overlap_AA == owned_A[:, None]
+    np.fill_diagonal(full_AA, False)
+    if not owned_A.any() or (full_AA.sum(axis=1) < wanted).any() or not (full_AA & allowed_AA).any(axis=1).all():
+        return None
+    used_A = np.zeros(len(owned_A), dtype=np.int64)
+    partners_AK = np.empty((len(owned_A), wanted), dtype=np.int64)
+    for p, owned in enumerate(owned_A.tolist()):
+        full = np.flatnonzero(full_AA[p])
+        partners_AK[p] = full[np.lexsort((used_A[full], ~allowed_AA[p, full]))[:wanted]]
+        if owned:
+            used_A[partners_AK[p]] += 1
+    return partners_AK
 
 
-def _mutual_pairs(
-    active: Sequence[int],
-    nodes: Sequence[str],
-    allowed: dict[int, list[int]],
-    overlap_RR: Sequence[Sequence[int]],
-) -> list[tuple[int, int]]:
-    """Match ranks in pairs, greedily. Returns the pairs.
-
-    First pairs that hold each other's units already, then ranks of the nodes with the most free ranks, so that few
-    stay unmatched.
-    """
-    free = list(active)
-    pairs: list[tuple[int, int]] = []
-    while True:
-        crowd = {node: sum(nodes[rank] == node for rank in free) for node in {nodes[rank] for rank in free}}
-        best: tuple[float, int, int, int, int] | None = None
-        for p in free:
-            for q in allowed[p]:
-                if p < q and q in free and p in allowed[q]:
-                    mutual = min(_held_fraction(p, q, overlap_RR), _held_fraction(q, p, overlap_RR))
-                    overlap = overlap_RR[p][q] + overlap_RR[q][p]
-                    key = (mutual, overlap, crowd[nodes[p]] + crowd[nodes[q]], -p, -q)
-                    best = key if best is None else max(best, key)
-        if best is None:
-            return pairs
-        pair = (-best[3], -best[4])
-        pairs.append(pair)
-        free = [rank for rank in free if rank not in pair]
+def _first_partners(node_A: Ints, allowed_AA: Bools, overlap_AA: Ints) -> Ints:
+    """One partner of each rank: the other one of its pair, or its neighbour in a ring."""
+    pairs = match_pairs(node_A, overlap_AA, allowed_AA)
+    partner_A = np.full(len(node_A), -1, dtype=np.int64)
+    for p, q in pairs:
+        partner_A[p], partner_A[q] = q, p
+    for p in np.flatnonzero(partner_A < 0).tolist():
+        pair = _best_ring(p, pairs, allowed_AA, overlap_AA)
+        if pair is not None:
+            a, b = pair
+            partner_A[a], partner_A[b], partner_A[p] = b, p, a
+            pairs.remove((min(pair), max(pair)))
+        else:  # the nodes forbid a ring
+            used_A = np.bincount(partner_A[partner_A >= 0], minlength=len(node_A))
+            partner_A[p] = _least(np.flatnonzero(allowed_AA[p]), -overlap_AA[p], used_A)
+    return partner_A
 
 
-def _held_fraction(p: int, q: int, overlap_RR: Sequence[Sequence[int]]) -> float:
-    """Fraction of the elements owned by p that q holds already."""
-    return overlap_RR[p][q] / overlap_RR[p][p] if overlap_RR[p][p] else 1.0
+def _best_ring(p: int, pairs: Sequence[Pair], allowed_AA: Bools, overlap_AA: Ints) -> Pair | None:
+    """The pair (a, b) for a ring a -> b -> p -> a in which most state is held already; None if nodes forbid all."""
+    ordered = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    a, b = np.concatenate([ordered, ordered[:, ::-1]]).T
+    fits = np.flatnonzero(allowed_AA[b, p] & allowed_AA[p, a])
+    if not fits.size:
+        return None
+    a, b = a[fits], b[fits]
+    held = overlap_AA[a, b] + overlap_AA[b, p] + overlap_AA[p, a]
+    best = np.lexsort((b, a, -held))[0]
+    return int(a[best]), int(b[best])
 
 
-def _join_unpaired(
-    p: int,
-    pairs: list[tuple[int, int]],
-    partners: dict[int, list[int]],
-    allowed: dict[int, list[int]],
-    overlap_RR: Sequence[Sequence[int]],
-) -> None:
-    """Close a ring a -> b -> p -> a with one pair (a, b). If nodes forbid it, take the least used allowed partner."""
-    best: tuple[int, int, int] | None = None
-    for pair in pairs:
-        for a, b in (pair, pair[::-1]):
-            if p in allowed[b] and a in allowed[p]:
-                key = (overlap_RR[a][b] + overlap_RR[b][p] + overlap_RR[p][a], -a, -b)
-                best = key if best is None else max(best, key)
-    if best is not None:
-        a, b = -best[1], -best[2]
-        partners[a], partners[b], partners[p] = [b], [p], [a]
-        pairs[:] = [pair for pair in pairs if set(pair) != {a, b}]
-        return
-    used = {q: sum(q in chosen for chosen in partners.values()) for q in allowed[p]}
-    partners[p] = [min(allowed[p], key=lambda q: (-overlap_RR[p][q], used[q], q))]
-
-
-def _add_one_each(
-    active: Sequence[int],
-    nodes: Sequence[str],
-    partners: dict[int, list[int]],
-    overlap_RR: Sequence[Sequence[int]],
-) -> None:
-    """Add one partner to each rank. Criteria in order: a third node, unused, state held already, evenly used, nearest
+def _add_one_each(partners_AK: Ints, k: int, node_A: Ints, overlap_AA: Ints, distance_AA: Ints) -> None:
+    """Add partner k to each rank. Criteria in order: a third node, unused, state held already, evenly used, nearest
     rank.
     """
-    used = dict.fromkeys(active, 0)
-    for p in active:
-        taken = {nodes[p]} | {nodes[q] for q in partners[p]}
-        candidates = [q for q in active if q != p and q not in partners[p]]
-        chosen = min(
-            candidates,
-            key=lambda q: (nodes[q] in taken, used[q] > 0, -overlap_RR[p][q], used[q], (q - p) % len(nodes)),
-        )
-        partners[p].append(chosen)
-        used[chosen] += 1
+    used_A = np.zeros(len(node_A), dtype=np.int64)
+    for p in range(len(node_A)):
+        near = [p, *partners_AK[p, :k].tolist()]
+        is_candidate = np.ones(len(node_A), dtype=np.bool_)
+        is_candidate[near] = False
+        taken_A = np.isin(node_A, node_A[near])
+        chosen = _least(np.flatnonzero(is_candidate), taken_A, used_A > 0, -overlap_AA[p], used_A, distance_AA[p])
+        partners_AK[p, k] = chosen
+        used_A[chosen] += 1
+
+
+def _least(candidates: Ints, *keys_A: NDArray[np.generic]) -> int:
+    """The first candidate with the smallest tuple of keys."""
+    for key_A in keys_A:
+        key = key_A[candidates]
+        candidates = candidates[key == key.min()]
+    return int(candidates[0])

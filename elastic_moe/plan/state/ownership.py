@@ -13,6 +13,7 @@ Legend: U units, R ranks, A active ranks, K mirrors per unit, L MoE layers, E ex
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.plan.state.mirrors import choose_partners
+from elastic_moe.plan.state.units import Units
 from elastic_moe.types import Unit, View
 
 NONE, MIRROR, PRIMARY = 0, 1, 2
@@ -47,6 +49,14 @@ class Ownership:
         role_U[self.primary == rank] = PRIMARY
         return role_U
 
+    def roles(self, num_ranks: int) -> NDArray[np.uint8]:
+        """Roles of all ranks, uint8[R, U]; row r is `role(r)`."""
+        roles_RU = np.full((num_ranks, len(self.primary)), NONE, dtype=np.uint8)
+        unit_M, column_M = np.nonzero(self.mirrors >= 0)
+        roles_RU[self.mirrors[unit_M, column_M], unit_M] = MIRROR
+        roles_RU[self.primary, np.arange(len(self.primary))] = PRIMARY
+        return roles_RU
+
     def owned(self, rank: int) -> NDArray[np.int64]:
         """Units whose primary is `rank`, ascending."""
         return np.flatnonzero(self.primary == rank)
@@ -73,19 +83,18 @@ def plan_ownership(
         homes_LE: int32[L, E], home rank of each expert, which is the primary of its unit. None: experts are placed like
             dense units.
     """
-    held_RU = np.asarray(held_RU)
+    units, held_RU = Units.of(units), np.asarray(held_RU)
     active = np.asarray(view.active_ranks, dtype=np.int64)
     assert active.size > 0, "a view needs an active member"
     assert held_RU.shape == (view.world_size, len(units))
-    numel_U = np.array([unit.numel for unit in units], dtype=np.int64)
+    numel_U = units.numel_U
     primary_U = np.full(len(units), -1, dtype=np.int32)
     movable_U = np.ones(len(units), dtype=bool)
     if homes_LE is not None:
-        for index, unit in enumerate(units):
-            if unit.expert is not None:
-                primary_U[index] = homes_LE[unit.moe_layer, unit.expert]
-                movable_U[index] = False
-        assert np.isin(primary_U[~movable_U], active).all(), "an expert's home must be an active rank"
+        movable_U = units.expert_U < 0
+        homed_U = np.flatnonzero(~movable_U)
+        primary_U[homed_U] = homes_LE[units.layer_U[homed_U], units.expert_U[homed_U]]
+        assert np.isin(primary_U[homed_U], active).all(), "an expert's home must be an active rank"
     _place_dense(primary_U, movable_U, numel_U, held_RU, active)
     _balance_dense(primary_U, movable_U, numel_U, held_RU, active)
     partners_RK = _partners(primary_U, numel_U, held_RU, view, redundancy)
@@ -107,13 +116,26 @@ def homes_from_roles(
         int32[L, E]: the active rank with the strongest role (primary before mirror, then the lowest rank), -1 if no
         active rank holds the expert's unit.
     """
+    units = Units.of(units)
     homes_LE = np.full(shape, -1, dtype=np.int32)
-    for u, unit in enumerate(units):
-        if unit.expert is not None:
-            best = max(active, key=lambda r: (int(roles_RU[r, u]), -r))
-            if roles_RU[best, u]:
-                homes_LE[unit.moe_layer, unit.expert] = best
+    rank_H, unit_H, role_H = _holders(roles_RU, np.asarray(active, dtype=np.int64))
+    strength_U = np.zeros(len(units), dtype=np.int64)  # 0: no active rank holds it
+    np.maximum.at(strength_U, unit_H, role_H * len(roles_RU) + (len(roles_RU) - 1 - rank_H))
+    best_U = np.where(strength_U > 0, len(roles_RU) - 1 - strength_U % len(roles_RU), -1)
+    expert_units = np.flatnonzero(units.expert_U >= 0)
+    homes_LE[units.layer_U[expert_units], units.expert_U[expert_units]] = best_U[expert_units]
     return homes_LE
+
+
+def _holders(
+    held_RU: NDArray[np.uint8], active: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Rank, unit and role of all copies that active ranks hold, by rank. They are few beside ranks times units."""
+    rank_H, unit_H = np.divmod(np.flatnonzero(held_RU != NONE), held_RU.shape[1])
+    is_active_R = np.zeros(len(held_RU), dtype=np.bool_)
+    is_active_R[active] = True
+    rank_H, unit_H = rank_H[is_active_R[rank_H]], unit_H[is_active_R[rank_H]]
+    return rank_H, unit_H, held_RU[rank_H, unit_H].astype(np.int64)
 
 
 def _loads(primary_U: NDArray[np.int32], numel_U: NDArray[np.int64], num_ranks: int) -> NDArray[np.int64]:
@@ -132,15 +154,26 @@ def _place_dense(
     """Keep a living primary; else promote the mirror with the fewest elements; else take the rank with the fewest
     elements.
     """
-    held_AU = held_RU[active]
-    keeps_U = movable_U & (held_AU == PRIMARY).any(axis=0)
-    primary_U[keeps_U] = active[(held_AU == PRIMARY).argmax(axis=0)[keeps_U]]
+    rank_H, unit_H, role_H = _holders(held_RU, active)
+    lowest_U = np.full(len(primary_U), len(held_RU), dtype=np.int64)
+    np.minimum.at(lowest_U, unit_H[role_H == PRIMARY], rank_H[role_H == PRIMARY])
+    keeps_U = movable_U & (lowest_U < len(held_RU))
+    primary_U[keeps_U] = lowest_U[keeps_U]
     load_R = _loads(primary_U, numel_U, len(held_RU))
     open_U = np.flatnonzero(movable_U & ~keeps_U)
+    by_unit = np.argsort(unit_H, kind="stable")
+    rank_H, first_U = rank_H[by_unit], np.searchsorted(unit_H[by_unit], np.arange(len(primary_U) + 1))
+    emptiest = [(int(load_R[rank]), rank) for rank in active.tolist()]
+    heapq.heapify(emptiest)  # a load that has changed since is put right when it comes up
     for unit in open_U[np.lexsort((open_U, -numel_U[open_U]))].tolist():
-        holders = active[held_AU[:, unit] != NONE]
-        candidates = holders if holders.size else active
-        rank = candidates[load_R[candidates].argmin()]
+        holders = rank_H[first_U[unit] : first_U[unit + 1]]
+        if holders.size:
+            rank = int(holders[load_R[holders].argmin()])
+        else:
+            while emptiest[0][0] != load_R[emptiest[0][1]]:
+                rank = emptiest[0][1]
+                heapq.heapreplace(emptiest, (int(load_R[rank]), rank))
+            rank = emptiest[0][1]
         primary_U[unit] = rank
         load_R[rank] += numel_U[unit]
 
@@ -158,23 +191,25 @@ def _balance_dense(
     """
     load_R = _loads(primary_U, numel_U, len(held_RU))
     limit = _BALANCE_TOLERANCE * load_R.sum() / len(active)
+    lightest_R = np.full(len(held_RU), np.iinfo(np.int64).max)
+    may_move_U = movable_U & (numel_U > 0)
+    np.minimum.at(lightest_R, primary_U[may_move_U], numel_U[may_move_U])
     while True:
         dst = int(active[load_R[active].argmin()])
-        over = [rank for rank in active.tolist() if load_R[rank] > limit]
-        move = None
-        for src in sorted(over, key=lambda rank: (-load_R[rank], rank)):
-            gap = int(load_R[src] - load_R[dst])
-            units = np.flatnonzero(movable_U & (primary_U == src) & (numel_U > 0) & (numel_U < gap))
-            if units.size:
-                miss = np.abs(numel_U[units] - min(gap / 2, load_R[src] - limit))
-                move = src, int(units[np.lexsort((units, miss, held_RU[dst, units] == NONE))[0]])
-                break
-        if move is None:
+        over = active[(load_R[active] > limit) & (lightest_R[active] < load_R[active] - load_R[dst])]
+        if not over.size:
             return
-        src, unit = move
+        src = int(over[load_R[over].argmax()])
+        gap = int(load_R[src] - load_R[dst])
+        mine = np.flatnonzero(may_move_U & (primary_U == src))
+        units = mine[numel_U[mine] < gap]
+        miss = np.abs(numel_U[units] - min(gap / 2, load_R[src] - limit))
+        unit = int(units[np.lexsort((units, miss, held_RU[dst, units] == NONE))[0]])
         primary_U[unit] = dst
         load_R[src] -= numel_U[unit]
         load_R[dst] += numel_U[unit]
+        lightest_R[src] = numel_U[mine[mine != unit]].min(initial=np.iinfo(np.int64).max)
+        lightest_R[dst] = min(int(lightest_R[dst]), int(numel_U[unit]))
 
 
 def _partners(
@@ -186,13 +221,14 @@ def _partners(
 ) -> NDArray[np.int32]:
     """Mirror ranks of each rank, int32[R, redundancy]; -1 for none."""
     num_ranks = view.world_size
-    overlap_RR = np.zeros((num_ranks, num_ranks), dtype=np.int64)
-    for rank in view.active_ranks:
-        mine = primary_U == rank
-        overlap_RR[rank] = (held_RU[:, mine] != NONE) @ numel_U[mine]
-        overlap_RR[rank, rank] = numel_U[mine].sum()
+    active = np.asarray(view.active_ranks, dtype=np.int64)
+    rank_H, unit_H, _ = _holders(held_RU, active)
+    pair_H = primary_U[unit_H].astype(np.int64) * num_ranks + rank_H
+    overlap = np.bincount(pair_H, weights=numel_U[unit_H], minlength=num_ranks * num_ranks)
+    overlap_RR = overlap.astype(np.int64).reshape(num_ranks, num_ranks)
+    np.fill_diagonal(overlap_RR, _loads(primary_U, numel_U, num_ranks))
     nodes = [member.node for member in view.members]
-    partners = choose_partners(view.active_ranks, nodes, overlap_RR.tolist(), redundancy)
+    partners = choose_partners(view.active_ranks, nodes, overlap_RR, redundancy)
     partners_RK = np.full((num_ranks, redundancy), -1, dtype=np.int32)
     for rank, chosen in partners.items():
         partners_RK[rank, : len(chosen)] = chosen

@@ -51,8 +51,12 @@ def plan_transfers(held_RU: NDArray[np.uint8], ownership: Ownership) -> Transfer
     lost_U = ~holds_RU.any(axis=0)
     sent_by = [0] * holds_RU.shape[0]
     transfers: list[Transfer] = []
+    rank_H: NDArray[np.int64]  # the holders of all units
+    rank_H, unit_H = np.divmod(np.flatnonzero(holds_RU), num_units)
+    by_unit = np.argsort(unit_H, kind="stable")
+    rank_H, first_U = rank_H[by_unit], np.searchsorted(unit_H[by_unit], np.arange(num_units + 1, dtype=np.int64))
     for unit in np.flatnonzero(lacks_UO.any(axis=1) & ~lost_U).tolist():
-        sources: list[int] = np.flatnonzero(holds_RU[:, unit]).tolist()
+        sources: list[int] = rank_H[first_U[unit] : first_U[unit + 1]].tolist()
         for dst in sorted(owners_UO[unit][lacks_UO[unit]].tolist()):
             src = min(sources, key=lambda rank: (sent_by[rank], rank))
             sent_by[src] += 1

@@ -9,12 +9,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from elastic_moe.types import ParamSpec, Part, Unit
 
 
-def build_units(specs: Sequence[ParamSpec], max_unit_elements: int) -> tuple[Unit, ...]:
+class Units(tuple[Unit, ...]):
+    """All units of a model, with the facts that planning asks for as arrays; each is computed once.
+
+    Legend: U units.
+    """
+
+    @classmethod
+    def of(cls, units: Sequence[Unit]) -> Units:
+        """The units themselves if they are `Units` already."""
+        return units if isinstance(units, Units) else cls(units)
+
+    @cached_property
+    def numel_U(self) -> NDArray[np.int64]:
+        """Elements of each unit."""
+        return np.array([unit.numel for unit in self], dtype=np.int64)
+
+    @cached_property
+    def state_numel_U(self) -> NDArray[np.int64]:
+        """Elements of each unit's whole state."""
+        fields_U = np.array([len(unit.rule.fields) for unit in self], dtype=np.int64)
+        return self.numel_U * fields_U
+
+    @cached_property
+    def expert_U(self) -> NDArray[np.int64]:
+        """Expert within its layer, -1 for a dense unit."""
+        return np.array([-1 if unit.expert is None else unit.expert for unit in self], dtype=np.int64)
+
+    @cached_property
+    def layer_U(self) -> NDArray[np.int64]:
+        """MoE layer of an expert's unit, -1 for a dense unit."""
+        layers = [-1 if unit.expert is None or unit.moe_layer is None else unit.moe_layer for unit in self]
+        return np.array(layers, dtype=np.int64)
+
+    @cached_property
+    def has_gradient_U(self) -> NDArray[np.bool_]:
+        """The unit's rule uses its gradient."""
+        return np.array([unit.rule.has_gradient for unit in self], dtype=np.bool_)
+
+    @cached_property
+    def published_U(self) -> NDArray[np.bool_]:
+        """The unit's weight is published after every step."""
+        return np.array([unit.rule.published_each_step for unit in self], dtype=np.bool_)
+
+
+def build_units(specs: Sequence[ParamSpec], max_unit_elements: int) -> Units:
     """Build the units, in the order of their first parameter.
 
     Args:
@@ -35,7 +83,7 @@ def build_units(specs: Sequence[ParamSpec], max_unit_elements: int) -> tuple[Uni
         if members[0] is spec:
             units.append(_expert_unit(members))
     assert len({unit.name for unit in units}) == len(units), "unit names must be unique"
-    return tuple(units)
+    return Units(units)
 
 
 def _dense_units(spec: ParamSpec, max_unit_elements: int) -> list[Unit]:

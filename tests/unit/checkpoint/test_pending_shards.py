@@ -41,6 +41,15 @@ def test_a_step_completes_by_the_next_generations_shards() -> None:
     assert [shard.file for shard in pending.shards(5)] == ["g2-r0"]
 
 
+def test_a_file_that_is_written_again_counts_as_it_is_now() -> None:
+    pending = PendingShards()
+    pending.expect(5, ["x", "y", "z"])
+    pending.add(5, info_of("a", "x", "y"))
+    assert not pending.add(5, info_of("a", "z"))
+    assert pending.missing(5) == {"x", "y"}
+    assert pending.add(5, info_of("b", "x", "y"))
+
+
 def test_the_oldest_steps_are_forgotten() -> None:
     pending = PendingShards(max_pending=2)
     for step in (1, 2, 3):

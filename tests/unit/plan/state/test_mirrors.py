@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from elastic_moe.plan.state.mirrors import choose_partners
+from tests.unit.plan.state import slow_partners
 
 
 def _empty(num_ranks: int) -> list[list[int]]:
@@ -40,3 +44,19 @@ def test_partners_that_hold_all_state_stay() -> None:
 @pytest.mark.parametrize(("active", "redundancy"), [([0], 1), ([0, 1], 0)])
 def test_no_partners_where_none_are_possible_or_wanted(active: list[int], redundancy: int) -> None:
     assert choose_partners(active, "ab", _empty(2), redundancy) == {rank: [] for rank in active}
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 3), st.sampled_from([0.0, 0.1, 0.4, 1.0]), st.integers(0))
+def test_partners_are_those_of_the_slow_twin(
+    num_ranks: int, num_nodes: int, redundancy: int, density: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    nodes = [f"n{node}" for node in rng.integers(0, num_nodes, num_ranks)]
+    active = sorted(rng.choice(num_ranks, int(rng.integers(1, num_ranks + 1)), replace=False).tolist())
+    owned_R = rng.integers(0, 4, num_ranks) * 10
+    parts_RR = rng.choice([0.0, 0.5, 1.0], (num_ranks, num_ranks)) * (rng.random((num_ranks, num_ranks)) < density)
+    overlap_RR = (owned_R[:, None] * parts_RR).astype(np.int64)
+    np.fill_diagonal(overlap_RR, owned_R)
+    expected = slow_partners.choose_partners(active, nodes, overlap_RR.tolist(), redundancy)
+    assert choose_partners(active, nodes, overlap_RR, redundancy) == expected

@@ -72,6 +72,7 @@ def test_every_unit_has_a_living_owner_and_transfers_bring_it(
     again = plan_ownership(units, view, held.copy(), redundancy, homes)
     assert np.array_equal(again.primary, ownership.primary)
     assert np.array_equal(again.mirrors, ownership.mirrors)
+    assert np.array_equal(ownership.roles(view.world_size), _roles(ownership, view.world_size))
 
     plan = plan_transfers(held, ownership)
     state = held != NONE

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from elastic_moe.config.schema import TrainConfig
 
-CONFIG = "config.yaml"  # the configuration as the user gave it, complete
+RUN = "run.json"  # identity of the run: here and in the checkpoint root
+LEASE = "lease.json"  # the process that owns the directory now: here and in the checkpoint root
+CONFIG = "config.yaml"  # the configuration of the newest start as the user gave it, complete
+CONFIGS = "configs"  # directory: the configuration of every start
 TOKENIZER = "tokenizer.json"  # written by `data.tokenizer`, for export and generate
 METRICS = "metrics.jsonl"  # one line per committed step
 EVENTS = "events.jsonl"  # one line per event
@@ -16,6 +19,8 @@ REPORT = "report.html"  # the run as one page
 FAULTS = "faults"  # directory: one file per injected fault that has fired
 CHECKPOINTS = "checkpoints"  # directory: durable checkpoints, unless `checkpoint.dir` names another place
 RAY = ".ray"  # directory: state of Ray Train
+
+DAMAGED = ".damaged"  # ending of the file that keeps the damaged lines of another one
 
 _STEP_DIR = re.compile(r"step_(\d{8,})")
 
@@ -28,6 +33,11 @@ def checkpoint_root(config: TrainConfig, run_dir: Path | None = None) -> str:
         run_dir: the run directory, where it has been moved since; `run.dir` by default.
     """
     return config.checkpoint.dir or str((run_dir or Path(config.run.dir)) / CHECKPOINTS)
+
+
+def abandoned_metrics(timeline: int) -> str:
+    """Name of the file that keeps the records which a timeline made and the run has gone back behind."""
+    return f"metrics.t{timeline}.jsonl"
 
 
 def step_dir(step: int) -> str:

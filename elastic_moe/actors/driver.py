@@ -101,9 +101,9 @@ def _claim(config: TrainConfig, run_dir: Path) -> None:
 
 def _clear(config: TrainConfig, run_dir: Path) -> None:
     """Delete the run in this directory: its records, its checkpoints and the markers of its faults."""
-    from elastic_moe.checkpoint.writer import discard_after
+    from elastic_moe.checkpoint.writer import remove_all
 
-    discard_after(checkpoint_root(config), -1)
+    remove_all(checkpoint_root(config))
     for name in (METRICS, EVENTS, EXPERTS, REPORT):
         (run_dir / name).unlink(missing_ok=True)
     for path in (run_dir / FAULTS).glob("*"):

@@ -26,6 +26,7 @@ class PendingShards:
         self._expected: dict[int, frozenset[str]] = {}
         self._missing: dict[int, set[str]] = {}  # of the steps with expected units
         self._shards: dict[int, dict[str, ShardInfo]] = {}
+        self._generation: dict[tuple[int, str], int] = {}  # step, file -> generation that wrote it
         self._complete: dict[int, tuple[ShardInfo, ...]] = {}
 
     def expect(self, step: int, unit_names: Iterable[str]) -> bool:
@@ -42,8 +43,8 @@ class PendingShards:
             self._drop(old)
         return self._completed(step)
 
-    def add(self, step: int, shard: ShardInfo | Mapping[str, Any]) -> bool:
-        """Note that a shard is written.
+    def add(self, step: int, shard: ShardInfo | Mapping[str, Any], generation: int = 0) -> bool:
+        """Note that a shard is written, by a worker of this generation.
 
         Returns:
             True for the one shard that makes the step complete: write the manifest now.
@@ -57,6 +58,7 @@ class PendingShards:
             self._count_missing(step)
         elif step in self._missing:
             self._missing[step].difference_update(info.units)
+        self._generation[step, info.file] = generation
         for old in sorted(self._shards)[: -self._max_pending]:
             self._drop(old)
         return self._completed(step)
@@ -89,17 +91,26 @@ class PendingShards:
         """Incomplete steps, in order."""
         return tuple(sorted(set(self._expected) | set(self._shards)))
 
-    def discard_after(self, step: int) -> None:
-        """Forget the shards of later steps: the run was rolled back to this step."""
+    def discard_after(self, step: int, generation: int) -> None:
+        """Forget the shards of later steps from earlier generations: this generation rolled back to this step."""
         for later in [s for s in self.pending if s > step]:
-            self._drop(later)
+            old = {f for s, f in self._generation if s == later and self._generation[s, f] < generation}
+            kept = {file: info for file, info in self._shards.get(later, {}).items() if file not in old}
+            for file in old:
+                del self._generation[later, file]
+            if kept:
+                self._shards[later] = kept
+                self._count_missing(later)
+            else:
+                self._drop(later)
         for later in [s for s in self._complete if s > step]:
             del self._complete[later]
 
     def _drop(self, step: int) -> None:
         self._expected.pop(step, None)
         self._missing.pop(step, None)
-        self._shards.pop(step, None)
+        for file in self._shards.pop(step, ()):
+            self._generation.pop((step, file), None)
 
     def _cover(self, step: int) -> tuple[ShardInfo, ...]:
         """Choose shards that hold all units, the newest first, so that one generation's set is preferred."""

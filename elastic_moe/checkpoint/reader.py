@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from elastic_moe.checkpoint.identity import RunIdentity, find_identity
 from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo
 from elastic_moe.checkpoint.shard_file import TensorEntry, bytes_of, header_length, parse_header
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
@@ -51,10 +52,12 @@ def find_latest(
 ) -> Manifest | None:
     """Find the newest complete checkpoint. None if the root was listed, and holds none that is complete and whole.
 
+    A checkpoint of a timeline that the run has gone back behind (`checkpoint.identity`) does not count.
+
     Args:
         root_uri: the checkpoint root; need not exist.
         verify: compare checksums too, which reads every file once. Sizes are always compared.
-        on_skip: called as on_skip(step, reason) for every newer checkpoint that is unfinished or damaged.
+        on_skip: called as on_skip(step, reason) for every newer checkpoint that is unfinished, damaged or abandoned.
 
     Raises:
         StorageUnavailable: the root cannot be listed, or a checkpoint newer than every whole one cannot be read. The
@@ -62,9 +65,12 @@ def find_latest(
     """
     storage = Storage(root_uri)
     names = persistent(storage.directories)
-    for step in sorted((s for name in names if (s := step_of(name)) is not None), reverse=True):
+    steps = sorted((s for name in names if (s := step_of(name)) is not None), reverse=True)
+    history = find_identity(storage, steps, lambda step: load_manifest(root_uri, step).meta)
+    for step in steps:
         try:
             manifest = load_manifest(root_uri, step)
+            require_current(history, manifest)
             if verify:
                 verify_shards(manifest)
             return manifest
@@ -75,6 +81,17 @@ def find_latest(
         if on_skip is not None:
             on_skip(step, reason)
     return None
+
+
+def require_current(history: RunIdentity, manifest: Manifest) -> None:
+    """Check that a checkpoint belongs to the present history of its run.
+
+    Raises:
+        CorruptCheckpoint: the run has gone back behind it, so it is abandoned.
+    """
+    timeline = RunIdentity.of_meta(manifest.meta).timeline
+    if not history.holds(timeline, manifest.step):
+        raise CorruptCheckpoint(f"abandoned: the run went back behind step {manifest.step} of timeline {timeline}")
 
 
 def read_units(

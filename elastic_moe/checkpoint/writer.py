@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from elastic_moe.checkpoint.identity import find_identity
 from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo, as_shards
-from elastic_moe.checkpoint.reader import load_manifest
+from elastic_moe.checkpoint.reader import load_manifest, require_current
 from elastic_moe.checkpoint.shard_file import file_parts, sha256_of
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
 from elastic_moe.run_dir import step_dir, step_of
@@ -62,36 +63,48 @@ def write_manifest(
 def retain(root_uri: str, keep: int) -> list[int]:
     """Delete all but the newest `keep` complete checkpoints (at least one), and unfinished ones older than those.
 
-    A checkpoint that lacks a file does not count as complete.
+    A checkpoint that lacks a file does not count as complete, nor does one that the run has gone back behind. Such
+    a one is kept until the present timeline has a complete checkpoint of its step or a later one.
 
     Returns:
         The deleted steps.
     """
     storage = Storage(root_uri)
-    steps = _steps(storage)
+    steps = list_steps(storage)
+    history = find_identity(storage, steps, lambda step: load_manifest(root_uri, step).meta)
     kept: list[int] = []
+    passed: list[int] = []
     for step in reversed(steps):
         if len(kept) == max(keep, 1):
             break
         try:
-            load_manifest(root_uri, step)
-            kept.append(step)
+            manifest = load_manifest(root_uri, step)
         except (CorruptCheckpoint, FileNotFoundError):
             continue
-    return _delete(storage, [step for step in steps if kept and step < kept[-1]])
+        try:
+            require_current(history, manifest)
+            kept.append(step)
+        except CorruptCheckpoint:
+            passed += [step] if kept else []
+    return _delete(storage, sorted({*passed, *(step for step in steps if kept and step < kept[-1])}))
 
 
-def discard_after(root_uri: str, step: int) -> list[int]:
-    """Delete the checkpoints of later steps, complete or not; -1 deletes all.
+def remove_all(root_uri: str) -> list[int]:
+    """Delete all checkpoints, complete or not: the user asked for it.
 
     Returns:
         The deleted steps.
     """
     storage = Storage(root_uri)
-    return _delete(storage, [later for later in _steps(storage) if later > step])
+    return _delete(storage, list_steps(storage))
 
 
-def _steps(storage: Storage) -> list[int]:
+def list_steps(storage: Storage) -> list[int]:
+    """Steps that have a directory in a checkpoint root, in order.
+
+    Raises:
+        OSError: the storage failed at every attempt.
+    """
     return sorted(step for name in persistent(storage.directories) if (step := step_of(name)) is not None)
 
 

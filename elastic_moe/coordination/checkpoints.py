@@ -1,7 +1,8 @@
 """Completes checkpoints: collects the reports of written shards, and writes the manifest once shards hold every unit.
 
 Storage may stall or fail for a while, so one thread of its own touches it. A checkpoint that cannot be completed is
-reported and stays unfinished, and training goes on.
+reported and stays unfinished, and training goes on. Going back to a checkpoint deletes nothing: a new timeline begins
+(`checkpoint.identity`), and the later checkpoints of the old one are retired when the new one has passed them.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from elastic_moe.checkpoint.pending_shards import PendingShards
-from elastic_moe.checkpoint.storage import CorruptCheckpoint
-from elastic_moe.checkpoint.writer import discard_after, retain, write_manifest
+from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
+from elastic_moe.checkpoint.writer import list_steps, retain, write_manifest
+from elastic_moe.coordination.identity import IdentityFiles
 
 CLOSE_TIMEOUT_S = 60.0
 
@@ -31,6 +34,7 @@ class CheckpointCommitter:
         unit_names: every unit that a complete checkpoint holds.
         meta: written into every manifest.
         report: takes events; called in the committer's thread.
+        identity: of the run; only the committer's thread changes it.
     """
 
     def __init__(
@@ -40,9 +44,11 @@ class CheckpointCommitter:
         unit_names: Iterable[str],
         meta: Mapping[str, Any],
         report: Callable[[dict[str, Any]], None],
+        identity: IdentityFiles,
     ) -> None:
         self._root, self._keep, self._units, self._meta = root, keep, tuple(unit_names), dict(meta)
-        self._report = report
+        self._report, self._identity = report, identity
+        self._forked = (0, 0)  # generation that went back last, and to which step
         self._shards = PendingShards()
         self._jobs: queue.Queue[tuple[int, Callable[[], None]] | None] = queue.Queue()  # step, work
         self._thread = threading.Thread(target=self._run, name="checkpoint-committer", daemon=True)
@@ -53,9 +59,15 @@ class CheckpointCommitter:
         shard, step = dict(shard), int(shard["step"])
         self._jobs.put((step, lambda: self._add(step, shard)))
 
-    def roll_back_to(self, step: int) -> None:
-        """Discard checkpoints of later steps: the run goes on from this step, and will compute them anew."""
-        self._jobs.put((step, lambda: self._roll_back_to(step)))
+    def roll_back_to(self, step: int, generation: int, lost_steps: int) -> None:
+        """Begin a new timeline at this step, if the run has come further before.
+
+        Args:
+            step: the run goes on from here, and will compute later steps anew.
+            generation: the generation that went back.
+            lost_steps: recorded steps that it went back behind.
+        """
+        self._jobs.put((step, lambda: self._roll_back_to(step, generation, lost_steps)))
 
     def close(self) -> None:
         """Finish all jobs taken so far, within `CLOSE_TIMEOUT_S`, and end the thread."""
@@ -79,15 +91,20 @@ class CheckpointCommitter:
             logger.exception("the coordinator could not report a failed checkpoint")
 
     def _add(self, step: int, shard: dict[str, Any]) -> None:
+        generation = int(shard.get("generation") or 0)
+        forked_at, fork = self._forked
+        if generation < forked_at and step > fork:
+            return  # the run has gone back behind this step since
         if step not in self._shards.pending:
             self._shards.expect(step, self._units)
-        if not self._shards.add(step, shard):
+        if not self._shards.add(step, shard, generation):
             return
         started_s = time.perf_counter()
-        generation = shard.get("generation")
         try:
+            self._identity.write()  # before a checkpoint of a new timeline
             shards = self._shards.shards(step)
-            manifest = write_manifest(self._root, step, shards, self._meta | {"generation": generation})
+            meta = self._meta | self._identity.identity.meta() | {"generation": generation, "time": time.time()}
+            manifest = write_manifest(self._root, step, shards, meta)
             self._report(
                 {
                     "event": "checkpoint",
@@ -98,14 +115,23 @@ class CheckpointCommitter:
                     "manifest_s": time.perf_counter() - started_s,
                 }
             )
+            if not self._identity.identity.first_checkpoint:
+                self._identity.change(replace(self._identity.identity, first_checkpoint=step))
             retain(self._root, self._keep)
         except (OSError, CorruptCheckpoint) as error:
             self._report({"event": "checkpoint_failed", "step": step, "generation": generation, "reason": str(error)})
 
-    def _roll_back_to(self, step: int) -> None:
-        self._shards.discard_after(step)
+    def _roll_back_to(self, step: int, generation: int, lost_steps: int) -> None:
+        self._shards.discard_after(step, generation)
+        self._forked = (generation, step)
         try:
-            discard_after(self._root, step)
+            abandoned = [later for later in list_steps(Storage(self._root)) if later > step]
+            if not abandoned and not lost_steps:
+                return
+            self._identity.change(self._identity.identity.forked(step))
+            timeline = self._identity.identity.timeline
+            event = {"event": "timeline", "generation": generation, "step": step, "timeline": timeline}
+            self._report(event | {"abandoned": abandoned})
         except OSError as error:
-            reason = f"cannot discard later checkpoints: {error}"
+            reason = f"cannot note that the run went back to step {step}: {error}"
             self._report({"event": "checkpoint_failed", "step": step, "reason": reason})

@@ -12,6 +12,7 @@ from typing import Any
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.codec import decode_request
 from elastic_moe.coordination.checkpoints import CheckpointCommitter
+from elastic_moe.coordination.identity import IdentityFiles
 from elastic_moe.coordination.membership import RunStatus
 from elastic_moe.coordination.records import StepRecords
 from elastic_moe.coordination.server import ControlServer
@@ -42,12 +43,15 @@ class RunCoordinator:
         self._records = StepRecords(run_dir, self._recorder)
         self._rolled_back = -1  # generation that rolled back last
         units = build_units(param_specs(config.model), config.model.max_unit_elements)
+        root = checkpoint_root(config)
+        self._identity = IdentityFiles.open(run_dir, root)
         self._checkpoints = CheckpointCommitter(
-            checkpoint_root(config),
+            root,
             config.checkpoint.keep,
             [unit.name for unit in units],
             {"seed": config.seed, "steps": config.run.steps},
             self._recorder.event,
+            self._identity,
         )
         self._server = ControlServer(
             config,
@@ -89,17 +93,21 @@ class RunCoordinator:
         self._recorder.close()
 
     def _on_event(self, event: dict[str, Any]) -> None:
-        if event.get("event") == "entered" and event.get("source") in DURABLE:
-            self._roll_back_to(int(event["generation"]), max(0, int(event["step"])))
+        if event.get("event") == "entered":
+            step = max(0, int(event["step"]))
+            lost = max(0, int(event.get("lost_steps", 0)), self._recorder.last_step - step)
+            if event.get("source") in DURABLE:
+                self._roll_back_to(int(event["generation"]), step)
+            event = event | {"lost_steps": lost}
         self._recorder.event(event)
 
     def _roll_back_to(self, generation: int, step: int) -> None:
-        """Drop all records after this step, because the state of this generation came from storage."""
+        """Set aside all records after this step, because the state of this generation came from storage."""
         if generation == self._rolled_back:
             return  # a second report of the same generation may come after its first new record
         self._rolled_back = generation
-        dropped = self._records.roll_back_to(step)
-        self._checkpoints.roll_back_to(step)
+        dropped = self._records.roll_back_to(step, self._identity.identity.timeline)
+        self._checkpoints.roll_back_to(step, generation, dropped)
         if dropped:
             event = {"event": "rolled_back", "generation": generation, "step": step, "lost_steps": dropped}
             self._recorder.event(event)

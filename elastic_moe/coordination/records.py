@@ -44,8 +44,8 @@ class StepRecords:
             recent = read_jsonl(self._run_dir / METRICS)
         return [record for record in recent if int(record["step"]) > step]
 
-    def roll_back_to(self, step: int) -> int:
-        """Drop the records of later steps. Returns how many were dropped."""
+    def roll_back_to(self, step: int, timeline: int) -> int:
+        """Set aside the records of later steps, which this timeline made. Returns how many they were."""
         with self._lock:
             self._recent.clear()
-        return self._recorder.truncate_after(step)
+        return self._recorder.set_aside_after(step, timeline)

@@ -1,6 +1,7 @@
 """Files of JSON lines: append-only for one writer, readable by others at any time. Only whole lines count.
 
-A line may be torn by a kill or by a full disk. The writer cuts such an end off; a reader stops before it.
+A line may be torn by a kill or a full disk, or damaged by the disk. The next writer moves such lines to a file beside
+it, which ends in `.damaged`; a reader passes over them. All other lines stay.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from elastic_moe.run_dir import DAMAGED
 
 MAX_HELD = 10_000  # lines kept in memory while the disk refuses them
 
@@ -20,15 +24,24 @@ class JsonLines:
     """An append-only file of JSON lines in which only whole lines ever stay.
 
     Args:
-        path: the file; a torn last line, left by a kill, is cut off.
+        path: the file; damaged lines and a torn end are moved to the file `path` + ".damaged".
+        integer: a key that every line has as a whole number; "" for none. A line without it is damaged.
+
+    Attributes:
+        damaged: damaged lines that were moved now, a torn end not counted.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, integer: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._held: deque[bytes] = deque(maxlen=MAX_HELD)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self.cut(sum(len(line) for line, _ in _whole_lines(path.read_bytes())))
+        lines = list(_split(path.read_bytes(), integer))
+        bad = [line for line, value in lines if value is None]
+        self.damaged = sum(line.endswith(b"\n") for line in bad)
+        if bad:
+            _append(path.with_name(path.name + DAMAGED), [line.rstrip(b"\n") + b"\n" for line in bad])
+        self._keep([line for line, value in lines if value is not None])
 
     def append(self, value: Mapping[str, Any]) -> bool:
         """Add a line. Returns False when the disk refuses it now; a later call then writes it."""
@@ -56,19 +69,43 @@ class JsonLines:
         os.ftruncate(self._descriptor, size)
         self._size = size
 
-    def keep_held(self, wanted: Callable[[dict[str, Any]], bool]) -> tuple[list[dict[str, Any]], int]:
-        """Drop some of the lines that wait. Returns the values that still wait, and the number of dropped ones."""
-        kept = [(line, value) for line in self._held if wanted(value := json.loads(line))]
-        dropped = len(self._held) - len(kept)
-        self._held = deque((line for line, _ in kept), maxlen=MAX_HELD)
-        return [value for _, value in kept], dropped
+    def move(self, unwanted: Callable[[dict[str, Any]], bool], target: Path) -> tuple[list[dict[str, Any]], int]:
+        """Move some of the lines to the end of another file, those that still wait for the disk included.
 
-    def values(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(offset, value) of every line."""
-        offset = 0
-        for line, value in _whole_lines(self.path.read_bytes()):
-            yield offset, value
-            offset += len(line)
+        Returns:
+            The values that stay, and the number of lines moved.
+
+        Raises:
+            OSError: the disk refuses the other file; nothing was moved.
+        """
+        lines = _whole_lines(self.path.read_bytes())
+        held = [(line, json.loads(line)) for line in self._held]
+        moved = [line for line, value in (*lines, *held) if unwanted(value)]
+        if moved:
+            _append(target, moved)
+            self._keep([line for line, value in lines if not unwanted(value)])
+            self._held = deque((line for line, value in held if not unwanted(value)), maxlen=MAX_HELD)
+        return [value for _, value in (*lines, *held) if not unwanted(value)], len(moved)
+
+    def values(self) -> Iterator[dict[str, Any]]:
+        """Value of every line."""
+        return (value for _, value in _whole_lines(self.path.read_bytes()))
+
+    def _keep(self, lines: list[bytes]) -> None:
+        """Make these lines the file's content: by a cut if they are its beginning, else by a new file in its place."""
+        content = b"".join(lines)
+        if os.pread(self._descriptor, len(content), 0) == content:
+            self.cut(len(content))
+            return
+        temporary = self.path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            _append(temporary, lines)
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        os.close(self._descriptor)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND)
+        self._size = len(content)
 
     def close(self) -> None:
         self.flush()
@@ -98,22 +135,54 @@ class Tail:
             file.seek(self._offset)
             whole = file.read().rpartition(b"\n")
         self._offset += len(whole[0]) + len(whole[1])
-        self._lines += [json.loads(line) for line in whole[0].splitlines()]
+        self._lines += [value for _, value in _whole_lines(whole[0] + whole[1])]
         return self._lines
 
 
 def _whole_lines(data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
-    """Lines up to the first one that is torn, and their values."""
-    lines: list[tuple[bytes, dict[str, Any]]] = []
-    for line in data.splitlines(keepends=True):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(value, dict):
-            break
-        lines.append((line, value))
-    return lines
+    """The lines that are neither damaged nor torn, and their values."""
+    return [(line, value) for line, value in _split(data) if value is not None]
+
+
+def _split(data: bytes, integer: str = "") -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Every line of a file with its value; None for a line that is damaged or torn. Empty lines are left out."""
+    *ended, rest = data.split(b"\n")
+    for line, end in (*((one, b"\n") for one in ended), (rest, b"")):
+        value = _parsed(line, integer)
+        if value is None and (cut := _joint(line)) and (first := _parsed(line[:cut], integer)) is not None:
+            yield line[:cut] + b"\n", first  # the line break behind it is damaged, and it is not
+            line = line[cut + 1 :]
+            value = _parsed(line, integer)
+        if line:
+            yield line + (end if value is None else b"\n"), value
+
+
+def _joint(line: bytes) -> int:
+    """Length of the JSON object at the beginning of a line, 0 if there is none."""
+    try:
+        text = line.decode()
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return 0
+    return len(text[:end].encode()) if isinstance(value, dict) else 0
+
+
+def _parsed(line: bytes, integer: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or (integer and type(value.get(integer)) is not int):
+        return None
+    return value
+
+
+def _append(path: Path, lines: list[bytes]) -> None:
+    """Add lines to a file and wait for the disk."""
+    with path.open("ab") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from elastic_moe.metrics.jsonl import JsonLines
 from elastic_moe.metrics.schema import EXPERT_KINDS
-from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
+from elastic_moe.run_dir import DAMAGED, EVENTS, EXPERTS, METRICS, abandoned_metrics
 
 MAX_EARLY = 256  # steps that wait for a missing one before it is given up
 _ABOUT_EXPERTS = {kind.name for kind in EXPERT_KINDS}
@@ -32,14 +32,18 @@ class Recorder:
 
     def __init__(self, run_dir: str | Path, clock: Callable[[], float] = time.time) -> None:
         self._clock, self._lock = clock, threading.Lock()
-        self._metrics = JsonLines(Path(run_dir) / METRICS)
+        self._metrics = JsonLines(Path(run_dir) / METRICS, "step")
         self._events = JsonLines(Path(run_dir) / EVENTS)
         self._experts = JsonLines(Path(run_dir) / EXPERTS)
         self._last: dict[str, Any] | None = None
-        for _, value in self._metrics.values():
+        for value in self._metrics.values():
             self._last = value
         self._next = self.last_step + 1
         self._early: dict[int, dict[str, Any]] = {}
+        for file in (self._metrics, self._events, self._experts):
+            if file.damaged:
+                reason = f"{file.damaged} damaged lines of {file.path.name} are now in {file.path.name}{DAMAGED}"
+                self.event({"event": "records_damaged", "step": self.last_step, "reason": reason})
 
     @property
     def last_step(self) -> int:
@@ -76,22 +80,23 @@ class Recorder:
             file = self._experts if event.get("event") in _ABOUT_EXPERTS else self._events
             file.append({"time": self._clock()} | dict(event))
 
-    def truncate_after(self, step: int) -> int:
-        """Drop records of later steps, after a roll-back to this one. Returns the number of dropped records."""
+    def set_aside_after(self, step: int, timeline: int) -> int:
+        """Move the records of later steps to a file of their own: the run has gone back to this step.
+
+        Args:
+            step: last step whose record stays.
+            timeline: the timeline that made the later records.
+
+        Returns:
+            The number of records moved.
+        """
         with self._lock:
-            held, dropped = self._metrics.keep_held(lambda value: int(value["step"]) <= step)
-            self._last, cut = None, -1
-            for offset, value in self._metrics.values():
-                if int(value["step"]) <= step:
-                    self._last = value
-                else:
-                    cut, dropped = (offset if cut < 0 else cut), dropped + 1
-            if cut >= 0:
-                self._metrics.cut(cut)
-            self._last = held[-1] if held else self._last
+            path = self._metrics.path.with_name(abandoned_metrics(timeline))
+            kept, moved = self._metrics.move(lambda value: int(value["step"]) > step, path)
+            self._last = kept[-1] if kept else None
             self._early.clear()
             self._next = step + 1
-            return dropped
+            return moved
 
     def close(self) -> None:
         with self._lock:

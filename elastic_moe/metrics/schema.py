@@ -23,6 +23,7 @@ _TYPES: dict[str, Json] = {  # name of a type -> JSON schema
     "string": {"type": "string"},
     "boolean": {"type": "boolean"},
     "list of strings": {"type": "array", "items": {"type": "string"}},
+    "list of integers": {"type": "array", "items": _INT},
     "list of numbers": {"type": "array", "items": {"type": "number"}},
     "list of [string, string]": {
         "type": "array",
@@ -161,9 +162,18 @@ EVENT_KINDS = (
     ),
     Event(
         "rolled_back",
-        "The run goes on from a checkpoint or from the start; later records were dropped.",
-        (Key("lost_steps", "integer", "steps", "Records that were dropped."),),
+        "The run goes on from a checkpoint or from the start; later records were set aside in `metrics.tN.jsonl`.",
+        (Key("lost_steps", "integer", "steps", "Records that were set aside."),),
     ),
+    Event(
+        "timeline",
+        "The run went back to this step, and a new timeline begins there. No checkpoint is deleted for it.",
+        (
+            Key("timeline", "integer", "", "Number of the new timeline, counted from 1."),
+            Key("abandoned", "list of integers", "steps", "Later steps that have a checkpoint, whole or not."),
+        ),
+    ),
+    Event("records_damaged", "Damaged lines of a file of records were moved to a file that ends in `.damaged`."),
     Event(
         "checkpoint",
         "A durable checkpoint is complete.",

@@ -165,7 +165,7 @@ class Reconfigurer:
         placement, ownership = self._plan(view, roles_RU, None)
         held = self._start_over(group, ownership, target)
         source = "initialisation" if target < 0 else "checkpoint"
-        return Reconfigured(held, ownership, placement, source, max(step, 0) - max(target, 0), rolled, 0)
+        return Reconfigured(held, ownership, placement, source, max(0, step - max(target, 0)), rolled, 0)
 
     def _plan(self, view: View, roles_RU: np.ndarray, vote: VoteResult | None) -> tuple[Placement, Ownership]:
         """Placement and ownership in the view; the same on every rank. The last vote has the experts' loads."""

@@ -13,7 +13,7 @@ from elastic_moe.checkpoint import storage as storage_module
 from elastic_moe.checkpoint.manifest import MANIFEST, Manifest
 from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, StorageUnavailable, persistent
-from elastic_moe.checkpoint.writer import discard_after, retain, write_manifest, write_shard
+from elastic_moe.checkpoint.writer import remove_all, retain, write_manifest, write_shard
 from elastic_moe.errors import UserError
 from elastic_moe.run_dir import step_dir, step_of
 
@@ -225,12 +225,10 @@ def test_retain(tmp_path: Path) -> None:
     assert retain(str(tmp_path / "none"), 1) == []
 
 
-def test_discard_after(tmp_path: Path) -> None:
+def test_remove_all(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write(tmp_path, step)
-    assert discard_after(str(tmp_path), 10) == [20, 30]
-    assert find_latest(str(tmp_path)) == load_manifest(str(tmp_path), 10)
-    assert discard_after(str(tmp_path), -1) == [10]
+    assert remove_all(str(tmp_path)) == [10, 20, 30]
     assert find_latest(str(tmp_path)) is None
 
 

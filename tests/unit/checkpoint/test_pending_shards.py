@@ -57,7 +57,7 @@ def test_the_oldest_steps_are_forgotten() -> None:
         pending.add(step, info_of("a", "x"))
     assert pending.pending == (2, 3)
     assert pending.add(3, info_of("b", "y"))
-    pending.discard_after(1)
+    pending.discard_after(1, 9)
     assert pending.pending == ()
     pending.expect(3, ["x", "y"])
     assert not pending.add(3, info_of("b", "y"))

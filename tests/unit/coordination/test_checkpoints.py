@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from elastic_moe.checkpoint.identity import RunIdentity
 from elastic_moe.checkpoint.reader import find_latest
 from elastic_moe.checkpoint.writer import write_shard
 from elastic_moe.coordination.checkpoints import CheckpointCommitter
+from elastic_moe.coordination.identity import IdentityFiles
+from elastic_moe.run_dir import RUN
 
 
 def _write(root: str, step: int, units: list[str], tag: str) -> dict[str, Any]:
@@ -17,10 +21,18 @@ def _write(root: str, step: int, units: list[str], tag: str) -> dict[str, Any]:
     return {"step": step, "generation": 4, **write_shard(root, step, tag, tensors).as_dict()}
 
 
-def test_completes_retains_and_rolls_back(tmp_path: Path) -> None:
+def _identity(tmp_path: Path) -> IdentityFiles:
+    return IdentityFiles.open(tmp_path, str(tmp_path))
+
+
+def _steps(root: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in root.iterdir() if path.is_dir())
+
+
+def test_completes_and_retains(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     root = str(tmp_path)
-    committer = CheckpointCommitter(root, 2, ["a", "b", "c"], {"seed": 1}, events.append)
+    committer = CheckpointCommitter(root, 2, ["a", "b", "c"], {"seed": 1}, events.append, _identity(tmp_path))
     for step in (10, 20, 30):
         committer.add(_write(root, step, ["a", "b"], "r0"))
         committer.add(_write(root, step, ["c"], "r1"))
@@ -30,18 +42,58 @@ def test_completes_retains_and_rolls_back(tmp_path: Path) -> None:
     assert [(event["event"], event["step"]) for event in events] == [("checkpoint", s) for s in (10, 20, 30)]
     manifest = find_latest(root)
     assert manifest is not None
-    assert (manifest.step, manifest.meta["generation"]) == (30, 4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020", "step_00000030", "step_00000040"]
+    assert (manifest.step, manifest.meta["generation"], manifest.meta["timeline"]) == (30, 4, 1)
+    assert _steps(tmp_path) == [20, 30, 40]
+    assert _identity(tmp_path).identity.first_checkpoint == 10
 
-    committer = CheckpointCommitter(root, 2, ["a", "b", "c"], {}, events.append)
-    committer.roll_back_to(20)
+
+@pytest.mark.parametrize("lost", ["nothing", "run.json", "a byte of run.json"])
+def test_going_back_deletes_nothing_until_the_new_timeline_has_passed(tmp_path: Path, lost: str) -> None:
+    """Without run.json the history is read from the manifests, as soon as the new timeline has one."""
+    events: list[dict[str, Any]] = []
+    root = str(tmp_path)
+    committer = CheckpointCommitter(root, 2, ["a"], {}, events.append, _identity(tmp_path))
+    for step in (10, 20, 30):
+        committer.add(_write(root, step, ["a"], "r0"))
+    late = _write(root, 40, ["a"], "r0")  # of generation 4, which the run leaves
+    committer.roll_back_to(20, 5, 0)
+    committer.add(late)
     committer.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020"]
+    assert (events[-1]["event"], events[-1]["timeline"], events[-1]["abandoned"]) == ("timeline", 2, [30, 40])
+    assert _steps(tmp_path) == [20, 30, 40]
+    found = find_latest(root)
+    assert found is not None
+    assert found.step == 20
+    committer = CheckpointCommitter(root, 2, ["a"], {}, events.append, _identity(tmp_path))
+    committer.add(_write(root, 25, ["a"], "r0"))
+    committer.close()
+    if lost == "run.json":
+        (tmp_path / RUN).unlink()
+    elif lost != "nothing":
+        (tmp_path / RUN).write_bytes((tmp_path / RUN).read_bytes().replace(b'"timeline": 2', b'"timeline": 3'))
+    found = find_latest(root)
+    assert found is not None
+    assert found.step == 25
+    assert _steps(tmp_path) == [20, 25, 30, 40]
+    committer = CheckpointCommitter(root, 2, ["a"], {}, events.append, IdentityFiles(tmp_path, root, _last(root)))
+    committer.add(_write(root, 30, ["a"], "r1"))
+    committer.add(_write(root, 50, ["a"], "r0"))
+    committer.close()
+    assert _steps(tmp_path) == [30, 40, 50]
+    found = find_latest(root)
+    assert found is not None
+    assert (found.step, found.meta["timeline"]) == (50, 2)
+
+
+def _last(root: str) -> RunIdentity:
+    found = find_latest(root)
+    assert found is not None
+    return RunIdentity.of_meta(found.meta)
 
 
 def test_a_vanished_shard_is_reported_and_leaves_no_manifest(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
-    committer = CheckpointCommitter(str(tmp_path), 2, ["a"], {}, events.append)
+    committer = CheckpointCommitter(str(tmp_path), 2, ["a"], {}, events.append, _identity(tmp_path))
     committer.add({"step": 5, "file": "r0.safetensors", "bytes": 7, "sha256": "0", "units": ["a"]})
     committer.close()
     assert [event["event"] for event in events] == ["checkpoint_failed"]
@@ -51,7 +103,7 @@ def test_a_vanished_shard_is_reported_and_leaves_no_manifest(tmp_path: Path) -> 
 def test_an_unexpected_error_is_reported_and_the_next_checkpoint_completes(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     root = str(tmp_path)
-    committer = CheckpointCommitter(root, 2, ["a"], {}, events.append)
+    committer = CheckpointCommitter(root, 2, ["a"], {}, events.append, _identity(tmp_path))
     committer.add({"step": 5, "file": "r0.safetensors"})  # a report without the units
     committer.add(_write(root, 10, ["a"], "r0"))
     committer.close()
@@ -68,7 +120,7 @@ def test_a_report_that_fails_does_not_end_the_thread(tmp_path: Path) -> None:
         events.append(event)
 
     root = str(tmp_path)
-    committer = CheckpointCommitter(root, 2, ["a"], {}, report)
+    committer = CheckpointCommitter(root, 2, ["a"], {}, report, _identity(tmp_path))
     committer.add(_write(root, 10, ["a"], "r0"))
     committer.add(_write(root, 20, ["a"], "r0"))
     committer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +33,49 @@ def test_a_file_that_is_not_there_has_no_lines(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "a.jsonl") == Tail(tmp_path / "a.jsonl").lines() == []
 
 
-def test_offsets_are_those_of_the_lines(tmp_path: Path) -> None:
+def test_lines_are_moved_to_another_file_and_the_rest_stays(tmp_path: Path) -> None:
     file = JsonLines(tmp_path / "a.jsonl")
-    for value in ({"a": 1}, {"b": "ü"}, {"c": 3}):
-        file.append(value)
-    offsets = [offset for offset, _ in file.values()]
-    file.cut(offsets[2])
+    for step in (1, 92, 2, 3):
+        file.append({"step": step, "text": "ü"})
+    kept, moved = file.move(lambda value: value["step"] > 2, tmp_path / "b.jsonl")
+    assert [value["step"] for value in kept] == [value["step"] for value in file.values()] == [1, 2]
+    assert moved == 2
+    assert [value["step"] for value in read_jsonl(tmp_path / "b.jsonl")] == [92, 3]
+    file.append({"step": 3})
     file.close()
-    assert read_jsonl(file.path) == [{"a": 1}, {"b": "ü"}]
+    assert [value["step"] for value in read_jsonl(file.path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", range(40))
+def test_a_damaged_byte_costs_its_line_alone(tmp_path: Path, line: int) -> None:
+    """Every byte of a line, its line break included, is replaced by one that JSON does not have there."""
+    lines = [json.dumps({"step": step, "loss": 1.5}).encode() + b"\n" for step in range(1, 41)]
+    path = tmp_path / "a.jsonl"
+    start = sum(map(len, lines[:line]))
+    for position in range(start, start + len(lines[line])):
+        data = bytearray(b"".join(lines))
+        data[position] = 0
+        path.write_bytes(data)
+        file = JsonLines(path, "step")
+        file.append({"step": 41})
+        file.close()
+        steps = [value["step"] for value in read_jsonl(path)]
+        assert set(range(1, 42)) - set(steps) <= {line + 1}
+        assert steps == sorted(steps)
+        assert path.read_bytes().endswith(b'{"step": 41}\n')
+
+
+def test_damaged_lines_are_kept_beside_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": \xff2}\n{"stfp": 3}\n{"step": 4}\n{"st')
+    file = JsonLines(path, "step")
+    file.close()
+    assert file.damaged == 2
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 4}\n'
+    assert (tmp_path / "a.jsonl.damaged").read_bytes() == b'{"step": \xff2}\n{"stfp": 3}\n{"st\n'
+    again = JsonLines(path, "step")
+    again.close()
+    assert again.damaged == 0
 
 
 def test_tail_reads_whole_lines_once_and_starts_anew_after_a_cut(tmp_path: Path) -> None:

@@ -58,18 +58,39 @@ def test_torn_end_is_cut(tmp_path: Path, torn: bytes) -> None:
     second.close()
 
 
-def test_truncate_after(tmp_path: Path) -> None:
+def test_set_aside_after(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     for step in range(1, 8):
         recorder.record({"step": step})
-    assert recorder.truncate_after(9) == 0
-    assert recorder.truncate_after(4) == 3
+    assert recorder.set_aside_after(9, 1) == 0
+    assert recorder.set_aside_after(4, 1) == 3
     assert (steps_in(tmp_path), recorder.last_step) == ([1, 2, 3, 4], 4)
     assert recorder.record({"step": 5})
-    assert recorder.truncate_after(0) == 5
+    assert recorder.set_aside_after(0, 2) == 5
     assert (steps_in(tmp_path), recorder.last_step) == ([], 0)
     assert recorder.record({"step": 1})
     recorder.close()
+    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.t1.jsonl")] == [5, 6, 7]
+    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.t2.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_a_damaged_line_is_told_and_the_rest_stays(tmp_path: Path) -> None:
+    first = Recorder(tmp_path)
+    for step in range(1, 30):
+        first.record({"step": step})
+    first.close()
+    path = tmp_path / METRICS
+    path.write_bytes(path.read_bytes().replace(b'"step": 11}', b'"step": 1\x001}'))
+    second = Recorder(tmp_path)
+    assert second.last_step == 29
+    assert second.record({"step": 30})
+    second.close()
+    assert steps_in(tmp_path) == [*range(1, 11), *range(12, 31)]
+    (event,) = read_jsonl(tmp_path / EVENTS)
+    assert (event["event"], event["reason"]) == (
+        "records_damaged",
+        "1 damaged lines of metrics.jsonl are now in metrics.jsonl.damaged",
+    )
 
 
 def test_events_keep_their_time_and_odd_values(tmp_path: Path) -> None:
@@ -109,7 +130,7 @@ def test_truncate_forgets_delayed_lines_too(tmp_path: Path, monkeypatch: pytest.
         patch.setattr(os, "write", lambda descriptor, data: 0)
         recorder.record({"step": 2})
         recorder.record({"step": 3})
-        assert recorder.truncate_after(2) == 1
+        assert recorder.set_aside_after(2, 1) == 1
         assert recorder.last_step == 2
     assert recorder.record({"step": 3})
     assert steps_in(tmp_path) == [1, 2, 3]

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from elastic_moe.checkpoint.weights import find_checkpoint, locate, weight_reader
 from elastic_moe.config.build import build
 from elastic_moe.config.renamed import translate
-from elastic_moe.config.schema import ModelConfig
+from elastic_moe.config.schema import ModelConfig, TrainConfig
 from elastic_moe.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load_tokenizer, read_tokenizer_file
 from elastic_moe.errors import UserError
 from elastic_moe.model.hf.checkpoint import HFCheckpoint, read_fields
@@ -51,12 +51,7 @@ def open_run(path: str, step: int | None = None) -> SavedModel:
         UserError: the path is neither, or has no complete checkpoint.
     """
     run_dir, root, own_step = locate(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        node = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG))
-        assert isinstance(node, dict)
-        node.pop("hydra", None)
-        config = build(translate(node))
+    config = read_config(run_dir)
     if root is None:
         root = checkpoint_root(config, run_dir)
     tokenizer = load_tokenizer(run_dir / TOKENIZER)
@@ -64,6 +59,22 @@ def open_run(path: str, step: int | None = None) -> SavedModel:
     manifest = find_checkpoint(root, own_step if step is None else step)
     what = f"step {manifest.step} of {run_dir.name}"
     return SavedModel(cfg, weight_reader(manifest, cfg), tokenizer, config.data.seq_len, what)
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The configuration with which a run was started last, under the present names of its keys.
+
+    Raises:
+        UserError: it is no configuration.
+        OSError: it cannot be read.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        node = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG))
+        if not isinstance(node, dict):
+            raise UserError(f"{run_dir / CONFIG} is no configuration of a run.")
+        node.pop("hydra", None)
+        return build(translate(node))
 
 
 def open_hf(path: str) -> SavedModel:

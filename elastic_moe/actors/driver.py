@@ -25,8 +25,10 @@ from tqdm import tqdm
 from elastic_moe.actors.cluster import max_workers, ray_session, resources_per_worker, start_workers
 from elastic_moe.actors.controller import ElasticTrainer
 from elastic_moe.actors.coordinator import Coordinator
+from elastic_moe.actors.identify import begin, changes, fingerprint_of
 from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, Finder, actor_name, this_node
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.coordination.start import Found, check_start, look
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import UserError
@@ -35,7 +37,7 @@ from elastic_moe.metrics.jsonl import Tail, read_jsonl
 from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.wandb import Tracker
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
-from elastic_moe.run_dir import CONFIG, EVENTS, EXPERTS, FAULTS, METRICS, RAY, REPORT, TOKENIZER, checkpoint_root
+from elastic_moe.run_dir import EVENTS, EXPERTS, FAULTS, METRICS, RAY, REPORT, TOKENIZER
 from elastic_moe.saved import with_tokenizer
 
 POLL_S = 0.2
@@ -57,14 +59,20 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
         config = replace(config, run=replace(config.run, dir=str(Path(config.run.dir).expanduser().absolute())))
         run_dir = Path(config.run.dir)
         _check_device(config)
-        _claim(config, run_dir)
+        found = look(config)
+        check_start(config, found)
+        _make(run_dir)
         prepared = prepare(config.data, default_cache_root(config.data, run_dir))
         tokenizer = load_tokenizer(prepared.tokenizer_path)
         config = replace(config, model=with_tokenizer(config.model, tokenizer))
         if config.model.init_from:
             HFCheckpoint(config.model.init_from, config.model)
         config.seal()
-        (run_dir / CONFIG).write_text(raw_yaml)
+        resume, new = config.run.resume == "auto", fingerprint_of(config, prepared)
+        changed = changes(found, new) if resume else ()
+        if not resume:
+            _clear(found)
+        begin(found, resume, new, changed, raw_yaml)
         tokenizer.save(run_dir / TOKENIZER)
         tracker = Tracker(config.tracking, run_dir, asdict(config) | {"units": units()}, os.environ)
         try:
@@ -83,27 +91,24 @@ def _check_device(config: TrainConfig) -> None:
         raise UserError("device is cuda, and this machine has no GPU that torch can use; set device=cpu or auto.")
 
 
-def _claim(config: TrainConfig, run_dir: Path) -> None:
-    """Make the run directory, and check that this run may write there."""
-    if config.run.resume not in ("never", "auto"):
-        raise UserError(f'run.resume={config.run.resume} is unknown; use "never" or "auto"')
-    metrics = run_dir / METRICS
-    taken = metrics.exists() and metrics.stat().st_size > 0
-    if taken and config.run.resume == "never":
-        if not config.run.overwrite:
-            raise UserError(f"run.dir={run_dir} has a run; continue it with run.resume=auto or name another directory")
-        _clear(config, run_dir)
+def _make(run_dir: Path) -> None:
+    """Make the run directory."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run.dir={run_dir} cannot be made: {error.strerror}") from error
 
 
-def _clear(config: TrainConfig, run_dir: Path) -> None:
-    """Delete the run in this directory: its records, its checkpoints and the markers of its faults."""
+def _clear(found: Found) -> None:
+    """Delete the run in this directory, as `run.overwrite` asks: its records, its checkpoints and its faults' markers.
+
+    Without `run.overwrite` there is none here, see `check_start`.
+    """
     from elastic_moe.checkpoint.writer import remove_all
 
-    remove_all(checkpoint_root(config))
+    run_dir = found.run_dir
+    if found.steps:
+        remove_all(found.root)
     for name in (METRICS, EVENTS, EXPERTS, REPORT):
         (run_dir / name).unlink(missing_ok=True)
     for path in (run_dir / FAULTS).glob("*"):

@@ -125,6 +125,12 @@ class TokenShard:
         return window_BS1[:, :-1].copy(), window_BS1[:, 1:].copy()
 
 
+def token_digest(*paths: str | Path) -> str:
+    """Digest of the tokens of some token files, from the checksums in their indexes."""
+    sums = [json.loads(index_path(path).read_text(encoding="utf-8"))["sha256"] for path in paths]
+    return hashlib.sha256(" ".join(sums).encode()).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 checksum of a file, which is read in chunks."""
     digest = hashlib.sha256()

@@ -173,6 +173,11 @@ EVENT_KINDS = (
             Key("abandoned", "list of integers", "steps", "Later steps that have a checkpoint, whole or not."),
         ),
     ),
+    Event(
+        "run_changed",
+        "This start goes on with other values of keys that the losses depend on.",
+        (Key("changes", "list of strings", "", "The keys, each as `key: old -> new`."),),
+    ),
     Event("records_damaged", "Damaged lines of a file of records were moved to a file that ends in `.damaged`."),
     Event(
         "checkpoint",

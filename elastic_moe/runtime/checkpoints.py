@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,11 @@ from typing import Any, Protocol
 
 import torch
 
+from elastic_moe.checkpoint.identity import read_identity
 from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
+from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
 from elastic_moe.checkpoint.writer import write_shard
+from elastic_moe.errors import UserError
 from elastic_moe.runtime.state import HeldState
 
 
@@ -26,9 +30,25 @@ class CheckpointStorage:
         self._root = root
 
     def latest_step(self) -> int:
-        """Step of the newest complete checkpoint that verifies, or -1."""
+        """Step of the newest complete checkpoint that verifies, or -1 if the run has not written one yet.
+
+        Raises:
+            UserError: the run has written one, or this is not the run's checkpoint root. It must not begin anew then.
+            StorageUnavailable: the storage cannot be read now.
+        """
         manifest = find_latest(self._root)
-        return -1 if manifest is None else manifest.step
+        if manifest is not None:
+            return manifest.step
+        try:
+            identity = read_identity(Storage(self._root))
+        except CorruptCheckpoint:
+            identity = None
+        if identity is None or identity.first_checkpoint:
+            raise UserError(
+                f"checkpoint.dir={self._root} on {socket.gethostname()} has no readable checkpoint of this run: mount "
+                "the right directory there; nothing was changed"
+            )
+        return -1
 
     def read(self, step: int, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
         """State of the named units at that step: unit name -> field name -> tensor on the CPU."""

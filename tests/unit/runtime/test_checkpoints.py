@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import pytest
 import torch
 
 from elastic_moe.checkpoint import storage as storage_module
+from elastic_moe.checkpoint.identity import RunIdentity, write_identity
+from elastic_moe.checkpoint.storage import Storage
 from elastic_moe.checkpoint.writer import write_manifest
+from elastic_moe.errors import UserError
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.plan.state.ownership import MIRROR, NONE, PRIMARY
 from elastic_moe.plan.state.units import build_units
+from elastic_moe.run_dir import RUN
 from elastic_moe.runtime.checkpoints import CheckpointStorage, ShardWriter
 from elastic_moe.runtime.state import HeldState
 from elastic_moe.types import ParamSpec
@@ -85,8 +90,19 @@ def test_a_shard_has_the_owned_units_as_they_were(tmp_path: Path, writer: ShardW
         storage.read(7, ["mirrored"])
 
 
-def test_without_a_checkpoint_the_latest_step_is_none(tmp_path: Path) -> None:
-    assert CheckpointStorage(str(tmp_path / "none")).latest_step() == -1
+def test_only_a_run_that_never_wrote_a_checkpoint_begins_anew(tmp_path: Path) -> None:
+    storage = CheckpointStorage(str(tmp_path))
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        storage.latest_step()  # not mounted, or emptied
+    identity = RunIdentity.new("run")
+    write_identity(Storage(str(tmp_path)), identity)
+    assert storage.latest_step() == -1
+    write_identity(Storage(str(tmp_path)), replace(identity, first_checkpoint=10))
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        storage.latest_step()
+    (tmp_path / RUN).write_bytes(b"{}")
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        storage.latest_step()
 
 
 def test_a_failed_write_is_an_event_and_the_next_one_succeeds(

@@ -11,7 +11,7 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from elastic_moe.actors.coordinator import Coordinator
 from elastic_moe.actors.identify import begin, changes, fingerprint_of
 from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, Finder, actor_name, this_node
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.coordination.lease import Lease, lost, own
 from elastic_moe.coordination.start import Found, check_start, look
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
@@ -37,7 +38,7 @@ from elastic_moe.metrics.jsonl import Tail, read_jsonl
 from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.wandb import Tracker
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
-from elastic_moe.run_dir import EVENTS, EXPERTS, FAULTS, METRICS, RAY, REPORT, TOKENIZER
+from elastic_moe.run_dir import EVENTS, EXPERTS, FAULTS, METRICS, RAY, REPORT, TOKENIZER, checkpoint_root
 from elastic_moe.saved import with_tokenizer
 
 POLL_S = 0.2
@@ -57,32 +58,38 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
     """
     try:
         config = replace(config, run=replace(config.run, dir=str(Path(config.run.dir).expanduser().absolute())))
-        run_dir = Path(config.run.dir)
         _check_device(config)
-        found = look(config)
-        check_start(config, found)
-        _make(run_dir)
-        prepared = prepare(config.data, default_cache_root(config.data, run_dir))
-        tokenizer = load_tokenizer(prepared.tokenizer_path)
-        config = replace(config, model=with_tokenizer(config.model, tokenizer))
-        if config.model.init_from:
-            HFCheckpoint(config.model.init_from, config.model)
-        config.seal()
-        resume, new = config.run.resume == "auto", fingerprint_of(config, prepared)
-        changed = changes(found, new) if resume else ()
-        if not resume:
-            _clear(found)
-        begin(found, resume, new, changed, raw_yaml)
-        tokenizer.save(run_dir / TOKENIZER)
-        tracker = Tracker(config.tracking, run_dir, asdict(config) | {"units": units()}, os.environ)
-        try:
-            with ray_session(config), _signals() as stop:
-                return _Driver(config, prepared, tracker, stop).run()
-        finally:
-            tracker.close()
+        check_start(config, look(config))
+        _make(Path(config.run.dir))
+        with own(Path(config.run.dir), checkpoint_root(config)) as leases:
+            return _launch_owned(config, raw_yaml, leases)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
+
+
+def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -> int:
+    """Compare the start with what the directories hold, begin it, and train; see `launch`."""
+    run_dir, found = Path(config.run.dir), look(config)
+    check_start(config, found)
+    prepared = prepare(config.data, default_cache_root(config.data, run_dir))
+    tokenizer = load_tokenizer(prepared.tokenizer_path)
+    config = replace(config, model=with_tokenizer(config.model, tokenizer))
+    if config.model.init_from:
+        HFCheckpoint(config.model.init_from, config.model)
+    config.seal()
+    resume, new = config.run.resume == "auto", fingerprint_of(config, prepared)
+    changed = changes(found, new) if resume else ()
+    if not resume:
+        _clear(found)
+    begin(found, resume, new, changed, raw_yaml)
+    tokenizer.save(run_dir / TOKENIZER)
+    tracker = Tracker(config.tracking, run_dir, asdict(config) | {"units": units()}, os.environ)
+    try:
+        with ray_session(config), _signals() as stop:
+            return _Driver(config, prepared, tracker, stop, leases).run()
+    finally:
+        tracker.close()
 
 
 def _check_device(config: TrainConfig) -> None:
@@ -208,6 +215,7 @@ class _Driver:
     prepared: Prepared
     tracker: Tracker
     stop: _Stop
+    leases: Sequence[Lease]
     error: BaseException | None = None
     last_step: int = 0
     status: dict[str, Any] = field(default_factory=dict)
@@ -227,6 +235,9 @@ class _Driver:
             with tqdm(total=self.config.run.steps, unit="step", dynamic_ncols=True, disable=None) as bar:
                 asked = False
                 while fit.is_alive():
+                    if taken := lost(self.leases):
+                        self.error = RuntimeError(f"{taken}; nothing more was written there")
+                        raise KeyboardInterrupt
                     if self.stop.count and not asked:
                         asked = True
                         bar.write(

@@ -30,10 +30,12 @@ SIGNALLED = 128  # exit codes from here on: the run was stopped by a signal
 
 
 def _own_run_dir(config: DictConfig) -> None:
-    """Give a job of a sweep a run directory of its own: the one Hydra made for it by its number."""
+    """Give a job of a sweep directories of its own: the one Hydra made by its number, and a checkpoint root."""
     settings = HydraConfig.get()
     if settings.mode == RunMode.MULTIRUN:
         config.run.dir = f"{settings.sweep.dir}/{settings.sweep.subdir}"
+        if config.checkpoint.dir:
+            config.checkpoint.dir = f"{config.checkpoint.dir.rstrip('/')}/{settings.sweep.subdir}"
 
 
 def _run_job(config: DictConfig) -> int:

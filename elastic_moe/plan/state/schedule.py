@@ -10,15 +10,20 @@ in its slots. Draining ranks compute with dense units too, although they process
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.state.ownership import Ownership
+from elastic_moe.plan.state.units import Units
 from elastic_moe.types import Unit, View
 
 ExpertKey = tuple[int, int]  # (MoE layer, expert)
-Route = tuple[int, Collection[int], Collection[int]]  # unit, ranks that send it, ranks that each sender sends it to
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +47,6 @@ class Schedule:
     def received_units(self) -> list[int]:
         """All received units, in the order of the receive buffer. A unit occurs once for every rank that sends it."""
         return [unit for units in self.receive for unit in units]
-
-
-def schedule_of(rank: int, num_ranks: int, routes: Iterable[Route]) -> Schedule:
-    """The part of `rank` in an exchange.
-
-    Args:
-        rank: this rank.
-        num_ranks: ranks of the view.
-        routes: the whole exchange, the same on every rank, ascending by unit.
-    """
-    send: list[list[int]] = [[] for _ in range(num_ranks)]
-    receive: list[list[int]] = [[] for _ in range(num_ranks)]
-    for unit, sources, destinations in routes:
-        if rank in sources:
-            for destination in destinations:
-                send[destination].append(unit)
-        if rank in destinations:
-            for source in sources:
-                receive[source].append(unit)
-    return Schedule(tuple(map(tuple, send)), tuple(map(tuple, receive)))
 
 
 def slots_by_expert(placement: Placement, rank: int) -> dict[ExpertKey, int]:
@@ -97,48 +82,78 @@ class Layout:
     def __init__(
         self, units: Sequence[Unit], view: View, rank: int, ownership: Ownership, placement: Placement
     ) -> None:
-        self.units, self.view, self.rank = units, view, rank
+        self.units, self.view, self.rank = Units.of(units), view, rank
         self.ownership, self.placement = ownership, placement
-        num_ranks = view.world_size
-        slots_R = [slots_by_expert(placement, r) for r in range(num_ranks)]
-        self.slot_of = slots_R[rank]
-        primary_U: list[int] = ownership.primary.tolist()
-        computing_U = _computing_ranks(units, slots_R)
-        reduced = [u for u, unit in enumerate(units) if unit.rule.has_gradient]
-        published = [u for u, unit in enumerate(units) if unit.rule.published_each_step]
-        frozen = [u for u, unit in enumerate(units) if not unit.rule.published_each_step]
-
-        def weights(kind: Iterable[int]) -> Schedule:
-            return schedule_of(rank, num_ranks, ((u, (primary_U[u],), computing_U[u]) for u in kind))
-
-        self.gradients = schedule_of(rank, num_ranks, ((u, computing_U[u], (primary_U[u],)) for u in reduced))
-        self.mirrors = schedule_of(rank, num_ranks, _mirror_routes(reduced, ownership))
-        self.dense_weights = weights(u for u in published if _expert_key(units[u]) is None)
-        self.expert_weights = weights(u for u in published if _expert_key(units[u]) is not None)
-        self.frozen_weights = weights(frozen)
+        self.slot_of = slots_by_expert(placement, rank)
+        self._numels: list[int] = self.units.numel_U.tolist()
+        is_dense_U, published_U = self.units.expert_U < 0, self.units.published_U
+        parts = _ComputingRanks(self.units, view.world_size, rank, ownership, placement)
+        self.gradients = parts.to_primaries(self.units.has_gradient_U)
+        self.mirrors = _to_mirrors(view.world_size, rank, ownership, self.units.has_gradient_U)
+        self.dense_weights = parts.from_primaries(published_U & is_dense_U)
+        self.expert_weights = parts.from_primaries(published_U & ~is_dense_U)
+        self.frozen_weights = parts.from_primaries(~published_U)
 
     def sizes(self, units_R: Sequence[Sequence[int]]) -> list[int]:
         """Elements of the units per rank, for `send` or `receive` of a schedule."""
-        return [sum(self.units[u].numel for u in units) for units in units_R]
+        return [sum(self._numels[u] for u in units) for units in units_R]
 
 
-def _expert_key(unit: Unit) -> ExpertKey | None:
-    """(MoE layer, expert) of an expert's unit, None of a dense unit."""
-    return None if unit.expert is None or unit.moe_layer is None else (unit.moe_layer, unit.expert)
+class _ComputingRanks:
+    """One rank's part in the exchanges between the primaries and the ranks that compute with a unit.
+
+    Legend: C pairs of a unit that the rank owns and a rank that computes with it; M units that the rank computes with.
+
+    Args: as for `Layout`.
+
+    Raises:
+        KeyError: an expert's unit has no copy.
+    """
+
+    def __init__(self, units: Units, num_ranks: int, rank: int, ownership: Ownership, placement: Placement) -> None:
+        self._num_ranks, self._primary_U = num_ranks, ownership.primary
+        expert_units = np.flatnonzero(units.expert_U >= 0)
+        unit_LE = np.full(placement.home.shape, -1, dtype=np.int64)
+        unit_LE[units.layer_U[expert_units], units.expert_U[expert_units]] = expert_units
+        layer_S, slot_S = np.nonzero(placement.expert_of_slot >= 0)
+        unit_S, rank_S = unit_LE[layer_S, placement.expert_of_slot[layer_S, slot_S]], placement.rank_of_slot[slot_S]
+        without_copy = np.setdiff1d(expert_units, unit_S)
+        if without_copy.size:
+            raise KeyError(f"there is no copy of {units[int(without_copy[0])].name}")
+        dense_units = np.flatnonzero(units.expert_U < 0)
+        owned = dense_units[self._primary_U[dense_units] == rank]
+        copies = np.flatnonzero((unit_S >= 0) & (self._primary_U[unit_S] == rank))
+        self._owned_C = np.concatenate([np.repeat(owned, num_ranks), unit_S[copies]])
+        self._rank_C = np.concatenate([np.tile(np.arange(num_ranks), len(owned)), rank_S[copies]])
+        self._unit_M = np.concatenate([dense_units, unit_S[(rank_S == rank) & (unit_S >= 0)]])
+
+    def to_primaries(self, wanted_U: NDArray[np.bool_]) -> Schedule:
+        """Wanted units from each rank that computes with them to their primaries."""
+        back = self.from_primaries(wanted_U)
+        return Schedule(back.receive, back.send)
+
+    def from_primaries(self, wanted_U: NDArray[np.bool_]) -> Schedule:
+        """Wanted units from their primaries to each rank that computes with them."""
+        sent_C, unit_M = wanted_U[self._owned_C], self._unit_M[wanted_U[self._unit_M]]
+        return Schedule(
+            _by_peer(self._num_ranks, self._rank_C[sent_C], self._owned_C[sent_C]),
+            _by_peer(self._num_ranks, self._primary_U[unit_M], unit_M),
+        )
 
 
-def _computing_ranks(units: Sequence[Unit], slots_R: Sequence[dict[ExpertKey, int]]) -> list[Collection[int]]:
-    """Per unit, the ranks that compute with it, ascending."""
-    ranks_of: dict[ExpertKey, list[int]] = {}
-    for rank, slots in enumerate(slots_R):
-        for key in slots:
-            ranks_of.setdefault(key, []).append(rank)
-    keys = (_expert_key(unit) for unit in units)
-    return [range(len(slots_R)) if key is None else ranks_of[key] for key in keys]
+def _to_mirrors(num_ranks: int, rank: int, ownership: Ownership, wanted_U: NDArray[np.bool_]) -> Schedule:
+    """Wanted units from their primaries to their mirrors."""
+    sent, column = np.nonzero((ownership.mirrors >= 0) & (wanted_U & (ownership.primary == rank))[:, None])
+    received = np.flatnonzero(wanted_U & (ownership.mirrors == rank).any(axis=1))
+    return Schedule(
+        _by_peer(num_ranks, ownership.mirrors[sent, column], sent),
+        _by_peer(num_ranks, ownership.primary[received], received),
+    )
 
 
-def _mirror_routes(units: Iterable[int], ownership: Ownership) -> Iterable[Route]:
-    """Each unit from its primary to its mirrors."""
-    primary_U, mirrors_UK = ownership.primary.tolist(), ownership.mirrors.tolist()
-    for unit in units:
-        yield unit, (primary_U[unit],), [rank for rank in mirrors_UK[unit] if rank >= 0]
+def _by_peer(num_ranks: int, peer_N: NDArray[np.integer], unit_N: Ints) -> tuple[tuple[int, ...], ...]:
+    """Units per peer, ascending, each once."""
+    peer_N, unit_N = np.divmod(np.unique(peer_N.astype(np.int64) * (1 << 32) + unit_N), 1 << 32)
+    units: list[int] = unit_N.tolist()
+    cuts: list[int] = np.searchsorted(peer_N, np.arange(num_ranks + 1)).tolist()
+    return tuple(tuple(units[begin:end]) for begin, end in pairwise(cuts))

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.config.schema import BalanceConfig
+from elastic_moe.control.look import Look, joined, layers_of, look_at
 from elastic_moe.control.vote import VoteResult
-from elastic_moe.plan.placement import Placement, Topology, plan_placement
-from elastic_moe.plan.split import slowest_times
+from elastic_moe.plan.placement import Placement, Topology
 from elastic_moe.plan.state.ownership import Ownership, plan_ownership
 from elastic_moe.plan.state.transfers import Transfer, plan_transfers
 from elastic_moe.types import Unit, View
@@ -29,7 +29,7 @@ from elastic_moe.types import Unit, View
 BACKWARD_RATIO = 2.0  # time of an expert's backward pass over that of its forward pass
 PAST_WEIGHT = 0.8  # weight of the past in the averages of measured rates
 MIN_GAIN = 0.005  # of the experts' time; a smaller gain is noise
-MIN_TIME_GAIN = 1e-3  # a layer keeps its placement if a new one makes it faster by less than this, in means
+LOOK_WORK = 1 << 17  # ranks times slots of the layers that one step looks at: a few milliseconds of planning
 STATE_BYTES = 4  # per element of a unit's state, which is fp32
 
 Estimate = dict[str, float | int]  # the keys are declared with the event `rebalanced`
@@ -110,6 +110,9 @@ class _Trial:
 class Rebalancer:
     """Proposes changes of placement from the votes of one generation.
 
+    A look at all layers takes longer than a step allows if the ranks are many. A step then looks at some layers, and
+    the proposal follows when all have had their turn.
+
     Args:
         config: steps between proposals, and limits of what may move.
         view: the membership.
@@ -141,6 +144,11 @@ class Rebalancer:
         self._slots = np.bincount(placement.rank_of_slot, minlength=view.world_size).tolist()
         self._rates, self._load_LE = _Rates(), np.zeros(0)
         self._proposals = 0  # times that a change was considered
+        self._looks: list[Look] = []  # at the first layers, since the last proposal
+        num_layers, num_slots = placement.expert_of_slot.shape
+        self._layers_per_look = min(num_layers, max(1, LOOK_WORK // (view.world_size * num_slots)))
+        steps = config.every_steps * -(-num_layers // self._layers_per_look)  # of a whole look
+        self._home_every = max(1, config.home_every_steps // max(steps, 1))  # proposals
         self._unchanged_steps = 0  # since the last change
         self._trial: _Trial | None = None
 
@@ -150,14 +158,15 @@ class Rebalancer:
         experts_s = self._observe(vote)
         if not config.every_steps or vote.step % config.every_steps:
             return None
+        look = self._look()
+        if look is None:
+            return None
         self._end_trial()
         self._proposals += 1
-        now_L = self._times(self.placement)
-        change = self._change_replicas(now_L)
-        home_every = max(1, config.home_every_steps // config.every_steps)
-        if config.home_moves and self._proposals % home_every == 0:
-            replicas_L = now_L if change is None else self._times(change.placement)
-            change = self._change_homes(now_L, replicas_L) or change
+        change = self._change_replicas(look)
+        if look.homes is not None:
+            replicas_L = look.now_L if change is None else look.replicas_L
+            change = self._change_homes(look, replicas_L) or change
         if change is not None:
             self._unchanged_steps = 0
             self._trial = _Trial(vote.step, change.estimate, experts_s)
@@ -190,9 +199,25 @@ class Rebalancer:
         mean_L = self._load_LE.sum(axis=1) / max(sum(self._speeds), 1e-9)
         return float(self._rates.row_s * (mean_L * time_L).sum())
 
-    def _times(self, placement: Placement) -> NDArray[np.float64]:
-        """Layers' times under a placement, on the average load."""
-        return slowest_times(self._load_LE, placement, self._speeds)
+    def _look(self) -> Look | None:
+        """Look at the next layers. Returns the whole look when all layers have had their turn, else None."""
+        first = sum(len(look.now_L) for look in self._looks)
+        layers = slice(first, first + self._layers_per_look)
+        moves = self._config.home_moves if (self._proposals + 1) % self._home_every == 0 else 0
+        self._looks.append(
+            look_at(
+                self._load_LE[layers],
+                layers_of(self.placement, layers),
+                self._topology,
+                self._slots,
+                self._speeds,
+                moves,
+            )
+        )
+        if layers.stop < len(self._load_LE):
+            return None
+        looks, self._looks = self._looks, []
+        return joined(looks)
 
     def _estimate(
         self, before_L: NDArray[np.float64], after_L: NDArray[np.float64], steps: int, moved_bytes: int
@@ -221,38 +246,35 @@ class Rebalancer:
             return False
         return estimate["gain_s"] * estimate["steps"] > estimate["cost_s"]
 
-    def _change_replicas(self, now_L: NDArray[np.float64]) -> Change | None:
+    def _change_replicas(self, look: Look) -> Change | None:
         """Other replicas, with all homes in place. They are expected to last as long as the present ones have."""
-        placement = self._plan(now_L, home_moves=0)
+        now_L, placement = look.now_L, look.replicas
         steps = min(max(self._config.every_steps, self._unchanged_steps), self._config.payback_steps)
-        estimate = self._estimate(now_L, self._times(placement), steps, 0)
+        estimate = self._estimate(now_L, look.replicas_L, steps, 0)
         if not self._gain_exceeds_cost(estimate, now_L):
             return None
         return Change(placement, None, (), estimate, self._changed_layers(now_L, placement))
 
-    def _change_homes(self, now_L: NDArray[np.float64], replicas_L: NDArray[np.float64]) -> Change | None:
+    def _change_homes(self, look: Look, replicas_L: NDArray[np.float64]) -> Change | None:
         """Other homes and replicas. The gain over a change of replicas alone must pay for the moved bytes.
 
         Args:
-            now_L: layers' times under the present placement.
+            look: at all layers, their homes included.
             replicas_L: layers' times after a change of replicas alone.
         """
-        placement = self._plan(now_L, self._config.home_moves)
-        if np.array_equal(placement.home, self.placement.home):
+        now_L, placement, homes_L = look.now_L, look.homes, look.homes_L
+        if placement is None or homes_L is None or np.array_equal(placement.home, self.placement.home):
             return None
-        roles_RU = np.stack([self.ownership.role(rank) for rank in range(self._view.world_size)])
+        if not self._gain_exceeds_cost(self._estimate(replicas_L, homes_L, self._config.payback_steps, 0), now_L):
+            return None  # not even without the bytes, which take longer to plan
+        roles_RU = self.ownership.roles(self._view.world_size)
         ownership = plan_ownership(self._units, self._view, roles_RU, self._redundancy, placement.home)
         transfers = plan_transfers(roles_RU, ownership).transfers
         moved_bytes = self._most_received_bytes(transfers)
-        estimate = self._estimate(replicas_L, self._times(placement), self._config.payback_steps, moved_bytes)
+        estimate = self._estimate(replicas_L, homes_L, self._config.payback_steps, moved_bytes)
         if not self._gain_exceeds_cost(estimate, now_L):
             return None
         return Change(placement, ownership, transfers, estimate, self._changed_layers(now_L, placement))
-
-    def _plan(self, now_L: NDArray[np.float64], home_moves: int) -> Placement:
-        """The best placement for the average load, in which layers that gain nothing stay as they are."""
-        new = plan_placement(self._load_LE, self._topology, self._slots, self.placement, home_moves=home_moves)
-        return _keep_unless_better(self.placement, new, now_L)
 
     def _most_received_bytes(self, transfers: Sequence[Transfer]) -> int:
         """Bytes of state that the rank with the most of them receives."""
@@ -269,19 +291,6 @@ class Rebalancer:
             int(layer): (round(float(now_L[layer]), 4), round(float(placement.time_L[layer]), 4))
             for layer in np.flatnonzero(differs_L)
         }
-
-
-def _keep_unless_better(old: Placement, new: Placement, now_L: NDArray[np.float64]) -> Placement:
-    """The new placement of the layers that it makes faster, the old one of the others."""
-    assert new.time_L is not None
-    better_L = new.time_L < now_L - MIN_TIME_GAIN
-    return Placement(
-        np.where(better_L[:, None], new.expert_of_slot, old.expert_of_slot),
-        new.rank_of_slot,
-        np.where(better_L[:, None], new.home, old.home),
-        new.node_of_rank,
-        np.where(better_L, new.time_L, now_L),
-    )
 
 
 def moves_between(old: Placement | None, new: Placement) -> list[list[int]]:

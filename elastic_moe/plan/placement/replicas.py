@@ -140,9 +140,11 @@ def _choose_rank(state: _Filling, expert: int, load_per_copy: float, linking: bo
         for rank in range(num_ranks):
             if state.free_R[rank] <= 0 or state.holds_R[rank]:
                 continue
+            cost = (state.load_R[rank] + load_per_copy) / state.target_R[rank]
+            if cost >= best_cost:  # the search for the component is slower than this test
+                continue
             if turn == 0 and linking and _find(state.parent_V, rank) == mine:
                 continue
-            cost = (state.load_R[rank] + load_per_copy) / state.target_R[rank]
             if linking and state.holds_N[state.node_R[rank]]:
                 cost += _NODE_PENALTY
             if cost < best_cost:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from elastic_moe.config.schema import BalanceConfig
+from elastic_moe.control import rebalance
 from elastic_moe.control.rebalance import Rebalancer, moves_between
 from elastic_moe.control.vote import Measures, VoteResult
 from elastic_moe.plan.placement import Topology, plan_placement
@@ -146,6 +148,21 @@ def test_every_rank_decides_alike() -> None:
             assert np.array_equal(mine.placement.expert_of_slot, theirs.placement.expert_of_slot)
             one.accept(mine)
             other.accept(theirs)
+
+
+def test_many_ranks_look_at_some_layers_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rebalance, "LOOK_WORK", 1)  # one layer a step
+    settings = {"home_every_steps": 2, "home_moves": 4}
+    whole, spread = _rebalancer(**settings), _rebalancer(**settings)
+    whole._layers_per_look = LAYERS  # pyright: ignore[reportPrivateUsage]
+    load_LE = _hot(_on_one_rank(whole)[:2])
+    assert spread.propose(_vote(spread, 1, load_LE)) is None, "the second layer has not had its turn"
+    late, change = spread.propose(_vote(spread, 2, load_LE)), whole.propose(_vote(whole, 1, load_LE))
+    assert late is not None
+    assert change is not None
+    assert np.array_equal(late.placement.expert_of_slot, change.placement.expert_of_slot)
+    assert np.array_equal(late.placement.home, change.placement.home)
+    assert late.estimate["gain_s"] == pytest.approx(change.estimate["gain_s"])
 
 
 def test_moves_say_what_changed() -> None:

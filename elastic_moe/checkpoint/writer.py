@@ -99,6 +99,11 @@ def remove_all(root_uri: str) -> list[int]:
     return _delete(storage, list_steps(storage))
 
 
+def remove(root_uri: str, steps: Sequence[int]) -> list[int]:
+    """Delete the checkpoints of these steps. Returns the steps."""
+    return _delete(Storage(root_uri), list(steps))
+
+
 def list_steps(storage: Storage) -> list[int]:
     """Steps that have a directory in a checkpoint root, in order.
 

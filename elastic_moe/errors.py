@@ -11,5 +11,13 @@ class GroupAborted(RuntimeError):
     """A collective of this generation cannot complete: a peer died or a newer view was published."""
 
 
+class FaultyWorker(RuntimeError):
+    """This worker's numbers were not finite again and again while those of the others were; it leaves the run."""
+
+
+class Diverged(RuntimeError):
+    """No update was possible for many steps in a row. The message is a sentence; the last state was saved."""
+
+
 class Evicted(RuntimeError):
     """The coordinator no longer counts this worker as a member; the process must not touch the run any more."""

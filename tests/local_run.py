@@ -61,7 +61,9 @@ def _work(config: TrainConfig, address: tuple[str, int], prepared: Prepared, wor
 
 
 class LocalRun:
-    """One run in progress. Use as a context manager: no process outlives it."""
+    """One run in progress. Use as a context manager: no process outlives it. `work`: what a worker's process runs."""
+
+    work = staticmethod(_work)
 
     def __init__(self, config: TrainConfig, workers: int, nodes: int = 0) -> None:
         prepared = prepare(config.data, Path(config.run.dir).parent / "cache")
@@ -92,7 +94,7 @@ class LocalRun:
         index = len(self.processes)
         worker = f"w{index}"
         args = (self.config, self._address, self._prepared, worker, node or f"n{index % self._nodes}")
-        process = mp.get_context("spawn").Process(target=_work, args=args, name=worker)
+        process = mp.get_context("spawn").Process(target=self.work, args=args, name=worker)
         process.start()
         self.processes[worker] = process
         return worker

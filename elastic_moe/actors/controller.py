@@ -39,7 +39,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from elastic_moe.actors.link import CoordinatorLink, this_node
 from elastic_moe.actors.worker_group import ElasticWorkerGroup, WorkerExit
-from elastic_moe.errors import Evicted, UserError
+from elastic_moe.errors import Diverged, Evicted, UserError
 
 POLL_S = 0.25  # between two polls of the workers; the coordinator hears of a death earlier, by the closed connection
 END_GRACE_S = 60.0  # after the end of the run, train functions are waited for so long
@@ -133,7 +133,7 @@ class ElasticController(TrainController):
                     "reason": f"{type(ended.error).__name__}: {ended.error}".splitlines()[0],
                 }
             )
-            if isinstance(ended.error, UserError):
+            if isinstance(ended.error, UserError | Diverged):
                 return _as_failure(ended)
             if not ended.died and not isinstance(ended.error, Evicted):
                 self._raised += 1

@@ -32,7 +32,7 @@ from elastic_moe.coordination.lease import Lease, lost, own
 from elastic_moe.coordination.start import Found, check_start, look
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
-from elastic_moe.errors import UserError
+from elastic_moe.errors import Diverged, UserError
 from elastic_moe.metrics.format_event import format_event, format_loss
 from elastic_moe.metrics.jsonl import Tail, read_jsonl
 from elastic_moe.metrics.schema import units
@@ -299,6 +299,8 @@ class _Driver:
         for cause in getattr(self.error, "worker_failures", {}).values():
             if isinstance(cause, UserError):
                 raise cause
+            if isinstance(cause, Diverged):
+                self.error = cause
         reason = self.error or self.status.get("reason") or "the run ended early"
         print(f"failed after step {step} of {self.config.run.steps}: {reason}", file=sys.stderr)
         return EXIT_FAILED

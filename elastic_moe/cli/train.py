@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import hydra
@@ -48,8 +48,12 @@ def _run_job(config: DictConfig) -> int:
         code = launch(built, OmegaConf.to_yaml(config, resolve=True))
     except UserError as error:
         return _complain(error)
-    with suppress(UserError, OSError):  # a run that was stopped before its first step, or a full disk
+    try:
         print(f"elastic_moe: drawn in {write_report(built.run.dir)}", file=sys.stderr)
+    except (UserError, OSError):
+        pass  # a run that was stopped before its first step, or a full disk
+    except Exception as error:  # noqa: BLE001 - the run is over, and its picture is not worth its exit code
+        print(f"elastic_moe: the report could not be drawn: {type(error).__name__}: {error}", file=sys.stderr)
     return code
 
 

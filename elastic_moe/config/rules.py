@@ -45,9 +45,10 @@ AT_LEAST_ZERO = """
     model.num_shared_experts model.bias_update_speed model.seq_balance_weight model.init_std model.query_latent
     model.rope_mscale model.rope_mscale_all_dim model.index_loss_weight model.num_hash_layers model.swiglu_limit
     model.mix_eps model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes
-    optim.warmup_steps optim.min_lr_ratio optim.weight_decay elastic.max_workers elastic.redundancy
+    optim.max_skipped optim.warmup_steps optim.min_lr_ratio optim.weight_decay elastic.max_workers elastic.redundancy
     elastic.spare_slots elastic.slots_per_worker elastic.join_settle_s elastic.drain_deadline_s
-    elastic.wait_below_min_s checkpoint.every_steps balance.every_steps balance.home_moves balance.dispatch_gib
+    elastic.wait_below_min_s elastic.max_faults checkpoint.every_steps
+    balance.every_steps balance.home_moves balance.dispatch_gib
     balance.log_every_steps cluster.cpus_per_worker cluster.gpus_per_worker faults.kill_worker_at_step
     faults.kill_rank
 """.split()
@@ -82,6 +83,7 @@ def check_rules(config: TrainConfig) -> list[str]:
         _need(config, key, lambda value: value > 0, "greater than 0")
     for key in ("optim.beta1", "optim.beta2"):
         _need(config, key, lambda value: 0 <= value < 1, "from 0 to below 1")
+    _need(config, "seed", lambda value: value < 2**63, "below 2^63")
     _need(config, "optim.min_lr_ratio", lambda value: value <= 1, "at most 1")
     _need(config, "data.val_fraction", lambda value: 0 < value <= 0.5, "above 0 and at most 0.5")
     _need(config, "elastic.redundancy", lambda value: value <= 2, "0, 1 or 2")

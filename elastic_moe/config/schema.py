@@ -133,6 +133,7 @@ class OptimConfig(Sealed):
     beta2: float = 0.95  # AdamW: decay of the second moment
     eps: float = 1e-8  # AdamW: added to the denominator
     weight_decay: float = 0.1  # AdamW: decoupled weight decay
+    max_skipped: int = 50  # steps in a row without an update that end the run; 0: no limit
     grad_clip: float = 1.0  # largest norm of the gradient; larger ones are scaled down
 
 
@@ -150,6 +151,7 @@ class ElasticConfig(Sealed):
     join_settle_s: float = 0.5  # wait this long for more joiners before admitting them together
     drain_deadline_s: float = 30.0  # used when a drain notice names no deadline
     wait_below_min_s: float = 3600.0  # give up after waiting this long below min_workers
+    max_faults: int = 3  # steps in which a worker's gradients alone are not finite before it leaves; 0: no limit
     form_timeout_s: float = 20.0  # forming the groups of a view
 
 

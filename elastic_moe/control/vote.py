@@ -58,7 +58,7 @@ class Sums:
         ce_sum: cross-entropy summed over tokens, in nats.
         tokens: number of target tokens.
         grad_square: sum of squares of the reduced gradients, over the units whose primary is the rank. 0 if not finite.
-        nonfinite: ranks whose reduced gradients are not finite.
+        nonfinite: ranks whose loss, own gradients or reduced gradients are not finite.
         reconfigure: ranks that know of a newer view.
         stop: ranks that were asked to stop.
         stats: statistics of the model.
@@ -97,10 +97,18 @@ class Ballot(Sums):
     """One rank's contribution to the vote; after the all-reduce, the sum of the contributions.
 
     Attributes:
+        nonfinite_R: 1 for a rank whose loss, or own gradients of the dense part, are not finite: it is a cause, while
+            the reduced gradients show the outcome. A rank fills in its own element.
         expert_rows_R: rows that each rank's experts computed. A rank fills in its own element.
     """
 
+    nonfinite_R: NDArray[np.float64] = _array("R")
     expert_rows_R: NDArray[np.float64] = _array("R")
+
+    @property
+    def nonfinite_ranks(self) -> tuple[int, ...]:
+        """Ranks whose own numbers are not finite; none when finite numbers became infinite in their sum."""
+        return tuple(np.flatnonzero(self.nonfinite_R).tolist())
 
     @property
     def all_reconfigure(self) -> bool:

@@ -24,6 +24,13 @@ def format_event(event: dict[str, Any]) -> str | None:
             return f"{step}: waiting: {_short(event.get('reason', ''))}"
         case "checkpoint_failed":
             return f"{step}: the checkpoint failed: {event.get('reason')}"
+        case "not_finite":
+            workers = ", ".join(_short(worker) for worker in event["workers"])
+            return f"{step}: no update, gradients were not finite{f' on worker {workers}' if workers else ''}"
+        case "worker_faulty":
+            return f"{step}: worker {_short(event['worker'])} on node {event.get('node')}: {event['reason']}"
+        case "sample_failed":
+            return f"{step}: no sample: {event.get('reason')}"
         case "evaluated":
             return f"{step}: validation loss {format_loss(event['val_loss'])}"
         case _:

@@ -93,9 +93,16 @@ STEP_KEYS = (
     Key("layer_max_load", "list of numbers", "", "For each MoE layer: tokens of its most loaded expert over the mean."),
     Key("cross_node_rows", "integer", "rows", "Token rows that were dispatched to an expert on another node."),
     Key("time", "number", "s", "Wall clock at the commit, since the Unix epoch."),
-    Key("gain_forward", "number", "", "With residual streams: forward gain of the composite residual map.", True),
-    Key("gain_backward", "number", "", "With residual streams: largest backward gain of the composite map.", True),
-    Key("gain_backward_min", "number", "", "With residual streams: smallest backward gain of that map.", True),
+    Key("skipped", "boolean", "", "The step had no update, because a gradient was not finite.", True),
+    Key("gain_forward", "number or null", "", "With residual streams: forward gain of the composite map.", True),
+    Key(
+        "gain_backward",
+        "number or null",
+        "",
+        "With residual streams: largest backward gain of that map.",
+        True,
+    ),
+    Key("gain_backward_min", "number or null", "", "With residual streams: smallest backward gain of that map.", True),
     Key("mtp_loss", "number or null", "nats per token", "With multi-token prediction: its cross-entropy.", True),
     Key("index_loss", "number or null", "nats per token", "With sparse attention: loss of its indexers.", True),
 )
@@ -197,6 +204,17 @@ EVENT_KINDS = (
             Key("eval_s", "number", "s", "Duration of the evaluation."),
         ),
     ),
+    Event(
+        "not_finite",
+        "A step was committed without an update, because a gradient was not finite.",
+        (
+            Key("workers", "list of strings", "", "Whose own loss or gradients were not finite; none: only a sum was."),
+            Key("nodes", "list of strings", "", "Nodes of these workers."),
+            Key("in_a_row", "integer", "steps", "Such steps up to this one without an update between them."),
+        ),
+    ),
+    Event("worker_faulty", "A worker leaves because its numbers alone were not finite too often."),
+    Event("sample_failed", "The text at the end of the run could not be written; the run has finished all the same."),
     Event("sample", "The trained model has written a text.", (Key("text", "string", "", "Prompt and continuation."),)),
     Event(
         "rebalanced",

@@ -31,6 +31,12 @@ class DenseGradients:
         for tensor in (*self._grads.values(), *self.tensors.values()):
             tensor.zero_()
 
+    def finite(self) -> bool:
+        """Whether all sums are finite; one pass over them."""
+        sums = list(self.tensors.values())
+        largest = torch._foreach_norm(sums, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
+        return bool(torch.stack(largest).isfinite().all())
+
     def add(self) -> None:
         """Add the gradients of a micro-batch, after its backward pass."""
         if self._grid is None:

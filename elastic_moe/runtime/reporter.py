@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from elastic_moe.control.rebalance import Change, moves_between
 from elastic_moe.control.vote import VoteResult
 from elastic_moe.plan.placement import Placement
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
-from elastic_moe.types import View
+from elastic_moe.types import Member, View
 
 
 class Reporter:
@@ -37,6 +38,11 @@ class Reporter:
     def rebalanced(self, record: dict[str, Any]) -> None:
         """The outcome of a change of placement."""
         self._client.event(record)
+
+    def not_finite(self, step: int, workers: Sequence[Member], in_a_row: int) -> None:
+        """A step without an update. `workers`: whose own numbers were not finite."""
+        names, nodes = [m.worker for m in workers], [m.node for m in workers]
+        self.event("not_finite", step, workers=names, nodes=nodes, in_a_row=in_a_row)
 
     def load(self, vote: VoteResult) -> None:
         """Tokens of every expert, summed over the steps since the last record."""

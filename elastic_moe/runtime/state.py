@@ -105,18 +105,24 @@ class HeldState:
         """The 1-D view where the reduced gradient of a unit is to be put before `apply`; its rule has a gradient."""
         return self._grads[unit]
 
+    @property
+    def finite(self) -> bool:
+        """Whether all weights are finite."""
+        return all(bool(group.state.weight.isfinite().all()) for group in self._groups)
+
     def apply(self, vote: VoteResult, lr: float, optim: OptimConfig, model: ModelConfig) -> None:
         """Apply a committed step to every held unit.
 
         Gradients are sums over tokens. They are averaged and clipped here, in place, so a step is applied only once. If
-        a gradient is not finite, units whose rule has a gradient stay as they are.
+        a gradient is not finite, every unit stays as it is: routing by numbers that are not finite says nothing about
+        the balance of the experts either.
         """
+        if not vote.finite:
+            return
         step = CommittedStep(vote.step, lr, vote.load_LE, optim, model)
         clip = min(1.0, optim.grad_clip / (vote.grad_norm + 1e-6)) if optim.grad_clip > 0 else 1.0
         for group in self._groups:
             if group.grad is not None:
-                if not vote.finite:
-                    continue
                 group.grad.mul_(clip / vote.tokens)
             group.apply(step)
 

@@ -7,6 +7,7 @@ missed the vote's result rolls forward with them (DESIGN.md section 3).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -39,12 +40,14 @@ class StepResult:
         reconfigure: all members agreed to leave this view.
         stop: a member was asked to end the run.
         context: for the steps that follow.
+        nonfinite_ranks: ranks whose own numbers were not finite.
     """
 
     record: dict[str, Any]
     reconfigure: bool
     stop: bool
     context: GenerationContext
+    nonfinite_ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class StepRunner:
                 context.exchanger.publish()
         finally:  # a committed step has a record, also if the generation ends while its weights are published
             self._record(local, vote, committed_at_s)
-        return StepResult(local.records[-1], total.all_reconfigure, total.stop > 0, context)
+        return StepResult(local.records[-1], total.all_reconfigure, total.stop > 0, context, total.nonfinite_ranks)
 
     def roll_forward(self, local: LocalState, vote: VoteResult) -> None:
         """Commit a step whose vote this rank took part in without seeing its result. Purely local."""
@@ -174,13 +177,16 @@ class StepRunner:
         work, exchanger = context.experts.statistics(), context.exchanger
         expert_rows_R = np.zeros(context.layout.view.world_size)
         expert_rows_R[context.rank] = work.local_tokens
-        finite = bool(np.isfinite(grad_square))
+        own_finite = math.isfinite(share.ce_sum) and self.gradients.finite()
+        nonfinite_R = np.zeros_like(expert_rows_R)
+        nonfinite_R[context.rank] = not own_finite
+        finite = math.isfinite(grad_square)
         reconfigure, stop = flags
         return Ballot(
             ce_sum=share.ce_sum,
             tokens=share.tokens,
             grad_square=grad_square if finite else 0.0,
-            nonfinite=float(not finite),
+            nonfinite=float(not (finite and own_finite)),
             reconfigure=float(reconfigure),
             stop=float(stop),
             stats=share.stats,
@@ -193,6 +199,7 @@ class StepRunner:
                 switch_s=context.switch_s,
             ),
             load_LE=share.load_LE.numpy().astype(np.float64),
+            nonfinite_R=nonfinite_R,
             expert_rows_R=expert_rows_R,
         )
 
@@ -245,6 +252,7 @@ def step_record(vote: VoteResult, lr: float, step_s: float, time_s: float) -> di
         "layer_max_load": [round(float(w.max() / max(w.mean(), 1e-9)), 3) for w in vote.load_LE],
         "cross_node_rows": int(vote.measures.cross_node_rows),
         "time": time_s,
+        "skipped": not vote.finite,
         **_optional_metrics(vote),
     }
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.control.nonfinite import NonFiniteCount
 from elastic_moe.control.rebalance import Rebalancer
 from elastic_moe.control.vote import VoteResult
 from elastic_moe.data.tokenizer import load_tokenizer
+from elastic_moe.errors import Diverged, FaultyWorker, GroupAborted
 from elastic_moe.runtime.checkpoints import ShardWriter
 from elastic_moe.runtime.evaluate import Evaluator
 from elastic_moe.runtime.local_state import LocalState
@@ -49,6 +51,7 @@ class TrainingLoop:
         self._runner, self._evaluator, self._writer = runner, evaluator, writer
         self._reporter, self._fault = reporter, fault
         self._saved_step = -1
+        self._nonfinite = NonFiniteCount()
 
     def train(
         self,
@@ -65,12 +68,18 @@ class TrainingLoop:
 
         Returns:
             "finished" or "stopped" at the end of the run, "" when a newer view is to be entered.
+
+        Raises:
+            FaultyWorker: this worker's numbers alone were not finite too often.
+            Diverged: no update was possible for too many steps; the state is saved.
         """
+        self._nonfinite = NonFiniteCount(self._nonfinite.in_a_row)
         stop = False
         while self._local.committed < self._config.run.steps and not stop:
             result = self._runner.train_step(context, self._local, control_flags, rebalance)
             context, stop = result.context, result.stop
             self._after_commit(result)
+            self._check_numbers(result)
             self._fault(self._local.committed, "committed")
             if result.reconfigure:
                 return ""
@@ -89,6 +98,32 @@ class TrainingLoop:
             self._save(result.context)
         if not result.reconfigure and _due(local.committed, config.run.eval_every_steps):
             self._evaluate(result.context)
+
+    def _check_numbers(self, result: StepResult) -> None:
+        """Report a step that was not finite, and leave or end the run when there are too many; alike on every rank."""
+        context, skipped = result.context, bool(result.record["skipped"])
+        view, limits = context.layout.view, self._config
+        members = [view.members[rank] for rank in result.nonfinite_ranks]
+        workers = [member.worker for member in members]
+        self._nonfinite = count = self._nonfinite.after(skipped, workers, len(view.active_ranks))
+        if not skipped:
+            return
+        if context.leads:
+            self._reporter.not_finite(self._local.committed, members, count.in_a_row)
+        if limits.optim.max_skipped and count.in_a_row >= limits.optim.max_skipped:
+            if context.held.finite:
+                self._save(context)
+            self._writer.drain()
+            context.group.barrier()
+            raise Diverged(
+                f"gradients were not finite in {count.in_a_row} steps in a row, up to step {self._local.committed}; "
+                "the run has diverged: go on from an earlier checkpoint with a lower optim.lr."
+            )
+        own = view.members[context.rank].worker
+        if limits.elastic.max_faults and workers == [own] and count.alone.get(own, 0) >= limits.elastic.max_faults:
+            reason = f"its gradients alone were not finite in {count.alone[own]} steps; it leaves the run."
+            self._reporter.event("worker_faulty", self._local.committed, reason=reason)
+            raise FaultyWorker(f"worker {own} on node {members[0].node}: {reason}")
 
     def _save(self, context: GenerationContext) -> None:
         step, generation = self._local.committed, context.layout.view.generation
@@ -109,13 +144,18 @@ class TrainingLoop:
         context.exchanger.wait_expert_weights()
         if self._saved_step != self._local.committed:
             self._save(context)
-        if not stopped:
-            if self._local.evaluated != self._local.committed:
-                self._evaluate(context)
-            if self._config.run.sample_tokens:
-                self._sample(context)
+        if not stopped and self._local.evaluated != self._local.committed:
+            self._evaluate(context)
         self._writer.drain()
         context.group.barrier()
+        if not stopped and self._config.run.sample_tokens:
+            try:
+                self._sample(context)
+            except GroupAborted:
+                raise
+            except Exception as error:  # noqa: BLE001 - all is saved: a text is not worth the run
+                self._reporter.event("sample_failed", self._local.committed, reason=f"{type(error).__name__}: {error}")
+            context.group.barrier()
 
     def _sample(self, context: GenerationContext) -> None:
         config = self._config

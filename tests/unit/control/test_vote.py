@@ -45,6 +45,7 @@ def _ballot(seed: int) -> Ballot:
         stats=ModelStats(**flat(ModelStats)),
         measures=Measures(**flat(Measures)),
         load_LE=array(LAYERS, EXPERTS),
+        nonfinite_R=array(RANKS),
         expert_rows_R=array(RANKS),
     )
 
@@ -115,6 +116,13 @@ def test_view_is_left_only_when_every_rank_knows_of_a_newer_one() -> None:
 def test_one_rank_with_gradients_that_are_not_finite_is_enough() -> None:
     ballots = [replace(_ballot(r), nonfinite=float(r == 2)) for r in range(RANKS)]
     assert not _result(ballots).finite
+
+
+def test_the_sum_of_the_ballots_names_the_ranks_that_were_not_finite() -> None:
+    rows = np.eye(RANKS)
+    ballots = [replace(_ballot(r), nonfinite_R=rows[r] * (r in (1, 3))) for r in range(RANKS)]
+    total = unpack(Ballot, np.sum([pack(ballot) for ballot in ballots], axis=0), SHAPE)
+    assert total.nonfinite_ranks == (1, 3)
     assert _result([replace(b, nonfinite=0.0) for b in ballots]).finite
 
 

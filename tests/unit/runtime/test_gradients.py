@@ -49,3 +49,16 @@ def test_zero_begins_a_new_step_in_the_same_tensors() -> None:
             (total,) = gradients.tensors.values()
             assert torch.equal(total.float(), torch.ones(2, 3))
             assert total.data_ptr() == place
+
+
+def test_one_value_that_is_not_finite_is_found() -> None:
+    for grid in (None, Grid(12)):
+        for value in (float("nan"), float("inf"), float("-inf")):
+            model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5))
+            gradients = DenseGradients(model, grid)
+            gradients.zero()
+            assert gradients.finite()
+            list(gradients.tensors.values())[-1].view(-1)[3] = value
+            assert not gradients.finite()
+            gradients.zero()
+            assert gradients.finite()

@@ -223,11 +223,14 @@ def test_gradients_that_are_not_finite_are_committed_without_an_update(lone: Cal
     assert vote is not None
     assert not vote.finite
     assert (vote.step, worker.local.committed) == (2, 2)
-    assert not _changed(before, worker.weights()) & worker.learned()
-    assert (result.record["step"], result.record["grad_norm"]) == (2, 0.0)
+    assert not _changed(before, worker.weights()), "the biases of the routers rest too"
+    assert (result.record["step"], result.record["grad_norm"], result.record["skipped"]) == (2, 0.0, True)
+    assert result.nonfinite_ranks == (0,)
+    Draft202012Validator(json_schema(METRICS)).validate(result.record)
     assert math.isfinite(result.record["loss"])
     worker.on_phase = lambda phase: None
-    worker.step()
+    result = worker.step()
+    assert (result.record["skipped"], result.nonfinite_ranks) == (False, ())
     assert worker.learned() <= _changed(before, worker.weights()), "the step after it updates again"
     assert all(torch.isfinite(weight).all() for weight in worker.weights().values())
 

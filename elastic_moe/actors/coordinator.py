@@ -29,6 +29,7 @@ class Coordinator:
     def __init__(
         self, config: TrainConfig, token: str, target: int, host: str = "127.0.0.1", watch_nodes: bool = True
     ) -> None:
+        self._token = token
         self._run = RunCoordinator(config, token, target, host)
         self._watcher = NodeWatcher(self.submit, config.elastic.drain_deadline_s) if watch_nodes else None
         if self._watcher is not None:
@@ -37,6 +38,10 @@ class Coordinator:
     def address(self) -> tuple[str, int]:
         """Host and port where workers connect."""
         return self._run.address
+
+    def token(self) -> str:
+        """Shared secret of the run, for its workers: what Ray shows of actors and of train runs does not have it."""
+        return self._token
 
     def pid(self) -> int:
         """Process id on its node."""

@@ -26,7 +26,7 @@ from elastic_moe.actors.cluster import max_workers, ray_session, resources_per_w
 from elastic_moe.actors.controller import ElasticTrainer
 from elastic_moe.actors.coordinator import Coordinator
 from elastic_moe.actors.identify import begin, changes, fingerprint_of
-from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, Finder, actor_name, this_node
+from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, Finder, actor_name, fetch_token, this_node
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.lease import Lease, lost, own
 from elastic_moe.coordination.start import Found, check_start, look
@@ -161,7 +161,7 @@ def train_function(settings: dict[str, Any]) -> dict[str, Any]:
     return run_worker(
         settings["config"],
         settings["find"],
-        settings["token"],
+        fetch_token(settings["find"].name),
         context.get_node_id(),
         settings["prepared"],
         worker,
@@ -192,13 +192,16 @@ def start_coordinator(config: TrainConfig, name: str, token: str) -> Any:
     return actor
 
 
-def make_trainer(config: TrainConfig, prepared: Prepared, name: str, token: str) -> ElasticTrainer:
-    """The trainer of a run whose coordinator was started under this name with this token."""
+def make_trainer(config: TrainConfig, prepared: Prepared, name: str) -> ElasticTrainer:
+    """The trainer of a run whose coordinator was started under this name.
+
+    Ray Train shows `train_loop_config` to whoever sees its dashboard, so the run's token is not in it.
+    """
     from ray.train import RunConfig, ScalingConfig
 
     return ElasticTrainer(
         train_function,
-        train_loop_config={"config": config, "find": Finder(name), "token": token, "prepared": prepared},
+        train_loop_config={"config": config, "find": Finder(name), "prepared": prepared},
         coordinator=name,
         scaling_config=ScalingConfig(
             num_workers=max_workers(config), resources_per_worker=resources_per_worker(config.cluster)
@@ -227,7 +230,7 @@ class _Driver:
     def run(self) -> int:
         name, token = actor_name(secrets.token_hex(4)), secrets.token_hex(16)
         coordinator = start_coordinator(self.config, name, token)
-        fit = threading.Thread(target=self._fit, args=(name, token), name="ray-train", daemon=True)
+        fit = threading.Thread(target=self._fit, args=(name,), name="ray-train", daemon=True)
         fit.start()
         link = CoordinatorLink(name)
         interrupted = False
@@ -258,9 +261,9 @@ class _Driver:
         ray.kill(coordinator)
         return self._conclude()
 
-    def _fit(self, name: str, token: str) -> None:
+    def _fit(self, name: str) -> None:
         try:
-            make_trainer(self.config, self.prepared, name, token).fit()
+            make_trainer(self.config, self.prepared, name).fit()
         except Exception as error:  # noqa: BLE001 - the main thread reports it
             self.error = error
 

@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 
 NAMESPACE = "elastic_moe"
 FIND_TIMEOUT_S = 3.0
+TOKEN_TIMEOUT_S, RETRY_S = 120.0, 0.2  # for a coordinator that Ray is just starting again
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,22 @@ def find_coordinator(name: str) -> tuple[str, int] | None:
     except (ValueError, RayError, TimeoutError):  # no such actor; dead, restarting or busy
         return None
     return host, port
+
+
+def fetch_token(name: str) -> str:
+    """Ask a run's coordinator for the run's token.
+
+    Raises:
+        RuntimeError: no coordinator answers within `TOKEN_TIMEOUT_S`.
+    """
+    deadline_s = time.monotonic() + TOKEN_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        try:
+            handle = ray.get_actor(name, namespace=NAMESPACE)
+            return str(ray.get(handle.token.remote(), timeout=FIND_TIMEOUT_S))
+        except (ValueError, RayError, TimeoutError):  # restarting, or busy
+            time.sleep(RETRY_S)
+    raise RuntimeError(f"no coordinator named {name} answered for {TOKEN_TIMEOUT_S:.0f} s")
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,12 @@ class ElasticSide:
         self._coordinator = start_coordinator(config, name, token)
         self._link = CoordinatorLink(name)
         self._error: BaseException | None = None
-        self._fit = threading.Thread(target=self._train, args=(config, prepared, name, token), daemon=True)
+        self._fit = threading.Thread(target=self._train, args=(config, prepared, name), daemon=True)
         self._fit.start()
 
-    def _train(self, config: TrainConfig, prepared: Prepared, name: str, token: str) -> None:
+    def _train(self, config: TrainConfig, prepared: Prepared, name: str) -> None:
         try:
-            make_trainer(config, prepared, name, token).fit()
+            make_trainer(config, prepared, name).fit()
         except Exception as error:  # noqa: BLE001 - how the run ended is told by whoever waits for it
             self._error = error
             say(f"the elastic run ended: {error}")

@@ -46,7 +46,7 @@ class FullRun:
 
         def fit() -> None:
             try:
-                make_trainer(config, prepared, name, token).fit()
+                make_trainer(config, prepared, name).fit()
             except BaseException as error:  # noqa: BLE001 - handed to the test
                 self.error = error
 

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Bad input. The message is one sentence that names the key or file and says what to do."""
+    """Bad input. The message is one sentence that names the key or file and says what to do.
+
+    Attributes:
+        exit_code: of a command that ends with this error.
+    """
+
+    exit_code = 2
+
+
+class StorageFailed(UserError):
+    """The checkpoint root could not be read or written for longer than the run waits. Exit code 3."""
+
+    exit_code = 3
 
 
 class GroupAborted(RuntimeError):

@@ -27,12 +27,14 @@ from elastic_moe.actors.controller import ElasticTrainer
 from elastic_moe.actors.coordinator import Coordinator
 from elastic_moe.actors.identify import begin, changes, fingerprint_of
 from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, Finder, actor_name, fetch_token, this_node
+from elastic_moe.checkpoint.reader import load_manifest
+from elastic_moe.checkpoint.storage import probe
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.lease import Lease, lost, own
 from elastic_moe.coordination.start import Found, check_start, look
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
-from elastic_moe.errors import Diverged, UserError
+from elastic_moe.errors import Diverged, StorageFailed, UserError
 from elastic_moe.metrics.format_event import format_event, format_loss
 from elastic_moe.metrics.jsonl import Tail, read_jsonl
 from elastic_moe.metrics.schema import units
@@ -43,7 +45,7 @@ from elastic_moe.saved import with_tokenizer
 
 POLL_S = 0.2
 CLOSE_TIMEOUT_S = 60.0
-EXIT_USER, EXIT_FAILED = 2, 1
+EXIT_FAILED = 1
 
 
 def launch(config: TrainConfig, raw_yaml: str) -> int:
@@ -54,18 +56,20 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
         raw_yaml: the configuration as the user gave it, kept in the run directory.
 
     Returns:
-        Exit code: 0 when `run.steps` are committed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, else 1.
+        Exit code: 0 when `run.steps` are committed, 2 for bad input, 3 if the last state could not be saved or no state
+        could be read, 130 after Ctrl-C, 143 after SIGTERM, else 1.
     """
     try:
         config = replace(config, run=replace(config.run, dir=str(Path(config.run.dir).expanduser().absolute())))
         _check_device(config)
         check_start(config, look(config))
         _make(Path(config.run.dir))
+        probe(checkpoint_root(config))
         with own(Path(config.run.dir), checkpoint_root(config)) as leases:
             return _launch_owned(config, raw_yaml, leases)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+        return error.exit_code
 
 
 def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -> int:
@@ -293,8 +297,12 @@ class _Driver:
         events = read_jsonl(Path(self.config.run.dir) / EVENTS)
         records = read_jsonl(Path(self.config.run.dir) / METRICS)
         step = int(records[-1]["step"]) if records else 0
-        if step >= self.config.run.steps and self.error is None:
+        complete = step >= self.config.run.steps and self.error is None
+        if complete:
             self._summarise(records, events)
+        if complete or (step and self.stop.count and self.status.get("phase") == "finished"):
+            self._check_saved(step)
+        if complete:
             return 0
         if self.stop.count:
             print(f"stopped after step {step} of {self.config.run.steps}; go on with run.resume=auto")
@@ -307,6 +315,21 @@ class _Driver:
         reason = self.error or self.status.get("reason") or "the run ended early"
         print(f"failed after step {step} of {self.config.run.steps}: {reason}", file=sys.stderr)
         return EXIT_FAILED
+
+    def _check_saved(self, step: int) -> None:
+        """Look for the checkpoint of the last step.
+
+        Raises:
+            StorageFailed: it is not there.
+        """
+        root = checkpoint_root(self.config)
+        try:
+            load_manifest(root, step)
+        except OSError as error:
+            raise StorageFailed(
+                f"the state after step {step} is not saved in checkpoint.dir={root}: {error}; the checkpoint before "
+                "it, if there is one, is what a resume continues from."
+            ) from error
 
     def _summarise(self, records: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
         last = records[-1]

@@ -113,6 +113,19 @@ def read_identity(storage: Storage) -> RunIdentity | None:
         return None
 
 
+def never_saved(storage: Storage) -> bool:
+    """Whether this is the root of a run that has not completed a checkpoint yet: only such a run may begin anew.
+
+    Raises:
+        OSError: the storage failed at every attempt.
+    """
+    try:
+        identity = read_identity(storage)
+    except CorruptCheckpoint:
+        return False
+    return identity is not None and not identity.first_checkpoint
+
+
 def write_identity(storage: Storage, identity: RunIdentity) -> None:
     """Write a directory's `run.json`.
 

@@ -91,6 +91,11 @@ class PendingShards:
         """Incomplete steps, in order."""
         return tuple(sorted(set(self._expected) | set(self._shards)))
 
+    def forget(self, step: int) -> None:
+        """Forget a step, complete or not: its shards must be reported again."""
+        self._drop(step)
+        self._complete.pop(step, None)
+
     def discard_after(self, step: int, generation: int) -> None:
         """Forget the shards of later steps from earlier generations: this generation rolled back to this step."""
         for later in [s for s in self.pending if s > step]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from elastic_moe.checkpoint.bounded import Activity
 from elastic_moe.checkpoint.identity import RunIdentity, find_identity
 from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo
 from elastic_moe.checkpoint.shard_file import TensorEntry, bytes_of, header_length, parse_header
@@ -22,27 +23,84 @@ def load_manifest(root_uri: str, step: int) -> Manifest:
         StorageUnavailable: something cannot be read, so nothing is known.
     """
     storage = Storage(root_uri)
-    manifest = Manifest.from_bytes(root_uri, persistent(lambda: storage.read(f"{step_dir(step)}/{MANIFEST}")))
-    if manifest.step != step:
-        raise CorruptCheckpoint(f"manifest in {step_dir(step)} is of step {manifest.step}")
+    manifest = _read_manifest(storage, root_uri, step)
     for shard in manifest.shards:
-        name = f"{manifest.directory}/{shard.file}"
-        size = persistent(lambda name=name: storage.size(name))
-        if size != shard.bytes:
-            raise CorruptCheckpoint(f"{storage.path(name)} has {size} bytes, not {shard.bytes}")
+        _check_size(storage, manifest, shard)
     return manifest
 
 
-def verify_shards(manifest: Manifest) -> None:
-    """Compare every file with its checksum.
+def newest_manifest(
+    root_uri: str,
+    below: int | None = None,
+    activity: Activity | None = None,
+    on_damage: Callable[[int, str], None] | None = None,
+) -> Manifest | None:
+    """The manifest of the newest checkpoint that has an undamaged one; its files are not looked at.
+
+    A checkpoint of a timeline that the run has gone back behind does not count.
+
+    Args:
+        root_uri: the checkpoint root; need not exist.
+        below: look for checkpoints of earlier steps than this.
+        activity: told of the bytes that are read.
+        on_damage: called as on_damage(step, reason) for every damaged manifest that is passed over.
+
+    Raises:
+        StorageUnavailable: the root, or a manifest, cannot be read.
+    """
+    storage = Storage(root_uri, activity)
+    steps = _steps(storage)
+    history = find_identity(storage, steps, lambda step: _read_manifest(storage, root_uri, step).meta)
+    for step in steps:
+        if below is None or step < below:
+            try:
+                manifest = _read_manifest(storage, root_uri, step)
+                if history.holds(RunIdentity.of_meta(manifest.meta).timeline, step):
+                    return manifest
+            except FileNotFoundError:
+                continue
+            except CorruptCheckpoint as error:
+                if on_damage is not None:
+                    on_damage(step, str(error))
+    return None
+
+
+def _steps(storage: Storage) -> list[int]:
+    """Steps that have a directory, the newest first."""
+    names = persistent(storage.directories)
+    return sorted((step for name in names if (step := step_of(name)) is not None), reverse=True)
+
+
+def _read_manifest(storage: Storage, root_uri: str, step: int) -> Manifest:
+    manifest = Manifest.from_bytes(root_uri, persistent(lambda: storage.read(f"{step_dir(step)}/{MANIFEST}")))
+    if manifest.step != step:
+        raise CorruptCheckpoint(f"manifest in {step_dir(step)} is of step {manifest.step}")
+    return manifest
+
+
+def _check_size(storage: Storage, manifest: Manifest, shard: ShardInfo) -> None:
+    name = f"{manifest.directory}/{shard.file}"
+    size = persistent(lambda: storage.size(name))
+    if size != shard.bytes:
+        raise CorruptCheckpoint(f"{storage.path(name)} has {size} bytes, not {shard.bytes}")
+
+
+def verify_shards(manifest: Manifest, rank: int = 0, world_size: int = 1, activity: Activity | None = None) -> None:
+    """Compare every file with its size and checksum, or one rank's share of the files.
+
+    Args:
+        manifest: the checkpoint.
+        rank, world_size: the share; every file is in the share of one rank.
+        activity: told of the bytes that are read.
 
     Raises:
         CorruptCheckpoint: a file differs.
         StorageUnavailable: a file cannot be read.
     """
-    storage = Storage(manifest.root_uri)
-    for shard in manifest.shards:
+    storage = Storage(manifest.root_uri, activity)
+    for shard in sorted(manifest.shards, key=lambda shard: (-shard.bytes, shard.file))[rank::world_size]:
         name = f"{manifest.directory}/{shard.file}"
+        _check_size(storage, manifest, shard)
         if persistent(lambda name=name: storage.sha256(name)) != shard.sha256:
             raise CorruptCheckpoint(f"{storage.path(name)} does not match its checksum")
 
@@ -64,8 +122,7 @@ def find_latest(
             storage may answer later, so the caller must not take an older state.
     """
     storage = Storage(root_uri)
-    names = persistent(storage.directories)
-    steps = sorted((s for name in names if (s := step_of(name)) is not None), reverse=True)
+    steps = _steps(storage)
     history = find_identity(storage, steps, lambda step: load_manifest(root_uri, step).meta)
     for step in steps:
         try:
@@ -95,7 +152,10 @@ def require_current(history: RunIdentity, manifest: Manifest) -> None:
 
 
 def read_units(
-    manifest: Manifest, names: Sequence[str], fields: Sequence[str] | None = None
+    manifest: Manifest,
+    names: Sequence[str],
+    fields: Sequence[str] | None = None,
+    activity: Activity | None = None,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Read the state of some units.
 
@@ -103,6 +163,7 @@ def read_units(
         manifest: the checkpoint.
         names: units to read.
         fields: fields to read, "weight" among them; None for all that were written.
+        activity: told of the bytes that are read.
 
     Returns:
         Unit name -> field name -> flat fp32 tensor. The caller may change the tensors.
@@ -119,7 +180,7 @@ def read_units(
     wanted: dict[str, set[str]] = {}
     for name in names:
         wanted.setdefault(home[name].file, set()).add(name)
-    storage = Storage(manifest.root_uri)
+    storage = Storage(manifest.root_uri, activity)
     found: dict[str, dict[str, torch.Tensor]] = {}
     for shard in manifest.shards:
         if shard.file in wanted:

@@ -152,6 +152,24 @@ class Storage:
         return bounded(self._place, action, TIMEOUT_S, self._activity)
 
 
+def probe(root_uri: str) -> None:
+    """Write a small file of our own below a root, read it back and delete it.
+
+    Raises:
+        UserError: one of these fails, so no checkpoint could be saved there.
+    """
+    name, content = f".probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
+    try:
+        storage = Storage(root_uri)
+        persistent(lambda: storage.write(name, content))
+        read = persistent(lambda: storage.read(name))
+        persistent(lambda: storage.remove(name))
+    except OSError as error:
+        raise UserError(f"checkpoint.dir={root_uri} cannot be written, so nothing could be saved: {error}") from error
+    if read != content:
+        raise UserError(f"checkpoint.dir={root_uri} does not give back what is written there.")
+
+
 @lru_cache(maxsize=16)
 def open_filesystem(root_uri: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a root, and the root's path in it.

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from elastic_moe.cli.compose import BAD_CONFIG, check, register_schema, with_origin
+from elastic_moe.cli.compose import check, register_schema, with_origin
 from elastic_moe.cli.hydra_internals import parse_flags
 from elastic_moe.cli.key_help import show_help
 from elastic_moe.config.build import build
@@ -68,7 +68,7 @@ def _one_cluster(configs: Sequence[TrainConfig]) -> AbstractContextManager[None]
 
 def _complain(error: UserError) -> int:
     print(f"elastic_moe: {error}", file=sys.stderr)
-    return BAD_CONFIG
+    return error.exit_code
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

@@ -172,6 +172,7 @@ class CheckpointConfig(Sealed):
     every_steps: int = 50  # steps between two checkpoints; 0: only at the end
     keep: int = 3  # newest checkpoints that are kept
     dir: str = ""  # a path or s3:// or gs:// URI; "": <run.dir>/checkpoints
+    wait_s: float = 600.0  # longest wait for a storage that fails, at a resume and for the last checkpoint
 
 
 @dataclass(kw_only=True)

@@ -119,6 +119,7 @@ class CheckpointCommitter:
                 self._identity.change(replace(self._identity.identity, first_checkpoint=step))
             retain(self._root, self._keep)
         except (OSError, CorruptCheckpoint) as error:
+            self._shards.forget(step)  # the workers may write the step again
             self._report({"event": "checkpoint_failed", "step": step, "generation": generation, "reason": str(error)})
 
     def _roll_back_to(self, step: int, generation: int, lost_steps: int) -> None:

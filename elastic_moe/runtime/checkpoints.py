@@ -1,58 +1,26 @@
-"""A worker's side of durable checkpoints: it reads units that no living worker holds, and writes shards in a thread."""
+"""A worker's side of saving: it copies its units and writes them as a shard in a thread, while training goes on."""
 
 from __future__ import annotations
 
-import queue
-import socket
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from elastic_moe.checkpoint.identity import read_identity
-from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
-from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
+from elastic_moe.checkpoint.reader import load_manifest
+from elastic_moe.checkpoint.storage import CorruptCheckpoint, StorageUnavailable
 from elastic_moe.checkpoint.writer import write_shard
-from elastic_moe.errors import UserError
 from elastic_moe.runtime.state import HeldState
 
+CLOSE_TIMEOUT_S = 30.0  # at the end of the worker, for a shard that is being written
+CONFIRM_S = 30.0  # one wait for the manifest, before the shards are written again
+POLL_S = 0.1  # between two looks for the manifest
 
-class CheckpointStorage:
-    """Durable checkpoints as the source of a reconfiguration; implements `reconfigure.DurableState`.
-
-    Args:
-        root: the checkpoint root.
-    """
-
-    def __init__(self, root: str) -> None:
-        self._root = root
-
-    def latest_step(self) -> int:
-        """Step of the newest complete checkpoint that verifies, or -1 if the run has not written one yet.
-
-        Raises:
-            UserError: the run has written one, or this is not the run's checkpoint root. It must not begin anew then.
-            StorageUnavailable: the storage cannot be read now.
-        """
-        manifest = find_latest(self._root)
-        if manifest is not None:
-            return manifest.step
-        try:
-            identity = read_identity(Storage(self._root))
-        except CorruptCheckpoint:
-            identity = None
-        if identity is None or identity.first_checkpoint:
-            raise UserError(
-                f"checkpoint.dir={self._root} on {socket.gethostname()} has no readable checkpoint of this run: mount "
-                "the right directory there; nothing was changed"
-            )
-        return -1
-
-    def read(self, step: int, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
-        """State of the named units at that step: unit name -> field name -> tensor on the CPU."""
-        return read_units(load_manifest(self._root, step), names)
+logger = logging.getLogger(__name__)
 
 
 class Reports(Protocol):
@@ -63,17 +31,33 @@ class Reports(Protocol):
     def event(self, event: Mapping[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A shard to write; the arguments of `ShardWriter.save`."""
+
+    step: int
+    tag: str
+    tensors: dict[str, torch.Tensor]
+    generation: int
+
+
 class ShardWriter:
     """Writes this worker's checkpoint shards in a thread, while training goes on. Failures are reported, never raised.
 
+    The step loop never waits for the storage. While a shard is written, one copy may wait; a newer one replaces it.
+
     Args:
         root: the checkpoint root.
-        reports: receives a report of every written shard, and an event for every failed one.
+        reports: receives a report of every written shard, and an event for every failed or skipped one.
     """
 
     def __init__(self, root: str, reports: Reports) -> None:
         self._root, self._reports = root, reports
-        self._jobs: queue.Queue[tuple[int, str, dict[str, torch.Tensor], int] | None] = queue.Queue(maxsize=2)
+        self._changed = threading.Condition()
+        self._waiting: _Job | None = None
+        self._writing = False
+        self._closed = False
+        self._written_step = -1  # of the newest shard that was written
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
@@ -87,33 +71,80 @@ class ShardWriter:
             primary: indices of the units to save, all of which are held.
             generation: generation of the view.
         """
+        with self._changed:
+            skipped, self._waiting = self._waiting, None  # its memory is free before the new copy is made
+        if skipped is not None:
+            reason = f"the storage is slow: step {step} is written instead"
+            self._event({"event": "checkpoint_skipped", "step": skipped.step, "reason": reason})
+        del skipped
         tensors = {
             f"{held.units[u].name}/{name}": tensor.clone()
             for u in primary
             for name, tensor in held.states[u].fields.items()
         }
-        self._jobs.put((step, tag, tensors, generation))
+        with self._changed:
+            self._waiting = _Job(step, tag, tensors, generation)
+            self._changed.notify_all()
 
-    def drain(self) -> None:
-        """Wait until every shard saved so far is written or has failed."""
-        self._jobs.join()
+    def wait_written(self, step: int, timeout_s: float) -> bool:
+        """Wait until nothing is left to write, at most `timeout_s`. Returns whether the shard of `step` is written."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is None and not self._writing, timeout_s)
+            return self._written_step >= step
+
+    def wait_complete(self, step: int, timeout_s: float) -> bool:
+        """Wait for the shard and the manifest of `step`, at most `timeout_s` each. Returns whether both are there."""
+        if not self.wait_written(step, timeout_s):
+            return False
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                load_manifest(self._root, step)
+                return True
+            except (FileNotFoundError, CorruptCheckpoint, StorageUnavailable):
+                if time.monotonic() >= deadline_s:
+                    return False
+                time.sleep(POLL_S)
 
     def close(self) -> None:
-        """Write the shards that wait, at most 30 s long, and end the thread."""
-        self._jobs.put(None)
-        self._thread.join(timeout=30)
+        """Write the shards that wait, at most `CLOSE_TIMEOUT_S` long, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(timeout=CLOSE_TIMEOUT_S)
+
+    # --- the thread ---
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            step, tag, tensors, generation = job
-            started = time.perf_counter()
+        while (job := self._next()) is not None:
             try:
-                info = write_shard(self._root, step, tag, tensors)
-                self._reports.shard(
-                    {"step": step, "generation": generation, **info.as_dict(), "write_s": time.perf_counter() - started}
-                )
-            except OSError as error:
-                self._reports.event({"event": "checkpoint_failed", "step": step, "reason": str(error)})
-            finally:
-                self._jobs.task_done()
-        self._jobs.task_done()
+                self._write(job)
+            except Exception as error:  # the thread must outlive it, or nothing is ever saved again
+                if not isinstance(error, OSError):
+                    logger.exception("the shard of step %d could not be written", job.step)
+                self._event({"event": "checkpoint_failed", "step": job.step, "reason": str(error) or repr(error)})
+            del job
+
+    def _next(self) -> _Job | None:
+        """The next job; None at the end."""
+        with self._changed:
+            self._writing = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._waiting is not None or self._closed)
+            job, self._waiting = self._waiting, None
+            self._writing = job is not None
+            return job
+
+    def _write(self, job: _Job) -> None:
+        started = time.perf_counter()
+        info = write_shard(self._root, job.step, job.tag, job.tensors)
+        write_s = time.perf_counter() - started
+        self._reports.shard({"step": job.step, "generation": job.generation, **info.as_dict(), "write_s": write_s})
+        with self._changed:
+            self._written_step = job.step
+
+    def _event(self, event: Mapping[str, Any]) -> None:
+        try:
+            self._reports.event(event)
+        except Exception:  # the report is what fails; the shard's outcome stays
+            logger.exception("an event about a checkpoint could not be reported")

@@ -55,12 +55,13 @@ class Reconfigured:
 class DurableState(Protocol):
     """Durable checkpoints, for a reconfiguration in which no rank holds some unit."""
 
-    def latest_step(self) -> int:
-        """Step of the newest complete checkpoint that verifies, or -1."""
-        ...
+    def restore(
+        self, group: Group, names: Sequence[str], expected: bool
+    ) -> tuple[int, dict[str, dict[str, torch.Tensor]]]:
+        """The newest whole checkpoint's step, and the state of the named units in it; (-1, {}) if there is none.
 
-    def read(self, step: int, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
-        """State of the named units at that step: unit name -> field -> tensor."""
+        Collective. `expected`: steps were committed before.
+        """
         ...
 
 
@@ -158,12 +159,9 @@ class Reconfigurer:
             transfers = plan_transfers(roles_RU, ownership).transfers
             held, moved = self.take_over(group, ownership, transfers, step)
             return Reconfigured(held, ownership, placement, "peers", 0, rolled, moved)
-        stored = torch.tensor([self._storage.latest_step() if group.rank == 0 else 0], dtype=torch.int64)
-        group.broadcast(stored, 0)
-        target = int(stored[0])
         roles_RU[:] = NONE
         placement, ownership = self._plan(view, roles_RU, None)
-        held = self._start_over(group, ownership, target)
+        held, target = self._start_over(group, ownership, step > 0)
         source = "initialisation" if target < 0 else "checkpoint"
         return Reconfigured(held, ownership, placement, source, max(0, step - max(target, 0)), rolled, 0)
 
@@ -198,20 +196,24 @@ class Reconfigurer:
         self._confirm(group, new, step)
         return new, moved
 
-    def _start_over(self, group: Group, ownership: Ownership, target: int) -> HeldState:
-        """This rank's state from the checkpoint of step `target`, or from initial values if that is negative."""
+    def _start_over(self, group: Group, ownership: Ownership, expected: bool) -> tuple[HeldState, int]:
+        """This rank's state from the newest checkpoint or, without one, from initial values; collective.
+
+        Returns:
+            The state, and the checkpoint's step; -1 for initial values.
+        """
         roles = ownership.role(group.rank)
         needed = [int(u) for u in np.flatnonzero(roles != NONE)]
+        target, read = self._storage.restore(group, [self._units[u].name for u in needed], expected)
         if target < 0:
             known = {u: UnitState.initial(self._units[u], self._initial(self._units[u])) for u in needed}
         else:
-            read = self._storage.read(target, [self._units[u].name for u in needed])
             known = {u: UnitState.stored(self._units[u], read[self._units[u].name]) for u in needed}
         new = HeldState.build(self._units, roles, known, STATE_DEVICE)
         self._local.holdings.clear()
         self._local.vote = None
         self._confirm(group, new, max(target, 0))
-        return new
+        return new, target
 
     def _confirm(self, group: Group, new: HeldState, step: int) -> None:
         """Wait until every rank has its new state, then drop the old one."""

@@ -13,13 +13,16 @@ from elastic_moe.control.rebalance import Rebalancer
 from elastic_moe.control.vote import VoteResult
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import Diverged, FaultyWorker, GroupAborted
-from elastic_moe.runtime.checkpoints import ShardWriter
+from elastic_moe.run_dir import checkpoint_root
+from elastic_moe.runtime.checkpoints import CONFIRM_S, ShardWriter
+from elastic_moe.runtime.durable import FIRST_PAUSE_S, LAST_PAUSE_S
 from elastic_moe.runtime.evaluate import Evaluator
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.reconfigure import Reconfigurer
 from elastic_moe.runtime.reporter import Reporter
 from elastic_moe.runtime.session import ContextBuilder, GenerationContext
 from elastic_moe.runtime.step import StepResult, StepRunner
+from elastic_moe.runtime.together import gather, pause, together
 
 
 class TrainingLoop:
@@ -113,8 +116,7 @@ class TrainingLoop:
         if limits.optim.max_skipped and count.in_a_row >= limits.optim.max_skipped:
             if context.held.finite:
                 self._save(context)
-            self._writer.drain()
-            context.group.barrier()
+            together(context.group, lambda _: self._writer.wait_written(self._local.committed, CONFIRM_S))
             raise Diverged(
                 f"gradients were not finite in {count.in_a_row} steps in a row, up to step {self._local.committed}; "
                 "the run has diverged: go on from an earlier checkpoint with a lower optim.lr."
@@ -146,8 +148,7 @@ class TrainingLoop:
             self._save(context)
         if not stopped and self._local.evaluated != self._local.committed:
             self._evaluate(context)
-        self._writer.drain()
-        context.group.barrier()
+        self._confirm_saved(context)
         if not stopped and self._config.run.sample_tokens:
             try:
                 self._sample(context)
@@ -156,6 +157,29 @@ class TrainingLoop:
             except Exception as error:  # noqa: BLE001 - all is saved: a text is not worth the run
                 self._reporter.event("sample_failed", self._local.committed, reason=f"{type(error).__name__}: {error}")
             context.group.barrier()
+
+    def _confirm_saved(self, context: GenerationContext) -> None:
+        """Wait until the last checkpoint is complete; its shards are written again where something failed. Collective.
+
+        The wait ends after `checkpoint.wait_s`, and that the state is not saved is then reported.
+        """
+        step, started_s = self._local.committed, time.monotonic()
+        pause_s = FIRST_PAUSE_S
+        while True:
+            wait = self._writer.wait_complete if context.leads else self._writer.wait_written
+            call = together(context.group, lambda _, wait=wait: wait(step, CONFIRM_S))
+            waited_s = time.monotonic() - started_s
+            seen = gather(context.group, int(call.result()), int(waited_s > self._config.checkpoint.wait_s))
+            if bool(seen[:, 0].all()):
+                return
+            if bool(seen[0, 1]):
+                break
+            pause(context.group, pause_s)
+            pause_s = min(2 * pause_s, LAST_PAUSE_S)
+            self._save(context)
+        if context.leads:
+            reason = f"{checkpoint_root(self._config)} was not written within {self._config.checkpoint.wait_s:g} s"
+            self._reporter.event("checkpoint_unsaved", step, reason=reason)
 
     def _sample(self, context: GenerationContext) -> None:
         config = self._config

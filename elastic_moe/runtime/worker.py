@@ -32,8 +32,9 @@ from elastic_moe.parallel.expert_parallel import ExpertParallel
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import FAULTS, checkpoint_root
 from elastic_moe.runtime.batches import MicroBatches
-from elastic_moe.runtime.checkpoints import CheckpointStorage, ShardWriter
+from elastic_moe.runtime.checkpoints import ShardWriter
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
+from elastic_moe.runtime.durable import DurableCheckpoints
 from elastic_moe.runtime.evaluate import Evaluator
 from elastic_moe.runtime.faults import Faults
 from elastic_moe.runtime.initial import InitialWeights
@@ -99,7 +100,7 @@ class Worker:
             shape,
             local,
             lambda vote: self._runner.roll_forward(local, vote),
-            CheckpointStorage(checkpoint_root(config)),
+            DurableCheckpoints(checkpoint_root(config), config.checkpoint.wait_s, client.event),
             InitialWeights(config.model, specs, config.seed),
             self._fault,
         )

@@ -13,8 +13,9 @@ from elastic_moe.checkpoint import bounded as bounded_module
 from elastic_moe.checkpoint import storage as storage_module
 from elastic_moe.checkpoint.bounded import Abandoned, Activity, Call, bounded
 from elastic_moe.checkpoint.reader import find_latest
-from elastic_moe.checkpoint.storage import StorageUnavailable
+from elastic_moe.checkpoint.storage import StorageUnavailable, probe
 from elastic_moe.checkpoint.writer import write_manifest, write_shard
+from elastic_moe.errors import UserError
 from tests.storage_faults import install, set_fault
 
 PATIENCE_S = 60.0
@@ -136,3 +137,24 @@ def test_a_write_that_fails_is_unavailable(tmp_path: Path, control: Path, fault:
     set_fault(control, fault)
     with pytest.raises(StorageUnavailable):
         shard(tmp_path / "checkpoints", 10)
+
+
+@pytest.mark.parametrize("fault", ["hang write", "error write", "full write", "error read", "absent read"])
+def test_a_root_that_does_not_give_back_what_is_written_is_refused(tmp_path: Path, control: Path, fault: str) -> None:
+    root = tmp_path / "checkpoints"
+    set_fault(control, fault)
+    with pytest.raises(UserError, match=str(root)):
+        probe(str(root))
+
+
+def test_the_probe_leaves_nothing_behind(tmp_path: Path) -> None:
+    shard(tmp_path, 10)
+    before = sorted(tmp_path.rglob("*"))
+    probe(str(tmp_path))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_root_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"checkpoint\.dir"):
+        probe(str(tmp_path / "file" / "checkpoints"))

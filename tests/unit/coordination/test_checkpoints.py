@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,24 @@ def test_a_report_that_fails_does_not_end_the_thread(tmp_path: Path) -> None:
     committer.add(_write(root, 20, ["a"], "r0"))
     committer.close()
     assert [(event["event"], event["step"]) for event in events] == [("checkpoint", 20)]
+
+
+def test_shards_that_are_written_again_complete_a_checkpoint_whose_manifest_failed(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    root = str(tmp_path)
+    report = _write(root, 10, ["a"], "r0")
+    path = tmp_path / "step_00000010" / report["file"]
+    path.rename(tmp_path / "away")
+    failed = threading.Event()
+
+    def note(event: dict[str, Any]) -> None:
+        events.append(event)
+        failed.set()
+
+    committer = CheckpointCommitter(root, 2, ["a"], {}, note, _identity(tmp_path))
+    committer.add(report)
+    assert failed.wait(60)
+    (tmp_path / "away").rename(path)
+    committer.add(report)
+    committer.close()
+    assert [event["event"] for event in events] == ["checkpoint_failed", "checkpoint"]

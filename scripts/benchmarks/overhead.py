@@ -85,11 +85,10 @@ def settings(run_dir: Path, steps: int, hidden: int, sequences: int, seq_len: in
 class NoStorage:
     """There is no checkpoint: the plain loop starts from the initial weights."""
 
-    def latest_step(self) -> int:
-        return -1
-
-    def read(self, step: int, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
-        raise LookupError(f"there is no checkpoint of step {step}")
+    def restore(
+        self, group: Group, names: Sequence[str], expected: bool
+    ) -> tuple[int, dict[str, dict[str, torch.Tensor]]]:
+        return -1, {}
 
 
 def _full_worker(config: TrainConfig, address: tuple[str, int], prepared: Prepared, rank: int) -> None:

@@ -46,11 +46,10 @@ VIEW = View(3, (Member("w0", "n0", 0),))
 class NoStorage:
     """There is no checkpoint."""
 
-    def latest_step(self) -> int:
-        return -1
-
-    def read(self, step: int, names: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
-        raise LookupError(f"there is no checkpoint of step {step}")
+    def restore(
+        self, group: Group, names: Sequence[str], expected: bool
+    ) -> tuple[int, dict[str, dict[str, torch.Tensor]]]:
+        return -1, {}
 
 
 @dataclass

@@ -196,9 +196,7 @@ EVENT_KINDS = (
         ),
     ),
     Event("checkpoint_damaged", "A checkpoint is damaged; the run goes on from an older one."),
-    Event("checkpoint_reading", "A checkpoint is being verified and read."),
     Event("checkpoint_skipped", "A checkpoint was not written, since an older one still was; a newer one follows."),
-    Event("checkpoint_unsaved", "The last checkpoint of the run could not be written."),
     Event("storage_unavailable", "The checkpoints cannot be read; the run holds until they can."),
     Event("checkpoint_failed", "A durable checkpoint was not written, or not removed; training goes on."),
     Event(

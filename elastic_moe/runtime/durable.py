@@ -47,6 +47,7 @@ class DurableCheckpoints:
     def __init__(self, root: str, wait_s: float, report: Callable[[Mapping[str, Any]], None]) -> None:
         self._root, self._wait_s, self._report = root, wait_s, report
         self._reported_s = 0.0
+        self._logged_s = time.monotonic()
 
     def restore(self, group: Group, names: Sequence[str], expected: bool) -> tuple[int, State]:
         """State of the named units from the newest checkpoint that is whole; collective.
@@ -162,7 +163,11 @@ class DurableCheckpoints:
         self._tell("checkpoint_damaged", step, f"{reason}; an older checkpoint is looked for", at_once=True)
 
     def _moved(self, moved_bytes: int) -> None:
-        self._tell("checkpoint_reading", -1, f"{moved_bytes / 2**30:.1f} GiB verified and read by all ranks")
+        """Log how far the ranks have come, now and then."""
+        now_s = time.monotonic()
+        if now_s - self._logged_s > REPORT_S:
+            self._logged_s = now_s
+            logger.warning("%.1f GiB of the checkpoint verified and read by all ranks", moved_bytes / 2**30)
 
     def _tell(self, event: str, step: int, reason: str, at_once: bool = False) -> None:
         """Report an event, but not all of them if many come."""

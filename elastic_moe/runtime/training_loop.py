@@ -179,7 +179,7 @@ class TrainingLoop:
             self._save(context)
         if context.leads:
             reason = f"{checkpoint_root(self._config)} was not written within {self._config.checkpoint.wait_s:g} s"
-            self._reporter.event("checkpoint_unsaved", step, reason=reason)
+            self._reporter.event("checkpoint_failed", step, reason=reason)
 
     def _sample(self, context: GenerationContext) -> None:
         config = self._config

@@ -73,7 +73,7 @@ def test_groups_do_not_meet(server: RendezvousServer) -> None:
 
 
 def _fails(store: GroupStore) -> None:
-    with pytest.raises(RuntimeError, match="closed before all members had arrived"):
+    with pytest.raises(RuntimeError, match=r"the rendezvous (broke|was closed)"):
         store.get("key9")
 
 

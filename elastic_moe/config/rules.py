@@ -56,7 +56,7 @@ AT_LEAST_ZERO = """
 ABOVE_ZERO = """
     model.routed_scaling model.rope_theta model.norm_eps model.rope_factor model.rope_beta_fast model.rope_beta_slow
     model.compress_theta cluster.worker_memory_gib optim.lr optim.eps optim.grad_clip elastic.heartbeat_s
-    elastic.heartbeat_timeout_s elastic.hang_timeout_s elastic.form_timeout_s balance.window
+    elastic.heartbeat_timeout_s elastic.lease_s elastic.hang_timeout_s elastic.form_timeout_s balance.window
 """.split()
 
 LAYER_KINDS = {"sliding", "csa", "hca"}
@@ -217,6 +217,11 @@ def _check_elastic(config: TrainConfig) -> None:
         raise UserError(
             f"elastic.heartbeat_timeout_s ({elastic.heartbeat_timeout_s}) must be longer than elastic.heartbeat_s "
             f"({elastic.heartbeat_s})."
+        )
+    if elastic.lease_s <= elastic.heartbeat_timeout_s:
+        raise UserError(
+            f"elastic.lease_s ({elastic.lease_s}) must be longer than elastic.heartbeat_timeout_s "
+            f"({elastic.heartbeat_timeout_s})."
         )
 
 

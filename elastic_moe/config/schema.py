@@ -146,7 +146,8 @@ class ElasticConfig(Sealed):
     spare_slots: int = 1  # expert slots per worker and layer beyond an even share
     slots_per_worker: int = 0  # hard limit per MoE layer; 0: no limit
     heartbeat_s: float = 0.5  # seconds between two heartbeats of a worker
-    heartbeat_timeout_s: float = 6.0  # silence of a worker before it is evicted
+    heartbeat_timeout_s: float = 6.0  # silence of a worker before it is removed
+    lease_s: float = 30.0  # a worker that hears nothing of the coordinator for so long commits no further step
     hang_timeout_s: float = 120.0  # no progress of the main thread while others wait for it
     join_settle_s: float = 0.5  # wait this long for more joiners before admitting them together
     drain_deadline_s: float = 30.0  # used when a drain notice names no deadline

@@ -83,11 +83,18 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
-    """The worker has died: its connection has closed, or its process was reported dead."""
+class Closed:
+    """The worker's connection has closed. Perhaps the worker has died, perhaps only the connection was cut."""
 
     worker: str
-    reason: str = "connection closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The worker has died: its process was reported dead, or it says that it fails."""
+
+    worker: str
+    reason: str = "process died"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +127,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = Hello | Ready | Heartbeat | Suspect | Entered | Finished | Left | Lost | NodeLost | Drain | Stop | Tick
+Event = Hello | Ready | Heartbeat | Suspect | Entered | Finished | Left | Closed | Lost | NodeLost | Drain | Stop | Tick
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
@@ -174,6 +181,13 @@ class Evict:
 
 
 @dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Close the connection of a worker that gives no sign. If it lives, it registers again, and is taken in again."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class StopAll:
     """Ask the workers to stop after the step in flight."""
 
@@ -199,4 +213,4 @@ class LogEvent:
     reason: str = ""
 
 
-Command = Welcome | Publish | Pause | Probe | Release | Evict | StopAll | End | LogEvent
+Command = Welcome | Publish | Pause | Probe | Release | Evict | Disconnect | StopAll | End | LogEvent

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from elastic_moe.config.schema import ElasticConfig
+from elastic_moe.control.doubt import note_death
 from elastic_moe.control.events import (
+    Closed,
     Command,
     Drain,
     Entered,
@@ -45,9 +47,15 @@ ADOPTION_GAP = 10  # generations left free after an adopted one: the lost coordi
 Observed = tuple[State, list[Command]]
 
 
-def initial_state(target: int) -> State:
-    """A run that no worker has joined yet. `target`: number of workers to start with."""
-    return State(target=max(1, target))
+def initial_state(target: int, fence_s: float = 0.0, slots_needed: int = 0) -> State:
+    """A run that no worker has joined yet.
+
+    Args:
+        target: number of workers to start with.
+        fence_s: until then, no view may start from storage; for a coordinator that was restarted.
+        slots_needed: expert slots per MoE layer that the members must have together, where their number is limited.
+    """
+    return State(target=max(1, target), fence_s=fence_s, slots_needed=slots_needed)
 
 
 def transition(
@@ -65,7 +73,9 @@ def transition(
         The new state, the commands to carry out in order, and their reason ("" when nothing was decided).
     """
     state = _forgive_stall(state, now_s)
-    if not isinstance(event, Hello | Lost | NodeLost | Drain | Stop | Tick):
+    if isinstance(event, Heartbeat) and event.worker in state.records and not _awaited(state, event.worker):
+        return _heartbeat(state, event, now_s), (), ""  # nothing that a rule depends on; the tick sees to the rest
+    if not isinstance(event, Hello | Closed | Lost | NodeLost | Drain | Stop | Tick):
         if event.worker not in state.records:
             return state, (), f"{type(event).__name__} of unknown worker {event.worker}"
         state = state.with_record(event.worker, last_heard_s=now_s, missing=False)
@@ -83,10 +93,36 @@ def _forgive_stall(state: State, now_s: float) -> State:
     if gap_s <= STALL_S:
         return state
     records = {
-        w: replace(s, last_heard_s=s.last_heard_s + gap_s, last_progress_s=s.last_progress_s + gap_s)
+        w: replace(
+            s,
+            last_heard_s=s.last_heard_s + gap_s,
+            last_progress_s=s.last_progress_s + gap_s,
+            closed_s=None if s.closed_s is None else s.closed_s + gap_s,
+        )
         for w, s in state.records.items()
     }
     return replace(state, records=records)
+
+
+def _awaited(state: State, worker: str) -> bool:
+    """Whether a rule waits for a sign of this worker, so that its heartbeat is more than a heartbeat."""
+    return state.suspected_s is not None or state.records[worker].missing or worker in state.in_doubt
+
+
+def _heartbeat(state: State, event: Heartbeat, now_s: float) -> State:
+    """The state with a sign of life in it. Its cost is one copy of the table of workers, whatever the rules cost."""
+    record = state.records[event.worker]
+    progress = (event.generation, event.step, event.progress)
+    grew = progress > record.last_progress
+    record = replace(
+        record,
+        last_heard_s=now_s,
+        missing=False,
+        last_progress=progress if grew else record.last_progress,
+        last_progress_s=now_s if grew else record.last_progress_s,
+    )
+    state = replace(state, records={**state.records, event.worker: record})
+    return replace(state, step=event.step - 1, reforms=0) if event.step - 1 > state.step else state
 
 
 def _stale(state: State, event: Event) -> bool:
@@ -105,20 +141,18 @@ def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) ->
             if state.records[worker].ready_s is not None:
                 return state, []
             return state.with_record(worker, ready_s=now_s), [_log_event(state, "worker_ready", worker)]
-        case Heartbeat(worker, generation, step, progress):
-            last_progress = (generation, step, progress)
-            if step - 1 > state.step:
-                state = replace(state, step=step - 1, reforms=0)
-            if last_progress > state.records[worker].last_progress:
-                state = state.with_record(worker, last_progress=last_progress, last_progress_s=now_s)
-            return state, []
+        case Heartbeat():
+            return _heartbeat(state, event, now_s), []
         case Suspect(worker, _, error):
             line = _log_event(state, "suspect", worker, error)
             if state.suspected_s is not None:
                 return state, [line]
             return replace(state, suspected_s=now_s), [line, Probe(state.view_workers)]
         case Entered(worker, _):
-            return replace(state.with_record(worker, last_progress_s=now_s), entered=state.entered | {worker}), []
+            joined = state.records[worker].joined_step
+            joined = state.step if joined is None else joined
+            state = state.with_record(worker, last_progress_s=now_s, bears_state=True, joined_step=joined)
+            return _with_entered(state, worker), []
         case Finished(worker):
             state = state.with_record(worker, finished=True)
             if state.phase == RUNNING:
@@ -126,11 +160,13 @@ def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) ->
             return state, [_log_event(state, "worker_finished", worker)]
         case Left(worker):
             return state.without(worker), [_log_event(state, "worker_left", worker)]
+        case Closed(worker):
+            return _closed(state, worker, now_s)
         case Lost(worker, reason):
-            return _lost(state, [worker], reason)
+            return _lost(state, [worker], reason, now_s)
         case NodeLost(node, reason):
             state = replace(state, draining_nodes={n: t for n, t in state.draining_nodes.items() if n != node})
-            return _lost(state, [w for w, s in state.records.items() if s.member.node == node], reason)
+            return _lost(state, [w for w, s in state.records.items() if s.member.node == node], reason, now_s)
         case Drain():
             return _drain(state, event, now_s, config)
         case Stop(reason):
@@ -144,7 +180,10 @@ def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) ->
 
 
 def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> Observed:
-    """Register a worker, unless it is to be turned away, and tell it the newest state of its view."""
+    """Register a worker, unless it is to be turned away, and tell it the newest state of its view.
+
+    A worker of an older view is taken in with its state: it leaves that view, and joins the next one.
+    """
     worker = event.worker
     if worker in state.removed:
         return state, [Evict(worker, "no longer a member")]
@@ -154,22 +193,35 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> O
     if event.view is not None and _adoptable(state, event):
         state = _adopt(state, event, now_s, config)
         commands.append(LogEvent("adopted", reason=f"generation {state.generation - ADOPTION_GAP} of {worker}"))
-    if event.view is not None and not state.in_view(worker):
-        return state.without(worker), [*commands, Evict(worker, "the run went on without it")]
+    returns = False
     if worker not in state.records:
         until_s = state.draining_nodes.get(event.node)
         if until_s is not None:
             return state, [*commands, Release(worker)]
         member = Member(worker, event.node, event.pid, slots=event.slots)
-        record = WorkerRecord(member, now_s if event.ready else None, now_s, last_progress_s=now_s)
-        state = replace(state, records={**state.records, worker: record})
-    state = state.with_record(worker, last_heard_s=now_s, missing=False)
+        away = state.absent.get(worker)
+        returns = away is not None
+        record = WorkerRecord(
+            member,
+            now_s if event.ready else None,
+            now_s,
+            last_progress_s=now_s,
+            incarnation=away.incarnation + 1 if away is not None else 0,
+        )
+        absent = {w: a for w, a in state.absent.items() if w != worker}
+        state = replace(state, records={**state.records, worker: record}, absent=absent)
+    bears_state = event.entered > 0 or state.records[worker].bears_state
+    state = state.with_record(worker, last_heard_s=now_s, missing=False, closed_s=None, bears_state=bears_state)
     state = replace(state, step=max(state.step, event.step))
-    commands += [Welcome(worker), _log_event(state, "worker_connected", worker)]
+    commands += [Welcome(worker), _log_event(state, "worker_readmitted" if returns else "worker_connected", worker)]
     view = state.view
+    if event.view is not None and not state.in_view(worker):
+        generation = event.view.generation
+        state = replace(state, generation=max(state.generation, generation))
+        commands.append(Pause(generation, (worker,), "the run went on without it; it joins again with its state"))
     if view is not None and view.rank_of(worker) is not None:
         if event.entered == view.generation:
-            state = replace(state, entered=state.entered | {worker})
+            state = _with_entered(state, worker)
         if event.view is None or event.view.generation < view.generation:
             commands.append(Publish(view, False, "re-registered", (worker,)))
         if state.phase == WAITING:
@@ -177,6 +229,26 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> O
         if state.stopping:
             commands.append(StopAll((worker,)))
     return state, commands
+
+
+def _with_entered(state: State, worker: str) -> State:
+    """The state after a member has entered the newest view."""
+    state = replace(state, entered=state.entered | {worker})
+    assert state.view is not None
+    return replace(state, worked=frozenset(m.worker for m in state.view.members)) if state.all_entered else state
+
+
+def _closed(state: State, worker: str, now_s: float) -> Observed:
+    """Note that a connection has closed. A member may come back; another worker registers anew."""
+    record = state.records.get(worker)
+    if record is None:
+        return state, []
+    if record.released or record.finished or state.over:
+        return state.without(worker), [_log_event(state, "worker_left", worker, "connection closed")]
+    line = _log_event(state, "worker_disconnected", worker, "connection closed")
+    if not state.in_view(worker):
+        return state.unproven(worker, now_s), [line]
+    return state.with_record(worker, closed_s=now_s), [line]
 
 
 def _adoptable(state: State, event: Hello) -> bool:
@@ -214,18 +286,20 @@ def _adopt(state: State, event: Hello, now_s: float, config: ElasticConfig) -> S
     )
 
 
-def _lost(state: State, workers: Sequence[str], reason: str) -> Observed:
+def _lost(state: State, workers: Sequence[str], reason: str, now_s: float) -> Observed:
     """The state without these workers. A worker that had finished or was released has left as planned."""
     commands: list[Command] = []
     for worker in workers:
         record = state.records.get(worker)
         if record is None:
-            state = replace(state, removed=state.removed | {worker})
+            state = state.without(worker)
             continue
         planned = record.released or record.finished or state.over
         commands.append(_log_event(state, "worker_left" if planned else "worker_lost", worker, reason))
         if not planned:
             commands.append(Evict(worker, reason))
+            state, told = note_death(state, worker, now_s)
+            commands += told
         state = state.without(worker)
     return state, commands
 

@@ -13,7 +13,7 @@ from typing import Any
 from elastic_moe.control import events as ev
 from elastic_moe.types import View
 
-VERSION = 1  # of the protocol; every change of a message raises it
+VERSION = 2  # of the protocol; every change of a message raises it
 
 JsonObject = Mapping[str, Any]
 
@@ -60,11 +60,15 @@ class ReadyMessage:
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatMessage:
-    """A sign of life. `progress` grows within a generation whenever the main thread gets on."""
+    """A sign of life. `progress` grows within a generation whenever the main thread gets on.
+
+    `sent_s`: time on the worker's own clock; the coordinator's answer brings it back.
+    """
 
     generation: int
     step: int
     progress: int
+    sent_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,13 @@ class FinishedMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class FailingMessage:
+    """The worker's program has failed, and its process is about to end. Its state is lost."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class LeftMessage:
     """The worker ends because no view contains it any more."""
 
@@ -133,6 +144,7 @@ WorkerMessage = (
     | EventMessage
     | ShardMessage
     | FinishedMessage
+    | FailingMessage
     | LeftMessage
 )
 
@@ -144,6 +156,13 @@ class WelcomeMessage:
     """The worker is registered. `version`: the version of the protocol that the coordinator speaks."""
 
     version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class AliveMessage:
+    """The answer to a heartbeat: the worker is registered. `sent_s`: of the heartbeat; the lease counts from there."""
+
+    sent_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +213,14 @@ class StopMessage:
 
 
 CoordinatorMessage = (
-    WelcomeMessage | ViewMessage | PauseMessage | ProbeMessage | ReleaseMessage | EvictedMessage | StopMessage
+    WelcomeMessage
+    | AliveMessage
+    | ViewMessage
+    | PauseMessage
+    | ProbeMessage
+    | ReleaseMessage
+    | EvictedMessage
+    | StopMessage
 )
 
 # --- between a member of a group that forms and the rendezvous ------------------------------------------------------
@@ -269,7 +295,14 @@ Request = DrainRequest | WorkerLostRequest | NodeLostRequest | StopRequest
 # --- messages and requests as events of the membership machine --------------------------------------------------------
 
 MembershipMessage = (
-    HelloMessage | ReadyMessage | HeartbeatMessage | SuspectMessage | EnteredMessage | FinishedMessage | LeftMessage
+    HelloMessage
+    | ReadyMessage
+    | HeartbeatMessage
+    | SuspectMessage
+    | EnteredMessage
+    | FinishedMessage
+    | FailingMessage
+    | LeftMessage
 )
 
 
@@ -289,6 +322,8 @@ def event_of_message(worker: str, message: MembershipMessage) -> ev.Event:
             return ev.Entered(worker, generation)
         case FinishedMessage():
             return ev.Finished(worker)
+        case FailingMessage(error):
+            return ev.Lost(worker, error)
         case LeftMessage():
             return ev.Left(worker)
 
@@ -319,10 +354,12 @@ FROM_WORKER: Mapping[str, type[WorkerMessage]] = {
     "event": EventMessage,
     "shard": ShardMessage,
     "finished": FinishedMessage,
+    "failing": FailingMessage,
     "left": LeftMessage,
 }
 FROM_COORDINATOR: Mapping[str, type[CoordinatorMessage]] = {
     "welcome": WelcomeMessage,
+    "alive": AliveMessage,
     "view": ViewMessage,
     "pause": PauseMessage,
     "probe": ProbeMessage,

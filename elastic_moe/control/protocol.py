@@ -9,7 +9,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import product
@@ -38,11 +38,14 @@ class Status:
         committed: newest step whose update its state contains.
         reduced: step of the reduced gradients that it has for all units that it owns or mirrors; -1 if it has none.
         voted: newest step whose vote it knows the result of.
+        timeline: generation in which the state was last read from storage or initialised. States of two timelines never
+            mix, also at the same step.
     """
 
     committed: int
     reduced: int
     voted: int
+    timeline: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,13 @@ class Recovery:
         committed: the step that the state of all survivors is at afterwards.
         forward: indices of the survivors that roll forward: they apply the vote of `committed`.
         stale: indices of the survivors too far behind to roll forward; they count as holding nothing.
+        timeline: of the state of the others.
     """
 
     committed: int
     forward: tuple[int, ...]
     stale: tuple[int, ...]
+    timeline: int = 0
 
     @property
     def redo(self) -> int:
@@ -95,6 +100,34 @@ def recover(survivors: Sequence[Status]) -> Recovery:
     )
     stale = tuple(i for i, s in enumerate(survivors) if s.committed != committed and i not in forward)
     return Recovery(committed, forward, stale)
+
+
+def choose(survivors: Sequence[Status], complete: Callable[[Sequence[int]], bool]) -> Recovery:
+    """The newest step at which some survivors together hold the whole state.
+
+    Survivors of one view agree by `recover`. Workers that were cut off and came back may be of another timeline, or far
+    behind. They count only if the others lack state that they have.
+
+    Args:
+        survivors: reports of all living ranks, at least one.
+        complete: whether the survivors with these indices hold every unit.
+
+    Returns:
+        The way to that step; if no step is complete, the way to the newest one, for the report of the lost steps.
+    """
+    options: list[tuple[Recovery, bool]] = []
+    for timeline in {s.timeline for s in survivors}:
+        members = [i for i, s in enumerate(survivors) if s.timeline == timeline]
+        newest = recover([survivors[i] for i in members])
+        forward = tuple(members[k] for k in newest.forward)
+        good = [i for k, i in enumerate(members) if k not in newest.stale]
+        ways = [(newest.committed, forward, good)]
+        for step in {survivors[i].committed for i in members} - {newest.committed}:
+            ways.append((step, (), [i for i in members if survivors[i].committed == step]))
+        for step, ahead, holders in ways:
+            stale = tuple(i for i in range(len(survivors)) if i not in holders)
+            options.append((Recovery(step, ahead, stale, timeline), complete(holders)))
+    return max(options, key=lambda option: (option[1], option[0].committed, option[0].timeline))[0]
 
 
 def reachable(phases: Sequence[Phase]) -> bool:

@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from elastic_moe.config.schema import ElasticConfig
-from elastic_moe.control.events import Command, End, Evict, LogEvent, Pause, Publish, Release
+from elastic_moe.control.doubt import may_start_from_storage, remove_hung, remove_in_doubt, waits_for_absent
+from elastic_moe.control.events import Command, End, LogEvent, Pause, Publish, Release
 from elastic_moe.control.state import FAILED, FINISHED, FINISHING, RUNNING, WAITING, State
 from elastic_moe.types import Member, View
 
+ASIDE_S = 10.0  # a newcomer with which no view forms stays outside for so long, and twice as long each further time
+MAX_ASIDE_S = 300.0
+REFORMS_WITH_NEWCOMERS = 3  # views in a row that failed before newcomers are left out
 START_GRACE_S = 30.0  # after the first worker is ready, wait this long for the target number
 FINISH_GRACE_S = 10.0  # after the first worker finished, wait this long for the others
 REFORM_GRACE_S = 0.3  # a suspicion may be the first sign of a death; its closed connection arrives within this
@@ -28,46 +32,15 @@ def apply_rules(state: State, now_s: float, config: ElasticConfig) -> RuleResult
     """Apply the rules. Returns the state, the commands and their reason."""
     if state.over:
         return state, [], ""
-    state, commands = _evict(state, now_s, config)
+    state, in_doubt = remove_in_doubt(state, now_s, config)
+    state, hung = remove_hung(state, now_s, config)
+    commands = in_doubt + hung
     for rule in (_finish, _start, _survive, _resume, _reform, _plan):
         result = rule(state, now_s, config)
         if result is not None:
             state, more, reason = result
             return state, commands + more, reason
     return state, commands, commands[0].reason if commands and isinstance(commands[0], LogEvent) else ""
-
-
-# --- evictions --------------------------------------------------------------------------------------------------------
-
-
-def _evict(state: State, now_s: float, config: ElasticConfig) -> tuple[State, list[Command]]:
-    """Evict silent workers, hung members, and workers whose drain deadline has passed."""
-    reasons: dict[str, str] = {}
-    for worker, record in state.records.items():
-        if now_s - record.last_heard_s > config.heartbeat_timeout_s:
-            reasons[worker] = f"silent for {config.heartbeat_timeout_s:g} s"
-        elif record.drain_s is not None and now_s > record.drain_s and not record.released:
-            reasons[worker] = "drain deadline passed"
-    for worker in _hung(state, now_s, config):
-        reasons.setdefault(worker, f"no progress for {config.hang_timeout_s:g} s while others waited")
-    commands: list[Command] = []
-    for worker, reason in reasons.items():
-        member = state.records[worker].member
-        commands += [LogEvent("worker_evicted", worker, member.node, member.pid, reason), Evict(worker, reason)]
-        state = state.without(worker)
-    return state, commands
-
-
-def _hung(state: State, now_s: float, config: ElasticConfig) -> list[str]:
-    """Members whose main thread stands still at the least advanced point, while another member has come further."""
-    workers = state.view_workers
-    if state.phase != RUNNING or not workers:
-        return []
-    progress = [state.records[w].last_progress for w in workers]
-    if min(progress) == max(progress):
-        return []
-    last = [state.records[w] for w in workers if state.records[w].last_progress == min(progress)]
-    return [record.member.worker for record in last if now_s - record.last_progress_s > config.hang_timeout_s]
 
 
 # --- the end of the run -----------------------------------------------------------------------------------------------
@@ -88,7 +61,7 @@ def _finish(state: State, now_s: float, config: ElasticConfig) -> RuleResult | N
     if state.stopping and state.phase == WAITING:
         return _end(state, FINISHED, state.reason)
     if state.phase == WAITING and state.waiting_s is not None and now_s - state.waiting_s > config.wait_below_min_s:
-        reason = f"fewer than elastic.min_workers={config.min_workers} workers for {config.wait_below_min_s:g} s"
+        reason = f"{state.reason} for {config.wait_below_min_s:g} s (elastic.min_workers={config.min_workers})"
         return _end(state, FAILED, reason)
     if state.reforms > MAX_REFORMS:
         return _end(state, FAILED, f"{MAX_REFORMS} views in a row could not be entered")
@@ -111,13 +84,15 @@ def _start(state: State, now_s: float, config: ElasticConfig) -> RuleResult | No
         return None
     if state.waiting_s is None:
         state = replace(state, waiting_s=now_s)
-    ready = _joiners(state)
+    ready = _joiners(state, now_s)
     since_s = [s for w in ready if (s := state.records[w].ready_s) is not None]
     enough = len(ready) >= min_workers(config) and now_s - min(since_s) >= START_GRACE_S
     if len(ready) < max(min_workers(config), min(state.target, max_workers(state, config))) and not enough:
         return state, [], ""
-    members = [state.records[w].member for w in ready[: max_workers(state, config)]]
-    return _publish(state, members, True, "start", now_s)
+    ready = ready[: max_workers(state, config)]
+    if _lacking(state, ready, now_s, config):
+        return state, [], ""
+    return _publish(state, [state.records[w].member for w in ready], True, "start", now_s)
 
 
 def _survive(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
@@ -127,9 +102,10 @@ def _survive(state: State, now_s: float, config: ElasticConfig) -> RuleResult | 
     dead = [m.worker for m in state.view.members if m.worker not in state.records]
     reason = "lost " + ", ".join(dead)
     survivors = state.view_workers
-    if len(survivors) >= min_workers(config):
+    lacking = _lacking(state, survivors, now_s, config)
+    if not lacking:
         return _publish(state, _members(state, survivors, config), False, reason, now_s)
-    reason += f"; {len(survivors)} left, waiting for elastic.min_workers={config.min_workers}"
+    reason += f"; {len(survivors)} left, waiting for {lacking}"
     generation = state.view.generation
     state = replace(state, phase=WAITING, reason=reason, waiting_s=now_s, suspected_s=None)
     state, published, why = _resume(state, now_s, config) or (state, [], "")
@@ -142,10 +118,10 @@ def _resume(state: State, now_s: float, config: ElasticConfig) -> RuleResult | N
     """End a pause once survivors and newcomers together are enough."""
     if state.view is None or state.phase != WAITING:
         return None
-    workers = (*state.view_workers, *_joiners(state))
-    if len(workers) < min_workers(config):
-        return None
+    workers = (*state.view_workers, *_joiners(state, now_s))
     workers = workers[: max(max_workers(state, config), len(state.view_workers))]
+    if _lacking(state, workers, now_s, config) or waits_for_absent(state, workers, now_s, config):
+        return None
     return _publish(state, _members(state, workers, config), False, "enough workers again", now_s)
 
 
@@ -170,8 +146,33 @@ def _reform(state: State, now_s: float, config: ElasticConfig) -> RuleResult | N
         reason, hung = f"nobody progressed for {config.hang_timeout_s:g} s", True
     if not reason:
         return None
-    members = _members(state, state.view_workers, config)
-    return _publish(replace(state, reforms=state.reforms + 1), members, False, reason, now_s, keep_progress=not hung)
+    left_out = _left_out(state, now_s, config)
+    commands: list[Command] = []
+    for worker in left_out:
+        record = state.records[worker]
+        pause_s = min(MAX_ASIDE_S, ASIDE_S * 2.0**record.aside)
+        why = f"no view forms with it; it stays outside for {pause_s:g} s"
+        commands.append(LogEvent("worker_set_aside", worker, record.member.node, record.member.pid, why))
+        state = state.with_record(worker, aside_until_s=now_s + pause_s, aside=record.aside + 1)
+    staying = [w for w in state.view_workers if w not in left_out]
+    reason += f", without {', '.join(left_out)}" if left_out else ""
+    state = replace(state, reforms=0 if left_out else state.reforms + 1)
+    members = _members(state, staying, config)
+    state, published, _ = _publish(state, members, False, reason, now_s, keep_progress=not hung, also=left_out)
+    return state, commands + published, reason
+
+
+def _left_out(state: State, now_s: float, config: ElasticConfig) -> tuple[str, ...]:
+    """Members to leave out of the next view, because the newest one does not form with them.
+
+    After `REFORMS_WITH_NEWCOMERS` failures in a row, all newcomers are left out: the run falls back to the members of
+    the last view that worked.
+    """
+    newcomers = tuple(w for w in state.view_workers if w not in state.worked)
+    staying = [w for w in state.view_workers if w in state.worked]
+    if state.reforms < REFORMS_WITH_NEWCOMERS or not staying or _lacking(state, staying, now_s, config):
+        return ()
+    return newcomers
 
 
 def _plan(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
@@ -182,14 +183,15 @@ def _plan(state: State, now_s: float, config: ElasticConfig) -> RuleResult | Non
         return None
     handed_over = [m.worker for m in state.view.members if m.draining]
     staying = [w for w in state.view_workers if w not in handed_over]
-    joiners = _joiners(state)
+    joiners = _joiners(state, now_s)
     oldest_s = min((s for w in joiners if (s := state.records[w].ready_s) is not None), default=now_s)
     leaving = [w for w in staying if state.records[w].drain_s is not None]
     if not leaving and now_s - oldest_s < config.join_settle_s:
         joiners = []
     joiners = joiners[: max(0, max_workers(state, config) - len(staying) + len(leaving))]
     members = _members(state, [*staying, *joiners], config)
-    if tuple(members) == state.view.members or sum(not m.draining for m in members) < min_workers(config):
+    active = [m.worker for m in members if not m.draining]
+    if tuple(members) == state.view.members or _lacking(state, active, now_s, config):
         return None
     causes = {
         "join": bool(joiners),
@@ -206,7 +208,13 @@ def _plan(state: State, now_s: float, config: ElasticConfig) -> RuleResult | Non
 
 
 def _publish(
-    state: State, members: Sequence[Member], planned: bool, reason: str, now_s: float, keep_progress: bool = False
+    state: State,
+    members: Sequence[Member],
+    planned: bool,
+    reason: str,
+    now_s: float,
+    keep_progress: bool = False,
+    also: Sequence[str] = (),
 ) -> RuleResult:
     """The state with a new view of these members, and the command to send it.
 
@@ -217,13 +225,14 @@ def _publish(
         reason: cause of the view.
         now_s: monotonic seconds.
         keep_progress: the view does not count as progress of its members, so a hung one is found without delay.
+        also: workers outside the view whose collectives it ends.
     """
     view = View(state.generation + 1, tuple(members))
     records = dict(state.records)
     for member in members:
         if not keep_progress:
             records[member.worker] = replace(records[member.worker], last_progress_s=now_s)
-    recipients = [m.worker for m in members]
+    recipients = [*(m.worker for m in members), *also]
     if not planned:  # a released worker that waits in a collective of an older view must be interrupted too
         recipients += [w for w, record in records.items() if record.released]
     state = replace(
@@ -251,13 +260,35 @@ def _members(state: State, workers: Sequence[str], config: ElasticConfig) -> lis
     return [replace(state.records[w].member, draining=w in draining) for w in workers]
 
 
-def _joiners(state: State) -> list[str]:
-    """Workers that are ready and wait outside the view, in order of arrival."""
+def _joiners(state: State, now_s: float) -> list[str]:
+    """Workers that are ready and wait outside the view, in order of arrival, less those that have to stay there."""
+    members = {m.worker for m in state.view.members} if state.view else set[str]()
     return [
         w
         for w, record in state.records.items()
-        if record.ready_s is not None and not record.released and record.drain_s is None and not state.in_view(w)
+        if record.ready_s is not None
+        and not record.released
+        and record.drain_s is None
+        and record.aside_until_s <= now_s
+        and w not in members
+        and not _in_backoff(state, record.member.node, now_s)
     ]
+
+
+def _in_backoff(state: State, node: str, now_s: float) -> bool:
+    return node in state.backoff and now_s < state.backoff[node].until_s
+
+
+def _lacking(state: State, workers: Sequence[str], now_s: float, config: ElasticConfig) -> str:
+    """The condition that keeps these workers from going on as a view; "" if they can."""
+    if len(workers) < min_workers(config):
+        return f"elastic.min_workers={config.min_workers}"
+    slots = [state.records[w].member.slots for w in workers]
+    if all(slots) and sum(slots) < state.slots_needed:
+        return f"workers with {state.slots_needed} expert slots together: these have {sum(slots)}"
+    if not may_start_from_storage(state, workers, now_s, config):
+        return f"the lease of workers that may still commit to run out (elastic.lease_s={config.lease_s:g})"
+    return ""
 
 
 def min_workers(config: ElasticConfig) -> int:

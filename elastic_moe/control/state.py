@@ -22,6 +22,12 @@ class WorkerRecord:
         last_progress: newest (generation, step, progress) of its main thread.
         last_progress_s: time at which `last_progress` last grew.
         drain_s: deadline for its end; None if it may stay.
+        closed_s: time at which its connection closed; None while it is connected.
+        incarnation: how often it has registered after it was removed without proof of its death.
+        bears_state: it has entered a view, so it holds state.
+        joined_step: step of the run when it first entered a view; None before.
+        aside_until_s: it stays outside of views until then, because no view formed with it.
+        aside: how often it was set aside.
         missing: it is in an adopted view and has not registered with this coordinator.
         finished: it did all steps.
         released: it was told to end itself.
@@ -35,9 +41,45 @@ class WorkerRecord:
     last_progress: tuple[int, int, int] = (0, 0, 0)
     last_progress_s: float = 0.0
     drain_s: float | None = None
+    closed_s: float | None = None
+    incarnation: int = 0
+    bears_state: bool = False
+    joined_step: int | None = None
+    aside_until_s: float = 0.0
+    aside: int = 0
     missing: bool = False
     finished: bool = False
     released: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A worker that was removed without proof of its death. Its process may live and hold state.
+
+    Attributes:
+        last_heard_s: time of its last message.
+        incarnation: as in `WorkerRecord`.
+        bears_state: as in `WorkerRecord`.
+        since_s: time of its removal.
+    """
+
+    last_heard_s: float
+    incarnation: int
+    bears_state: bool
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """A node whose workers die before they make a step.
+
+    Attributes:
+        failures: such deaths in a row.
+        until_s: no worker of the node joins until then.
+    """
+
+    failures: int
+    until_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +91,20 @@ class State:
         phase: waiting (for the first view, or for enough workers), running, finishing, finished, failed.
         reason: cause of the phase.
         records: living workers by id, in order of arrival.
-        removed: ids of workers that were lost or evicted; they never come back.
+        removed: ids of workers that are dead or were evicted for good; they never come back.
+        absent: workers that were removed without proof of their death, by id; they are taken in again when they say
+            hello.
+        fence_s: until then, no view may take its state from storage: a coordinator that was restarted does not know
+            whether cut-off workers still commit.
+        slots_needed: expert slots per MoE layer that the members must have together, where their number is limited.
+        backoff: nodes whose workers die before they make a step.
         view: the newest view; `generation` is the highest number ever used and never decreases.
         entered: members that have entered the newest view.
         adopted_s: time at which a restarted coordinator took the newest view over from a worker; None if this
             coordinator published it.
         suspected_s: time of the first unexplained failure in the newest view; None if there is none.
+        worked: members of the last view that all its active members have entered.
+        in_doubt: members whose silence is waited out, because their state may be the last; told once.
         reforms: views in a row that were published only because the view before failed to work.
         waiting_s: time at which the run began to wait; None while it runs.
         draining_nodes: nodes that take no new workers, with the time until which this holds.
@@ -69,11 +119,17 @@ class State:
     reason: str = "waiting for workers"
     records: Mapping[str, WorkerRecord] = field(default_factory=dict[str, WorkerRecord])
     removed: frozenset[str] = frozenset()
+    absent: Mapping[str, Absent] = field(default_factory=dict[str, Absent])
+    fence_s: float = 0.0
+    slots_needed: int = 0
+    backoff: Mapping[str, Backoff] = field(default_factory=dict[str, Backoff])
     view: View | None = None
     generation: int = 0
     entered: frozenset[str] = frozenset()
     adopted_s: float | None = None
     suspected_s: float | None = None
+    worked: frozenset[str] = frozenset()
+    in_doubt: frozenset[str] = frozenset()
     reforms: int = 0
     waiting_s: float | None = None
     draining_nodes: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -109,5 +165,15 @@ class State:
 
     def without(self, worker: str) -> State:
         """The state with a worker removed for good."""
-        records = {name: record for name, record in self.records.items() if name != worker}
-        return replace(self, records=records, removed=self.removed | {worker})
+        absent = {name: away for name, away in self.absent.items() if name != worker}
+        return replace(self.forgetting(worker), removed=self.removed | {worker}, absent=absent)
+
+    def forgetting(self, worker: str) -> State:
+        """The state without a worker's record. It may register again."""
+        return replace(self, records={name: record for name, record in self.records.items() if name != worker})
+
+    def unproven(self, worker: str, now_s: float) -> State:
+        """The state with a worker removed that may still live."""
+        record = self.records[worker]
+        away = Absent(record.last_heard_s, record.incarnation, record.bears_state, now_s)
+        return replace(self.forgetting(worker), absent={**self.absent, worker: away})

@@ -95,6 +95,8 @@ class Membership:
 
     def receive(self, worker: str, message: msg.WorkerMessage) -> None:
         """Take in a message of a worker."""
+        if worker not in self._state.records and not isinstance(message, msg.HelloMessage):
+            return  # it was removed: nothing that it says counts until it registers again
         match message:
             case msg.RecordMessage(record):
                 if record["step"] >= self._last_record.get("step", -1):
@@ -106,13 +108,15 @@ class Membership:
                 hand_over(self._on_shard, dict(shard) | {"worker": worker})
             case _:
                 self.observe(msg.event_of_message(worker, message))
+                if isinstance(message, msg.HeartbeatMessage) and worker in self._state.records:
+                    self._connections.send((worker,), msg.AliveMessage(message.sent_s))
                 if isinstance(message, msg.EnteredMessage):
                     self._log.entered(self._state, self._step, worker, message.generation, message.info or {})
 
     def observe(self, event: ev.Event) -> None:
         """Let the machine decide, and carry its commands out."""
         self._state, commands, _ = transition(self._state, event, time.monotonic(), self._config)
-        if isinstance(event, ev.Lost):
+        if isinstance(event, ev.Lost) or (isinstance(event, ev.Hello) and event.worker in self._state.records):
             self._evicted.pop(event.worker, None)
         for command in commands:
             self._carry_out(command)
@@ -133,8 +137,13 @@ class Membership:
             "workers": len(state.records),
             "members": [[m.worker, m.node, m.pid, m.draining] for m in view.members] if view else [],
             "entered": state.all_entered,
-            "evicted": list(self._evicted),
+            "evicted": [w for w in self._evicted if self._is_given_up(w)],
         }
+
+    def _is_given_up(self, worker: str) -> bool:
+        """Whether an evicted worker may be killed: one that was only silent may come back while its lease lasts."""
+        away = self._state.absent.get(worker)
+        return away is None or time.monotonic() - away.since_s > self._config.lease_s
 
     @property
     def _step(self) -> int:
@@ -159,6 +168,8 @@ class Membership:
                 send(workers, msg.StopMessage())
             case ev.Evict(worker, reason):
                 send((worker,), msg.EvictedMessage(reason))
+                self._connections.disconnect(worker)
+            case ev.Disconnect(worker):
                 self._connections.disconnect(worker)
             case ev.LogEvent(name, worker):
                 if name == "worker_evicted":

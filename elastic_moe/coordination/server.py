@@ -162,7 +162,7 @@ class ControlServer:
             if worker and self._writers.get(worker) is writer:
                 del self._writers[worker]
                 if not self._stopping.is_set():
-                    self._guard(lambda: self._membership.observe(ev.Lost(worker)))
+                    self._guard(lambda: self._membership.observe(ev.Closed(worker)))
 
     async def _admitted(self, lines: LineReader, writer: asyncio.StreamWriter) -> msg.HelloMessage | None:
         """The first message of a connection, or None after the peer was told why it is turned away.

@@ -20,6 +20,10 @@ def format_event(event: dict[str, Any]) -> str | None:
             )
         case "view" if event["generation"] > 1 and event["planned"]:
             return f"{step}: {_short(event['reason'])}"
+        case "worker_readmitted":
+            return f"{step}: the worker with process id {event.get('pid')} is back, with its state"
+        case "worker_set_aside" | "members_in_doubt" | "node_backoff":
+            return f"{step}: {_short(event.get('reason', ''))}"
         case "pause":
             return f"{step}: waiting: {_short(event.get('reason', ''))}"
         case "checkpoint_failed":

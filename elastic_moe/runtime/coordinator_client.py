@@ -18,10 +18,12 @@ from typing import Any
 
 from elastic_moe.control import messages as msg
 from elastic_moe.control.codec import VersionMismatch, decode_from_coordinator, encode
+from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.runtime.mailbox import Inbox, Outbox
 from elastic_moe.types import View
 
 RETRY_S = 0.1
+HOLD_POLL_S = 0.05
 CONNECT_TIMEOUT_S = 3.0
 SEND_TIMEOUT_S = 30.0  # a coordinator that reads nothing for so long counts as lost
 DRAIN_TIMEOUT_S = 1.0  # at a close, for the coordinator to read the last messages
@@ -67,7 +69,7 @@ class Registration:
 
     def heartbeat(self, generation: int) -> msg.HeartbeatMessage:
         step, progress = self.progress()
-        return msg.HeartbeatMessage(generation, step, progress)
+        return msg.HeartbeatMessage(generation, step, progress, time.monotonic())
 
 
 class CoordinatorClient:
@@ -78,15 +80,25 @@ class CoordinatorClient:
         token: shared secret of the run.
         worker, node, pid, slots: who this is, as in `Member`.
         heartbeat_s: seconds between two heartbeats.
+        lease_s: `hold_while_cut_off` waits once the coordinator was not heard for so many seconds.
 
     Attributes:
         worker: this worker's id.
     """
 
     def __init__(
-        self, find: Find, token: str, worker: str, node: str, pid: int, slots: int = 0, heartbeat_s: float = 0.5
+        self,
+        find: Find,
+        token: str,
+        worker: str,
+        node: str,
+        pid: int,
+        slots: int = 0,
+        heartbeat_s: float = 0.5,
+        lease_s: float = 30.0,
     ) -> None:
         self.worker = worker
+        self._lease_s = lease_s
         self._inbox = Inbox(worker)
         self._registration = Registration(token, worker, node, pid, slots)
         self._connection = ConnectionThread(find, self._registration, self._inbox, heartbeat_s)
@@ -117,6 +129,26 @@ class CoordinatorClient:
             Evicted: the coordinator no longer counts this worker as a member.
         """
         return self._inbox.wait_view(after_generation)
+
+    def hold_while_cut_off(self, abort: AbortSignal) -> None:
+        """Return at once while the lease lasts; else wait for a sign of the coordinator, and keep the state.
+
+        A worker calls it before it votes. So no step is committed by workers that the coordinator has given up, and may
+        have replaced from storage. The end of the generation ends the wait too.
+
+        Raises:
+            GroupAborted: the generation is over.
+        """
+        told = False
+        while time.monotonic() - self._inbox.heard_s > self._lease_s:
+            if not told:
+                told = True
+                logger.warning(
+                    "the coordinator was not heard for %g s (elastic.lease_s): this worker commits no step until it is",
+                    self._lease_s,
+                )
+            abort.wait(HOLD_POLL_S)
+            abort.check()
 
     def begin_view(
         self, view: View, on_abort: Callable[[str], None], progress: Callable[[], tuple[int, int]] | None = None
@@ -158,6 +190,10 @@ class CoordinatorClient:
     def shard(self, shard: Mapping[str, Any]) -> None:
         """A checkpoint shard is written."""
         self._outbox.add(msg.ShardMessage(shard))
+
+    def failing(self, error: str) -> None:
+        """The program of this worker has failed. Said first, so that the others need not wait for its end."""
+        self._outbox.add(msg.FailingMessage(error))
 
     def left(self) -> None:
         """This worker ends because no view contains it any more."""

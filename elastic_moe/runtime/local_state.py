@@ -19,6 +19,7 @@ class LocalState:
 
     Attributes:
         committed: last step whose update is in the held state; -1 before any state exists.
+        timeline: generation in which the state was last read from storage or initialised; 0 before.
         reduced: step whose reduced gradients are complete here (own and mirrored); -1 for none.
         vote: result of the last committed step's vote; None if the state came from a checkpoint or is new.
         evaluated: last step that was evaluated.
@@ -27,6 +28,7 @@ class LocalState:
     """
 
     committed: int = -1
+    timeline: int = 0
     reduced: int = -1
     vote: VoteResult | None = None
     evaluated: int = -1
@@ -41,4 +43,5 @@ class LocalState:
         it knows the last vote. So it never counts as a rank that can roll forward.
         """
         voted = self.committed if self.vote is None else self.vote.step
-        return Status(self.committed, self.reduced, voted) if self.holdings else Status(-1, -1, voted)
+        known = (self.committed, self.reduced) if self.holdings else (-1, -1)
+        return Status(*known, voted, self.timeline)

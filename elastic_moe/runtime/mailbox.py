@@ -6,12 +6,14 @@ those that may have to be sent again.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
 
 from elastic_moe.control.codec import encode
 from elastic_moe.control.messages import (
+    AliveMessage,
     CoordinatorMessage,
     EvictedMessage,
     FinishedMessage,
@@ -20,6 +22,7 @@ from elastic_moe.control.messages import (
     ReleaseMessage,
     ShardMessage,
     StopMessage,
+    SuspectMessage,
     ViewMessage,
     WorkerMessage,
 )
@@ -40,6 +43,7 @@ class Inbox:
         evicted: why the worker is no member any more; "" while it may be one.
         stop_requested: the run should end after the step in flight.
         generation: generation that the main thread lives in; 0 before the first.
+        heard_s: monotonic time at which the newest heartbeat was sent that the coordinator has answered.
     """
 
     def __init__(self, worker: str) -> None:
@@ -49,6 +53,7 @@ class Inbox:
         self.evicted = ""
         self.stop_requested = False
         self.generation = 0
+        self.heard_s = -math.inf
         self._unplanned = 0  # newest generation that must not wait for a step boundary
         self._paused = 0  # newest generation that was paused
         self._released = False
@@ -92,6 +97,9 @@ class Inbox:
 
     def receive(self, message: CoordinatorMessage) -> None:
         """Take in a message, and interrupt the main thread if its generation is over."""
+        if isinstance(message, AliveMessage):
+            self.heard_s = max(self.heard_s, message.sent_s)
+            return
         with self._changed:
             match message:
                 case ViewMessage(view, planned):
@@ -131,7 +139,7 @@ class Outbox:
     """Messages to the coordinator, in order.
 
     A coordinator that died may never have read its last messages. Records and shard reports are therefore kept after
-    they were sent, and so is the worker's `finished`; the receiver drops those that it has.
+    they were sent, and so are the worker's `finished` and its last `suspect`; the receiver drops those that it has.
 
     Args:
         wake: called after a message was added.
@@ -142,7 +150,7 @@ class Outbox:
         self._lock = threading.Lock()
         self._waiting: deque[tuple[WorkerMessage, bytes]] = deque()
         self._recent: deque[bytes] = deque(maxlen=RECENT)
-        self._finished = b""
+        self._last: dict[type, bytes] = {}
         self._empty = threading.Event()
         self._empty.set()
 
@@ -167,7 +175,7 @@ class Outbox:
     def resent(self) -> bytes:
         """Messages that were sent on an older connection and may have been lost with it."""
         with self._lock:
-            return b"".join(self._recent) + self._finished
+            return b"".join([*self._recent, *self._last.values()])
 
     def waiting(self) -> list[bytes]:
         """Messages that were not sent yet."""
@@ -181,8 +189,8 @@ class Outbox:
                 message, line = self._waiting.popleft()
                 if isinstance(message, RecordMessage | ShardMessage):
                     self._recent.append(line)
-                elif isinstance(message, FinishedMessage):
-                    self._finished = line
+                elif isinstance(message, FinishedMessage | SuspectMessage):
+                    self._last[type(message)] = line
             if not self._waiting:
                 self._empty.set()
 

@@ -8,14 +8,14 @@ state until every rank has confirmed its new share, so a death in the middle of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from elastic_moe.config.schema import ElasticConfig
-from elastic_moe.control.protocol import Recovery, Status, recover
+from elastic_moe.control.protocol import Recovery, Status, choose
 from elastic_moe.control.vote import VoteResult, VoteShape, pack, packed_size, unpack
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.parallel.collectives.group import Group
@@ -74,7 +74,7 @@ def agree(
 ) -> tuple[np.ndarray, Recovery]:
     """Bring all living ranks to the newest committed step; collective.
 
-    The ranks gather their reports. `control.protocol.recover` decides where they meet, and this function carries it
+    The ranks gather their reports. `control.protocol.choose` decides where they meet, and this function carries it
     out: ranks that roll forward receive the vote's result and apply it; a stale rank counts as holding nothing.
 
     Args:
@@ -88,23 +88,24 @@ def agree(
         roles_RU: uint8 [R, U], the role in which each rank holds each unit at the agreed step.
         decision: the agreed step (-1 if no rank has state), and the ranks that roll forward.
     """
-    mine = local.status
-    report = torch.tensor([mine.committed, mine.reduced, mine.voted, local.evaluated], dtype=torch.int64)
-    reports_R4 = group.all_gather(report).tolist()
+    report = torch.tensor([*astuple(local.status), local.evaluated], dtype=torch.int64)
+    reports_R5 = group.all_gather(report).tolist()
     roles_U = merge_roles(local.holdings) if local.holdings else np.full(num_units, NONE, dtype=np.uint8)
     roles_RU = group.all_gather(torch.from_numpy(roles_U)).numpy().copy()
-    statuses = [Status(committed, reduced, voted) for committed, reduced, voted, _ in reports_R4]
-    decision = recover(statuses)
+    statuses = [Status(*status) for *status, _ in reports_R5]
+    decision = choose(statuses, lambda ranks: bool(roles_RU[list(ranks)].any(axis=0).all()))
     if decision.committed > 0:
-        leader = next(rank for rank, status in enumerate(statuses) if status.voted == decision.committed)
+        known = ((status.voted, status.timeline) for status in statuses)
+        leader = next(rank for rank, vote in enumerate(known) if vote == (decision.committed, decision.timeline))
         vote = _broadcast_vote(group, local.vote if group.rank == leader else None, leader, VoteShape(*shape))
         if group.rank in decision.forward:
             roll_forward(vote)
         local.vote = vote if vote.step == decision.committed else None
+    local.timeline = decision.timeline
     roles_RU[list(decision.stale)] = NONE
     if not roles_RU[group.rank].any():
         local.holdings.clear()
-    local.evaluated = max(evaluated for *_, evaluated in reports_R4)
+    local.evaluated = max(evaluated for *_, evaluated in reports_R5)
     return roles_RU, decision
 
 

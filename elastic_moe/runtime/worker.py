@@ -129,6 +129,9 @@ class Worker:
         self._client.ready()
         try:
             return {"ended": self._generations(), "committed": self._local.committed}
+        except Exception as error:
+            self._client.failing(f"{type(error).__name__}: {error}".splitlines()[0])
+            raise
         finally:
             self._writer.close()
 
@@ -168,9 +171,12 @@ class Worker:
             formed_s = time.perf_counter() - started
             context, rebalance, result = self._enter(view, group)
             self._report_entry(context, result, formed_s, time.perf_counter() - started)
-            ended = self._loop.train(
-                context, lambda: (client.superseded(view.generation), client.stop_requested), rebalance
-            )
+
+            def control_flags() -> tuple[bool, bool]:
+                client.hold_while_cut_off(abort)
+                return client.superseded(view.generation), client.stop_requested
+
+            ended = self._loop.train(context, control_flags, rebalance)
             if ended:
                 client.finished()
             return ended
@@ -247,8 +253,9 @@ def run_worker(
     Raises:
         Evicted: this worker was removed from the run and must not go on.
     """
+    elastic = config.elastic
     client = CoordinatorClient(
-        find, token, worker, node, os.getpid(), config.elastic.slots_per_worker, config.elastic.heartbeat_s
+        find, token, worker, node, os.getpid(), elastic.slots_per_worker, elastic.heartbeat_s, elastic.lease_s
     )
     client.start()
     try:

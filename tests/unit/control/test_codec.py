@@ -35,17 +35,19 @@ WORKER_MESSAGES = {
         msg.HelloMessage, WORDS, WORDS, WORDS, WHOLE, WHOLE, st.booleans(), st.none() | VIEWS, WHOLE, WHOLE
     ),
     msg.ReadyMessage: st.just(msg.ReadyMessage()),
-    msg.HeartbeatMessage: st.builds(msg.HeartbeatMessage, WHOLE, WHOLE, WHOLE),
+    msg.HeartbeatMessage: st.builds(msg.HeartbeatMessage, WHOLE, WHOLE, WHOLE, st.floats(0, 1e9)),
     msg.SuspectMessage: st.builds(msg.SuspectMessage, WHOLE, WORDS),
     msg.EnteredMessage: st.builds(msg.EnteredMessage, WHOLE, st.none() | PAYLOADS),
     msg.RecordMessage: st.builds(lambda p, step: msg.RecordMessage(p | {"step": step}), PAYLOADS, WHOLE),
     msg.EventMessage: st.builds(lambda p, name: msg.EventMessage(p | {"event": name}), PAYLOADS, WORDS),
     msg.ShardMessage: st.builds(lambda p, step: msg.ShardMessage(p | {"step": step}), PAYLOADS, WHOLE),
     msg.FinishedMessage: st.just(msg.FinishedMessage()),
+    msg.FailingMessage: st.builds(msg.FailingMessage, WORDS),
     msg.LeftMessage: st.just(msg.LeftMessage()),
 }
 COORDINATOR_MESSAGES = {
     msg.WelcomeMessage: st.just(msg.WelcomeMessage()),
+    msg.AliveMessage: st.builds(msg.AliveMessage, st.floats(0, 1e9)),
     msg.ViewMessage: st.builds(msg.ViewMessage, VIEWS, st.booleans(), WORDS, st.tuples(WORDS, WHOLE)),
     msg.PauseMessage: st.builds(msg.PauseMessage, WHOLE, WORDS),
     msg.ProbeMessage: st.just(msg.ProbeMessage()),
@@ -240,6 +242,7 @@ def test_messages_become_events() -> None:
         (msg.SuspectMessage(4, "reset"), ev.Suspect("w", 4, "reset")),
         (msg.EnteredMessage(4, {}), ev.Entered("w", 4)),
         (msg.FinishedMessage(), ev.Finished("w")),
+        (msg.FailingMessage("out of memory"), ev.Lost("w", "out of memory")),
         (msg.LeftMessage(), ev.Left("w")),
     ]
     for message, event in pairs:

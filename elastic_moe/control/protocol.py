@@ -122,8 +122,8 @@ def choose(survivors: Sequence[Status], complete: Callable[[Sequence[int]], bool
         forward = tuple(members[k] for k in newest.forward)
         good = [i for k, i in enumerate(members) if k not in newest.stale]
         ways = [(newest.committed, forward, good)]
-        for step in {survivors[i].committed for i in members} - {newest.committed}:
-            ways.append((step, (), [i for i in members if survivors[i].committed == step]))
+        older = {survivors[i].committed for i in members} - {newest.committed}
+        ways += [(step, (), [i for i in members if survivors[i].committed == step]) for step in older]
         for step, ahead, holders in ways:
             stale = tuple(i for i in range(len(survivors)) if i not in holders)
             options.append((Recovery(step, ahead, stale, timeline), complete(holders)))

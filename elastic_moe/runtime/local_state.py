@@ -19,21 +19,21 @@ class LocalState:
 
     Attributes:
         committed: last step whose update is in the held state; -1 before any state exists.
-        timeline: generation in which the state was last read from storage or initialised; 0 before.
         reduced: step whose reduced gradients are complete here (own and mirrored); -1 for none.
         vote: result of the last committed step's vote; None if the state came from a checkpoint or is new.
         evaluated: last step that was evaluated.
         records: records of the last committed steps. The next leader reports those that a dead one did not.
         holdings: the state at step `committed`. It has two entries while the state moves to its new owners.
+        timeline: generation in which the state was last read from storage or initialised; 0 before.
     """
 
     committed: int = -1
-    timeline: int = 0
     reduced: int = -1
     vote: VoteResult | None = None
     evaluated: int = -1
     records: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=RECENT_RECORDS))
     holdings: list[HeldState] = field(default_factory=list)
+    timeline: int = 0
 
     @property
     def status(self) -> Status:

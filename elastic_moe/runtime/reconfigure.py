@@ -96,11 +96,14 @@ def agree(
     decision = choose(statuses, lambda ranks: bool(roles_RU[list(ranks)].any(axis=0).all()))
     if decision.committed > 0:
         known = ((status.voted, status.timeline) for status in statuses)
-        leader = next(rank for rank, vote in enumerate(known) if vote == (decision.committed, decision.timeline))
-        vote = _broadcast_vote(group, local.vote if group.rank == leader else None, leader, VoteShape(*shape))
-        if group.rank in decision.forward:
-            roll_forward(vote)
-        local.vote = vote if vote.step == decision.committed else None
+        newest = (decision.committed, decision.timeline)
+        leader = next((rank for rank, vote in enumerate(known) if vote == newest), None)
+        vote = None
+        if leader is not None:
+            vote = _broadcast_vote(group, local.vote if group.rank == leader else None, leader, VoteShape(*shape))
+            if group.rank in decision.forward:
+                roll_forward(vote)
+        local.vote = vote if vote is not None and vote.step == decision.committed else None
     local.timeline = decision.timeline
     roles_RU[list(decision.stale)] = NONE
     if not roles_RU[group.rank].any():
@@ -212,7 +215,7 @@ class Reconfigurer:
             known = {u: UnitState.stored(self._units[u], read[self._units[u].name]) for u in needed}
         new = HeldState.build(self._units, roles, known, STATE_DEVICE)
         self._local.holdings.clear()
-        self._local.vote = None
+        self._local.vote, self._local.timeline = None, group.generation
         self._confirm(group, new, max(target, 0))
         return new, target
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -17,7 +18,8 @@ import pytest
 from elastic_moe.control.messages import DrainRequest, StopRequest, ViewMessage
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.config.schema import ElasticConfig, RunConfig, TrainConfig
-from elastic_moe.errors import Evicted
+from elastic_moe.errors import Evicted, GroupAborted
+from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
 from elastic_moe.runtime.mailbox import RECENT
 
@@ -67,7 +69,8 @@ class Bench:
         self.address = self.server.start()
 
     def client(self, worker: str, node: str = "n0", token: str = TOKEN) -> CoordinatorClient:
-        client = CoordinatorClient(lambda: self.address, token, worker, node, os.getpid(), 0, 0.05)
+        lease_s = self.config.elastic.lease_s
+        client = CoordinatorClient(lambda: self.address, token, worker, node, os.getpid(), 0, 0.05, lease_s)
         client.start()
         client.ready()
         self.clients[worker] = client
@@ -117,6 +120,13 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     assert [t.name for t in threading.enumerate() if t not in threads and t.name in ours] == []
 
 
+def reset(clients: list[CoordinatorClient]) -> None:
+    """Cut the connections of living workers, as a load balancer does; they may connect again."""
+    for client in clients:
+        connection = until(lambda client=client: client._connection.connection, "a connection")
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 def workers_of(message: ViewMessage) -> list[str]:
     return [m.worker for m in message.view.members]
 
@@ -133,11 +143,11 @@ def test_first_view_and_death(bench: Bench) -> None:
     assert workers_of(after) == [w for w in workers_of(first) if w != "b"]
     assert not after.planned
     until(lambda: bench.aborts["a"] and bench.aborts["c"], "both survivors are interrupted")
-    assert bench.names("worker_lost") == ["b"]
+    assert bench.names("worker_disconnected") == bench.names("worker_evicted") == ["b"]
 
 
-@pytest.mark.parametrize("bench", [{"target": 2, "heartbeat_timeout_s": 0.6}], indirect=True)
-def test_stopped_process_is_evicted(bench: Bench) -> None:
+@pytest.mark.parametrize("bench", [{"target": 2, "heartbeat_timeout_s": 0.6, "lease_s": 2.0}], indirect=True)
+def test_stopped_process_is_removed_and_taken_in_again(bench: Bench) -> None:
     bench.client("a")
     command = [sys.executable, "-c", PEER, str(bench.address[1] if bench.address else 0)]
     child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()})
@@ -149,7 +159,15 @@ def test_stopped_process_is_evicted(bench: Bench) -> None:
         second = wait_view(bench.clients["a"], first.view.generation)
         assert workers_of(second) == ["a"]
         assert bench.names("worker_evicted") == ["child"]
-        assert bench.server.status()["evicted"] == ["child"]
+        assert bench.server.status()["evicted"] == [], "it may come back while its lease lasts"
+        until(lambda: bench.server.status()["evicted"] == ["child"], "it is given up")
+        bench.clients["a"].begin_view(second.view, bench.aborts["a"].append)
+        bench.clients["a"].entered(second.view.generation, {"step": 0, "source": "peers"})
+        os.kill(child.pid, signal.SIGCONT)
+        third = wait_view(bench.clients["a"], second.view.generation)
+        assert workers_of(third) == ["a", "child"]
+        assert bench.names("worker_readmitted") == ["child"]
+        assert bench.server.status()["evicted"] == []
     finally:
         child.kill()
         child.wait()
@@ -263,3 +281,47 @@ def test_wrong_token_is_turned_away(bench: Bench) -> None:
     with pytest.raises(Evicted, match="token"):
         client.wait_view(0)
     assert bench.server.status()["workers"] == 0
+
+
+def test_a_reset_of_all_connections_costs_nobody_its_place(bench: Bench) -> None:
+    for worker in ("a", "b", "c"):
+        bench.client(worker)
+    first = bench.enter(["a", "b", "c"], 0)
+    until(lambda: bench.server.status()["entered"], "entered")
+    for times in (1, 2, 3):
+        reset(list(bench.clients.values()))
+        until(lambda times=times: len(bench.names("worker_connected")) == 3 * (times + 1), "all are back")
+    threading.Event().wait(1.5)  # longer than the grace of a closed connection
+    assert bench.server.status()["generation"] == first.view.generation
+    assert not any(bench.aborts.values())
+    assert bench.names("worker_evicted") == []
+
+
+@pytest.mark.parametrize("bench", [{"target": 2, "heartbeat_timeout_s": 0.5, "lease_s": 1.0}], indirect=True)
+def test_a_worker_that_is_cut_off_holds_its_vote_until_the_coordinator_is_back(bench: Bench) -> None:
+    client = bench.client("a")
+    bench.client("b")
+    bench.enter(["a", "b"], 0)
+    abort, votes = AbortSignal(), list[float]()
+
+    def train() -> None:
+        while not abort.is_set:
+            with contextlib.suppress(GroupAborted):
+                client.hold_while_cut_off(abort)
+                votes.append(time.monotonic())
+            threading.Event().wait(0.01)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        until(lambda: votes, "a vote while the coordinator is heard")
+        address, bench.address = bench.address, None
+        reset([client])
+        lost_s = time.monotonic()
+        until(lambda: time.monotonic() - votes[-1] > 1.0, "the votes end")
+        assert votes[-1] - lost_s <= 1.1, "the lease counts from the last heartbeat that was answered"
+        bench.address = address
+        until(lambda: time.monotonic() - votes[-1] < 0.5, "the votes go on")
+    finally:
+        abort.set("the test ends")
+        thread.join()

@@ -50,7 +50,10 @@ def test_kills_joins_and_leaves(tmp_path: Path, undisturbed: list[float]) -> Non
         run.signal("w1", signal.SIGKILL)
         run.wait_step(16)
         run.signal("w0", signal.SIGKILL)
-        run.wait("5 workers", lambda s: s["world_size"] == 5 and s["entered"])
+        run.wait(
+            "5 workers without the dead ones",
+            lambda s: s["world_size"] == 5 and s["entered"] and not {"w0", "w1"} & {m[0] for m in s["members"]},
+        )
         run.coordinator.submit({"event": "drain", "worker": "w2"})
         run.wait("4 workers", lambda s: s["world_size"] == 4 and s["entered"])
         run.signal("w4", signal.SIGKILL)
@@ -84,17 +87,18 @@ def test_second_death_during_the_repair_of_the_first(tmp_path: Path, undisturbed
         assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")
 
 
-def test_stopped_worker_is_evicted_and_harmless_afterwards(tmp_path: Path, undisturbed: list[float]) -> None:
-    config = with_steps(tiny_config(tmp_path / "run", CORPUS), 100)
+def test_stopped_worker_is_removed_and_comes_back_with_its_state(tmp_path: Path, undisturbed: list[float]) -> None:
+    config = with_steps(tiny_config(tmp_path / "run", CORPUS), 400)
     config.elastic.heartbeat_timeout_s = 3.0
     with LocalRun(config, 3) as run:
         run.wait_step(10)
         run.signal("w1", signal.SIGSTOP)
         run.wait("eviction", lambda s: s["world_size"] == 2)
         run.signal("w1", signal.SIGCONT)
-        run.processes["w1"].join(30)
-        assert run.processes["w1"].exitcode not in (None, 0)
+        run.wait("its return", lambda s: s["world_size"] == 3 and s["entered"])
         run.wait_end()
+        assert [e["worker"] for e in run.events() if e["event"] == "worker_readmitted"] == ["w1"]
+        assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")
         assert_same(run.losses(), undisturbed)
         assert [e["worker"] for e in run.events() if e["event"] == "worker_evicted"] == ["w1"]
 
@@ -130,3 +134,20 @@ def test_resumes_at_another_world_size(tmp_path: Path, undisturbed: list[float])
         assert len(run.losses()) == 40
         entered = [e for e in run.events() if e["event"] == "entered"]
         assert [e["source"] for e in entered] == ["initialisation", "checkpoint"]
+
+
+def test_all_stopped_at_once_lose_nothing(tmp_path: Path, undisturbed: list[float]) -> None:
+    """As when a machine sleeps: longer than the time after which a single silent worker is removed."""
+    config = with_steps(tiny_config(tmp_path / "run", CORPUS), 60)
+    config.elastic.heartbeat_timeout_s = 2.0
+    with LocalRun(config, 3) as run:
+        run.wait_step(10)
+        for worker in ("w0", "w1", "w2"):
+            run.signal(worker, signal.SIGSTOP)
+        run.wait("doubt", lambda _: any(e["event"] == "members_in_doubt" for e in run.events()))
+        for worker in ("w0", "w1", "w2"):
+            run.signal(worker, signal.SIGCONT)
+        run.wait_end()
+        assert_same(run.losses(), undisturbed)
+        assert not any(e["event"] == "worker_evicted" for e in run.events())
+        assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")

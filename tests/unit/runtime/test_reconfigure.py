@@ -74,7 +74,7 @@ def _agree(locals_R: list[LocalState], roles_RU: np.ndarray) -> list[tuple[np.nd
     reports = []
     for local in locals_R:
         mine = local.status
-        reports.append([mine.committed, mine.reduced, mine.voted, local.evaluated])
+        reports.append([mine.committed, mine.reduced, mine.voted, mine.timeline, local.evaluated])
     gathered = [torch.tensor(reports, dtype=torch.int64), torch.from_numpy(roles_RU)]
     votes = [local.vote for local in locals_R]
     results = []

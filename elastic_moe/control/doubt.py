@@ -49,7 +49,7 @@ def remove_in_doubt(state: State, now_s: float, config: ElasticConfig) -> tuple[
             commands += [LogEvent("worker_evicted", worker, member.node, member.pid, reason), Disconnect(worker)]
             state = state.unproven(worker, now_s)
     waited_for = frozenset(w for w in in_doubt if w in state.records) if last else frozenset[str]()
-    if waited_for - state.in_doubt:
+    if waited_for and not state.in_doubt:
         reason = f"no sign of {', '.join(sorted(waited_for))}, whose state may be the last: waiting for them"
         commands.append(LogEvent("members_in_doubt", reason=reason))
     return replace(state, in_doubt=waited_for), commands
@@ -120,8 +120,9 @@ def note_death(state: State, worker: str, now_s: float) -> tuple[State, list[Com
 
 
 def _is_in_doubt(state: State, worker: str, now_s: float, config: ElasticConfig) -> bool:
+    """Whether a member gives no sign. Several that fall silent together reach the time-out one after another."""
     record = state.records[worker]
-    return record.closed_s is not None or now_s - record.last_heard_s > config.heartbeat_timeout_s
+    return record.closed_s is not None or now_s - record.last_heard_s > config.heartbeat_timeout_s / 2
 
 
 def _others_hold_all(state: State, in_doubt: Sequence[str], config: ElasticConfig) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import ray
+
 from elastic_moe.actors.node_watcher import NodeWatcher
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.coordinator import RunCoordinator
@@ -30,7 +32,8 @@ class Coordinator:
         self, config: TrainConfig, token: str, target: int, host: str = "127.0.0.1", watch_nodes: bool = True
     ) -> None:
         self._token = token
-        self._run = RunCoordinator(config, token, target, host)
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self._run = RunCoordinator(config, token, target, host, restarted)
         self._watcher = NodeWatcher(self.submit, config.elastic.drain_deadline_s) if watch_nodes else None
         if self._watcher is not None:
             self._watcher.start()

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_moe.control import events as ev
 from elastic_moe.types import View
 
 VERSION = 2  # of the protocol; every change of a message raises it
@@ -291,56 +290,6 @@ class StopRequest:
 
 
 Request = DrainRequest | WorkerLostRequest | NodeLostRequest | StopRequest
-
-# --- messages and requests as events of the membership machine --------------------------------------------------------
-
-MembershipMessage = (
-    HelloMessage
-    | ReadyMessage
-    | HeartbeatMessage
-    | SuspectMessage
-    | EnteredMessage
-    | FinishedMessage
-    | FailingMessage
-    | LeftMessage
-)
-
-
-def event_of_message(worker: str, message: MembershipMessage) -> ev.Event:
-    """A message about a worker's membership, as the event that it is for the machine."""
-    match message:
-        case HelloMessage():
-            m = message
-            return ev.Hello(worker, m.node, m.pid, m.slots, m.ready, m.view, m.entered, m.step)
-        case ReadyMessage():
-            return ev.Ready(worker)
-        case HeartbeatMessage(generation, step, progress):
-            return ev.Heartbeat(worker, generation, step, progress)
-        case SuspectMessage(generation, error):
-            return ev.Suspect(worker, generation, error)
-        case EnteredMessage(generation):
-            return ev.Entered(worker, generation)
-        case FinishedMessage():
-            return ev.Finished(worker)
-        case FailingMessage(error):
-            return ev.Lost(worker, error)
-        case LeftMessage():
-            return ev.Left(worker)
-
-
-def event_of_request(request: Request) -> ev.Event:
-    """A request as the event that it is for the machine. A request without a reason gets its name as the reason."""
-    reason = request.reason or NAMES[type(request)]
-    match request:
-        case DrainRequest(worker, node, deadline_s):
-            return ev.Drain(worker, node, deadline_s, reason)
-        case WorkerLostRequest(worker):
-            return ev.Lost(worker, reason)
-        case NodeLostRequest(node):
-            return ev.NodeLost(node, reason)
-        case StopRequest():
-            return ev.Stop(reason)
-
 
 # --- names ------------------------------------------------------------------------------------------------------------
 

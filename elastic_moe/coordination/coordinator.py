@@ -32,12 +32,15 @@ class RunCoordinator:
         token: shared secret of the run.
         target: number of workers to start with.
         host: address to listen on, reachable from every worker.
+        restarted: another coordinator of this run was here before, and its workers may live.
 
     Attributes:
         address: host and port where workers connect.
     """
 
-    def __init__(self, config: TrainConfig, token: str, target: int, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, config: TrainConfig, token: str, target: int, host: str = "127.0.0.1", restarted: bool = False
+    ) -> None:
         run_dir = Path(config.run.dir)
         self._recorder = Recorder(run_dir)
         self._records = StepRecords(run_dir, self._recorder)
@@ -61,6 +64,7 @@ class RunCoordinator:
             on_record=self._records.add,
             on_event=self._on_event,
             on_shard=self._checkpoints.add,
+            restarted=restarted,
         )
         self.address = self._server.start()
         self._closed = False

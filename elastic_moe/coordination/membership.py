@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypedDict
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control import events as ev
 from elastic_moe.control import messages as msg
+from elastic_moe.control.doubt import CLOCK_DRIFT
 from elastic_moe.control.machine import initial_state, transition
 from elastic_moe.control.state import FINISHING, State
 from elastic_moe.coordination.event_log import EventLog, hand_over
@@ -74,6 +75,7 @@ class Membership:
         connections: the connections to the workers.
         on_record, on_event, on_shard: take a committed step's record, a line of the event log, and the report of a
             written checkpoint shard; each may raise OSError.
+        restarted: another coordinator of this run was here before, and workers that it knew may live.
     """
 
     def __init__(
@@ -84,12 +86,15 @@ class Membership:
         on_record: Sink,
         on_event: Sink,
         on_shard: Sink,
+        restarted: bool = False,
     ) -> None:
         self._config, self._steps = config.elastic, config.run.steps
         self._connections = connections
         self._on_record, self._on_shard = on_record, on_shard
         self._log = EventLog(on_event)
-        self._state: State = initial_state(target)
+        fence_s = time.monotonic() + CLOCK_DRIFT * config.elastic.lease_s if restarted else 0.0
+        slots_needed = config.model.num_experts if config.elastic.slots_per_worker else 0
+        self._state: State = initial_state(target, fence_s, slots_needed)
         self._last_record: dict[str, Any] = {}
         self._evicted: dict[str, None] = {}  # in order
 

@@ -35,6 +35,7 @@ class ControlServer:
         target: workers the run starts with.
         host: address to listen on, and under which workers reach this process.
         on_record, on_event, on_shard: called in the server's thread, as `Membership` describes them.
+        restarted: another coordinator of this run was here before.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class ControlServer:
         on_record: Sink = lambda _: None,
         on_event: Sink = lambda _: None,
         on_shard: Sink = lambda _: None,
+        restarted: bool = False,
     ) -> None:
         self._host, self._gate = host, Gate(token)
-        self._membership = Membership(config, target, self, on_record, on_event, on_shard)
+        self._membership = Membership(config, target, self, on_record, on_event, on_shard, restarted)
         self._writers: dict[str, asyncio.StreamWriter] = {}
         self._handlers: set[asyncio.Task[None]] = set()
         self._rendezvous = RendezvousServer(host, token)

@@ -18,12 +18,11 @@ from typing import Any
 
 from elastic_moe.control import messages as msg
 from elastic_moe.control.codec import VersionMismatch, decode_from_coordinator, encode
-from elastic_moe.parallel.collectives.abort import AbortSignal
+from elastic_moe.runtime.lease import Lease
 from elastic_moe.runtime.mailbox import Inbox, Outbox
 from elastic_moe.types import View
 
 RETRY_S = 0.1
-HOLD_POLL_S = 0.05
 CONNECT_TIMEOUT_S = 3.0
 SEND_TIMEOUT_S = 30.0  # a coordinator that reads nothing for so long counts as lost
 DRAIN_TIMEOUT_S = 1.0  # at a close, for the coordinator to read the last messages
@@ -80,10 +79,11 @@ class CoordinatorClient:
         token: shared secret of the run.
         worker, node, pid, slots: who this is, as in `Member`.
         heartbeat_s: seconds between two heartbeats.
-        lease_s: `hold_while_cut_off` waits once the coordinator was not heard for so many seconds.
+        lease_s: length of the lease.
 
     Attributes:
         worker: this worker's id.
+        lease: the permission to commit steps.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class CoordinatorClient:
         lease_s: float = 30.0,
     ) -> None:
         self.worker = worker
-        self._lease_s = lease_s
         self._inbox = Inbox(worker)
+        self.lease = Lease(self._inbox, lease_s)
         self._registration = Registration(token, worker, node, pid, slots)
         self._connection = ConnectionThread(find, self._registration, self._inbox, heartbeat_s)
         self._outbox = self._connection.outbox
@@ -129,26 +129,6 @@ class CoordinatorClient:
             Evicted: the coordinator no longer counts this worker as a member.
         """
         return self._inbox.wait_view(after_generation)
-
-    def hold_while_cut_off(self, abort: AbortSignal) -> None:
-        """Return at once while the lease lasts; else wait for a sign of the coordinator, and keep the state.
-
-        A worker calls it before it votes. So no step is committed by workers that the coordinator has given up, and may
-        have replaced from storage. The end of the generation ends the wait too.
-
-        Raises:
-            GroupAborted: the generation is over.
-        """
-        told = False
-        while time.monotonic() - self._inbox.heard_s > self._lease_s:
-            if not told:
-                told = True
-                logger.warning(
-                    "the coordinator was not heard for %g s (elastic.lease_s): this worker commits no step until it is",
-                    self._lease_s,
-                )
-            abort.wait(HOLD_POLL_S)
-            abort.check()
 
     def begin_view(
         self, view: View, on_abort: Callable[[str], None], progress: Callable[[], tuple[int, int]] | None = None
@@ -191,13 +171,9 @@ class CoordinatorClient:
         """A checkpoint shard is written."""
         self._outbox.add(msg.ShardMessage(shard))
 
-    def failing(self, error: str) -> None:
-        """The program of this worker has failed. Said first, so that the others need not wait for its end."""
-        self._outbox.add(msg.FailingMessage(error))
-
-    def left(self) -> None:
-        """This worker ends because no view contains it any more."""
-        self._outbox.add(msg.LeftMessage())
+    def left(self, error: str = "") -> None:
+        """This worker ends: no view contains it any more, or its program has failed with `error`."""
+        self._outbox.add(msg.FailingMessage(error) if error else msg.LeftMessage())
 
     def finished(self) -> None:
         """This worker did all steps of the run, or agreed to stop."""

@@ -130,7 +130,7 @@ class Worker:
         try:
             return {"ended": self._generations(), "committed": self._local.committed}
         except Exception as error:
-            self._client.failing(f"{type(error).__name__}: {error}".splitlines()[0])
+            self._client.left(f"{type(error).__name__}: {error}".splitlines()[0])
             raise
         finally:
             self._writer.close()
@@ -173,7 +173,7 @@ class Worker:
             self._report_entry(context, result, formed_s, time.perf_counter() - started)
 
             def control_flags() -> tuple[bool, bool]:
-                client.hold_while_cut_off(abort)
+                client.lease.hold(abort)
                 return client.superseded(view.generation), client.stop_requested
 
             ended = self._loop.train(context, control_flags, rebalance)

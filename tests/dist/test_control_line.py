@@ -307,7 +307,7 @@ def test_a_worker_that_is_cut_off_holds_its_vote_until_the_coordinator_is_back(b
     def train() -> None:
         while not abort.is_set:
             with contextlib.suppress(GroupAborted):
-                client.hold_while_cut_off(abort)
+                client.lease.hold(abort)
                 votes.append(time.monotonic())
             threading.Event().wait(0.01)
 

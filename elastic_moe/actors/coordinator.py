@@ -32,7 +32,7 @@ class Coordinator:
         self, config: TrainConfig, token: str, target: int, host: str = "127.0.0.1", watch_nodes: bool = True
     ) -> None:
         self._token = token
-        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)
         self._run = RunCoordinator(config, token, target, host, restarted)
         self._watcher = NodeWatcher(self.submit, config.elastic.drain_deadline_s) if watch_nodes else None
         if self._watcher is not None:

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 from elastic_moe.control import events as ev
-from elastic_moe.control.messages import DrainRequest, EnteredMessage, FailingMessage, FinishedMessage, HeartbeatMessage, HelloMessage, LeftMessage, NAMES, NodeLostRequest, ReadyMessage, Request, StopRequest, SuspectMessage, WorkerLostRequest
+from elastic_moe.control.messages import (
+    NAMES,
+    DrainRequest,
+    EnteredMessage,
+    FailingMessage,
+    FinishedMessage,
+    HeartbeatMessage,
+    HelloMessage,
+    LeftMessage,
+    NodeLostRequest,
+    ReadyMessage,
+    Request,
+    StopRequest,
+    SuspectMessage,
+    WorkerLostRequest,
+)
 
 MembershipMessage = (
     HelloMessage

@@ -15,6 +15,7 @@ from elastic_moe.control import events as ev
 from elastic_moe.control import messages as msg
 from elastic_moe.control.doubt import CLOCK_DRIFT
 from elastic_moe.control.machine import initial_state, transition
+from elastic_moe.control.message_events import event_of_message
 from elastic_moe.control.state import FINISHING, State
 from elastic_moe.coordination.event_log import EventLog, hand_over
 
@@ -112,7 +113,7 @@ class Membership:
             case msg.ShardMessage(shard):
                 hand_over(self._on_shard, dict(shard) | {"worker": worker})
             case _:
-                self.observe(msg.event_of_message(worker, message))
+                self.observe(event_of_message(worker, message))
                 if isinstance(message, msg.HeartbeatMessage) and worker in self._state.records:
                     self._connections.send((worker,), msg.AliveMessage(message.sent_s))
                 if isinstance(message, msg.EnteredMessage):

@@ -16,6 +16,7 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control import events as ev
 from elastic_moe.control import messages as msg
 from elastic_moe.control.codec import VersionMismatch, decode_from_worker, encode
+from elastic_moe.control.message_events import event_of_request
 from elastic_moe.coordination.gate import Gate, LineReader, WrongToken
 from elastic_moe.coordination.membership import Membership, RunStatus, Sink
 from elastic_moe.coordination.rendezvous import RendezvousServer
@@ -78,7 +79,7 @@ class ControlServer:
 
     def submit(self, request: msg.Request) -> None:
         """Take a request; it is answered in the server's thread."""
-        event = msg.event_of_request(request)
+        event = event_of_request(request)
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._guard, lambda: self._membership.observe(event))
 

@@ -19,6 +19,7 @@ from elastic_moe.control.codec import (
     decode_request,
     encode,
 )
+from elastic_moe.control.message_events import MembershipMessage, event_of_message, event_of_request
 from elastic_moe.types import Member, View
 
 WORDS = st.text(max_size=8)
@@ -204,7 +205,7 @@ def test_the_token_does_not_show_in_a_hello() -> None:
     ],
 )
 def test_requests_become_events(values: dict[str, Any], event: ev.Event) -> None:
-    assert msg.event_of_request(decode_request(values)) == event
+    assert event_of_request(decode_request(values)) == event
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_any_mapping_is_a_request_or_a_value_error(values: dict[str, Any]) -> No
 def test_messages_become_events() -> None:
     view = View(4, (Member("w", "n", 7),))
     hello = msg.HelloMessage("t", "w", "n", 7, 3, ready=True, view=view, entered=4, step=9)
-    pairs: list[tuple[msg.MembershipMessage, ev.Event]] = [
+    pairs: list[tuple[MembershipMessage, ev.Event]] = [
         (hello, ev.Hello("w", "n", 7, 3, True, view, 4, 9)),
         (msg.ReadyMessage(), ev.Ready("w")),
         (msg.HeartbeatMessage(4, 9, 30), ev.Heartbeat("w", 4, 9, 30)),
@@ -246,4 +247,4 @@ def test_messages_become_events() -> None:
         (msg.LeftMessage(), ev.Left("w")),
     ]
     for message, event in pairs:
-        assert msg.event_of_message("w", message) == event
+        assert event_of_message("w", message) == event

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -40,8 +41,18 @@ class ShardInfo:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ShardInfo:
-        """Inverse of `as_dict`; other keys are ignored."""
-        return cls(str(value["file"]), int(value["bytes"]), str(value["sha256"]), tuple(value["units"]))
+        """Inverse of `as_dict`; other keys are ignored.
+
+        Raises:
+            ValueError: the file's name, or that of a unit, is not one that a writer gave.
+        """
+        file = str(value["file"])
+        if not re.fullmatch(r"[\w-][\w.-]*", file, re.ASCII):
+            raise ValueError(f"{file!r} is not the name of a shard")
+        units = tuple(value["units"])
+        if not all(isinstance(unit, str) for unit in units):
+            raise ValueError(f"{file} has a unit without a name")
+        return cls(file, int(value["bytes"]), str(value["sha256"]), units)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +105,7 @@ class Manifest:
                 raise CorruptCheckpoint("manifest does not match its checksum")
             shards = tuple(ShardInfo.from_dict(shard) for shard in body["shards"])
             return cls(root_uri, int(body["step"]), shards, body["meta"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise CorruptCheckpoint(f"manifest cannot be read: {error}") from error
 
 

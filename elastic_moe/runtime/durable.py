@@ -139,7 +139,7 @@ class DurableCheckpoints:
         mine = OK
         try:
             call.result()
-        except (CorruptCheckpoint, FileNotFoundError) as error:
+        except (CorruptCheckpoint, FileNotFoundError, KeyError) as error:  # KeyError: it lacks a unit of the model
             mine = DAMAGED
             self._tell_damage(step, str(error))
         except StorageUnavailable as error:

@@ -156,6 +156,14 @@ def test_a_damaged_manifest_is_passed_over_and_told(tmp_path: Path) -> None:
     assert [event["step"] for event in restore.named("checkpoint_damaged")] == [20]
 
 
+def test_a_checkpoint_that_lacks_a_unit_is_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    write_manifest(str(tmp_path), 20, [write_shard(str(tmp_path), 20, "r0", {"shared/weight": torch.zeros(5)})])
+    restore = Restore([tmp_path] * RANKS)
+    assert_restored(restore, 10)
+    assert "has no unit" in restore.named("checkpoint_damaged")[0]["reason"]
+
+
 @pytest.mark.parametrize("expected", [True, False])
 def test_a_run_that_never_saved_begins_anew(tmp_path: Path, expected: bool) -> None:
     write_identity(Storage(str(tmp_path)), RunIdentity.new("run"))

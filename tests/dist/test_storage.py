@@ -1,0 +1,89 @@
+"""Runs of real worker processes on a storage that errors, hangs or is full: they wait, train on, and lose nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from elastic_moe.checkpoint.reader import find_latest
+from elastic_moe.config.schema import CheckpointConfig, TrainConfig
+from elastic_moe.data.prepare import Prepared
+from elastic_moe.run_dir import CHECKPOINTS
+from tests.local_run import LocalRun, _work, tiny_config
+from tests.storage_faults import install, set_fault
+
+CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split" / "split.py"
+TIMEOUT_S = 3.0
+pytestmark = pytest.mark.timeout(600)
+
+
+def control_of(config: TrainConfig) -> Path:
+    return Path(config.run.dir).parent / "control"
+
+
+def work_on_faulty_storage(
+    config: TrainConfig, address: tuple[str, int], prepared: Prepared, worker: str, node: str
+) -> None:
+    install(control_of(config), TIMEOUT_S)
+    _work(config, address, prepared, worker, node)
+
+
+class FaultyRun(LocalRun):
+    """A run whose workers, but not its coordinator, see the faults of the control file."""
+
+    work = staticmethod(work_on_faulty_storage)
+
+
+def config_of(tmp_path: Path, steps: int, wait_s: float = 600.0) -> TrainConfig:
+    config = tiny_config(tmp_path / "run", CORPUS)
+    return replace(
+        config,
+        run=replace(config.run, steps=steps),
+        optim=replace(config.optim, schedule="constant"),
+        checkpoint=CheckpointConfig(every_steps=5, wait_s=wait_s),
+    )
+
+
+@pytest.mark.parametrize("fault", ["error read", "hang read"])
+def test_a_resume_waits_for_storage_that_cannot_be_read(tmp_path: Path, fault: str) -> None:
+    with FaultyRun(config_of(tmp_path, 10), 2) as run:
+        run.wait_end()
+        before = run.losses()
+    set_fault(tmp_path / "control", fault)
+    with FaultyRun(config_of(tmp_path, 20), 2) as run:
+        run.wait("the hold", lambda _: any(e["event"] == "storage_unavailable" for e in run.events()))
+        assert run.losses() == before
+        set_fault(tmp_path / "control", "")
+        run.wait_end()
+        losses = run.losses()
+        assert losses[:10] == before
+        assert len(losses) == 20
+        entered = [event for event in run.events() if event["event"] == "entered"]
+        assert [(event["source"], event["step"]) for event in entered] == [("initialisation", 0), ("checkpoint", 10)]
+
+
+@pytest.mark.parametrize("fault", ["error write", "hang write", "full write"])
+def test_training_goes_on_while_nothing_can_be_written_and_the_end_waits(tmp_path: Path, fault: str) -> None:
+    set_fault(tmp_path / "control", fault)
+    with FaultyRun(config_of(tmp_path, 30), 2) as run:
+        run.wait_step(30)
+        assert find_latest(str(run.dir / CHECKPOINTS)) is None
+        assert run.coordinator.status()["phase"] == "running"
+        run.wait("a report", lambda _: any(e["event"] == "checkpoint_failed" for e in run.events()))
+        set_fault(tmp_path / "control", "")
+        run.wait_end()
+        found = find_latest(str(run.dir / CHECKPOINTS))
+        assert found is not None
+        assert found.step == 30
+        assert len([event for event in run.events() if event["event"] == "view"]) == 1, "nobody was given up"
+
+
+def test_a_state_that_cannot_be_saved_is_told(tmp_path: Path) -> None:
+    set_fault(tmp_path / "control", "full write")
+    with FaultyRun(config_of(tmp_path, 10, wait_s=1.0), 2) as run:
+        run.wait_end()
+        reasons = [event["reason"] for event in run.events() if event["event"] == "checkpoint_failed"]
+        assert any("was not written within 1 s" in reason for reason in reasons)
+        assert any("No space left" in reason for reason in reasons)

@@ -6,7 +6,8 @@ too. The patience is short where nothing can be lost, because others hold copies
 be the last, or where so many fall silent that rather the coordinator is cut off, the run waits for longer and says so.
 
 A member that was removed without proof becomes *absent*. If its process lives, it registers again and is taken in with
-its state (`machine._hello`). Until its lease has run out, no view may start from storage: it might still commit.
+its state (`machine._hello`). Until its lease has run out, its old view might still commit, so no view is published
+that has no member in common with it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import replace
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.events import Command, Disconnect, Evict, LogEvent
 from elastic_moe.control.state import FINISHING, RUNNING, Backoff, State
+from elastic_moe.types import View
 
 CLOSED_GRACE_S = 1.0  # a living worker whose connection was cut has registered again within this
 CLOCK_DRIFT = 1.02  # a worker's clock may be slower than the coordinator's by this factor
@@ -68,21 +70,31 @@ def remove_hung(state: State, now_s: float, config: ElasticConfig) -> tuple[Stat
     for worker, reason in reasons.items():
         member = state.records[worker].member
         commands += [LogEvent("worker_evicted", worker, member.node, member.pid, reason), Evict(worker, reason)]
-        state = state.without(worker)
+        state = state.unproven(worker, now_s)  # its lease counts until its death is reported
+        state = replace(state, removed=state.removed | {worker})
     return state, commands
 
 
-def may_start_from_storage(state: State, workers: Sequence[str], now_s: float, config: ElasticConfig) -> bool:
-    """Whether a view of these workers may be published although its state may come from storage.
+def no_other_group_commits(state: State, workers: Sequence[str], now_s: float, config: ElasticConfig) -> bool:
+    """Whether no older view can commit once these workers are in a view of their own.
 
-    A view that is left commits nothing once one of its members is in another view, because a commit needs the vote of
-    every member. So only a view without any bearer of state could commit beside one that was cut off. It has to wait
-    until every member of that view has surely seen its lease run out.
+    A commit needs the vote of every member, so an older view is over once one of its members votes no more in it: one
+    of these workers is among them and leaves it; one is proven to be dead, or has entered a later view; or the lease of
+    one has run out.
     """
-    if any(state.records[w].bears_state for w in workers):
-        return True
-    leases_s = [a.last_heard_s + CLOCK_DRIFT * config.lease_s for a in state.absent.values() if a.bears_state]
-    return now_s >= max([state.fence_s, *leases_s])
+    for view in state.open_views:
+        members = [m.worker for m in view.members]
+        if set(workers).isdisjoint(members) and not any(_is_over(state, view, w, now_s, config) for w in members):
+            return False
+    return now_s >= state.fence_s or any(state.records[w].bears_state for w in workers)
+
+
+def _is_over(state: State, view: View, worker: str, now_s: float, config: ElasticConfig) -> bool:
+    """Whether a member of an older view can surely not vote in it any more."""
+    if worker in state.records:
+        return state.records[worker].entered > view.generation
+    away = state.absent.get(worker)
+    return away is None or now_s > away.last_heard_s + CLOCK_DRIFT * config.lease_s
 
 
 def waits_for_absent(state: State, workers: Sequence[str], now_s: float, config: ElasticConfig) -> bool:

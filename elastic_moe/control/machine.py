@@ -151,7 +151,7 @@ def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) ->
         case Entered(worker, _):
             joined = state.records[worker].joined_step
             joined = state.step if joined is None else joined
-            state = state.with_record(worker, last_progress_s=now_s, bears_state=True, joined_step=joined)
+            state = state.with_record(worker, last_progress_s=now_s, entered=event.generation, joined_step=joined)
             return _with_entered(state, worker), []
         case Finished(worker):
             state = state.with_record(worker, finished=True)
@@ -210,8 +210,8 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> O
         )
         absent = {w: a for w, a in state.absent.items() if w != worker}
         state = replace(state, records={**state.records, worker: record}, absent=absent)
-    bears_state = event.entered > 0 or state.records[worker].bears_state
-    state = state.with_record(worker, last_heard_s=now_s, missing=False, closed_s=None, bears_state=bears_state)
+    entered = max(event.entered, state.records[worker].entered)
+    state = state.with_record(worker, last_heard_s=now_s, missing=False, closed_s=None, entered=entered)
     state = replace(state, step=max(state.step, event.step))
     commands += [Welcome(worker), _log_event(state, "worker_readmitted" if returns else "worker_connected", worker)]
     view = state.view
@@ -235,7 +235,11 @@ def _with_entered(state: State, worker: str) -> State:
     """The state after a member has entered the newest view."""
     state = replace(state, entered=state.entered | {worker})
     assert state.view is not None
-    return replace(state, worked=frozenset(m.worker for m in state.view.members)) if state.all_entered else state
+    if not state.all_entered:
+        return state
+    workers = frozenset(m.worker for m in state.view.members)
+    still_open = tuple(v for v in state.open_views if workers.isdisjoint(m.worker for m in v.members))
+    return replace(state, worked=workers, open_views=(*still_open, state.view))
 
 
 def _closed(state: State, worker: str, now_s: float) -> Observed:
@@ -279,6 +283,7 @@ def _adopt(state: State, event: Hello, now_s: float, config: ElasticConfig) -> S
         reason="re-registered",
         records=records,
         view=view,
+        open_views=(*state.open_views, view),
         generation=max(state.generation, view.generation + ADOPTION_GAP),
         entered=frozenset(),
         adopted_s=now_s,

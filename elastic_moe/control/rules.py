@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from elastic_moe.config.schema import ElasticConfig
-from elastic_moe.control.doubt import may_start_from_storage, remove_hung, remove_in_doubt, waits_for_absent
+from elastic_moe.control.doubt import no_other_group_commits, remove_hung, remove_in_doubt, waits_for_absent
 from elastic_moe.control.events import Command, End, LogEvent, Pause, Publish, Release
 from elastic_moe.control.state import FAILED, FINISHED, FINISHING, RUNNING, WAITING, State
 from elastic_moe.types import Member, View
@@ -241,6 +241,7 @@ def _publish(
         reason=reason,
         records=records,
         view=view,
+        open_views=(*state.open_views, view),
         generation=view.generation,
         entered=frozenset(),
         adopted_s=None,
@@ -286,7 +287,7 @@ def _lacking(state: State, workers: Sequence[str], now_s: float, config: Elastic
     slots = [state.records[w].member.slots for w in workers]
     if all(slots) and sum(slots) < state.slots_needed:
         return f"workers with {state.slots_needed} expert slots together: these have {sum(slots)}"
-    if not may_start_from_storage(state, workers, now_s, config):
+    if not no_other_group_commits(state, workers, now_s, config):
         return f"the lease of workers that may still commit to run out (elastic.lease_s={config.lease_s:g})"
     return ""
 

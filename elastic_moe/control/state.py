@@ -24,7 +24,7 @@ class WorkerRecord:
         drain_s: deadline for its end; None if it may stay.
         closed_s: time at which its connection closed; None while it is connected.
         incarnation: how often it has registered after it was removed without proof of its death.
-        bears_state: it has entered a view, so it holds state.
+        entered: generation that it entered last; 0 before.
         joined_step: step of the run when it first entered a view; None before.
         aside_until_s: it stays outside of views until then, because no view formed with it.
         aside: how often it was set aside.
@@ -43,13 +43,18 @@ class WorkerRecord:
     drain_s: float | None = None
     closed_s: float | None = None
     incarnation: int = 0
-    bears_state: bool = False
+    entered: int = 0
     joined_step: int | None = None
     aside_until_s: float = 0.0
     aside: int = 0
     missing: bool = False
     finished: bool = False
     released: bool = False
+
+    @property
+    def bears_state(self) -> bool:
+        """It has entered a view, so it holds state."""
+        return self.entered > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,7 @@ class State:
             whether cut-off workers still commit.
         slots_needed: expert slots per MoE layer that the members must have together, where their number is limited.
         backoff: nodes whose workers die before they make a step.
+        open_views: views of which a step may still be committed, the newest last.
         view: the newest view; `generation` is the highest number ever used and never decreases.
         entered: members that have entered the newest view.
         adopted_s: time at which a restarted coordinator took the newest view over from a worker; None if this
@@ -123,6 +129,7 @@ class State:
     fence_s: float = 0.0
     slots_needed: int = 0
     backoff: Mapping[str, Backoff] = field(default_factory=dict[str, Backoff])
+    open_views: tuple[View, ...] = ()
     view: View | None = None
     generation: int = 0
     entered: frozenset[str] = frozenset()

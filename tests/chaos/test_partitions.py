@@ -1,0 +1,248 @@
+"""Partitions, resets, sleeps and kills in virtual time, with the real membership machine.
+
+The workers are models: they obey messages, hold a lease on a clock of their own that drifts, and commit a step of a
+view whenever all its members are in it, reach one another and may vote. In every schedule:
+
+- a view commits no step after another view has committed one, so two groups never commit beside each other;
+- after all is healed, the run goes on.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from itertools import combinations, groupby
+
+import pytest
+
+from elastic_moe.config.schema import ElasticConfig
+from elastic_moe.control import events as ev
+from elastic_moe.control.doubt import CLOCK_DRIFT
+from elastic_moe.control.machine import initial_state, transition
+from elastic_moe.control.state import State
+from elastic_moe.types import View
+
+STEP_S = 0.25  # virtual time between two looks at everybody
+MISCHIEF = ("cut", "cut", "island", "heal", "heal", "reset", "sleep", "wake", "kill", "join")
+CONFIG = ElasticConfig(
+    heartbeat_s=0.25, heartbeat_timeout_s=2.0, lease_s=6.0, hang_timeout_s=12.0, join_settle_s=0.5, max_workers=4
+)
+
+
+@dataclass
+class ModelWorker:
+    """One worker process: what it knows, and whether it can do anything."""
+
+    name: str
+    rate: float  # of its clock
+    alive: bool = True
+    asleep: bool = False
+    registered: bool = False  # it has a connection on which it said hello
+    newest: View | None = None
+    current: View | None = None  # it trains in this view
+    entered: int = 0
+    over: int = 0  # it enters no view up to this generation any more
+    step: int = 0
+    heard_s: float = -1e9
+    released: bool = False
+
+    @property
+    def runs(self) -> bool:
+        return self.alive and not self.asleep and not self.released
+
+
+@dataclass
+class World:
+    """Coordinator, workers and links in virtual time."""
+
+    rng: random.Random
+    now_s: float = 100.0
+    state: State = field(default_factory=lambda: initial_state(3))
+    workers: dict[str, ModelWorker] = field(default_factory=dict)
+    cut: set[frozenset[str]] = field(default_factory=set)  # pairs that cannot reach each other; "" is the coordinator
+    commits: list[tuple[float, int, tuple[str, ...]]] = field(default_factory=list)
+
+    def start_worker(self) -> None:
+        name = f"w{len(self.workers)}"
+        drift = self.rng.uniform(1 / CLOCK_DRIFT, CLOCK_DRIFT)
+        self.workers[name] = ModelWorker(name, drift)
+
+    def reaches(self, a: str, b: str) -> bool:
+        return frozenset((a, b)) not in self.cut
+
+    def tell(self, event: ev.Event) -> None:
+        self.state, commands, _ = transition(self.state, event, self.now_s, CONFIG)
+        for command in commands:
+            self._carry_out(command)
+
+    def _carry_out(self, command: ev.Command) -> None:
+        match command:
+            case ev.Publish(view, planned, _, recipients):
+                for worker in self._heard_by(recipients):
+                    if view.rank_of(worker.name) is not None:
+                        worker.newest = view
+                    if not planned:
+                        worker.over = max(worker.over, view.generation - 1)
+                    if worker.current is not None and worker.current.generation <= worker.over:
+                        worker.current = None
+            case ev.Pause(generation, recipients):
+                for worker in self._heard_by(recipients):
+                    worker.over = max(worker.over, generation)
+                    if worker.current is not None and worker.current.generation <= generation:
+                        worker.current = None
+            case ev.Release(name) | ev.Evict(name):
+                for worker in self._heard_by((name,)):
+                    worker.released, worker.current = True, None
+            case ev.Disconnect(name):
+                self.workers[name].registered = False
+            case _:
+                pass
+
+    def _heard_by(self, names: tuple[str, ...]) -> list[ModelWorker]:
+        """Those of the workers that a message reaches now."""
+        return [w for n in names if (w := self.workers[n]).runs and w.registered and self.reaches(n, "")]
+
+    def look(self) -> None:
+        """Let a little time pass for everybody."""
+        self.now_s += STEP_S
+        order = list(self.workers.values())
+        self.rng.shuffle(order)
+        for worker in order:
+            if worker.runs and self.reaches(worker.name, ""):
+                self._talk(worker)
+        self.tell(ev.Tick())
+        for worker in order:
+            self._enter(worker)
+        self._commit()
+
+    def _talk(self, worker: ModelWorker) -> None:
+        sent_s = self.now_s - self.rng.uniform(0.0, STEP_S)
+        if not worker.registered:
+            worker.registered = True
+            hello = ev.Hello(
+                worker.name, f"n-{worker.name}", 1, 0, True, worker.newest, worker.entered, max(0, worker.step - 1)
+            )
+            self.tell(hello)
+        if worker.released or not worker.registered:
+            return
+        generation = worker.current.generation if worker.current else 0
+        self.tell(ev.Heartbeat(worker.name, generation, worker.step + 1, worker.step))
+        if worker.name in self.state.records:
+            worker.heard_s = max(worker.heard_s, sent_s)
+
+    def _enter(self, worker: ModelWorker) -> None:
+        """Enter the newest view once all its members can: they know it, and reach one another."""
+        view = worker.newest
+        if view is None or not worker.runs or view.generation <= max(worker.entered, worker.over):
+            return
+        members = [self.workers[m.worker] for m in view.members]
+        ready = all(m.runs and m.newest == view and m.over < view.generation for m in members)
+        if not ready or not self._connected(members):
+            return
+        step = max(m.step for m in members)
+        for member in members:
+            member.current, member.entered, member.step = view, view.generation, step
+            if member.registered and self.reaches(member.name, ""):
+                self.tell(ev.Entered(member.name, view.generation))
+
+    def _connected(self, members: list[ModelWorker]) -> bool:
+        return all(self.reaches(a.name, b.name) for a, b in combinations(members, 2))
+
+    def _commit(self) -> None:
+        views = {w.current.generation: w.current for w in self.workers.values() if w.runs and w.current is not None}
+        for generation in sorted(views, reverse=True):
+            members = [self.workers[m.worker] for m in views[generation].members]
+            voting = all(m.runs and m.current is not None and m.current.generation == generation for m in members)
+            leased = all((self.now_s - m.heard_s) * m.rate <= CONFIG.lease_s for m in members)
+            if voting and leased and self._connected(members):
+                for member in members:
+                    member.step += 1
+                self.commits.append((self.now_s, generation, tuple(m.name for m in members)))
+
+    def returns(self) -> int:
+        """Number of times that a view committed a step after another view had committed one since."""
+        views = [view for (_, *view), _ in groupby(self.commits, key=lambda commit: (0, *commit[1:]))]
+        return len(views) - len({tuple(view) for view in views})
+
+    # --- mischief ---
+
+    def disturb(self) -> None:
+        """One failure or repair, drawn at random."""
+        living = [w.name for w in self.workers.values() if w.alive and not w.released]
+        places = [*living, ""]
+        match self.rng.choice(
+            ["cut", "cut", "island", "heal", "heal", "reset", "sleep", "wake", "kill", "join", "new"]
+        ):
+            case "cut" if len(places) > 1:
+                self.cut.add(frozenset(self.rng.sample(places, 2)))
+            case "island":
+                island = set(self.rng.sample(places, self.rng.randint(1, len(places))))
+                self.cut |= {frozenset((a, b)) for a in island for b in set(places) - island}
+            case "heal":
+                self.cut = {pair for pair in self.cut if self.rng.random() < 0.5}
+            case "reset":
+                for name in living:
+                    if self.rng.random() < 0.7 and self.workers[name].registered:
+                        self.workers[name].registered = False
+                        self.tell(ev.Closed(name))
+            case "sleep" if living:
+                for name in self.rng.sample(living, self.rng.randint(1, len(living))):
+                    self.workers[name].asleep = True
+            case "wake":
+                self._wake()
+            case "kill" if living:
+                name = self.rng.choice(living)
+                self.workers[name].alive = False
+                self.tell(ev.Closed(name))
+                if self.rng.random() < 0.5:
+                    self.tell(ev.Lost(name))
+            case "join" if len(living) < 5:
+                self.start_worker()
+            case _:
+                pass
+
+    def _wake(self) -> None:
+        for worker in self.workers.values():
+            worker.asleep = False
+
+    def heal(self) -> None:
+        self.cut.clear()
+        self._wake()
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_two_groups_never_commit_beside_each_other(seed: int) -> None:
+    world = World(random.Random(seed))
+    for _ in range(3):
+        world.start_worker()
+    for _ in range(40):
+        world.look()
+    assert world.commits, "an undisturbed run commits"
+    for _ in range(40):
+        world.disturb()
+        for _ in range(world.rng.choice([1, 2, 8, 40])):
+            world.look()
+    assert not world.state.over, world.state.reason
+    assert not world.returns(), "a view committed after another one had"
+    world.heal()
+    world.start_worker()
+    before = len(world.commits)
+    for _ in range(1200):
+        world.look()
+    assert len(world.commits) > before, world.state
+
+
+def test_without_the_lease_two_groups_do_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schedules above are able to find what the lease prevents."""
+    monkeypatch.setattr("elastic_moe.control.rules.no_other_group_commits", lambda *_: True)
+    found = 0
+    for seed in range(200):
+        world = World(random.Random(seed))
+        for _ in range(3):
+            world.start_worker()
+        for _ in range(40):
+            world.disturb()
+            for _ in range(world.rng.choice([1, 2, 8, 40])):
+                world.look()
+        found += world.returns()
+    assert found

@@ -191,7 +191,8 @@ def _plan(state: State, now_s: float, config: ElasticConfig) -> RuleResult | Non
     joiners = joiners[: max(0, max_workers(state, config) - len(staying) + len(leaving))]
     members = _members(state, [*staying, *joiners], config)
     active = [m.worker for m in members if not m.draining]
-    if tuple(members) == state.view.members or _lacking(state, active, now_s, config):
+    handing_over = [m.worker for m in members if m.draining]
+    if tuple(members) == state.view.members or _lacking(state, active, now_s, config, handing_over):
         return None
     causes = {
         "join": bool(joiners),
@@ -280,14 +281,16 @@ def _in_backoff(state: State, node: str, now_s: float) -> bool:
     return node in state.backoff and now_s < state.backoff[node].until_s
 
 
-def _lacking(state: State, workers: Sequence[str], now_s: float, config: ElasticConfig) -> str:
-    """The condition that keeps these workers from going on as a view; "" if they can."""
+def _lacking(
+    state: State, workers: Sequence[str], now_s: float, config: ElasticConfig, handing_over: Sequence[str] = ()
+) -> str:
+    """The condition that keeps these workers, with those that hand over, from going on as a view; "" if they can."""
     if len(workers) < min_workers(config):
         return f"elastic.min_workers={config.min_workers}"
     slots = [state.records[w].member.slots for w in workers]
     if all(slots) and sum(slots) < state.slots_needed:
         return f"workers with {state.slots_needed} expert slots together: these have {sum(slots)}"
-    if not no_other_group_commits(state, workers, now_s, config):
+    if not no_other_group_commits(state, (*workers, *handing_over), now_s, config):
         return f"the lease of workers that may still commit to run out (elastic.lease_s={config.lease_s:g})"
     return ""
 

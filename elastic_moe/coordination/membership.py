@@ -149,7 +149,7 @@ class Membership:
     def _is_given_up(self, worker: str) -> bool:
         """Whether an evicted worker may be killed: one that was only silent may come back while its lease lasts."""
         away = self._state.absent.get(worker)
-        return away is None or time.monotonic() - away.since_s > self._config.lease_s
+        return away is None or worker in self._state.removed or time.monotonic() - away.since_s > self._config.lease_s
 
     @property
     def _step(self) -> int:

@@ -48,7 +48,8 @@ def remove_in_doubt(state: State, now_s: float, config: ElasticConfig) -> tuple[
         failed_too = state.suspected_s is not None and state.in_view(worker) and not last  # its peers lost it too
         if silent_s > patience_s or (record.closed_s is not None and (failed_too or state.phase == FINISHING)):
             member = record.member
-            commands += [LogEvent("worker_evicted", worker, member.node, member.pid, reason), Disconnect(worker)]
+            name = "worker_evicted" if record.closed_s is None else "worker_lost"
+            commands += [LogEvent(name, worker, member.node, member.pid, reason), Disconnect(worker)]
             state = state.unproven(worker, now_s)
     waited_for = frozenset(w for w in in_doubt if w in state.records) if last else frozenset[str]()
     if waited_for and not state.in_doubt:

@@ -176,6 +176,7 @@ class Membership:
                 send((worker,), msg.EvictedMessage(reason))
                 self._connections.disconnect(worker)
             case ev.Disconnect(worker):
+                self._evicted[worker] = None
                 self._connections.disconnect(worker)
             case ev.LogEvent(name, worker):
                 if name == "worker_evicted":

@@ -133,7 +133,7 @@ EVENT_KINDS = (
     Event("worker_connected", "A worker has registered with the coordinator."),
     Event("worker_ready", "A worker has loaded its program and can enter a view."),
     Event("worker_disconnected", "The connection of a worker has closed; it may come back."),
-    Event("worker_lost", "A worker has died."),
+    Event("worker_lost", "A worker has died, or its connection has closed and it did not come back."),
     Event("worker_evicted", "A worker was removed because it made no progress or gave no sign."),
     Event("worker_readmitted", "A worker that had been removed without proof of its death is back, with its state."),
     Event("worker_set_aside", "A newcomer with which no view forms stays outside of views for a while."),

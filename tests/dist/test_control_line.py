@@ -143,7 +143,7 @@ def test_first_view_and_death(bench: Bench) -> None:
     assert workers_of(after) == [w for w in workers_of(first) if w != "b"]
     assert not after.planned
     until(lambda: bench.aborts["a"] and bench.aborts["c"], "both survivors are interrupted")
-    assert bench.names("worker_disconnected") == bench.names("worker_evicted") == ["b"]
+    assert bench.names("worker_disconnected") == bench.names("worker_lost") == ["b"]
 
 
 @pytest.mark.parametrize("bench", [{"target": 2, "heartbeat_timeout_s": 0.6, "lease_s": 2.0}], indirect=True)
@@ -294,7 +294,7 @@ def test_a_reset_of_all_connections_costs_nobody_its_place(bench: Bench) -> None
     threading.Event().wait(1.5)  # longer than the grace of a closed connection
     assert bench.server.status()["generation"] == first.view.generation
     assert not any(bench.aborts.values())
-    assert bench.names("worker_evicted") == []
+    assert bench.names("worker_lost") == bench.names("worker_evicted") == []
 
 
 @pytest.mark.parametrize("bench", [{"target": 2, "heartbeat_timeout_s": 0.5, "lease_s": 1.0}], indirect=True)

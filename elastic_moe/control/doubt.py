@@ -45,8 +45,10 @@ def remove_in_doubt(state: State, now_s: float, config: ElasticConfig) -> tuple[
         else:
             patience_s = config.hang_timeout_s if patient else config.heartbeat_timeout_s
             silent_s, reason = now_s - record.last_heard_s, f"silent for {patience_s:g} s"
-        failed_too = state.suspected_s is not None and state.in_view(worker) and not last  # its peers lost it too
-        if silent_s > patience_s or (record.closed_s is not None and (failed_too or state.phase == FINISHING)):
+        at_once = record.closed_s is not None and (
+            state.phase == FINISHING or (state.suspected_s is not None and not last and state.in_view(worker))
+        )  # its peers lost it too; the cheap questions come first, for this runs over all workers
+        if silent_s > patience_s or at_once:
             member = record.member
             name = "worker_evicted" if record.closed_s is None else "worker_lost"
             commands += [LogEvent(name, worker, member.node, member.pid, reason), Disconnect(worker)]

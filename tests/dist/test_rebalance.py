@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -77,8 +78,8 @@ def test_events_have_estimates_and_measurements(runs: dict[str, LocalRun]) -> No
     assert sum(moved) > 0 and min(moved) >= 0  # zero for a home that moves to its mirror
     for event in changes:
         assert event["expected"]["gain_s"] > 0 and event["measured"]["steps"] >= 1
+        assert math.isfinite(event["measured"]["gain_s"])  # its sign is a time on a shared machine: `scripts/bench` asks
         assert event["expected"]["balance_after"] > event["expected"]["balance_before"]
-    assert sum(event["measured"]["gain_s"] for event in changes) > 0
 
 
 def test_metrics_have_every_layer(runs: dict[str, LocalRun]) -> None:

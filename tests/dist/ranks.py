@@ -44,7 +44,9 @@ class Seat:
     def form(self, generation: int, rank: int, world: int, abort: AbortSignal | None = None) -> Group:
         """Begin a generation with an abort signal of its own."""
         self.abort = abort or AbortSignal()
-        return Group(GroupMember(generation, rank, world), Rendezvous("127.0.0.1", self.port, "secret", 20.0), self.abort)
+        return Group(
+            GroupMember(generation, rank, world), Rendezvous("127.0.0.1", self.port, "secret", 20.0), self.abort
+        )
 
     def say(self, value: Any) -> None:
         self.line.send(value)

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from elastic_moe.config.schema import ElasticConfig, RunConfig, TrainConfig
 from elastic_moe.control.messages import DrainRequest, StopRequest, ViewMessage
 from elastic_moe.coordination.server import ControlServer
-from elastic_moe.config.schema import ElasticConfig, RunConfig, TrainConfig
 from elastic_moe.errors import Evicted, GroupAborted
 from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.runtime.coordinator_client import CoordinatorClient

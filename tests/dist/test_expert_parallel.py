@@ -16,8 +16,8 @@ import torch
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import GroupAborted
 from elastic_moe.model.experts.local import LocalExperts
-from elastic_moe.parallel.expert_parallel import ExpertParallel, _interleave, _inverse, _sending_order
 from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.expert_parallel import ExpertParallel, _interleave, _inverse, _sending_order
 from elastic_moe.parallel.transport import ByNode
 from elastic_moe.plan.placement import Placement, Topology, plan_placement
 from tests.dist.ranks import Seat, alone, results
@@ -82,7 +82,8 @@ def _weight_gap(
     gap = 0.0
     for layer in range(LAYERS):
         for mine, whole in zip(parallel.slot_params(layer), twin.slot_params(layer), strict=True):
-            assert mine.grad is not None and mine.grad.data_ptr() in kept
+            assert mine.grad is not None
+            assert mine.grad.data_ptr() in kept
             summed = torch.zeros_like(whole)
             for slot, expert in enumerate(expert_of_slot_LS[layer]):
                 if expert >= 0:
@@ -94,9 +95,7 @@ def _weight_gap(
     return gap
 
 
-def _one_case(
-    group: Group, case: str, skewed: bool, most_rows: int = 0, nodes: str = ""
-) -> dict[str, float]:
+def _one_case(group: Group, case: str, skewed: bool, most_rows: int = 0, nodes: str = "") -> dict[str, float]:
     """Largest differences from the twin that computes all ranks' tokens alone."""
     slots, tokens = CASES[case]
     rank, placement = group.rank, _placement(slots, seed=1)
@@ -138,7 +137,10 @@ def _one_case(
     (y * weight_TD[share]).sum().backward()
     backward = group.completed - before - forward
 
-    assert x.grad is not None and gates.grad is not None and x_all.grad is not None and gates_all.grad is not None
+    assert x.grad is not None
+    assert gates.grad is not None
+    assert x_all.grad is not None
+    assert gates_all.grad is not None
     return {
         "y": _gap(y.detach(), y_all.detach()[share]),
         "x_grad": _gap(x.grad, x_all.grad[share]),

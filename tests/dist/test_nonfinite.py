@@ -16,7 +16,9 @@ WAIT_S = 60.0
 CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split" / "split.py"
 
 
-def _poisoned(only: str, first: int, config: TrainConfig, address: Any, prepared: Prepared, worker: str, node: str) -> None:
+def _poisoned(
+    only: str, first: int, config: TrainConfig, address: Any, prepared: Prepared, worker: str, node: str
+) -> None:
     """A worker whose gradients are not finite from a step on."""
     from elastic_moe.runtime.step import StepRunner
 

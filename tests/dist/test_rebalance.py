@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.config.schema import BalanceConfig, TrainConfig
 from elastic_moe.cli import explain
-from elastic_moe.metrics.report.page import write_report
+from elastic_moe.config.schema import BalanceConfig, TrainConfig
 from elastic_moe.metrics.expert_history import HOME_CAME, read_history
+from elastic_moe.metrics.report.page import write_report
 from tests.dist.test_runtime import CORPUS, with_steps
 from tests.local_run import LocalRun, tiny_config
 
@@ -66,19 +66,23 @@ def test_balance_is_better_and_losses_are_equal(runs: dict[str, LocalRun]) -> No
     before = sum(r["balance"] for r in off.records()) / STEPS
     after = sum(r["balance"] for r in on.records()) / STEPS
     assert after > before + 0.03
-    assert _home_moves(runs["homes"]) and not _home_moves(off)
+    assert _home_moves(runs["homes"])
+    assert not _home_moves(off)
 
 
 def test_events_have_estimates_and_measurements(runs: dict[str, LocalRun]) -> None:
+    """The sign of a measured gain is a time on a shared machine: `scripts/bench` asks for it, not this test."""
     changes = [e for e in runs["on"].events() if e["event"] == "rebalanced"]
     assert changes
     moves = [e for e in runs["homes"].events() if e["event"] == "rebalanced"]
     assert {event["step"] for event in moves} <= set(_home_moves(runs["homes"])), "nothing else can move"
     moved = [event["expected"]["moved_bytes"] for event in moves]
-    assert sum(moved) > 0 and min(moved) >= 0  # zero for a home that moves to its mirror
+    assert sum(moved) > 0
+    assert min(moved) >= 0
     for event in changes:
-        assert event["expected"]["gain_s"] > 0 and event["measured"]["steps"] >= 1
-        assert math.isfinite(event["measured"]["gain_s"])  # its sign is a time on a shared machine: `scripts/bench` asks
+        assert event["expected"]["gain_s"] > 0
+        assert event["measured"]["steps"] >= 1
+        assert math.isfinite(event["measured"]["gain_s"])
         assert event["expected"]["balance_after"] > event["expected"]["balance_before"]
 
 
@@ -108,14 +112,17 @@ def test_explain_follows_the_experts(runs: dict[str, LocalRun], capsys: pytest.C
     [(layer, expert, rank, _), *_] = [m for p in history if p.step == step for m in p.moves if m[3] == HOME_CAME]
     assert explain.main([str(run.dir), "--layer", str(layer), "--expert", str(expert)]) == 0
     text = capsys.readouterr().out
-    assert f"step {step}: the home moved to rank {rank}" in text and "of the mean; load:" in text
-    assert explain.main([str(run.dir)]) == 0 and explain.main([str(run.dir), "--layer", "1", "--step", "3"]) == 0
+    assert f"step {step}: the home moved to rank {rank}" in text
+    assert "of the mean; load:" in text
+    assert explain.main([str(run.dir)]) == 0
+    assert explain.main([str(run.dir), "--layer", "1", "--step", "3"]) == 0
     for wrong in ([str(run.dir.parent)], [str(run.dir), "--layer", "7"], [str(run.dir), "--expert", "1"]):
         capsys.readouterr()
         assert explain.main(wrong) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     page = write_report(run.dir).read_text()
-    assert page.count("data:image/png") == 2 * 3 and "Changes of placement" in page
+    assert page.count("data:image/png") == 2 * 3
+    assert "Changes of placement" in page
 
 
 @pytest.mark.parametrize("phase", ["transfer", "confirm"])
@@ -136,7 +143,7 @@ def test_kills_joins_and_moves_together(runs: dict[str, LocalRun], tmp_path: Pat
         run.signal("w2", signal.SIGKILL)
         run.wait("three workers", lambda s: s["world_size"] == 3 and s["entered"])
         run.add()
-        run.wait("four workers", lambda s: s["world_size"] == 4 and s["entered"] or s["phase"] == "finished")
+        run.wait("four workers", lambda s: (s["world_size"] == 4 and s["entered"]) or s["phase"] == "finished")
         run.wait_end()
         assert run.losses() == pytest.approx(runs["off"].losses(), rel=1e-5)
         history, _ = read_history(run.dir)

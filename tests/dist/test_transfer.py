@@ -50,6 +50,7 @@ def test_vectors_arrive_whole_over_many_rounds() -> None:
 def test_alone_and_a_wrong_expectation() -> None:
     group = alone()
     ((first, second),) = exchange(group, [[torch.arange(3.0), torch.arange(2.0)]], [[3, 2]])
-    assert first.tolist() == [0, 1, 2] and second.tolist() == [0, 1]
+    assert first.tolist() == [0, 1, 2]
+    assert second.tolist() == [0, 1]
     with pytest.raises(AssertionError, match="expects"):
         exchange(group, [[torch.arange(3.0)]], [[2]])

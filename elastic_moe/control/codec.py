@@ -33,6 +33,7 @@ from elastic_moe.control.messages import (
 
 T = TypeVar("T")
 _TOKEN = re.compile(rb'\s*\{\s*"type"\s*:\s*"\w+"\s*,\s*"token"\s*:\s*("(?:[^"\\]|\\.)*")')
+GREETINGS = {"hello": "the worker", "welcome": "the coordinator", "meet": "a member of the group"}  # with a version
 PLAIN = {str: "a text", int: "a whole number", bool: "true or false", float: "a finite number"}
 
 
@@ -57,33 +58,17 @@ def decode_from_worker(line: bytes) -> WorkerMessage:
         VersionMismatch: a `hello` of another version of the protocol.
         ValueError: the line is no such message.
     """
-    values = _parse(line)
-    _check_version(values, "hello", "the worker", "the coordinator")
-    return _message(values, "type", FROM_WORKER)
+    return _decode(line, FROM_WORKER)
 
 
 def decode_from_coordinator(line: bytes) -> CoordinatorMessage:
-    """The message of the coordinator.
-
-    Raises:
-        VersionMismatch: a `welcome` of another version of the protocol.
-        ValueError: the line is no such message.
-    """
-    values = _parse(line)
-    _check_version(values, "welcome", "the coordinator", "the worker")
-    return _message(values, "type", FROM_COORDINATOR)
+    """The message of the coordinator; raises as `decode_from_worker` does, of a `welcome`."""
+    return _decode(line, FROM_COORDINATOR)
 
 
 def decode_rendezvous(line: bytes) -> MeetMessage | MetMessage:
-    """The message of a member of a group that forms, or the answer to it.
-
-    Raises:
-        VersionMismatch: a `meet` of another version of the protocol.
-        ValueError: the line is no such message.
-    """
-    values = _parse(line)
-    _check_version(values, "meet", "a member of the group", "the coordinator")
-    return _message(values, "type", RENDEZVOUS)
+    """The message of a member of a group that forms, or the answer to it; raises as above, of a `meet`."""
+    return _decode(line, RENDEZVOUS)
 
 
 def token_of(head: bytes) -> str | None:
@@ -107,24 +92,22 @@ def decode_request(values: Mapping[str, Any]) -> Request:
     return _message(values, "event", REQUESTS)
 
 
-def _parse(line: bytes) -> Mapping[str, Any]:
+def _decode(line: bytes, table: Mapping[str, type[T]]) -> T:
+    """The message in a line. A version comes first: another version may have other fields."""
     try:
         values = json.loads(line.decode())
     except RecursionError:
         raise ValueError("a message is nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError(f"a message must be a JSON object, not {reprlib.repr(values)}")
-    return cast("dict[str, Any]", values)
-
-
-def _check_version(values: Mapping[str, Any], name: str, peer: str, here: str) -> None:
-    """The version comes first: another version may have other fields."""
-    version = values.get("version", 0)
-    if values.get("type") == name and version != VERSION:
+    values = cast("dict[str, Any]", values)
+    name, version = values.get("type"), values.get("version", 0)
+    if isinstance(name, str) and name in table and name in GREETINGS and version != VERSION:
         raise VersionMismatch(
-            f"{peer} speaks version {reprlib.repr(version)} of the control protocol and {here} version {VERSION}: "
-            "install the same release of elastic_moe on every node"
+            f"{GREETINGS[name]} speaks version {reprlib.repr(version)} of the control protocol and this process "
+            f"version {VERSION}: install the same release of elastic_moe on every node"
         )
+    return _message(values, "type", table)
 
 
 def _message(values: Mapping[str, Any], key: str, table: Mapping[str, type[T]]) -> T:

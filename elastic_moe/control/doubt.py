@@ -85,11 +85,22 @@ def no_other_group_commits(state: State, workers: Sequence[str], now_s: float, c
     of these workers is among them and leaves it; one is proven to be dead, or has entered a later view; or the lease of
     one has run out.
     """
-    for view in state.open_views:
-        members = [m.worker for m in view.members]
-        if set(workers).isdisjoint(members) and not any(_is_over(state, view, w, now_s, config) for w in members):
+    for view in open_views(state, now_s, config):
+        if set(workers).isdisjoint(m.worker for m in view.members):
             return False
     return now_s >= state.fence_s or any(state.records[w].bears_state for w in workers)
+
+
+def open_views(state: State, now_s: float, config: ElasticConfig) -> tuple[View, ...]:
+    """Those of the views of which a step may still be committed.
+
+    A view that is over stays so: a worker whose lease had run out leaves its view before it is taken in again.
+    """
+    return tuple(
+        view
+        for view in state.open_views
+        if not any(_is_over(state, view, m.worker, now_s, config) for m in view.members)
+    )
 
 
 def _is_over(state: State, view: View, worker: str, now_s: float, config: ElasticConfig) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from elastic_moe.config.schema import ElasticConfig
-from elastic_moe.control.doubt import note_death
+from elastic_moe.control.doubt import note_death, open_views
 from elastic_moe.control.events import (
     Closed,
     Command,
@@ -176,7 +176,7 @@ def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) ->
             return state, [LogEvent("stop", reason=reason), StopAll(state.view_workers)]
         case Tick():
             nodes = {n: until_s for n, until_s in state.draining_nodes.items() if now_s < until_s}
-            return replace(state, draining_nodes=nodes), []
+            return replace(state, draining_nodes=nodes, open_views=open_views(state, now_s, config)), []
 
 
 def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> Observed:

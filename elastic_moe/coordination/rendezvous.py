@@ -8,17 +8,12 @@ first member's arrival until its values are handed out; a member whose connectio
 from __future__ import annotations
 
 import asyncio
-import logging
-import threading
 from dataclasses import dataclass, field
 
 from elastic_moe.control.codec import decode_rendezvous, encode
 from elastic_moe.control.messages import MeetMessage, MetMessage
 from elastic_moe.coordination.gate import Gate, LineReader
-
-JOIN_TIMEOUT_S = 5.0  # for the server's thread at the end
-
-logger = logging.getLogger(__name__)
+from elastic_moe.coordination.listener import ListenerThread
 
 
 @dataclass
@@ -37,21 +32,17 @@ class RendezvousServer:
     Args:
         host: address to listen on.
         token: shared secret of the run.
-
-    Attributes:
-        port: on which it listens, after `start`.
     """
 
     def __init__(self, host: str, token: str) -> None:
-        self._host, self._gate = host, Gate(token)
-        self.port = 0
+        self._gate = Gate(token)
         self._gatherings: dict[str, _Gathering] = {}
-        self._handlers: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.new_event_loop()
-        self._stopping = asyncio.Event()
-        self._started = threading.Event()
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="rendezvous", daemon=True)
+        self._listener = ListenerThread("rendezvous", host, self._serve)
+
+    @property
+    def port(self) -> int:
+        """On which it listens, after `start`."""
+        return self._listener.port
 
     def start(self) -> None:
         """Begin to listen.
@@ -59,47 +50,16 @@ class RendezvousServer:
         Raises:
             RuntimeError: the server cannot listen on its host.
         """
-        self._thread.start()
-        self._started.wait()
-        if self._error is not None:
-            raise RuntimeError(f"the rendezvous cannot listen on {self._host}") from self._error
+        self._listener.start()
 
     def close(self) -> None:
         """Stop serving and cut all connections."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join(JOIN_TIMEOUT_S)
+        self._listener.close()
 
     # --- the server's thread ---
 
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_until_complete(self._main())
-        finally:
-            self._loop.close()
-
-    async def _main(self) -> None:
-        try:
-            server = await asyncio.start_server(self._serve, self._host, 0)
-        except OSError as error:
-            self._error = error
-            self._started.set()
-            return
-        self.port = int(server.sockets[0].getsockname()[1])
-        self._started.set()
-        await self._stopping.wait()
-        server.close()
-        for handler in list(self._handlers):
-            handler.cancel()
-        await asyncio.gather(*self._handlers, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, lines: LineReader, writer: asyncio.StreamWriter) -> None:
         """One member's connection, from its first message to its end."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._handlers.add(task)
-        lines = LineReader(reader)
         try:
             line = await self._gate.admit(lines, writer)
             while line:
@@ -108,12 +68,8 @@ class RendezvousServer:
                     raise ValueError("a member of a group sends no answer")
                 self._arrived(message, writer)
                 line = await lines.line()
-        except (OSError, TimeoutError, ValueError) as error:
-            logger.info("rendezvous: %r", error)
         finally:
-            self._handlers.discard(task)
             self._gone(writer)
-            writer.close()
 
     def _arrived(self, message: MeetMessage, writer: asyncio.StreamWriter) -> None:
         """Take a member in; hand the values out if it is the last one."""

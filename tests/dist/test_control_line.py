@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,9 +22,9 @@ from elastic_moe.errors import Evicted, GroupAborted
 from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
 from elastic_moe.runtime.mailbox import RECENT
+from tests.patience import until
 
 TOKEN = "secret"
-TIMEOUT_S = 10.0
 PEER = """
 import os, sys, threading
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
@@ -36,15 +36,6 @@ client.begin_view(message.view, lambda reason: None)
 client.entered(message.view.generation, {})
 threading.Event().wait(60)
 """
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait for a condition; the server's own callbacks change it."""
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline_s, f"timed out: {what}"
-        threading.Event().wait(0.002)
-    return value
 
 
 class Bench:

@@ -16,9 +16,8 @@ from elastic_moe.checkpoint.reader import find_latest
 from elastic_moe.checkpoint.storage import StorageUnavailable, probe
 from elastic_moe.checkpoint.writer import write_manifest, write_shard
 from elastic_moe.errors import UserError
+from tests.patience import PATIENCE_S, attempt, until
 from tests.storage_faults import install, set_fault
-
-PATIENCE_S = 60.0
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +71,7 @@ def test_a_hanging_call_is_left_behind_and_bars_the_place_until_it_returns() -> 
     assert len(calls) == 1
     assert bounded("elsewhere", lambda _: 1, PATIENCE_S) == 1
     release.set()
-    for _ in range(1000):
-        try:
-            assert bounded("there", lambda _: 2, PATIENCE_S) == 2
-            break
-        except TimeoutError:
-            threading.Event().wait(0.01)
-    else:
-        pytest.fail("the place stays barred")
+    until(lambda: attempt(lambda: bounded("there", lambda _: 2, PATIENCE_S), TimeoutError) == 2, "the place")
 
 
 def test_a_call_whose_caller_was_left_behind_ends() -> None:
@@ -120,14 +112,7 @@ def test_a_storage_that_hangs_or_fails_is_unavailable_and_loses_nothing(
     with pytest.raises(StorageUnavailable):
         find_latest(str(root))
     set_fault(control, "")
-    for _ in range(1000):
-        try:
-            found = find_latest(str(root))
-            break
-        except StorageUnavailable:
-            threading.Event().wait(0.01)
-    else:
-        pytest.fail("the storage stays unavailable")
+    found = until(lambda: attempt(lambda: find_latest(str(root)), StorageUnavailable), "the storage")
     assert found is not None
     assert found.step == 20
 

@@ -20,10 +20,10 @@ from elastic_moe.errors import StorageFailed, UserError
 from elastic_moe.run_dir import RUN, step_dir
 from elastic_moe.runtime import durable as durable_module
 from elastic_moe.runtime.durable import DurableCheckpoints
+from tests.patience import PATIENCE_S, until
 from tests.storage_faults import install, set_fault
 
 RANKS = 3
-PATIENCE_S = 60.0
 
 
 class Ranks:
@@ -80,11 +80,7 @@ class Restore:
         return [found for found in self.events if found["event"] == event]
 
     def wait_for(self, event: str) -> None:
-        for _ in range(int(PATIENCE_S * 100)):
-            if self.named(event):
-                return
-            threading.Event().wait(0.01)
-        raise AssertionError(f"no {event}")
+        until(lambda: self.named(event), event)
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,8 @@ from elastic_moe.plan.split.max_flow import augment_flow, greedy_flow, initial_c
 from elastic_moe.plan.split.min_cost import cancel_cycles
 from elastic_moe.plan.values import Placement
 
+_BLOCK = 16  # elements on a side of a block that is transposed
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RankSplit:
@@ -120,6 +122,19 @@ def _solve(
 
 
 @compiled
+def _transposed(array_XY: Ints) -> Ints:
+    """int64[Y, X], copied block by block: a column of a large array costs a cache miss per element."""
+    size_x, size_y = array_XY.shape
+    out_YX = np.empty((size_y, size_x), np.int64)
+    for x0 in range(0, size_x, _BLOCK):
+        for y0 in range(0, size_y, _BLOCK):
+            for y in range(y0, min(y0 + _BLOCK, size_y)):
+                for x in range(x0, min(x0 + _BLOCK, size_x)):
+                    out_YX[y, x] = array_XY[x, y]
+    return out_YX
+
+
+@compiled
 def _split(  # noqa: PLR0913 - compiled code sees plain arrays
     counts_RE: Ints,
     expert_P: Ints,
@@ -134,17 +149,19 @@ def _split(  # noqa: PLR0913 - compiled code sees plain arrays
     """Solve one layer. Returns the tokens that leave their node; -1 if an expert has tokens and no copy.
 
     Args:
-        only_rank: the rank for which to write the split; negative for all ranks.
+        only_rank: the rank for which to write the split; negative for all ranks. With the number of ranks, only
+            `tokens_P` is filled: the slowest rank's time is the least, the traffic is any.
         out_RP: filled with tokens from each source to each slot; with `only_rank` one row, that rank's.
         here_RS: filled with tokens from each source to the slots of `only_rank`; unused without one.
         tokens_P: filled with the tokens of each slot.
     """
     num_ranks, num_experts = counts_RE.shape
     num_slots = len(expert_P)
+    counts_ER = _transposed(counts_RE)
     total_E = np.zeros(num_experts, np.int64)
-    for rank in range(num_ranks):
-        for expert in range(num_experts):
-            total_E[expert] += counts_RE[rank, expert]
+    for expert in range(num_experts):
+        for rank in range(num_ranks):
+            total_E[expert] += counts_ER[expert, rank]
     # the slots of each expert, in order: slots_E[first_E[e] : first_E[e + 1]]
     first_E = np.zeros(num_experts + 1, np.int64)
     for slot in range(num_slots):
@@ -194,7 +211,7 @@ def _split(  # noqa: PLR0913 - compiled code sees plain arrays
             slot = slots_E[index]
             rank = rank_P[slot]
             expert_A[arc], rank_A[arc], slot_A[arc] = k, rank, slot
-            own_A[arc] = counts_RE[rank, expert]
+            own_A[arc] = counts_ER[expert, rank]
             reach_R[rank] = True
             if pair_of_node[node_R[rank]] < begin:
                 pair_of_node[node_R[rank]] = num_pairs
@@ -206,7 +223,7 @@ def _split(  # noqa: PLR0913 - compiled code sees plain arrays
         for rank in range(num_ranks):
             pair = pair_of_node[node_R[rank]]
             if pair >= begin:
-                local_Q[pair] += counts_RE[rank, expert]
+                local_Q[pair] += counts_ER[expert, rank]
     flow_A = np.zeros(num_arcs, np.int64)
     if num_flexible > 0:
         unplaced_K = total_K.copy()
@@ -231,15 +248,20 @@ def _split(  # noqa: PLR0913 - compiled code sees plain arrays
             local_Q,
             pair_A,
         )
-        cancel_cycles(flow_A, slack_R, own_A, local_Q, rank_A, pair_A, expert_of_Q[:num_pairs], num_ranks, num_flexible)
+        if only_rank < num_ranks:
+            cancel_cycles(
+                flow_A, slack_R, own_A, local_Q, rank_A, pair_A, expert_of_Q[:num_pairs], num_ranks, num_flexible
+            )
         for arc in range(num_arcs):
             tokens_P[slot_A[arc]] = flow_A[arc]
-    return _assign_sources(counts_RE, total_E, rank_P, node_R, tokens_P, first_E, slots_E, only_rank, out_RP, here_RS)
+    if only_rank >= num_ranks:
+        return 0
+    return _assign_sources(counts_ER, total_E, rank_P, node_R, tokens_P, first_E, slots_E, only_rank, out_RP, here_RS)
 
 
 @compiled
 def _assign_sources(  # noqa: PLR0913 - compiled code sees plain arrays
-    counts_RE: Ints,
+    counts_ER: Ints,
     total_E: Ints,
     rank_P: Ints,
     node_R: Ints,
@@ -254,18 +276,18 @@ def _assign_sources(  # noqa: PLR0913 - compiled code sees plain arrays
 
     Arguments and result as for `_split`.
     """
-    num_ranks, num_experts = counts_RE.shape
+    num_experts, num_ranks = counts_ER.shape
     first_slot = 0
     if only_rank >= 0:
         first_slot = np.searchsorted(rank_P, only_rank)
+    ranks_N, first_N = sort_arcs_by_rank(node_R, node_R.max() + 1)  # the ranks of each node, in order
     supply = np.empty(num_ranks, np.int64)
     cross_node_tokens = np.int64(0)
     for expert in range(num_experts):
         if total_E[expert] == 0:
             continue
         begin, end = first_E[expert], first_E[expert + 1]
-        for rank in range(num_ranks):
-            supply[rank] = counts_RE[rank, expert]
+        supply[:] = counts_ER[expert]
         if end - begin == 1:
             slot = slots_E[begin]
             target = rank_P[slot]
@@ -285,25 +307,29 @@ def _assign_sources(  # noqa: PLR0913 - compiled code sees plain arrays
             for index in range(end - begin):
                 slot = slots_E[begin + index]
                 target = rank_P[slot]
-                source = target if stage == 0 else start
-                while want[index] > 0 and source < num_ranks:
-                    amount = min(want[index], supply[source])
-                    if amount > 0 and (stage != 1 or node_R[source] == node_R[target]):
-                        supply[source] -= amount
-                        want[index] -= amount
-                        if stage == 2:
-                            cross_node_tokens += amount
-                        if only_rank < 0:
-                            out_RP[source, slot] += amount
-                        else:
-                            if source == only_rank:
-                                out_RP[0, slot] += amount
-                            if target == only_rank:
-                                here_RS[source, slot - first_slot] += amount
-                    if stage == 0:
-                        break
-                    if stage == 2 and supply[source] == 0:
-                        start = source + 1
+                source, until = start, num_ranks
+                if stage < 2:
+                    source, until = 0, 1
+                    if stage == 1:
+                        source, until = first_N[node_R[target]], first_N[node_R[target] + 1]
+                while want[index] > 0 and source < until:
+                    sender = source
+                    if stage < 2:
+                        sender = target if stage == 0 else ranks_N[source]
+                    amount = min(want[index], supply[sender])
+                    supply[sender] -= amount
+                    want[index] -= amount
+                    if stage == 2:
+                        cross_node_tokens += amount
+                        if supply[sender] == 0:
+                            start = source + 1
+                    if only_rank < 0:
+                        out_RP[sender, slot] += amount
+                    else:
+                        if sender == only_rank:
+                            out_RP[0, slot] += amount
+                        if target == only_rank:
+                            here_RS[sender, slot - first_slot] += amount
                     source += 1
     return cross_node_tokens
 

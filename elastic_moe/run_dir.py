@@ -9,6 +9,7 @@ from elastic_moe.config.schema import TrainConfig
 
 RUN = "run.json"  # identity of the run: here and in the checkpoint root
 LEASE = "lease.json"  # the process that owns the directory now: here and in the checkpoint root
+CLAIMS = "lease"  # directory: the same on an object store, one object per process that claims it
 CONFIG = "config.yaml"  # the configuration of the newest start as the user gave it, complete
 CONFIGS = "configs"  # directory: the configuration of every start
 TOKENIZER = "tokenizer.json"  # written by `data.tokenizer`, for export and generate
@@ -43,6 +44,14 @@ def abandoned_metrics(timeline: int) -> str:
 def step_dir(step: int) -> str:
     """Name of a step's directory below the checkpoint root."""
     return f"step_{step:08d}"
+
+
+def split_step(place: str) -> tuple[str, int] | None:
+    """Root and step of a checkpoint's directory or URI; None if its name is not a checkpoint's."""
+    path, mark, query = place.partition("?") if "://" in place else (place, "", "")
+    root, _, name = path.rstrip("/").rpartition("/")
+    step = step_of(name)
+    return None if step is None else (f"{root or '.'}{mark}{query}", step)
 
 
 def step_of(directory: str) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,9 @@ def install(control: Path, timeout_s: float = 60.0) -> None:
     """Let every checkpoint root of this process lie on a faulty storage."""
     filesystem = pafs.PyFileSystem(FaultyHandler(control))
 
+    @lru_cache
     def open_faulty(root_uri: str) -> tuple[pafs.FileSystem, str]:
         return filesystem, Path(root_uri).absolute().as_posix()
 
     storage_module.open_filesystem = open_faulty  # type: ignore[assignment]
-    storage_module.TIMEOUT_S = timeout_s
+    storage_module.set_timeout(timeout_s)

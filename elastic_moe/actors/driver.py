@@ -28,7 +28,7 @@ from elastic_moe.actors.coordinator import Coordinator
 from elastic_moe.actors.identify import begin, changes, fingerprint_of
 from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, Finder, actor_name, fetch_token, this_node
 from elastic_moe.checkpoint.reader import load_manifest
-from elastic_moe.checkpoint.storage import probe
+from elastic_moe.checkpoint.storage import probe, set_timeout
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.lease import Lease, lost, own
 from elastic_moe.coordination.start import Found, check_start, look
@@ -62,6 +62,7 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
     try:
         config = replace(config, run=replace(config.run, dir=str(Path(config.run.dir).expanduser().absolute())))
         _check_device(config)
+        set_timeout(config.checkpoint.timeout_s)
         check_start(config, look(config))
         _make(Path(config.run.dir))
         probe(checkpoint_root(config))

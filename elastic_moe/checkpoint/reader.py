@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -12,6 +13,8 @@ from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo
 from elastic_moe.checkpoint.shard_file import TensorEntry, bytes_of, header_length, parse_header
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
 from elastic_moe.run_dir import step_dir, step_of
+
+READERS = 4  # files that a process verifies at once where no other ranks help
 
 
 def load_manifest(root_uri: str, step: int) -> Manifest:
@@ -24,8 +27,7 @@ def load_manifest(root_uri: str, step: int) -> Manifest:
     """
     storage = Storage(root_uri)
     manifest = _read_manifest(storage, root_uri, step)
-    for shard in manifest.shards:
-        _check_size(storage, manifest, shard)
+    check_sizes(storage, manifest)
     return manifest
 
 
@@ -78,11 +80,18 @@ def _read_manifest(storage: Storage, root_uri: str, step: int) -> Manifest:
     return manifest
 
 
-def _check_size(storage: Storage, manifest: Manifest, shard: ShardInfo) -> None:
-    name = f"{manifest.directory}/{shard.file}"
-    size = persistent(lambda: storage.size(name))
-    if size != shard.bytes:
-        raise CorruptCheckpoint(f"{storage.path(name)} has {size} bytes, not {shard.bytes}")
+def check_sizes(storage: Storage, manifest: Manifest) -> None:
+    """Compare the sizes of a checkpoint's files, which one listing tells.
+
+    Raises:
+        CorruptCheckpoint: a file is missing or has another size.
+        StorageUnavailable: the directory cannot be listed.
+    """
+    sizes = persistent(lambda: storage.sizes(manifest.directory))
+    for shard in manifest.shards:
+        if sizes.get(shard.file, -1) != shard.bytes:
+            path = storage.path(f"{manifest.directory}/{shard.file}")
+            raise CorruptCheckpoint(f"{path} has {sizes.get(shard.file, -1)} bytes, not {shard.bytes}")
 
 
 def verify_shards(manifest: Manifest, rank: int = 0, world_size: int = 1, activity: Activity | None = None) -> None:
@@ -100,9 +109,20 @@ def verify_shards(manifest: Manifest, rank: int = 0, world_size: int = 1, activi
     storage = Storage(manifest.root_uri, activity)
     for shard in sorted(manifest.shards, key=lambda shard: (-shard.bytes, shard.file))[rank::world_size]:
         name = f"{manifest.directory}/{shard.file}"
-        _check_size(storage, manifest, shard)
-        if persistent(lambda name=name: storage.sha256(name)) != shard.sha256:
+        try:
+            found = persistent(lambda name=name: storage.sha256(name))
+        except FileNotFoundError as error:
+            raise CorruptCheckpoint(f"{storage.path(name)} is missing") from error
+        if found != shard.sha256:
             raise CorruptCheckpoint(f"{storage.path(name)} does not match its checksum")
+
+
+def verify_alone(manifest: Manifest) -> None:
+    """As `verify_shards` of all files, by one process that reads several at once."""
+    readers = min(READERS, max(1, len(manifest.shards)))
+    with ThreadPoolExecutor(readers, thread_name_prefix="verify") as pool:
+        for share in [pool.submit(verify_shards, manifest, reader, readers) for reader in range(readers)]:
+            share.result()
 
 
 def find_latest(
@@ -129,7 +149,7 @@ def find_latest(
             manifest = load_manifest(root_uri, step)
             require_current(history, manifest)
             if verify:
-                verify_shards(manifest)
+                verify_alone(manifest)
             return manifest
         except FileNotFoundError:
             reason = "unfinished"

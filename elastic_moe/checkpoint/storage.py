@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -24,9 +24,12 @@ from elastic_moe.errors import UserError
 
 ATTEMPTS = 3
 PAUSE_S = 0.2
-TIMEOUT_S = 60.0  # an operation that does not get on by one piece within this is left behind
+TIMEOUT_S = 60.0  # set by `set_timeout`: an operation that does not get on by one piece within this is left behind
 PIECE = 1 << 23  # bytes that are read, hashed or written at once, while other threads run
 _SYNC_BYTES = 1 << 26  # a local file is synced so often: one sync at the end could take longer than the time-out
+_FLUSH_BYTES = 1 << 25  # of an object are copied and on their way at once
+_PUT_BYTES = 4 << 20  # a smaller object is written by one request
+_S3_REQUESTS = 6  # requests without an answer that fit into the time-out; the client tries each one three times
 T = TypeVar("T")
 
 
@@ -77,7 +80,9 @@ class Storage:
         if self._local:
             self._bounded(lambda activity: _write_local(path, parts, activity))
         else:
-            self._bounded(lambda activity: _write_object(self._fs, path, parts, activity))
+            small = sum(map(len, parts)) < _PUT_BYTES
+            filesystem = _for_one_request(self._place) if small else self._fs
+            self._bounded(lambda activity: _write_object(filesystem, path, parts, activity))
 
     def read(self, name: str) -> bytes:
         """Read a whole file.
@@ -119,6 +124,12 @@ class Storage:
         """Size of a file in bytes, or -1 if there is none."""
         info = self._bounded(lambda _: self._fs.get_file_info(self.path(name)))
         return info.size if info.type == pafs.FileType.File else -1
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """Sizes in bytes of the files directly in a directory, by name; empty if there is none."""
+        selector = pafs.FileSelector(self.path(name), allow_not_found=True)
+        infos = self._bounded(lambda _: self._fs.get_file_info(selector))
+        return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
 
     def sha256(self, name: str) -> str:
         """SHA-256 checksum of a file, which is read in pieces."""
@@ -170,6 +181,15 @@ def probe(root_uri: str) -> None:
         raise UserError(f"checkpoint.dir={root_uri} does not give back what is written there.")
 
 
+def set_timeout(timeout_s: float) -> None:
+    """Set `checkpoint.timeout_s` for all storage that this process opens from now on."""
+    global TIMEOUT_S
+    if timeout_s != TIMEOUT_S:
+        TIMEOUT_S = timeout_s
+        open_filesystem.cache_clear()
+        _for_one_request.cache_clear()
+
+
 @lru_cache(maxsize=16)
 def open_filesystem(root_uri: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a root, and the root's path in it.
@@ -184,10 +204,24 @@ def open_filesystem(root_uri: str) -> tuple[pafs.FileSystem, str]:
         filesystem, root = pafs.FileSystem.from_uri(root_uri)
     except pa.ArrowInvalid as error:
         raise ValueError(str(error)) from error
-    if isinstance(filesystem, pafs.S3FileSystem):  # a write in the background would copy everything that waits
-        rebuild, (options, *_) = filesystem.__reduce__()
-        filesystem = rebuild(options | {"background_writes": False})
+    if isinstance(filesystem, pafs.S3FileSystem):
+        # Only a write in the background refuses to publish an object of which a part failed.
+        filesystem = _changed(filesystem, background_writes=True, request_timeout=TIMEOUT_S / _S3_REQUESTS)
     return filesystem, root.rstrip("/")
+
+
+@lru_cache(maxsize=16)
+def _for_one_request(root_uri: str) -> pafs.FileSystem:
+    """As `open_filesystem`, for objects that fit into one request: a larger one could become a part of itself."""
+    filesystem, _ = open_filesystem(root_uri)
+    if isinstance(filesystem, pafs.S3FileSystem):
+        return _changed(filesystem, allow_delayed_open=True)
+    return filesystem
+
+
+def _changed(filesystem: pafs.S3FileSystem, **options: Any) -> pafs.FileSystem:
+    rebuild, (present, *_) = filesystem.__reduce__()
+    return rebuild(present | options)
 
 
 def persistent(action: Callable[[], T], attempts: int = ATTEMPTS, pause_s: float = PAUSE_S) -> T:
@@ -249,12 +283,17 @@ def _write_local(path: str, parts: Sequence[memoryview], activity: Activity) -> 
 def _write_object(filesystem: pafs.FileSystem, path: str, parts: Sequence[memoryview], activity: Activity) -> None:
     """Put an object.
 
-    Closing the stream publishes all that was written. So a call that was left behind goes on to the end: the object
-    never becomes a part of itself.
+    Closing the stream publishes all that was written, unless a part has failed. So a call that was left behind goes on
+    to the end: the object never becomes a part of itself.
     """
     with filesystem.open_output_stream(path) as stream:
+        waiting = 0
         for piece in in_pieces(parts):
             stream.write(piece)
+            waiting += len(piece)
+            if waiting >= _FLUSH_BYTES:
+                stream.flush()
+                waiting = 0
             activity.moved_bytes += len(piece)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from elastic_moe.checkpoint.identity import find_identity
 from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo, as_shards
-from elastic_moe.checkpoint.reader import load_manifest, require_current
+from elastic_moe.checkpoint.reader import check_sizes, load_manifest, require_current
 from elastic_moe.checkpoint.shard_file import file_parts, sha256_of
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
 from elastic_moe.run_dir import step_dir, step_of
@@ -51,11 +51,7 @@ def write_manifest(
     """
     manifest = Manifest(root_uri, step, as_shards(shards), dict(meta or {}))
     storage = Storage(root_uri)
-    for shard in manifest.shards:
-        name = f"{manifest.directory}/{shard.file}"
-        size = persistent(lambda name=name: storage.size(name))
-        if size != shard.bytes:
-            raise CorruptCheckpoint(f"{storage.path(name)} has {size} bytes, not {shard.bytes}")
+    check_sizes(storage, manifest)
     persistent(lambda: storage.write(f"{manifest.directory}/{MANIFEST}", manifest.to_bytes()))
     return manifest
 

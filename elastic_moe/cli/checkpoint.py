@@ -18,7 +18,7 @@ from elastic_moe.checkpoint.reader import load_manifest
 from elastic_moe.checkpoint.writer import remove
 from elastic_moe.coordination.lease import Lease
 from elastic_moe.errors import UserError
-from elastic_moe.run_dir import CONFIG, checkpoint_root, step_of
+from elastic_moe.run_dir import CONFIG, checkpoint_root, split_step
 from elastic_moe.saved import read_config
 
 GIB = 1 << 30
@@ -58,11 +58,10 @@ def diff(one: str, other: str) -> int:
     """Print the differences of two checkpoints, each given by its directory. Returns 0."""
     manifests = []
     for given in (one, other):
-        root, _, name = given.rstrip("/").rpartition("/")
-        step = step_of(name)
-        if step is None:
+        found = split_step(given)
+        if found is None:
             raise UserError(f"{given} is no checkpoint: its name is not like step_00000100.")
-        manifests.append(load_manifest(root or ".", step))
+        manifests.append(load_manifest(*found))
     for line in differences(manifests[0], manifests[1], _keys):
         print(line)
     return 0

@@ -173,6 +173,7 @@ class CheckpointConfig(Sealed):
     every_steps: int = 50  # steps between two checkpoints; 0: only at the end
     keep: int = 3  # newest checkpoints that are kept
     dir: str = ""  # a path or s3:// or gs:// URI; "": <run.dir>/checkpoints
+    timeout_s: float = 60.0  # longest silence of the storage within one call, which is then given up
     wait_s: float = 600.0  # longest wait for a storage that fails, at a resume and for the last checkpoint
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.checkpoint.storage import set_timeout
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.codec import decode_request
 from elastic_moe.coordination.checkpoints import CheckpointCommitter
@@ -42,6 +43,7 @@ class RunCoordinator:
         self, config: TrainConfig, token: str, target: int, host: str = "127.0.0.1", restarted: bool = False
     ) -> None:
         run_dir = Path(config.run.dir)
+        set_timeout(config.checkpoint.timeout_s)
         self._recorder = Recorder(run_dir)
         self._records = StepRecords(run_dir, self._recorder)
         self._rolled_back = -1  # generation that rolled back last

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from elastic_moe.checkpoint.storage import set_timeout
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.messages import ViewMessage
 from elastic_moe.control.rebalance import Rebalancer
@@ -254,6 +255,7 @@ def run_worker(
         Evicted: this worker was removed from the run and must not go on.
     """
     elastic = config.elastic
+    set_timeout(config.checkpoint.timeout_s)
     client = CoordinatorClient(
         find, token, worker, node, os.getpid(), elastic.slots_per_worker, elastic.heartbeat_s, elastic.lease_s
     )

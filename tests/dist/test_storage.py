@@ -15,7 +15,6 @@ from tests.local_run import LocalRun, _work, tiny_config
 from tests.storage_faults import install, set_fault
 
 CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split" / "split.py"
-TIMEOUT_S = 3.0
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -26,7 +25,7 @@ def control_of(config: TrainConfig) -> Path:
 def work_on_faulty_storage(
     config: TrainConfig, address: tuple[str, int], prepared: Prepared, worker: str, node: str
 ) -> None:
-    install(control_of(config), TIMEOUT_S)
+    install(control_of(config))
     _work(config, address, prepared, worker, node)
 
 
@@ -42,7 +41,7 @@ def config_of(tmp_path: Path, steps: int, wait_s: float = 600.0) -> TrainConfig:
         config,
         run=replace(config.run, steps=steps),
         optim=replace(config.optim, schedule="constant"),
-        checkpoint=CheckpointConfig(every_steps=5, wait_s=wait_s),
+        checkpoint=CheckpointConfig(every_steps=5, timeout_s=3.0, wait_s=wait_s),
     )
 
 

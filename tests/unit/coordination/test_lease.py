@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from elastic_moe.coordination import lease as lease_module
-from elastic_moe.coordination.lease import Lease, Owner
+from elastic_moe.coordination import owner as owner_module
+from elastic_moe.coordination.lease import Lease
+from elastic_moe.coordination.owner import Owner
 from elastic_moe.errors import UserError
 from elastic_moe.run_dir import LEASE
 
@@ -81,7 +83,7 @@ def test_a_silent_owner_of_another_machine_loses_it(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_living_owner_of_another_machine_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Lease(str(tmp_path), "run.dir"):
-        monkeypatch.setattr(lease_module, "_machine", lambda: "elsewhere")
+        monkeypatch.setattr(owner_module, "this_machine", lambda: "elsewhere")
         monkeypatch.setattr(lease_module, "TTL_S", 60.0)
         with pytest.raises(UserError, match="is in use"), Lease(str(tmp_path), "run.dir"):
             pass

@@ -189,7 +189,7 @@ def test_storage_that_fails_for_a_while() -> None:
         persistent(action)
 
 
-@pytest.mark.parametrize("operation", ["read", "size", "sha256", "directories"])
+@pytest.mark.parametrize("operation", ["read", "sizes", "sha256", "directories"])
 @pytest.mark.parametrize("errno", [5, 13, 116])
 def test_storage_that_cannot_be_read_is_not_an_empty_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, errno: int

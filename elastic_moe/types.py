@@ -21,6 +21,7 @@ class Member:
         speed: relative speed, sequences per second in any common unit.
         slots: largest number of expert slots per MoE layer that it can hold; 0 for no limit.
         draining: takes part only to hand its state over; it owns nothing and computes nothing in this view.
+        address: host and port at which other workers try whether they reach it; port 0: none.
     """
 
     worker: str
@@ -29,6 +30,7 @@ class Member:
     speed: float = 1.0
     slots: int = 0
     draining: bool = False
+    address: tuple[str, int] = ("", 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The one codec of `control/messages.py`: a message is one JSON object on one line, in UTF-8.
+"""The one codec of `control/messages.py` and `control/peer_messages.py`: a message is one JSON object on one line.
 
 The key "type" names the message (a request has "event" instead). The other keys are the fields of the value, and a
 field with a default may be absent. A tuple becomes a list, a dataclass an object. A line that is no message raises
@@ -21,33 +21,43 @@ from elastic_moe.control.messages import (
     FROM_COORDINATOR,
     FROM_WORKER,
     NAMES,
-    RENDEZVOUS,
     REQUESTS,
     VERSION,
     CoordinatorMessage,
-    MeetMessage,
-    MetMessage,
     Request,
     WorkerMessage,
+)
+from elastic_moe.control.peer_messages import (
+    LINKS,
+    PEER_NAMES,
+    RENDEZVOUS,
+    LinkedMessage,
+    LinkMessage,
+    MeetMessage,
+    MetMessage,
 )
 
 T = TypeVar("T")
 _TOKEN = re.compile(rb'\s*\{\s*"type"\s*:\s*"\w+"\s*,\s*"token"\s*:\s*("(?:[^"\\]|\\.)*")')
-GREETINGS = {"hello": "the worker", "welcome": "the coordinator", "meet": "a member of the group"}  # with a version
+GREETINGS = {"hello": "the worker", "welcome": "the coordinator", "meet": "a member of the group", "link": "a worker"}
+ALL_NAMES = {**NAMES, **PEER_NAMES}
 PLAIN = {str: "a text", int: "a whole number", bool: "true or false", float: "a finite number"}
+
+
+Message = WorkerMessage | CoordinatorMessage | MeetMessage | MetMessage | LinkMessage | LinkedMessage
 
 
 class VersionMismatch(ValueError):
     """The peer speaks another version of the protocol."""
 
 
-def encode(message: WorkerMessage | CoordinatorMessage | MeetMessage | MetMessage) -> bytes:
+def encode(message: Message) -> bytes:
     """The message as a line, with its line break.
 
     Raises:
         TypeError: a payload holds something that JSON does not have.
     """
-    values = {"type": NAMES[type(message)]} | _object(message)
+    values = {"type": ALL_NAMES[type(message)]} | _object(message)
     return json.dumps(values, separators=(",", ":")).encode() + b"\n"
 
 
@@ -69,6 +79,11 @@ def decode_from_coordinator(line: bytes) -> CoordinatorMessage:
 def decode_rendezvous(line: bytes) -> MeetMessage | MetMessage:
     """The message of a member of a group that forms, or the answer to it; raises as above, of a `meet`."""
     return _decode(line, RENDEZVOUS)
+
+
+def decode_link(line: bytes) -> LinkMessage | LinkedMessage:
+    """The message of a worker that tries its link, or the answer to it; raises as above, of a `link`."""
+    return _decode(line, LINKS)
 
 
 def token_of(head: bytes) -> str | None:

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.events import Command, Disconnect, Evict, LogEvent
+from elastic_moe.control.links import is_refused
 from elastic_moe.control.state import FINISHING, RUNNING, Backoff, State
 from elastic_moe.types import View
 
@@ -31,7 +32,7 @@ MEMORY_S = 600.0  # a node's deaths are forgotten so long after its pause
 def remove_in_doubt(state: State, now_s: float, config: ElasticConfig) -> tuple[State, list[Command]]:
     """Remove members and other workers whose patience is over, and tell of those that are waited for."""
     in_doubt = [w for w in state.view_workers if _is_in_doubt(state, w, now_s, config)]
-    last = bool(in_doubt) and not _others_hold_all(state, in_doubt, config)
+    last = bool(in_doubt) and not others_hold_all(state, in_doubt, config)
     if state.in_doubt and not last:  # some of those that were waited for are back: the others get a patience anew
         for worker in set(in_doubt) & state.in_doubt:
             closed_s = None if state.records[worker].closed_s is None else now_s
@@ -46,7 +47,9 @@ def remove_in_doubt(state: State, now_s: float, config: ElasticConfig) -> tuple[
             patience_s = config.hang_timeout_s if patient else config.heartbeat_timeout_s
             silent_s, reason = now_s - record.last_heard_s, f"silent for {patience_s:g} s"
         at_once = record.closed_s is not None and (
-            state.phase == FINISHING or (state.suspected_s is not None and not last and state.in_view(worker))
+            state.phase == FINISHING
+            or is_refused(state, worker)
+            or (state.suspected_s is not None and not last and state.in_view(worker))
         )  # its peers lost it too; the cheap questions come first, for this runs over all workers
         if silent_s > patience_s or at_once:
             member = record.member
@@ -151,7 +154,7 @@ def _is_in_doubt(state: State, worker: str, now_s: float, config: ElasticConfig)
     return record.closed_s is not None or now_s - record.last_heard_s > config.heartbeat_timeout_s / 2
 
 
-def _others_hold_all(state: State, in_doubt: Sequence[str], config: ElasticConfig) -> bool:
+def others_hold_all(state: State, in_doubt: Sequence[str], config: ElasticConfig) -> bool:
     """Whether every unit surely has a living copy on a member that is not in doubt.
 
     Each unit has `elastic.redundancy` mirrors, on other nodes than its owner where there are several. They are made

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastic_moe.types import View
+from elastic_moe.types import Member, View
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -22,6 +22,7 @@ class Hello:
         view: newest view it knows; None if it never was in one.
         entered: generation that it entered last.
         step: last step it committed, as far as it knows.
+        address: as in `Member`.
     """
 
     worker: str
@@ -32,6 +33,7 @@ class Hello:
     view: View | None = None
     entered: int = 0
     step: int = 0
+    address: tuple[str, int] = ("", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,24 @@ class Suspect:
     worker: str
     generation: int
     error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """The worker has tried its links to others.
+
+    Attributes:
+        check: number of the check, as in `CheckLinks`.
+        reached: workers to which there is a connection both ways.
+        silent: workers that cannot be reached, or do not answer.
+        refused: workers whose host answers, but nobody listens at their address.
+    """
+
+    worker: str
+    check: int
+    reached: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +147,22 @@ class Tick:
     """Time has passed."""
 
 
-Event = Hello | Ready | Heartbeat | Suspect | Entered | Finished | Left | Closed | Lost | NodeLost | Drain | Stop | Tick
+Event = (
+    Hello
+    | Ready
+    | Heartbeat
+    | Suspect
+    | Links
+    | Entered
+    | Finished
+    | Left
+    | Closed
+    | Lost
+    | NodeLost
+    | Drain
+    | Stop
+    | Tick
+)
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
@@ -163,6 +198,15 @@ class Probe:
     """Ask the workers for a sign of life at once."""
 
     workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckLinks:
+    """Ask the workers to try whether they reach the peers."""
+
+    workers: tuple[str, ...]
+    check: int
+    peers: tuple[Member, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,4 +257,4 @@ class LogEvent:
     reason: str = ""
 
 
-Command = Welcome | Publish | Pause | Probe | Release | Evict | Disconnect | StopAll | End | LogEvent
+Command = Welcome | Publish | Pause | Probe | CheckLinks | Release | Evict | Disconnect | StopAll | End | LogEvent

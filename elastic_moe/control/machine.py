@@ -23,6 +23,7 @@ from elastic_moe.control.events import (
     Heartbeat,
     Hello,
     Left,
+    Links,
     LogEvent,
     Lost,
     NodeLost,
@@ -37,6 +38,7 @@ from elastic_moe.control.events import (
     Tick,
     Welcome,
 )
+from elastic_moe.control.links import ask_witnesses, take_links
 from elastic_moe.control.rules import apply_rules
 from elastic_moe.control.state import FINISHING, RUNNING, WAITING, State, WorkerRecord
 from elastic_moe.types import Member
@@ -147,7 +149,9 @@ def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) ->
             line = _log_event(state, "suspect", worker, error)
             if state.suspected_s is not None:
                 return state, [line]
-            return replace(state, suspected_s=now_s), [line, Probe(state.view_workers)]
+            return replace(state, suspected_s=now_s, links=None), [line, Probe(state.view_workers)]
+        case Links():
+            return take_links(state, event, now_s, config)
         case Entered(worker, _):
             joined = state.records[worker].joined_step
             joined = state.step if joined is None else joined
@@ -198,7 +202,7 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> O
         until_s = state.draining_nodes.get(event.node)
         if until_s is not None:
             return state, [*commands, Release(worker)]
-        member = Member(worker, event.node, event.pid, slots=event.slots)
+        member = Member(worker, event.node, event.pid, slots=event.slots, address=event.address)
         away = state.absent.get(worker)
         returns = away is not None
         record = WorkerRecord(
@@ -210,6 +214,9 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> O
         )
         absent = {w: a for w, a in state.absent.items() if w != worker}
         state = replace(state, records={**state.records, worker: record}, absent=absent)
+    record = state.records[worker]
+    if event.address != record.member.address:
+        state = state.with_record(worker, member=replace(record.member, address=event.address))
     entered = max(event.entered, state.records[worker].entered)
     state = state.with_record(worker, last_heard_s=now_s, missing=False, closed_s=None, entered=entered)
     state = replace(state, step=max(state.step, event.step))
@@ -252,7 +259,8 @@ def _closed(state: State, worker: str, now_s: float) -> Observed:
     line = _log_event(state, "worker_disconnected", worker, "connection closed")
     if not state.in_view(worker):
         return state.unproven(worker, now_s), [line]
-    return state.with_record(worker, closed_s=now_s), [line]
+    state, commands = ask_witnesses(state.with_record(worker, closed_s=now_s), worker)
+    return state, [line, *commands]
 
 
 def _adoptable(state: State, event: Hello) -> bool:

@@ -12,6 +12,7 @@ from elastic_moe.control.messages import (
     HeartbeatMessage,
     HelloMessage,
     LeftMessage,
+    LinksMessage,
     NodeLostRequest,
     ReadyMessage,
     Request,
@@ -29,6 +30,7 @@ MembershipMessage = (
     | FinishedMessage
     | FailingMessage
     | LeftMessage
+    | LinksMessage
 )
 
 
@@ -37,13 +39,15 @@ def event_of_message(worker: str, message: MembershipMessage) -> ev.Event:
     match message:
         case HelloMessage():
             m = message
-            return ev.Hello(worker, m.node, m.pid, m.slots, m.ready, m.view, m.entered, m.step)
+            return ev.Hello(worker, m.node, m.pid, m.slots, m.ready, m.view, m.entered, m.step, m.address)
         case ReadyMessage():
             return ev.Ready(worker)
         case HeartbeatMessage(generation, step, progress):
             return ev.Heartbeat(worker, generation, step, progress)
         case SuspectMessage(generation, error):
             return ev.Suspect(worker, generation, error)
+        case LinksMessage(check, reached, silent, refused):
+            return ev.Links(worker, check, reached, silent, refused)
         case EnteredMessage(generation):
             return ev.Entered(worker, generation)
         case FinishedMessage():

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_moe.types import View
+from elastic_moe.types import Member, View
 
-VERSION = 2  # of the protocol; every change of a message raises it
+VERSION = 3  # of the protocol; every change of a message raises it
 
 JsonObject = Mapping[str, Any]
 
@@ -38,6 +38,7 @@ class HelloMessage:
         entered: generation that it entered last.
         step: last step it committed, as far as it knows.
         version: version of the protocol that it speaks.
+        address: as in `Member`.
     """
 
     token: str = field(repr=False)
@@ -50,6 +51,7 @@ class HelloMessage:
     entered: int = 0
     step: int = 0
     version: int = VERSION
+    address: tuple[str, int] = ("", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,16 @@ class SuspectMessage:
 
     generation: int
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinksMessage:
+    """The answer to `CheckLinksMessage`: the fields of `control.events.Links`."""
+
+    check: int
+    reached: tuple[str, ...]
+    silent: tuple[str, ...]
+    refused: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +150,7 @@ WorkerMessage = (
     | ReadyMessage
     | HeartbeatMessage
     | SuspectMessage
+    | LinksMessage
     | EnteredMessage
     | RecordMessage
     | EventMessage
@@ -195,6 +208,14 @@ class ProbeMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckLinksMessage:
+    """Try whether the peers can be reached, and answer with a `LinksMessage`. `check`: number of the check."""
+
+    check: int
+    peers: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseMessage:
     """The worker is not needed any more and may end itself."""
 
@@ -217,39 +238,11 @@ CoordinatorMessage = (
     | ViewMessage
     | PauseMessage
     | ProbeMessage
+    | CheckLinksMessage
     | ReleaseMessage
     | EvictedMessage
     | StopMessage
 )
-
-# --- between a member of a group that forms and the rendezvous ------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class MeetMessage:
-    """A member has arrived where its group forms. It waits until all members have.
-
-    Attributes:
-        token: shared secret of the run.
-        group: name of the group, unique in the run.
-        rank, world_size: of the member in the group.
-        values: pairs of key and value (in base64) for the other members.
-    """
-
-    token: str = field(repr=False)
-    group: str
-    rank: int
-    world_size: int
-    values: tuple[tuple[str, str], ...]
-    version: int = VERSION
-
-
-@dataclass(frozen=True, slots=True)
-class MetMessage:
-    """All members of the group have arrived. `values`: the pairs of all of them, as in `MeetMessage`."""
-
-    values: tuple[tuple[str, str], ...]
-
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
@@ -298,6 +291,7 @@ FROM_WORKER: Mapping[str, type[WorkerMessage]] = {
     "ready": ReadyMessage,
     "heartbeat": HeartbeatMessage,
     "suspect": SuspectMessage,
+    "links": LinksMessage,
     "entered": EnteredMessage,
     "record": RecordMessage,
     "event": EventMessage,
@@ -312,6 +306,7 @@ FROM_COORDINATOR: Mapping[str, type[CoordinatorMessage]] = {
     "view": ViewMessage,
     "pause": PauseMessage,
     "probe": ProbeMessage,
+    "check_links": CheckLinksMessage,
     "release": ReleaseMessage,
     "evicted": EvictedMessage,
     "stop": StopMessage,
@@ -322,7 +317,6 @@ REQUESTS: Mapping[str, type[Request]] = {
     "node_lost": NodeLostRequest,
     "stop": StopRequest,
 }
-RENDEZVOUS: Mapping[str, type[MeetMessage | MetMessage]] = {"meet": MeetMessage, "met": MetMessage}
 NAMES: Mapping[type, str] = {
-    cls: name for table in (FROM_WORKER, FROM_COORDINATOR, REQUESTS, RENDEZVOUS) for name, cls in table.items()
+    cls: name for table in (FROM_WORKER, FROM_COORDINATOR, REQUESTS) for name, cls in table.items()
 }

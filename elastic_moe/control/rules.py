@@ -11,13 +11,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from elastic_moe.config.schema import ElasticConfig
-from elastic_moe.control.doubt import no_other_group_commits, remove_hung, remove_in_doubt, waits_for_absent
+from elastic_moe.control.doubt import (
+    no_other_group_commits,
+    others_hold_all,
+    remove_hung,
+    remove_in_doubt,
+    waits_for_absent,
+)
 from elastic_moe.control.events import Command, End, LogEvent, Pause, Publish, Release
+from elastic_moe.control.links import (
+    ask_joiners,
+    check_members,
+    cut_off,
+    describe,
+    linked,
+    set_aside,
+    wait_for_links,
+    watch_members,
+)
 from elastic_moe.control.state import FAILED, FINISHED, FINISHING, RUNNING, WAITING, State
 from elastic_moe.types import Member, View
 
-ASIDE_S = 10.0  # a newcomer with which no view forms stays outside for so long, and twice as long each further time
-MAX_ASIDE_S = 300.0
 REFORMS_WITH_NEWCOMERS = 3  # views in a row that failed before newcomers are left out
 START_GRACE_S = 30.0  # after the first worker is ready, wait this long for the target number
 FINISH_GRACE_S = 10.0  # after the first worker finished, wait this long for the others
@@ -34,7 +48,9 @@ def apply_rules(state: State, now_s: float, config: ElasticConfig) -> RuleResult
         return state, [], ""
     state, in_doubt = remove_in_doubt(state, now_s, config)
     state, hung = remove_hung(state, now_s, config)
-    commands = in_doubt + hung
+    state, asked = ask_joiners(state, _candidates(state, now_s) if state.view is not None else [], now_s)
+    state, watched = watch_members(state, now_s, config)
+    commands = in_doubt + hung + asked + watched
     for rule in (_finish, _start, _survive, _resume, _reform, _plan):
         result = rule(state, now_s, config)
         if result is not None:
@@ -84,7 +100,7 @@ def _start(state: State, now_s: float, config: ElasticConfig) -> RuleResult | No
         return None
     if state.waiting_s is None:
         state = replace(state, waiting_s=now_s)
-    ready = _joiners(state, now_s)
+    ready = _candidates(state, now_s)
     since_s = [s for w in ready if (s := state.records[w].ready_s) is not None]
     enough = len(ready) >= min_workers(config) and now_s - min(since_s) >= START_GRACE_S
     if len(ready) < max(min_workers(config), min(state.target, max_workers(state, config))) and not enough:
@@ -146,20 +162,35 @@ def _reform(state: State, now_s: float, config: ElasticConfig) -> RuleResult | N
         reason, hung = f"nobody progressed for {config.hang_timeout_s:g} s", True
     if not reason:
         return None
-    left_out = _left_out(state, now_s, config)
-    commands: list[Command] = []
+    state, commands, answered = check_members(state, now_s)
+    if not answered:
+        return state, commands, ""
+    left_out, why = cut_off(state), "some members do not reach it"
+    if left_out and not _may_go_without(state, left_out, now_s, config):
+        if state.links is not None and now_s - state.links.since_s <= config.hang_timeout_s:
+            return (*wait_for_links(state, now_s), reason)
+        left_out = ()
+    if not left_out:
+        left_out, why = _left_out(state, now_s, config), "no view forms with it"
+    reason += f"; {describe(state)}" if state.links is not None and state.links.broken else ""
     for worker in left_out:
-        record = state.records[worker]
-        pause_s = min(MAX_ASIDE_S, ASIDE_S * 2.0**record.aside)
-        why = f"no view forms with it; it stays outside for {pause_s:g} s"
-        commands.append(LogEvent("worker_set_aside", worker, record.member.node, record.member.pid, why))
-        state = state.with_record(worker, aside_until_s=now_s + pause_s, aside=record.aside + 1)
+        state, line = set_aside(state, worker, why, now_s)
+        commands.append(line)
     staying = [w for w in state.view_workers if w not in left_out]
     reason += f", without {', '.join(left_out)}" if left_out else ""
     state = replace(state, reforms=0 if left_out else state.reforms + 1)
     members = _members(state, staying, config)
     state, published, _ = _publish(state, members, False, reason, now_s, keep_progress=not hung, also=left_out)
     return state, commands + published, reason
+
+
+def _may_go_without(state: State, left_out: Sequence[str], now_s: float, config: ElasticConfig) -> bool:
+    """Whether the others can go on without these, and surely hold all state. After a long time they go on anyway."""
+    staying = [w for w in state.view_workers if w not in left_out]
+    if _lacking(state, staying, now_s, config):
+        return False
+    assert state.links is not None
+    return others_hold_all(state, left_out, config) or now_s - state.links.since_s > config.hang_timeout_s
 
 
 def _left_out(state: State, now_s: float, config: ElasticConfig) -> tuple[str, ...]:
@@ -247,6 +278,7 @@ def _publish(
         entered=frozenset(),
         adopted_s=None,
         suspected_s=None,
+        links=None,
         waiting_s=None,
     )
     return state, [Publish(view, planned, reason, tuple(recipients))], reason
@@ -263,6 +295,11 @@ def _members(state: State, workers: Sequence[str], config: ElasticConfig) -> lis
 
 
 def _joiners(state: State, now_s: float) -> list[str]:
+    """Candidates whose links are proven."""
+    return linked(state, _candidates(state, now_s))
+
+
+def _candidates(state: State, now_s: float) -> list[str]:
     """Workers that are ready and wait outside the view, in order of arrival, less those that have to stay there."""
     members = {m.worker for m in state.view.members} if state.view else set[str]()
     return [

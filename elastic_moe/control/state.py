@@ -28,6 +28,9 @@ class WorkerRecord:
         joined_step: step of the run when it first entered a view; None before.
         aside_until_s: it stays outside of views until then, because no view formed with it.
         aside: how often it was set aside.
+        reached: workers to which its links were proven by itself.
+        ask_again_s: it is not asked to try its links before.
+        refused_s: time at which another worker last reported that its port refused a connection.
         missing: it is in an adopted view and has not registered with this coordinator.
         finished: it did all steps.
         released: it was told to end itself.
@@ -47,6 +50,9 @@ class WorkerRecord:
     joined_step: int | None = None
     aside_until_s: float = 0.0
     aside: int = 0
+    reached: frozenset[str] = frozenset()
+    ask_again_s: float = 0.0
+    refused_s: float | None = None
     missing: bool = False
     finished: bool = False
     released: bool = False
@@ -88,6 +94,27 @@ class Backoff:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkCheck:
+    """The members of the newest view try one another.
+
+    Attributes:
+        number: of the check.
+        asked_s: time at which they were asked.
+        since_s: time of the first of several such checks in a row.
+        answered: members that have answered.
+        broken: (member that reports, member that it does not reach).
+        told: it was told that the run waits for broken links.
+    """
+
+    number: int
+    asked_s: float
+    since_s: float
+    answered: frozenset[str] = frozenset()
+    broken: frozenset[tuple[str, str]] = frozenset()
+    told: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """The whole membership.
 
@@ -109,6 +136,8 @@ class State:
         adopted_s: time at which a restarted coordinator took the newest view over from a worker; None if this
             coordinator published it.
         suspected_s: time of the first unexplained failure in the newest view; None if there is none.
+        checks: number of the newest check of links.
+        links: check of the members' links; None if there was no reason for one in the newest view.
         worked: members of the last view that all its active members have entered.
         in_doubt: members whose silence is waited out, because their state may be the last; told once.
         reforms: views in a row that were published only because the view before failed to work.
@@ -135,6 +164,8 @@ class State:
     entered: frozenset[str] = frozenset()
     adopted_s: float | None = None
     suspected_s: float | None = None
+    checks: int = 0
+    links: LinkCheck | None = None
     worked: frozenset[str] = frozenset()
     in_doubt: frozenset[str] = frozenset()
     reforms: int = 0

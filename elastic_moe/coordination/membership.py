@@ -168,6 +168,8 @@ class Membership:
                 send((worker,), msg.WelcomeMessage())
             case ev.Probe(workers):
                 send(workers, msg.ProbeMessage())
+            case ev.CheckLinks(workers, check, peers):
+                send(workers, msg.CheckLinksMessage(check, peers))
             case ev.Release(worker):
                 send((worker,), msg.ReleaseMessage())
             case ev.StopAll(workers):

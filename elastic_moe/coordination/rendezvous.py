@@ -11,7 +11,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from elastic_moe.control.codec import decode_rendezvous, encode
-from elastic_moe.control.messages import MeetMessage, MetMessage
+from elastic_moe.control.peer_messages import MeetMessage, MetMessage
 from elastic_moe.coordination.gate import Gate, LineReader
 from elastic_moe.coordination.listener import ListenerThread
 

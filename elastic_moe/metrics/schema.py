@@ -136,7 +136,10 @@ EVENT_KINDS = (
     Event("worker_lost", "A worker has died, or its connection has closed and it did not come back."),
     Event("worker_evicted", "A worker was removed because it made no progress or gave no sign."),
     Event("worker_readmitted", "A worker that had been removed without proof of its death is back, with its state."),
-    Event("worker_set_aside", "A newcomer with which no view forms stays outside of views for a while."),
+    Event(
+        "worker_set_aside",
+        "A worker that others do not reach, or with which no view forms, waits outside.",
+    ),
     Event("members_in_doubt", "Members give no sign, and their state may be the last: the run waits for them."),
     Event("node_backoff", "Workers of a node die before they make a step: its next ones have to wait."),
     Event("worker_released", "A worker is no longer needed and may end."),

@@ -19,6 +19,7 @@ from typing import Any
 from elastic_moe.control import messages as msg
 from elastic_moe.control.codec import VersionMismatch, decode_from_coordinator, encode
 from elastic_moe.runtime.lease import Lease
+from elastic_moe.runtime.links import LinkProber
 from elastic_moe.runtime.mailbox import Inbox, Outbox
 from elastic_moe.types import View
 
@@ -41,6 +42,7 @@ class Registration:
         ready: it has warmed up.
         entered: generation that it entered last.
         progress: returns (step in the making, collectives begun and completed).
+        address: at which other workers try their links to it, as in `Member`.
     """
 
     token: str
@@ -51,6 +53,7 @@ class Registration:
     ready: bool = False
     entered: int = 0
     progress: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    address: tuple[str, int] = ("", 0)
 
     def hello(self, newest: msg.ViewMessage | None) -> msg.HelloMessage:
         """Everything that a coordinator without memory must know of this worker."""
@@ -64,6 +67,7 @@ class Registration:
             view=newest.view if newest is not None else None,
             entered=self.entered,
             step=max(0, self.progress()[0] - 1),
+            address=self.address,
         )
 
     def heartbeat(self, generation: int) -> msg.HeartbeatMessage:
@@ -199,6 +203,7 @@ class ConnectionThread:
         self.outbox = Outbox(self._wake)
         self.connection: socket.socket | None = None
         self._registration, self._inbox, self._heartbeat_s = registration, inbox, heartbeat_s
+        self._links = LinkProber(registration.token, registration.worker, self.outbox.add)
         self._closed = threading.Event()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -240,6 +245,7 @@ class ConnectionThread:
                 if not self._inbox.evicted:
                     self._closed.wait(RETRY_S)
         finally:
+            self._links.close()
             self.outbox.abandon()
             self._close_wake_sockets()
 
@@ -255,6 +261,8 @@ class ConnectionThread:
             return
         self.connection = connection
         try:
+            self._links.open(connection.getsockname()[0])
+            self._registration.address = self._links.address
             with connection, contextlib.suppress(OSError):  # the connection broke: the next one follows
                 self._serve(connection)
         finally:
@@ -311,6 +319,8 @@ class ConnectionThread:
             message = decode_from_coordinator(line)
         except VersionMismatch as error:
             message = msg.EvictedMessage(str(error))
+        if isinstance(message, msg.CheckLinksMessage):
+            self._links.check(message)
         self._inbox.receive(message)
         return isinstance(message, msg.ProbeMessage)
 

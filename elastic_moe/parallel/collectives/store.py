@@ -18,7 +18,7 @@ from datetime import timedelta
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from elastic_moe.control.codec import decode_rendezvous, encode
-from elastic_moe.control.messages import MeetMessage, MetMessage
+from elastic_moe.control.peer_messages import MeetMessage, MetMessage
 
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a host that vanished is noticed in 20 s
 

@@ -29,7 +29,8 @@ VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3), max_leaves=6
 )
 PAYLOADS = st.dictionaries(WORDS, VALUES, max_size=4)
-MEMBERS = st.builds(Member, WORDS, WORDS, WHOLE, st.floats(0, 1e9), WHOLE, st.booleans())
+NAMES = st.lists(WORDS, max_size=3).map(tuple)
+MEMBERS = st.builds(Member, WORDS, WORDS, WHOLE, st.floats(0, 1e9), WHOLE, st.booleans(), st.tuples(WORDS, WHOLE))
 VIEWS = st.builds(View, WHOLE, st.lists(MEMBERS, max_size=3).map(tuple))
 WORKER_MESSAGES = {
     msg.HelloMessage: st.builds(
@@ -38,6 +39,7 @@ WORKER_MESSAGES = {
     msg.ReadyMessage: st.just(msg.ReadyMessage()),
     msg.HeartbeatMessage: st.builds(msg.HeartbeatMessage, WHOLE, WHOLE, WHOLE, st.floats(0, 1e9)),
     msg.SuspectMessage: st.builds(msg.SuspectMessage, WHOLE, WORDS),
+    msg.LinksMessage: st.builds(msg.LinksMessage, WHOLE, NAMES, NAMES, NAMES),
     msg.EnteredMessage: st.builds(msg.EnteredMessage, WHOLE, st.none() | PAYLOADS),
     msg.RecordMessage: st.builds(lambda p, step: msg.RecordMessage(p | {"step": step}), PAYLOADS, WHOLE),
     msg.EventMessage: st.builds(lambda p, name: msg.EventMessage(p | {"event": name}), PAYLOADS, WORDS),
@@ -52,6 +54,7 @@ COORDINATOR_MESSAGES = {
     msg.ViewMessage: st.builds(msg.ViewMessage, VIEWS, st.booleans(), WORDS, st.tuples(WORDS, WHOLE)),
     msg.PauseMessage: st.builds(msg.PauseMessage, WHOLE, WORDS),
     msg.ProbeMessage: st.just(msg.ProbeMessage()),
+    msg.CheckLinksMessage: st.builds(msg.CheckLinksMessage, WHOLE, st.lists(MEMBERS, max_size=3).map(tuple)),
     msg.ReleaseMessage: st.just(msg.ReleaseMessage()),
     msg.EvictedMessage: st.builds(msg.EvictedMessage, WORDS),
     msg.StopMessage: st.just(msg.StopMessage()),

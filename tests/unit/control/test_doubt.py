@@ -6,8 +6,9 @@ import pytest
 
 from elastic_moe.control import events as ev
 from elastic_moe.control.doubt import CLOCK_DRIFT, CLOSED_GRACE_S, PATIENT_FAILURES
+from elastic_moe.control.links import ASIDE_S
 from elastic_moe.control.machine import initial_state, transition
-from elastic_moe.control.rules import ASIDE_S, REFORMS_WITH_NEWCOMERS
+from elastic_moe.control.rules import REFORMS_WITH_NEWCOMERS
 from elastic_moe.control.state import RUNNING, WAITING
 from elastic_moe.types import View
 from tests.unit.control.test_machine import Machine, running

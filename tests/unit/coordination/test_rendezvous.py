@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from elastic_moe.control.codec import encode
-from elastic_moe.control.messages import MeetMessage
+from elastic_moe.control.peer_messages import MeetMessage
 from elastic_moe.coordination.rendezvous import RendezvousServer
 from elastic_moe.parallel.collectives.store import GroupStore, Rendezvous
 

@@ -65,7 +65,10 @@ class Batch:
                     return None
                 break
             time.sleep(0.5)
-        return {"failed": [f"the run gave no outcome: {self._log.read_text()[-500:]}"]}
+        return {"failed": [f"the run gave no outcome: {self._last_line()}"]}
+
+    def _last_line(self) -> str:
+        return (self._log.read_text().strip().splitlines() or ["it said nothing"])[-1]
 
     def stop(self) -> None:
         """Ask the process to end now."""
@@ -76,7 +79,7 @@ class Batch:
         failed: list[str] = []
         try:
             if self._process.wait(PATIENCE_S / 5) not in STOPPED:
-                failed.append(self._log.read_text()[-500:])
+                failed.append(self._last_line())
         except subprocess.TimeoutExpired:
             failed.append("the cluster does not end")
         for left in descendants():

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from elastic_moe.actors.cluster import max_workers, ray_session, resources_per_worker, start_workers
 from elastic_moe.actors.controller import ElasticTrainer
 from elastic_moe.actors.coordinator import Coordinator
+from elastic_moe.actors.fit import fit
 from elastic_moe.actors.identify import begin, changes, fingerprint_of
 from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, Finder, actor_name, fetch_token, this_node
 from elastic_moe.checkpoint.reader import load_manifest
@@ -235,14 +236,14 @@ class _Driver:
     def run(self) -> int:
         name, token = actor_name(secrets.token_hex(4)), secrets.token_hex(16)
         coordinator = start_coordinator(self.config, name, token)
-        fit = threading.Thread(target=self._fit, args=(name,), name="ray-train", daemon=True)
-        fit.start()
+        training = threading.Thread(target=self._fit, args=(name,), name="ray-train", daemon=True)
+        training.start()
         link = CoordinatorLink(name)
         interrupted = False
         try:
             with tqdm(total=self.config.run.steps, unit="step", dynamic_ncols=True, disable=None) as bar:
                 asked = False
-                while fit.is_alive():
+                while training.is_alive():
                     if taken := lost(self.leases):
                         self.error = RuntimeError(f"{taken}; nothing more was written there")
                         raise KeyboardInterrupt
@@ -253,7 +254,7 @@ class _Driver:
                         )
                         link.submit({"event": "stop", "reason": signal.Signals(self.stop.signum).name})
                     self._show(coordinator, link, bar)
-                    fit.join(POLL_S)
+                    training.join(POLL_S)
                 self._show(coordinator, link, bar)
         except KeyboardInterrupt:
             interrupted = True
@@ -268,7 +269,7 @@ class _Driver:
 
     def _fit(self, name: str) -> None:
         try:
-            make_trainer(self.config, self.prepared, name).fit()
+            fit(lambda: make_trainer(self.config, self.prepared, name), CoordinatorLink(name))
         except Exception as error:  # noqa: BLE001 - the main thread reports it
             self.error = error
 

@@ -93,6 +93,10 @@ class CoordinatorLink:
         """Seconds since the coordinator last answered."""
         return self._clock() - self._answered_s
 
+    def forget(self) -> None:
+        """Forget the status that has arrived and the question that is under way."""
+        self._asked, self._status = None, {}
+
     def submit(self, event: dict[str, Any]) -> None:
         """Hand an event over; Ray retries it if the coordinator restarts."""
         if (handle := self._find()) is not None:

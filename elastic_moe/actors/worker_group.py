@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,7 +101,8 @@ class WorkerStart(threading.Thread):
     def run(self) -> None:
         group, context = self._group, self._group.get_worker_group_context()
         try:
-            pending = placement_group([group.get_resources_per_worker()], strategy="SPREAD")
+            name = f"{group.run_id}-{uuid.uuid4().hex}"
+            pending = placement_group([group.get_resources_per_worker()], strategy="SPREAD", name=name)
             self.placement = DefaultPlacementGroupHandle(pending)
             while not self._cancelled.is_set() and not pending.wait(READY_POLL_S):
                 pass
@@ -147,11 +149,15 @@ class ElasticWorkerGroup(WorkerGroup):
     """A worker group between none and `num_workers` workers. `num_workers` in its context is the largest size.
 
     `ray.train.report` is a barrier over a fixed set of ranks, so the callbacks that serve it are left out.
+
+    Attributes:
+        run_id: id of the Ray Train run; the names of the placement groups begin with it.
     """
 
     def __init__(self, train_run_context: Any, worker_group_context: WorkerGroupContext, callbacks: Any = None) -> None:
         kept = [callback for callback in callbacks or [] if not isinstance(callback, ReportCallbackHandler)]
         super().__init__(train_run_context, worker_group_context, kept)
+        self.run_id: str = train_run_context.run_id
 
     def _start_impl(self, worker_group_state_builder: WorkerGroupStateBuilder) -> None:
         self._assert_inactive()

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OBJECT_STORE_BYTES = 80 << 20
 WORKER, COORDINATOR, CONTROLLER = "ray::RayTrainWorker", "ray::Coordinator", "ray::ElasticController"
 STORAGE_TIMEOUT_S = 5.0  # a stalled storage is left behind after so long
+ATTEMPTS = 5  # to start a cluster on a busy machine
 END_S = 30.0  # for processes that end by themselves
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -99,24 +100,43 @@ class ChaosCluster:
         self.driver: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ChaosCluster:
+        """Start the cluster.
+
+        Raises:
+            RuntimeError: Ray did not start a node within its own 30 s, several times.
+        """
+        failure: Exception | None = None
+        for _ in range(ATTEMPTS):
+            try:
+                self._start_nodes()
+                return self
+            except Exception as error:  # noqa: BLE001 - Ray raises no narrower one on a machine that is too busy
+                failure = error
+                self._end_nodes()
+            except BaseException:
+                self.__exit__()
+                raise
+        self.__exit__()
+        raise RuntimeError(f"Ray started no cluster in {ATTEMPTS} attempts: {failure}")
+
+    def _start_nodes(self) -> None:
         from ray.cluster_utils import Cluster  # it reads the environment
 
         self.cluster = Cluster()
-        try:
-            self.cluster.add_node(num_cpus=0, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
-            self.restore(self._count)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+        self.cluster.add_node(num_cpus=0, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
+        self.restore(self._count)
+
+    def _end_nodes(self) -> None:
+        with suppress(Exception):  # what a failed start has left is ended below
+            self.cluster.shutdown()
+        for process in descendants():
+            with suppress(psutil.Error):
+                process.kill()
 
     def __exit__(self, *_: object) -> None:
         if self.driver is not None and self.driver.poll() is None:
             self.driver.kill()
-        self.cluster.shutdown()
-        for process in descendants():
-            with suppress(psutil.Error):
-                process.kill()
+        self._end_nodes()
         shutil.rmtree(self.temp, ignore_errors=True)
 
     # --- the run ------------------------------------------------------------------------------------------------------
@@ -144,6 +164,15 @@ class ChaosCluster:
             self.remove_node(self.nodes()[-1])
         while len(self.nodes()) < count:
             self.add_node()
+
+    def try_add_node(self) -> bool:
+        """Add a node; False if Ray did not start it in its own 30 s, as happens on a machine that is too busy."""
+        try:
+            self.add_node()
+        except Exception as error:  # noqa: BLE001 - Ray raises no narrower one
+            print(f"a node did not start: {error}", file=sys.stderr)
+            return False
+        return True
 
     def add_node(self) -> None:
         self.cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)

@@ -127,7 +127,7 @@ class Faults:
 
     def _refill(self) -> None:
         if len(self._cluster.nodes()) < NODES:
-            self._cluster.add_node()
+            self._cluster.try_add_node()
 
     def _remove_node(self, fault: Json) -> str:
         if (node := self._node(fault)) is None:
@@ -150,7 +150,7 @@ class Faults:
 
     def _join_node(self, _: Json) -> int:
         if len(self._cluster.nodes()) < ROOM:
-            self._cluster.add_node()
+            self._cluster.try_add_node()
         return len(self._cluster.nodes())
 
     def _kill_coordinator(self, _: Json) -> list[int]:

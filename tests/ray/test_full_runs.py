@@ -12,20 +12,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
 from elastic_moe.actors.driver import make_trainer, start_coordinator
+from elastic_moe.actors.fit import REASON, fit
 from elastic_moe.actors.link import CoordinatorLink, actor_name
 from elastic_moe.config.schema import ClusterConfig, TrainConfig
 from elastic_moe.data.prepare import prepare
-from elastic_moe.metrics.jsonl import Tail
+from elastic_moe.metrics.jsonl import Tail, read_jsonl
 from tests.local_run import tiny_config
 from tests.ray.test_drain import drain_node
 
 CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split" / "split.py"
 WORKERS = 3
+CONTROLLER = "ray::ElasticController"
 Until = Callable[..., None]
 
 
@@ -43,13 +46,13 @@ class FullRun:
         self.link = CoordinatorLink(name)
         self.error: BaseException | None = None
 
-        def fit() -> None:
+        def train() -> None:
             try:
-                make_trainer(config, prepared, name).fit()
+                fit(lambda: make_trainer(config, prepared, name), CoordinatorLink(name))
             except BaseException as error:  # noqa: BLE001 - handed to the test
                 self.error = error
 
-        self.thread = threading.Thread(target=fit, daemon=True)
+        self.thread = threading.Thread(target=train, daemon=True)
         self.thread.start()
 
     def steps(self) -> int:
@@ -145,3 +148,27 @@ def test_a_drained_node_is_left_before_it_dies(cluster: Cluster, tmp_path: Path,
         assert run.world() == WORKERS - 1
         assert ray.get(run.coordinator.pid.remote()) == coordinator, "it was on the driver's node"
         run.finish()
+
+
+@pytest.mark.timeout(900)
+def test_a_dead_controller_costs_the_steps_since_the_newest_checkpoint(
+    cluster: Cluster, tmp_path: Path, until: Until
+) -> None:
+    add_node(cluster, WORKERS)
+    with full_run(tmp_path) as run:
+        until(lambda: bool(run.events("checkpoint")) and run.world() == WORKERS, "three workers train and save", 240.0)
+        old = {pid for _, _, pid in run.members()}
+        (controller,) = [p for p in psutil.Process().children(recursive=True) if CONTROLLER in " ".join(p.cmdline())]
+        controller.kill()
+        until(lambda: bool(run.events("rolled_back")), "the state is read from storage", 240.0)
+        at = run.steps()
+        until(lambda: run.world() == WORKERS and run.steps() >= at + 10, "other workers train on", 240.0)
+        assert not old & {pid for _, _, pid in run.members()}
+        assert {event["reason"] for event in run.events("worker_lost")} == {REASON}
+        entered = [event for event in run.events("entered") if event["source"] == "checkpoint"]
+        assert len(entered) == 1
+        run.link.submit({"event": "stop", "reason": "enough"})
+        run.thread.join(120)
+        assert run.error is None
+        steps = [record["step"] for record in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+        assert steps == list(range(1, len(steps) + 1)), "every step is committed once"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.checkpoint.identity import RunIdentity
+from elastic_moe.checkpoint.sweep import sweep
 from elastic_moe.config.fingerprint import compare, fingerprint
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.identity import IdentityFiles
@@ -69,6 +70,8 @@ def begin(found: Found, resume: bool, new: dict[str, Any], changed: tuple[str, .
     first = known.first_checkpoint or (found.newest.step if resume and found.newest else 0)
     run = known.run or RunIdentity.new("").run
     identity = replace(known, run=run, first_checkpoint=first, run_dir=str(run_dir), fingerprint=new)
+    if resume:
+        _sweep(found, run)
     try:
         IdentityFiles(run_dir, found.root, identity).change(identity)
     except OSError as error:
@@ -79,6 +82,20 @@ def begin(found: Found, resume: bool, new: dict[str, Any], changed: tuple[str, .
         recorder = Recorder(run_dir)
         recorder.event({"event": "run_changed", "step": recorder.last_step, "changes": list(changed)})
         recorder.close()
+
+
+def _sweep(found: Found, run: str) -> None:
+    """Remove what an earlier start of this run left unfinished, and tell of it."""
+    for place in dict.fromkeys((str(found.run_dir), found.root)):
+        try:
+            swept = sweep(place, run)
+        except OSError as error:
+            print(f"elastic_moe: note: {place} cannot be searched for unfinished files: {error}", file=sys.stderr)
+            continue
+        for paths, outcome in ((swept.removed, "removed"), (swept.left, "perhaps still being written, left alone")):
+            if paths:
+                what = f"{len(paths)} unfinished files or checkpoints in {place} ({paths[0]}, ...)"
+                print(f"elastic_moe: note: {what}: {outcome}", file=sys.stderr)
 
 
 def _known_fingerprint(found: Found) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +43,21 @@ class StorageUnavailable(OSError):
 
     It tells nothing about the checkpoints: they may be there and whole. So it never means that there are none.
     """
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file or directory.
+
+    Attributes:
+        name: without the directory that it lies in.
+        is_directory: it is a directory.
+        changed_s: when it was last changed, by the storage's clock, in seconds since the Unix epoch; 0 if not known.
+    """
+
+    name: str
+    is_directory: bool
+    changed_s: float
 
 
 class Storage:
@@ -149,6 +165,13 @@ class Storage:
         selector = pafs.FileSelector(self._root, allow_not_found=True)
         infos = self._bounded(lambda _: self._fs.get_file_info(selector))
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+
+    def entries(self, directory: str) -> list[FileEntry]:
+        """Everything directly in a directory below the root, by name; an empty list if it does not exist."""
+        selector = pafs.FileSelector(self.path(directory), allow_not_found=True)
+        infos = self._bounded(lambda _: self._fs.get_file_info(selector))
+        found = [FileEntry(i.base_name, i.type == pafs.FileType.Directory, (i.mtime_ns or 0) / 1e9) for i in infos]
+        return sorted(found, key=lambda entry: entry.name)
 
     def remove(self, name: str) -> None:
         """Delete a file if it exists."""

@@ -63,7 +63,7 @@ class DurableCheckpoints:
         Raises:
             GroupAborted: the generation ended.
             StorageFailed: the storage could not be read for `wait_s`.
-            UserError: a run that has saved before finds no whole checkpoint, or one of another model.
+            UserError: a run that has saved before finds no whole checkpoint for `wait_s`, or one of another model.
         """
         below: int | None = None
         empty_looks = 0
@@ -81,13 +81,13 @@ class DurableCheckpoints:
                     continue
             elif found is not None:
                 empty_looks += 1
-                if found and not expected:
+                if found and (not expected or empty_looks == EMPTY_LOOKS):
                     return -1, {}
-                if empty_looks == EMPTY_LOOKS:
-                    if found:
-                        return -1, {}
-                    raise self._nothing_found()
-            self._check_patience(group, time.monotonic() - started_s)
+                if not found:
+                    self._tell("storage_unavailable", -1, str(self._nothing_found()))
+                    if below is not None and empty_looks == EMPTY_LOOKS:
+                        raise self._nothing_found()  # what was there is damaged
+            self._check_patience(group, time.monotonic() - started_s, found is False)
             pause(group, pause_s)
             pause_s = min(2 * pause_s, LAST_PAUSE_S)
 
@@ -147,13 +147,15 @@ class DurableCheckpoints:
             self._tell("storage_unavailable", step, f"{self._root} cannot be read: {error}")
         return int(gather(group, mine).max())
 
-    def _check_patience(self, group: Group, waited_s: float) -> None:
-        """End the hold after `wait_s` by the clock of rank 0.
+    def _check_patience(self, group: Group, waited_s: float, empty: bool) -> None:
+        """End the hold after `wait_s` by the clock of rank 0. `empty`: the storage answers, and shows nothing.
 
         Raises:
-            StorageFailed: the time is over.
+            StorageFailed, UserError: the time is over.
         """
         if int(gather(group, int(waited_s > self._wait_s))[0]):
+            if empty:
+                raise self._nothing_found()
             raise StorageFailed(
                 f"checkpoint.dir={self._root} could not be read for {self._wait_s:g} s (checkpoint.wait_s): nothing "
                 "was changed; resume when the storage answers."

@@ -173,10 +173,19 @@ def test_a_run_that_saved_and_finds_nothing_ends_with_a_sentence(tmp_path: Path,
         write_identity(Storage(str(tmp_path)), replace(RunIdentity.new("run"), first_checkpoint=10))
     elif content == "damage":
         (tmp_path / RUN).write_bytes(b"{}")
-    for result in Restore([tmp_path] * RANKS).join().results:
+    for result in Restore([tmp_path] * RANKS, wait_s=0.5).join().results:
         assert isinstance(result, UserError)
         assert "no readable checkpoint" in str(result)
         assert result.exit_code == 2
+
+
+def test_a_storage_that_is_mounted_late_is_waited_for(tmp_path: Path) -> None:
+    save(tmp_path / "elsewhere", 10)
+    write_identity(Storage(str(tmp_path / "elsewhere")), replace(RunIdentity.new("run"), first_checkpoint=10))
+    restore = Restore([tmp_path / "root"] * RANKS)
+    restore.wait_for("storage_unavailable")
+    (tmp_path / "elsewhere").rename(tmp_path / "root")
+    assert_restored(restore, 10)
 
 
 @pytest.mark.parametrize("fault", ["error read", "hang read"])

@@ -31,5 +31,9 @@ class Diverged(RuntimeError):
     """No update was possible for many steps in a row. The message is a sentence; the last state was saved."""
 
 
+class CoordinatorLost(RuntimeError):
+    """The coordinator was not heard for so long that this worker waits for it no more. The message is a sentence."""
+
+
 class Evicted(RuntimeError):
     """The coordinator no longer counts this worker as a member; the process must not touch the run any more."""

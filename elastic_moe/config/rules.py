@@ -47,7 +47,8 @@ AT_LEAST_ZERO = """
     model.mix_eps model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes
     optim.max_skipped optim.warmup_steps optim.min_lr_ratio optim.weight_decay elastic.max_workers elastic.redundancy
     elastic.spare_slots elastic.slots_per_worker elastic.join_settle_s elastic.drain_deadline_s
-    elastic.wait_below_min_s elastic.max_faults checkpoint.every_steps checkpoint.wait_s
+    elastic.wait_below_min_s elastic.max_faults checkpoint.every_steps
+    checkpoint.every_minutes checkpoint.wait_s
     balance.every_steps balance.home_moves balance.dispatch_gib
     balance.log_every_steps cluster.cpus_per_worker cluster.gpus_per_worker faults.kill_worker_at_step
     faults.kill_rank
@@ -56,8 +57,8 @@ AT_LEAST_ZERO = """
 ABOVE_ZERO = """
     model.routed_scaling model.rope_theta model.norm_eps model.rope_factor model.rope_beta_fast model.rope_beta_slow
     model.compress_theta cluster.worker_memory_gib optim.lr optim.eps optim.grad_clip elastic.heartbeat_s
-    elastic.heartbeat_timeout_s elastic.lease_s elastic.hang_timeout_s elastic.form_timeout_s balance.window
-    checkpoint.timeout_s
+    elastic.heartbeat_timeout_s elastic.lease_s elastic.hold_s elastic.hang_timeout_s elastic.form_timeout_s
+    balance.window checkpoint.timeout_s
 """.split()
 
 LAYER_KINDS = {"sliding", "csa", "hca"}
@@ -223,6 +224,11 @@ def _check_elastic(config: TrainConfig) -> None:
         raise UserError(
             f"elastic.lease_s ({elastic.lease_s}) must be longer than elastic.heartbeat_timeout_s "
             f"({elastic.heartbeat_timeout_s})."
+        )
+    if elastic.hold_s <= elastic.lease_s:
+        raise UserError(
+            f"elastic.hold_s ({elastic.hold_s}) must be longer than elastic.lease_s ({elastic.lease_s}), after which a "
+            "worker begins to wait."
         )
 
 

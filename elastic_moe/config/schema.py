@@ -148,6 +148,7 @@ class ElasticConfig(Sealed):
     heartbeat_s: float = 0.5  # seconds between two heartbeats of a worker
     heartbeat_timeout_s: float = 6.0  # silence of a worker before it is removed
     lease_s: float = 30.0  # a worker that hears nothing of the coordinator for so long commits no further step
+    hold_s: float = 1800.0  # a worker that hears nothing of the coordinator for so long ends
     hang_timeout_s: float = 120.0  # no progress of the main thread while others wait for it
     join_settle_s: float = 0.5  # wait this long for more joiners before admitting them together
     drain_deadline_s: float = 30.0  # used when a drain notice names no deadline
@@ -170,7 +171,8 @@ class BalanceConfig(Sealed):
 
 @dataclass(kw_only=True)
 class CheckpointConfig(Sealed):
-    every_steps: int = 50  # steps between two checkpoints; 0: only at the end
+    every_steps: int = 50  # steps between two checkpoints; 0: not by steps
+    every_minutes: float = 0.0  # longest time between two checkpoints, in minutes; 0: no limit
     keep: int = 3  # newest checkpoints that are kept
     dir: str = ""  # a path or s3:// or gs:// URI; "": <run.dir>/checkpoints
     timeout_s: float = 60.0  # longest silence of the storage within one call, which is then given up

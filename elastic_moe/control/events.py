@@ -89,6 +89,14 @@ class Entered:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """The worker is done with saving in a hold of this generation, whether that succeeded or not."""
+
+    worker: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The worker did all steps of the run, or agreed to stop."""
 
@@ -154,6 +162,7 @@ Event = (
     | Suspect
     | Links
     | Entered
+    | Held
     | Finished
     | Left
     | Closed
@@ -190,6 +199,14 @@ class Pause:
 
     generation: int
     workers: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """The members, which wait, save together what they hold. `view` has a generation of its own and no steps."""
+
+    view: View
     reason: str
 
 
@@ -232,6 +249,14 @@ class Disconnect:
 
 
 @dataclass(frozen=True, slots=True)
+class Save:
+    """Ask the workers for a checkpoint of `step`, or of a later one."""
+
+    workers: tuple[str, ...]
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class StopAll:
     """Ask the workers to stop after the step in flight."""
 
@@ -257,4 +282,18 @@ class LogEvent:
     reason: str = ""
 
 
-Command = Welcome | Publish | Pause | Probe | CheckLinks | Release | Evict | Disconnect | StopAll | End | LogEvent
+Command = (
+    Welcome
+    | Publish
+    | Pause
+    | Hold
+    | Probe
+    | CheckLinks
+    | Release
+    | Evict
+    | Disconnect
+    | Save
+    | StopAll
+    | End
+    | LogEvent
+)

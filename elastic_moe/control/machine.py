@@ -21,6 +21,7 @@ from elastic_moe.control.events import (
     Evict,
     Finished,
     Heartbeat,
+    Held,
     Hello,
     Left,
     Links,
@@ -32,12 +33,14 @@ from elastic_moe.control.events import (
     Publish,
     Ready,
     Release,
+    Save,
     Stop,
     StopAll,
     Suspect,
     Tick,
     Welcome,
 )
+from elastic_moe.control.holds import hold_s
 from elastic_moe.control.links import ask_witnesses, take_links
 from elastic_moe.control.rules import apply_rules
 from elastic_moe.control.state import FINISHING, RUNNING, WAITING, State, WorkerRecord
@@ -157,6 +160,9 @@ def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) ->
             joined = state.step if joined is None else joined
             state = state.with_record(worker, last_progress_s=now_s, entered=event.generation, joined_step=joined)
             return _with_entered(state, worker), []
+        case Held(worker, generation):
+            done = {worker} if generation == state.generation else set[str]()
+            return replace(state, saving=state.saving - done), []
         case Finished(worker):
             state = state.with_record(worker, finished=True)
             if state.phase == RUNNING:
@@ -323,17 +329,19 @@ def _drain(state: State, event: Drain, now_s: float, config: ElasticConfig) -> O
     if event.node:
         state = replace(state, draining_nodes={**state.draining_nodes, event.node: until_s + config.drain_deadline_s})
     commands: list[Command] = []
+    saves: list[Command] = []  # before anybody goes
     for worker, record in state.records.items():
         if worker != event.worker and (not event.node or record.member.node != event.node):
             continue
         commands.append(_log_event(state, "drain", worker, event.reason))
         if state.in_view(worker):
             sooner_s = until_s if record.drain_s is None else min(record.drain_s, until_s)
-            state = state.with_record(worker, drain_s=sooner_s)
+            state = state.with_record(worker, drain_s=sooner_s, hold_s=hold_s(sooner_s, now_s))
+            saves = [Save(state.view_workers, state.step)]
         else:
             commands.append(Release(worker))
             state = state.with_record(worker, released=True)
-    return state, commands
+    return state, commands + saves
 
 
 def _log_event(state: State, event: str, worker: str, reason: str = "") -> LogEvent:

@@ -10,6 +10,7 @@ from elastic_moe.control.messages import (
     FailingMessage,
     FinishedMessage,
     HeartbeatMessage,
+    HeldMessage,
     HelloMessage,
     LeftMessage,
     LinksMessage,
@@ -27,6 +28,7 @@ MembershipMessage = (
     | HeartbeatMessage
     | SuspectMessage
     | EnteredMessage
+    | HeldMessage
     | FinishedMessage
     | FailingMessage
     | LeftMessage
@@ -50,6 +52,8 @@ def event_of_message(worker: str, message: MembershipMessage) -> ev.Event:
             return ev.Links(worker, check, reached, silent, refused)
         case EnteredMessage(generation):
             return ev.Entered(worker, generation)
+        case HeldMessage(generation):
+            return ev.Held(worker, generation)
         case FinishedMessage():
             return ev.Finished(worker)
         case FailingMessage(error):

@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic_moe.types import Member, View
 
-VERSION = 3  # of the protocol; every change of a message raises it
+VERSION = 4  # of the protocol; every change of a message raises it
 
 JsonObject = Mapping[str, Any]
 
@@ -129,6 +129,13 @@ class ShardMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldMessage:
+    """The worker is done with saving in a hold of this generation, whether that succeeded or not."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class FinishedMessage:
     """The worker did all steps of the run, or agreed to stop."""
 
@@ -155,6 +162,7 @@ WorkerMessage = (
     | RecordMessage
     | EventMessage
     | ShardMessage
+    | HeldMessage
     | FinishedMessage
     | FailingMessage
     | LeftMessage
@@ -186,12 +194,14 @@ class ViewMessage:
         planned: it may wait for a step boundary; else it interrupts the step in flight.
         reason: why it was published.
         store: host and port of the store through which its groups form.
+        hold: its members make no step in it: they save what they hold, and wait for the next view.
     """
 
     view: View
     planned: bool
     reason: str
     store: tuple[str, int]
+    hold: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +238,13 @@ class EvictedMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveMessage:
+    """Wish for a checkpoint at the next vote, unless one of `step` or of a later step has been made."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class StopMessage:
     """End the run after the step in flight."""
 
@@ -241,6 +258,7 @@ CoordinatorMessage = (
     | CheckLinksMessage
     | ReleaseMessage
     | EvictedMessage
+    | SaveMessage
     | StopMessage
 )
 
@@ -296,6 +314,7 @@ FROM_WORKER: Mapping[str, type[WorkerMessage]] = {
     "record": RecordMessage,
     "event": EventMessage,
     "shard": ShardMessage,
+    "held": HeldMessage,
     "finished": FinishedMessage,
     "failing": FailingMessage,
     "left": LeftMessage,
@@ -309,6 +328,7 @@ FROM_COORDINATOR: Mapping[str, type[CoordinatorMessage]] = {
     "check_links": CheckLinksMessage,
     "release": ReleaseMessage,
     "evicted": EvictedMessage,
+    "save": SaveMessage,
     "stop": StopMessage,
 }
 REQUESTS: Mapping[str, type[Request]] = {

@@ -18,7 +18,9 @@ from elastic_moe.control.doubt import (
     remove_in_doubt,
     waits_for_absent,
 )
-from elastic_moe.control.events import Command, End, LogEvent, Pause, Publish, Release
+from elastic_moe.control.ending import RuleResult, finish
+from elastic_moe.control.events import LogEvent, Publish, Release
+from elastic_moe.control.holds import begin_hold, leaves_soon
 from elastic_moe.control.links import (
     ask_joiners,
     check_members,
@@ -29,17 +31,13 @@ from elastic_moe.control.links import (
     wait_for_links,
     watch_members,
 )
-from elastic_moe.control.state import FAILED, FINISHED, FINISHING, RUNNING, WAITING, State
+from elastic_moe.control.state import RUNNING, WAITING, State
 from elastic_moe.types import Member, View
 
 REFORMS_WITH_NEWCOMERS = 3  # views in a row that failed before newcomers are left out
 START_GRACE_S = 30.0  # after the first worker is ready, wait this long for the target number
-FINISH_GRACE_S = 10.0  # after the first worker finished, wait this long for the others
 REFORM_GRACE_S = 0.3  # a suspicion may be the first sign of a death; its closed connection arrives within this
 ADOPTED_GRACE_S = 1.0  # after a restart: time for the members to report that they have entered the adopted view
-MAX_REFORMS = 20  # views in a row that failed although everyone lived
-
-RuleResult = tuple[State, list[Command], str]
 
 
 def apply_rules(state: State, now_s: float, config: ElasticConfig) -> RuleResult:
@@ -51,44 +49,12 @@ def apply_rules(state: State, now_s: float, config: ElasticConfig) -> RuleResult
     state, asked = ask_joiners(state, _candidates(state, now_s) if state.view is not None else [], now_s)
     state, watched = watch_members(state, now_s, config)
     commands = in_doubt + hung + asked + watched
-    for rule in (_finish, _start, _survive, _resume, _reform, _plan):
+    for rule in (finish, _start, _survive, _resume, _reform, _retreat, _plan):
         result = rule(state, now_s, config)
         if result is not None:
             state, more, reason = result
             return state, commands + more, reason
     return state, commands, commands[0].reason if commands and isinstance(commands[0], LogEvent) else ""
-
-
-# --- the end of the run -----------------------------------------------------------------------------------------------
-
-
-def _finish(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
-    """End the run: finished, stopped before or between views, or failed.
-
-    The first member that finishes has passed the last barrier, and so has every other one. Nothing is lost if one of
-    them dies before its own report.
-    """
-    if state.phase == FINISHING:
-        assert state.finishing_s is not None
-        waiting = [w for w in state.view_workers if not state.records[w].finished]
-        if waiting and now_s - state.finishing_s < FINISH_GRACE_S and state.suspected_s is None:
-            return None
-        return _end(state, FINISHED, state.reason if state.stopping else "all steps are committed")
-    if state.stopping and state.phase == WAITING:
-        return _end(state, FINISHED, state.reason)
-    if state.phase == WAITING and state.waiting_s is not None and now_s - state.waiting_s > config.wait_below_min_s:
-        reason = f"{state.reason} for {config.wait_below_min_s:g} s (elastic.min_workers={config.min_workers})"
-        return _end(state, FAILED, reason)
-    if state.reforms > MAX_REFORMS:
-        return _end(state, FAILED, f"{MAX_REFORMS} views in a row could not be entered")
-    return None
-
-
-def _end(state: State, phase: str, reason: str) -> RuleResult:
-    """End the run in this phase, and release every worker that has not finished."""
-    releases: list[Command] = [Release(w) for w, record in state.records.items() if not record.finished]
-    commands = [LogEvent(phase, reason=reason), *releases, End(phase, reason)]
-    return replace(state, phase=phase, reason=reason), commands, reason
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
@@ -122,21 +88,23 @@ def _survive(state: State, now_s: float, config: ElasticConfig) -> RuleResult | 
     if not lacking:
         return _publish(state, _members(state, survivors, config), False, reason, now_s)
     reason += f"; {len(survivors)} left, waiting for {lacking}"
-    generation = state.view.generation
-    state = replace(state, phase=WAITING, reason=reason, waiting_s=now_s, suspected_s=None)
-    state, published, why = _resume(state, now_s, config) or (state, [], "")
-    if published:
-        return state, published, why
-    return state, [LogEvent("pause", reason=reason), Pause(generation, survivors, reason)], reason
+    resumed = _resume(replace(state, phase=WAITING, reason=reason, waiting_s=now_s), now_s, config)
+    if resumed is not None:
+        return resumed
+    alone = no_other_group_commits(state, survivors, now_s, config)
+    state, commands = begin_hold(state, survivors, reason, now_s, config, save=alone)
+    return state, commands, reason
 
 
 def _resume(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
     """End a pause once survivors and newcomers together are enough."""
-    if state.view is None or state.phase != WAITING:
+    if state.view is None or state.phase != WAITING or state.failing:
         return None
     workers = (*state.view_workers, *_joiners(state, now_s))
-    workers = workers[: max(max_workers(state, config), len(state.view_workers))]
-    if _lacking(state, workers, now_s, config) or waits_for_absent(state, workers, now_s, config):
+    leaving = [w for w in workers if leaves_soon(state.records[w], now_s)]
+    workers = workers[: max(max_workers(state, config), len(state.view_workers)) + len(leaving)]
+    staying = [w for w in workers if w not in leaving]
+    if _lacking(state, staying, now_s, config) or waits_for_absent(state, workers, now_s, config):
         return None
     return _publish(state, _members(state, workers, config), False, "enough workers again", now_s)
 
@@ -204,6 +172,20 @@ def _left_out(state: State, now_s: float, config: ElasticConfig) -> tuple[str, .
     if state.reforms < REFORMS_WITH_NEWCOMERS or not staying or _lacking(state, staying, now_s, config):
         return ()
     return newcomers
+
+
+def _retreat(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
+    """Hold before the deadline of members without which the run cannot go on, so that they save its state."""
+    if state.view is None or state.phase != RUNNING or state.stopping:
+        return None
+    staying = [w for w in state.view_workers if not leaves_soon(state.records[w], now_s)]
+    leaving = [w for w in state.view_workers if w not in staying]
+    lacking = _lacking(state, staying, now_s, config, leaving) if leaving else ""
+    if not lacking:
+        return None
+    reason = f"{', '.join(leaving)} must end soon; {len(staying)} stay, waiting for {lacking}"
+    state, commands = begin_hold(state, state.view_workers, reason, now_s, config)
+    return state, commands, reason
 
 
 def _plan(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
@@ -280,6 +262,7 @@ def _publish(
         suspected_s=None,
         links=None,
         waiting_s=None,
+        saving=frozenset(),
     )
     return state, [Publish(view, planned, reason, tuple(recipients))], reason
 

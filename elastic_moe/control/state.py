@@ -22,6 +22,7 @@ class WorkerRecord:
         last_progress: newest (generation, step, progress) of its main thread.
         last_progress_s: time at which `last_progress` last grew.
         drain_s: deadline for its end; None if it may stay.
+        hold_s: time from which the run does not count on it any more, some time before the deadline.
         closed_s: time at which its connection closed; None while it is connected.
         incarnation: how often it has registered after it was removed without proof of its death.
         entered: generation that it entered last; 0 before.
@@ -44,6 +45,7 @@ class WorkerRecord:
     last_progress: tuple[int, int, int] = (0, 0, 0)
     last_progress_s: float = 0.0
     drain_s: float | None = None
+    hold_s: float | None = None
     closed_s: float | None = None
     incarnation: int = 0
     entered: int = 0
@@ -142,6 +144,9 @@ class State:
         in_doubt: members whose silence is waited out, because their state may be the last; told once.
         reforms: views in a row that were published only because the view before failed to work.
         waiting_s: time at which the run began to wait; None while it runs.
+        saving: members of a hold that have not reported yet that they have saved their state, or cannot.
+        saving_until_s: they are waited for until then.
+        failing: the run ends as failed for this reason once they have reported; "" if it does not.
         draining_nodes: nodes that take no new workers, with the time until which this holds.
         stopping: a stop was asked for.
         finishing_s: time at which the first member finished.
@@ -170,6 +175,9 @@ class State:
     in_doubt: frozenset[str] = frozenset()
     reforms: int = 0
     waiting_s: float | None = None
+    saving: frozenset[str] = frozenset()
+    saving_until_s: float = 0.0
+    failing: str = ""
     draining_nodes: Mapping[str, float] = field(default_factory=dict[str, float])
     stopping: bool = False
     finishing_s: float | None = None

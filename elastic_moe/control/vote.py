@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,7 @@ class Sums:
         nonfinite: ranks whose loss, own gradients or reduced gradients are not finite.
         reconfigure: ranks that know of a newer view.
         stop: ranks that were asked to stop.
+        save: ranks that want a checkpoint of this step.
         stats: statistics of the model.
         measures: costs of the expert layers.
         load_LE: tokens routed to each expert of each MoE layer.
@@ -72,6 +73,7 @@ class Sums:
     nonfinite: float
     reconfigure: float
     stop: float
+    save: float
     stats: ModelStats
     measures: Measures
     load_LE: NDArray[np.float64] = _array("LE")
@@ -138,6 +140,20 @@ class VoteResult(Sums):
     world_size: int
     balance: float
     layer_time_L: NDArray[np.float64] = _array("L")
+
+
+class Wishes(NamedTuple):
+    """One rank's wishes, as it votes.
+
+    Attributes:
+        reconfigure: it knows of a newer view.
+        stop: it was asked to stop.
+        save: it wants a checkpoint of this step.
+    """
+
+    reconfigure: bool = False
+    stop: bool = False
+    save: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,6 +164,9 @@ class Membership:
                     self._log.view_published(self._state, self._step, view, planned, reason)
             case ev.Pause(generation, workers, reason):
                 send(workers, msg.PauseMessage(generation, reason))
+            case ev.Hold(view, reason):
+                workers = [m.worker for m in view.members]
+                send(workers, msg.ViewMessage(view, False, reason, self._connections.store_address, hold=True))
             case ev.Welcome(worker):
                 send((worker,), msg.WelcomeMessage())
             case ev.Probe(workers):
@@ -172,6 +175,8 @@ class Membership:
                 send(workers, msg.CheckLinksMessage(check, peers))
             case ev.Release(worker):
                 send((worker,), msg.ReleaseMessage())
+            case ev.Save(workers, step):
+                send(workers, msg.SaveMessage(step))
             case ev.StopAll(workers):
                 send(workers, msg.StopMessage())
             case ev.Evict(worker, reason):

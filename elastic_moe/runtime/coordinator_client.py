@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import select
 import socket
 import threading
@@ -88,6 +89,8 @@ class CoordinatorClient:
     Attributes:
         worker: this worker's id.
         lease: the permission to commit steps.
+        inbox: what the coordinator has told this worker.
+        outbox: messages to the coordinator.
     """
 
     def __init__(
@@ -102,11 +105,11 @@ class CoordinatorClient:
         lease_s: float = 30.0,
     ) -> None:
         self.worker = worker
-        self._inbox = Inbox(worker)
-        self.lease = Lease(self._inbox, lease_s)
+        self.inbox = Inbox(worker)
+        self.lease = Lease(self.inbox, lease_s)
         self._registration = Registration(token, worker, node, pid, slots)
-        self._connection = ConnectionThread(find, self._registration, self._inbox, heartbeat_s)
-        self._outbox = self._connection.outbox
+        self._connection = ConnectionThread(find, self._registration, self.inbox, heartbeat_s)
+        self.outbox = self._connection.outbox
 
     def start(self) -> None:
         """Start the thread; it connects in the background."""
@@ -114,25 +117,26 @@ class CoordinatorClient:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Send the remaining messages, as far as the coordinator takes them within `timeout_s`, and end the thread."""
-        self._connection.close(0.0 if self._inbox.evicted else timeout_s)
-        self._inbox.close()
+        self._connection.close(0.0 if self.inbox.evicted else timeout_s)
+        self.inbox.close()
 
     @property
     def stop_requested(self) -> bool:
         """The run should end after the step in flight."""
-        return self._inbox.stop_requested
+        return self.inbox.stop_requested
 
     def superseded(self, generation: int) -> bool:
         """Whether a view newer than `generation` is here, or this worker was released."""
-        return self._inbox.superseded(generation)
+        return self.inbox.superseded(generation)
 
-    def wait_view(self, after_generation: int) -> msg.ViewMessage | None:
-        """Wait for a view newer than `after_generation`. Returns None when this worker was released.
+    def wait_view(self, after_generation: int, patience_s: float = math.inf) -> msg.ViewMessage | None:
+        """Wait for a view or a hold newer than `after_generation`. Returns None when this worker was released.
 
         Raises:
             Evicted: the coordinator no longer counts this worker as a member.
+            CoordinatorLost: it was not heard for `patience_s`.
         """
-        return self._inbox.wait_view(after_generation)
+        return self.inbox.wait_view(after_generation, patience_s)
 
     def begin_view(
         self, view: View, on_abort: Callable[[str], None], progress: Callable[[], tuple[int, int]] | None = None
@@ -147,41 +151,41 @@ class CoordinatorClient:
         """
         # Before the generation: old progress under a new generation would hide that the main thread stands still.
         self._registration.progress = progress or (lambda: (0, 0))
-        self._inbox.begin_view(view, on_abort)
+        self.inbox.begin_view(view, on_abort)
 
     def ready(self) -> None:
         """This worker has warmed up and may be put into a view."""
         self._registration.ready = True
-        self._outbox.add(msg.ReadyMessage())
+        self.outbox.add(msg.ReadyMessage())
 
     def entered(self, generation: int, info: Mapping[str, Any] | None) -> None:
         """This worker has its share of the view's state. `info`: how it got there, for the event log."""
         self._registration.entered = generation
-        self._outbox.add(msg.EnteredMessage(generation, info))
+        self.outbox.add(msg.EnteredMessage(generation, info))
 
     def suspect(self, generation: int, error: str) -> None:
         """A collective of this generation failed."""
-        self._outbox.add(msg.SuspectMessage(generation, error))
+        self.outbox.add(msg.SuspectMessage(generation, error))
 
     def record(self, record: Mapping[str, Any]) -> None:
         """The record of a committed step."""
-        self._outbox.add(msg.RecordMessage(record))
+        self.outbox.add(msg.RecordMessage(record))
 
     def event(self, event: Mapping[str, Any]) -> None:
         """A line for the event log."""
-        self._outbox.add(msg.EventMessage(event))
+        self.outbox.add(msg.EventMessage(event))
 
     def shard(self, shard: Mapping[str, Any]) -> None:
         """A checkpoint shard is written."""
-        self._outbox.add(msg.ShardMessage(shard))
+        self.outbox.add(msg.ShardMessage(shard))
 
     def left(self, error: str = "") -> None:
         """This worker ends: no view contains it any more, or its program has failed with `error`."""
-        self._outbox.add(msg.FailingMessage(error) if error else msg.LeftMessage())
+        self.outbox.add(msg.FailingMessage(error) if error else msg.LeftMessage())
 
     def finished(self) -> None:
         """This worker did all steps of the run, or agreed to stop."""
-        self._outbox.add(msg.FinishedMessage())
+        self.outbox.add(msg.FinishedMessage())
 
 
 class ConnectionThread:

@@ -7,6 +7,7 @@ A coordinator that hears nothing of its workers may start others from storage, b
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 from elastic_moe.parallel.collectives.abort import AbortSignal
@@ -28,13 +29,14 @@ class Lease:
     def __init__(self, inbox: Inbox, seconds: float) -> None:
         self._inbox, self._seconds = inbox, seconds
 
-    def hold(self, abort: AbortSignal) -> None:
+    def hold(self, abort: AbortSignal, patience_s: float = math.inf) -> None:
         """Return at once while the lease lasts; else wait for a sign of the coordinator, and keep the state.
 
         A worker calls it before it votes. The end of the generation ends the wait too.
 
         Raises:
             GroupAborted: the generation is over.
+            CoordinatorLost: the coordinator was not heard for `patience_s`.
         """
         told = False
         while time.monotonic() - self._inbox.heard_s > self._seconds:
@@ -46,3 +48,4 @@ class Lease:
                 )
             abort.wait(HOLD_POLL_S)
             abort.check()
+            self._inbox.check_heard(patience_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -20,15 +21,17 @@ from elastic_moe.control.messages import (
     PauseMessage,
     RecordMessage,
     ReleaseMessage,
+    SaveMessage,
     ShardMessage,
     StopMessage,
     SuspectMessage,
     ViewMessage,
     WorkerMessage,
 )
-from elastic_moe.errors import Evicted
+from elastic_moe.errors import CoordinatorLost, Evicted
 from elastic_moe.types import View
 
+SLICE_S = 1.0  # one wait for a view
 RECENT = 64  # records and shard reports sent again after the coordinator was lost
 
 
@@ -40,8 +43,10 @@ class Inbox:
 
     Attributes:
         newest: newest view with this worker in it, or None.
+        hold: newest hold in which this worker is to save its state, or None.
         evicted: why the worker is no member any more; "" while it may be one.
         stop_requested: the run should end after the step in flight.
+        save_step: the coordinator wants a checkpoint of this step, or of a later one; -1 if of none.
         generation: generation that the main thread lives in; 0 before the first.
         heard_s: monotonic time at which the newest heartbeat was sent that the coordinator has answered.
     """
@@ -50,10 +55,13 @@ class Inbox:
         self._worker = worker
         self._changed = threading.Condition()
         self.newest: ViewMessage | None = None
+        self.hold: ViewMessage | None = None
         self.evicted = ""
         self.stop_requested = False
+        self.save_step = -1
         self.generation = 0
         self.heard_s = -math.inf
+        self._made_s = time.monotonic()
         self._unplanned = 0  # newest generation that must not wait for a step boundary
         self._paused = 0  # newest generation that was paused
         self._released = False
@@ -67,17 +75,40 @@ class Inbox:
         newest = self.newest
         return self._released or (newest is not None and newest.view.generation > generation)
 
-    def wait_view(self, after_generation: int) -> ViewMessage | None:
-        """Wait for a view newer than `after_generation`. Returns None if the worker is released or the inbox closed.
+    def wait_view(self, after_generation: int, patience_s: float = math.inf) -> ViewMessage | None:
+        """Wait for a view or a hold newer than `after_generation`.
+
+        Returns None if the worker is released or the inbox closed.
 
         Raises:
             Evicted: the coordinator no longer counts this worker as a member.
+            CoordinatorLost: it was not heard for `patience_s`.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self.evicted or self._closed or self.superseded(after_generation))
+            while not self._changed.wait_for(
+                lambda: self.evicted or self._closed or self._released or self._next(after_generation), SLICE_S
+            ):
+                self.check_heard(patience_s)
             if self.evicted:
                 raise Evicted(self.evicted)
-            return None if self._released or self._closed else self.newest
+            return None if self._released or self._closed else self._next(after_generation)
+
+    def check_heard(self, patience_s: float) -> None:
+        """Return unless the coordinator was not heard for too long.
+
+        Raises:
+            CoordinatorLost: it was not.
+        """
+        if time.monotonic() - max(self.heard_s, self._made_s) > patience_s:
+            raise CoordinatorLost(
+                f"the coordinator was not heard for {patience_s:g} s (elastic.hold_s), so this worker ends; a resume "
+                "goes on from the newest checkpoint"
+            )
+
+    def _next(self, after_generation: int) -> ViewMessage | None:
+        """The newest view or hold after this generation."""
+        found = [m for m in (self.newest, self.hold) if m is not None and m.view.generation > after_generation]
+        return max(found, key=lambda message: message.view.generation, default=None)
 
     def begin_view(self, view: View, on_abort: Callable[[str], None]) -> None:
         """From now on live in `view`. `on_abort` is called, at once or by `receive`, when the view is over early."""
@@ -102,6 +133,8 @@ class Inbox:
             return
         with self._changed:
             match message:
+                case ViewMessage(view, hold=True):
+                    self.hold = message
                 case ViewMessage(view, planned):
                     if not planned:
                         self._unplanned = max(self._unplanned, view.generation)
@@ -111,6 +144,8 @@ class Inbox:
                         self.newest = message
                 case PauseMessage(generation):
                     self._paused = max(self._paused, generation)
+                case SaveMessage(step):
+                    self.save_step = max(self.save_step, step)
                 case StopMessage():
                     self.stop_requested = True
                 case ReleaseMessage():
@@ -130,6 +165,8 @@ class Inbox:
             return f"evicted: {self.evicted}"
         if self._unplanned > self.generation:
             return f"generation {self._unplanned} replaces {self.generation}"
+        if self._released and self.hold is not None and self.hold.view.generation == self.generation:
+            return "released"
         if self.generation and self._paused >= self.generation:
             return "too few workers"
         return ""

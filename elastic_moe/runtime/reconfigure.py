@@ -71,6 +71,7 @@ def agree(
     roll_forward: Callable[[VoteResult], None],
     shape: tuple[int, int],
     num_units: int,
+    only_whole: bool = False,
 ) -> tuple[np.ndarray, Recovery]:
     """Bring all living ranks to the newest committed step; collective.
 
@@ -83,6 +84,7 @@ def agree(
         roll_forward: applies a vote's result to all that this rank holds.
         shape: (MoE layers, experts).
         num_units: units of the model.
+        only_whole: change nothing unless the ranks together hold every unit.
 
     Returns:
         roles_RU: uint8 [R, U], the role in which each rank holds each unit at the agreed step.
@@ -94,6 +96,9 @@ def agree(
     roles_RU = group.all_gather(torch.from_numpy(roles_U)).numpy().copy()
     statuses = [Status(*status) for *status, _ in reports_R5]
     decision = choose(statuses, lambda ranks: bool(roles_RU[list(ranks)].any(axis=0).all()))
+    roles_RU[list(decision.stale)] = NONE
+    if only_whole and not roles_RU.any(axis=0).all():
+        return roles_RU, decision
     if decision.committed > 0:
         known = ((status.voted, status.timeline) for status in statuses)
         newest = (decision.committed, decision.timeline)
@@ -105,7 +110,6 @@ def agree(
                 roll_forward(vote)
         local.vote = vote if vote is not None and vote.step == decision.committed else None
     local.timeline = decision.timeline
-    roles_RU[list(decision.stale)] = NONE
     if not roles_RU[group.rank].any():
         local.holdings.clear()
     local.evaluated = max(evaluated for *_, evaluated in reports_R5)
@@ -149,13 +153,17 @@ class Reconfigurer:
         self._elastic, self._units, self._shape, self._local = elastic, units, shape, local
         self._roll_forward, self._storage, self._initial, self._fault = roll_forward, storage, initial, fault
 
+    def agree(self, group: Group, only_whole: bool = False) -> tuple[np.ndarray, Recovery]:
+        """Bring all living ranks to the newest committed step; collective, see `agree`."""
+        return agree(group, self._local, self._roll_forward, self._shape, len(self._units), only_whole)
+
     def enter(self, view: View, group: Group) -> Reconfigured:
         """Carry out the reconfiguration into `view`; collective over its members.
 
         Raises:
             GroupAborted: a member died on the way; `local` still says truthfully what this rank has.
         """
-        roles_RU, decision = agree(group, self._local, self._roll_forward, self._shape, len(self._units))
+        roles_RU, decision = self.agree(group)
         step, rolled = decision.committed, len(decision.forward)
         if roles_RU.any(axis=0).all():
             assert step >= 0, "state without a step"

@@ -127,6 +127,14 @@ class HeldState:
             group.apply(step)
 
 
+def union(states: Sequence[HeldState]) -> HeldState:
+    """All units that some held states have, to be read: the tensors are those of the states. The last one wins."""
+    merged = HeldState(states[0].units, merge_roles(states), ())
+    for state in states:
+        merged.states.update(state.states)
+    return merged
+
+
 def merge_roles(states: Iterable[HeldState]) -> np.ndarray:
     """Roles of the union of several held states; the strongest role wins."""
     return np.maximum.reduce([state.roles for state in states])

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from elastic_moe.config.schema import TrainConfig
-from elastic_moe.control.vote import Ballot, Measures, VoteResult, VoteShape, pack, result_of, unpack
+from elastic_moe.control.vote import Ballot, Measures, VoteResult, VoteShape, Wishes, pack, result_of, unpack
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.optim.schedule import lr_at
@@ -39,6 +39,7 @@ class StepResult:
         record: the step's record for metrics.jsonl.
         reconfigure: all members agreed to leave this view.
         stop: a member was asked to end the run.
+        save: a member wants a checkpoint of this step.
         context: for the steps that follow.
         nonfinite_ranks: ranks whose own numbers were not finite.
     """
@@ -46,6 +47,7 @@ class StepResult:
     record: dict[str, Any]
     reconfigure: bool
     stop: bool
+    save: bool
     context: GenerationContext
     nonfinite_ranks: tuple[int, ...]
 
@@ -102,7 +104,7 @@ class StepRunner:
         self,
         context: GenerationContext,
         local: LocalState,
-        control_flags: Callable[[], tuple[bool, bool]],
+        wishes: Callable[[], Wishes],
         rebalance: Callable[[GenerationContext, VoteResult], GenerationContext] = lambda context, _: context,
     ) -> StepResult:
         """Make step `local.committed + 1` and commit it; collective.
@@ -110,7 +112,7 @@ class StepRunner:
         Args:
             context: the current generation.
             local: updated in place as phases complete.
-            control_flags: called just before the vote: (a newer planned view is here, a stop is requested).
+            wishes: called just before the vote.
             rebalance: may return another context for the steps that follow; the new weights are published in it.
 
         Raises:
@@ -127,7 +129,7 @@ class StepRunner:
         context.exchanger.mirror()
         local.reduced = step
         self._fault(step, "vote")
-        total = self._vote(context, self._ballot(context, share, grad_square, control_flags()))
+        total = self._vote(context, self._ballot(context, share, grad_square, wishes()))
         vote = result_of(total, step, context.layout.view, context.experts.statistics().layer_time_L.numpy())
         self._fault(step, "apply")
         committed_at_s = self._apply(local, vote)
@@ -138,7 +140,9 @@ class StepRunner:
                 context.exchanger.publish()
         finally:  # a committed step has a record, also if the generation ends while its weights are published
             self._record(local, vote, committed_at_s)
-        return StepResult(local.records[-1], total.all_reconfigure, total.stop > 0, context, total.nonfinite_ranks)
+        return StepResult(
+            local.records[-1], total.all_reconfigure, total.stop > 0, total.save > 0, context, total.nonfinite_ranks
+        )
 
     def roll_forward(self, local: LocalState, vote: VoteResult) -> None:
         """Commit a step whose vote this rank took part in without seeing its result. Purely local."""
@@ -170,9 +174,7 @@ class StepRunner:
         context.exchanger.wait_expert_weights()  # no-op if there is a MoE layer: the first one has waited already
         return ComputedShare(ce_sum, tokens, ModelStats(*stats.tolist()), load_LE)
 
-    def _ballot(
-        self, context: GenerationContext, share: ComputedShare, grad_square: float, flags: tuple[bool, bool]
-    ) -> Ballot:
+    def _ballot(self, context: GenerationContext, share: ComputedShare, grad_square: float, wishes: Wishes) -> Ballot:
         """This rank's contribution to the vote."""
         work, exchanger = context.experts.statistics(), context.exchanger
         expert_rows_R = np.zeros(context.layout.view.world_size)
@@ -181,14 +183,14 @@ class StepRunner:
         nonfinite_R = np.zeros_like(expert_rows_R)
         nonfinite_R[context.rank] = not own_finite
         finite = math.isfinite(grad_square)
-        reconfigure, stop = flags
         return Ballot(
             ce_sum=share.ce_sum,
             tokens=share.tokens,
             grad_square=grad_square if finite else 0.0,
             nonfinite=float(not (finite and own_finite)),
-            reconfigure=float(reconfigure),
-            stop=float(stop),
+            reconfigure=float(wishes.reconfigure),
+            stop=float(wishes.stop),
+            save=float(wishes.save),
             stats=share.stats,
             measures=Measures(
                 expert_s=work.compute_s,

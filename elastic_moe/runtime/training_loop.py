@@ -10,19 +10,16 @@ from pathlib import Path
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.nonfinite import NonFiniteCount
 from elastic_moe.control.rebalance import Rebalancer
-from elastic_moe.control.vote import VoteResult
+from elastic_moe.control.vote import VoteResult, Wishes
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import Diverged, FaultyWorker, GroupAborted
-from elastic_moe.run_dir import checkpoint_root
-from elastic_moe.runtime.checkpoints import CONFIRM_S, ShardWriter
-from elastic_moe.runtime.durable import FIRST_PAUSE_S, LAST_PAUSE_S
 from elastic_moe.runtime.evaluate import Evaluator
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.reconfigure import Reconfigurer
 from elastic_moe.runtime.reporter import Reporter
+from elastic_moe.runtime.saver import Saver
 from elastic_moe.runtime.session import ContextBuilder, GenerationContext
 from elastic_moe.runtime.step import StepResult, StepRunner
-from elastic_moe.runtime.together import gather, pause, together
 
 
 class TrainingLoop:
@@ -34,7 +31,7 @@ class TrainingLoop:
         local: this worker's state.
         runner: makes steps.
         evaluator: measures the validation loss and samples text.
-        writer: writes checkpoint shards.
+        saver: saves the state when that is due.
         reporter: sends records and events.
         fault: called as fault(step, phase) after each step; may not return.
     """
@@ -46,27 +43,26 @@ class TrainingLoop:
         local: LocalState,
         runner: StepRunner,
         evaluator: Evaluator,
-        writer: ShardWriter,
+        saver: Saver,
         reporter: Reporter,
         fault: Callable[[int, str], None],
     ) -> None:
         self._config, self._tokenizer_path, self._local = config, tokenizer_path, local
-        self._runner, self._evaluator, self._writer = runner, evaluator, writer
+        self._runner, self._evaluator, self._saver = runner, evaluator, saver
         self._reporter, self._fault = reporter, fault
-        self._saved_step = -1
         self._nonfinite = NonFiniteCount()
 
     def train(
         self,
         context: GenerationContext,
-        control_flags: Callable[[], tuple[bool, bool]],
+        wishes: Callable[[], Wishes],
         rebalance: Callable[[GenerationContext, VoteResult], GenerationContext],
     ) -> str:
         """Make steps in one view.
 
         Args:
             context: of the view.
-            control_flags: as in `StepRunner.train_step`.
+            wishes: as in `StepRunner.train_step`.
             rebalance: as in `StepRunner.train_step`.
 
         Returns:
@@ -77,9 +73,10 @@ class TrainingLoop:
             Diverged: no update was possible for too many steps; the state is saved.
         """
         self._nonfinite = NonFiniteCount(self._nonfinite.in_a_row)
+        self._saver.begin_view()
         stop = False
         while self._local.committed < self._config.run.steps and not stop:
-            result = self._runner.train_step(context, self._local, control_flags, rebalance)
+            result = self._runner.train_step(context, self._local, wishes, rebalance)
             context, stop = result.context, result.stop
             self._after_commit(result)
             self._check_numbers(result)
@@ -97,8 +94,7 @@ class TrainingLoop:
             if local.vote is not None:
                 self._reporter.load(local.vote)
         last = local.committed == config.run.steps or result.stop
-        if last or _due(local.committed, config.checkpoint.every_steps):
-            self._save(result.context)
+        self._saver.save_if_due(result.context, result.save or last)
         if not result.reconfigure and _due(local.committed, config.run.eval_every_steps):
             self._evaluate(result.context)
 
@@ -115,8 +111,8 @@ class TrainingLoop:
             self._reporter.not_finite(self._local.committed, members, count.in_a_row)
         if limits.optim.max_skipped and count.in_a_row >= limits.optim.max_skipped:
             if context.held.finite:
-                self._save(context)
-            together(context.group, lambda _: self._writer.wait_written(self._local.committed, CONFIRM_S))
+                self._saver.save(context)
+            self._saver.wait_written(context)
             raise Diverged(
                 f"gradients were not finite in {count.in_a_row} steps in a row, up to step {self._local.committed}; "
                 "the run has diverged: go on from an earlier checkpoint with a lower optim.lr."
@@ -126,12 +122,6 @@ class TrainingLoop:
             reason = f"its gradients alone were not finite in {count.alone[own]} steps; it leaves the run."
             self._reporter.event("worker_faulty", self._local.committed, reason=reason)
             raise FaultyWorker(f"worker {own} on node {members[0].node}: {reason}")
-
-    def _save(self, context: GenerationContext) -> None:
-        step, generation = self._local.committed, context.layout.view.generation
-        owned = context.layout.ownership.owned(context.rank).tolist()
-        self._writer.save(step, f"g{generation:05d}-r{context.rank:05d}", context.held, owned, generation)
-        self._saved_step = step
 
     def _evaluate(self, context: GenerationContext) -> None:
         config, local = self._config, self._local
@@ -144,11 +134,10 @@ class TrainingLoop:
     def _finish(self, context: GenerationContext, stopped: bool) -> None:
         """The end of a run: checkpoint, last evaluation, sample. Every part may be repeated after a failure."""
         context.exchanger.wait_expert_weights()
-        if self._saved_step != self._local.committed:
-            self._save(context)
+        self._saver.save(context)
         if not stopped and self._local.evaluated != self._local.committed:
             self._evaluate(context)
-        self._confirm_saved(context)
+        self._saver.confirm(context)
         if not stopped and self._config.run.sample_tokens:
             try:
                 self._sample(context)
@@ -157,29 +146,6 @@ class TrainingLoop:
             except Exception as error:  # noqa: BLE001 - all is saved: a text is not worth the run
                 self._reporter.event("sample_failed", self._local.committed, reason=f"{type(error).__name__}: {error}")
             context.group.barrier()
-
-    def _confirm_saved(self, context: GenerationContext) -> None:
-        """Wait until the last checkpoint is complete; its shards are written again where something failed. Collective.
-
-        The wait ends after `checkpoint.wait_s`, and that the state is not saved is then reported.
-        """
-        step, started_s = self._local.committed, time.monotonic()
-        pause_s = FIRST_PAUSE_S
-        while True:
-            wait = self._writer.wait_complete if context.leads else self._writer.wait_written
-            call = together(context.group, lambda _, wait=wait: wait(step, CONFIRM_S))
-            waited_s = time.monotonic() - started_s
-            seen = gather(context.group, int(call.result()), int(waited_s > self._config.checkpoint.wait_s))
-            if bool(seen[:, 0].all()):
-                return
-            if bool(seen[0, 1]):
-                break
-            pause(context.group, pause_s)
-            pause_s = min(2 * pause_s, LAST_PAUSE_S)
-            self._save(context)
-        if context.leads:
-            reason = f"{checkpoint_root(self._config)} was not written within {self._config.checkpoint.wait_s:g} s"
-            self._reporter.event("checkpoint_failed", step, reason=reason)
 
     def _sample(self, context: GenerationContext) -> None:
         config = self._config

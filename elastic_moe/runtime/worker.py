@@ -17,8 +17,9 @@ from accelerate import Accelerator
 
 from elastic_moe.checkpoint.storage import set_timeout
 from elastic_moe.config.schema import TrainConfig
-from elastic_moe.control.messages import ViewMessage
+from elastic_moe.control.messages import HeldMessage, ViewMessage
 from elastic_moe.control.rebalance import Rebalancer
+from elastic_moe.control.vote import Wishes
 from elastic_moe.data.prepare import Prepared
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.errors import GroupAborted, UserError
@@ -42,6 +43,7 @@ from elastic_moe.runtime.initial import InitialWeights
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.reconfigure import Reconfigured, Reconfigurer
 from elastic_moe.runtime.reporter import Reporter
+from elastic_moe.runtime.saver import Saver
 from elastic_moe.runtime.session import ContextBuilder, GenerationContext
 from elastic_moe.runtime.step import StepRunner
 from elastic_moe.runtime.training_loop import Rebalance, TrainingLoop
@@ -107,13 +109,14 @@ class Worker:
         )
         self._writer = ShardWriter(checkpoint_root(config), client)
         self._reporter = Reporter(client, config.balance.log_every_steps, shape)
+        self._saver = Saver(config, local, self._writer, self._reporter, lambda: client.inbox.save_step)
         self._loop = TrainingLoop(
             config,
             prepared.tokenizer_path,
             local,
             self._runner,
             evaluator,
-            self._writer,
+            self._saver,
             self._reporter,
             self._fault,
         )
@@ -123,6 +126,7 @@ class Worker:
 
         Raises:
             Evicted: the coordinator no longer counts this worker as a member.
+            CoordinatorLost: it was not heard for `elastic.hold_s`.
         """
         dtype = torch.bfloat16 if self._config.precision == "bf16" else torch.float32
         warm_up_kernels(self._config.model, self._device, dtype)
@@ -139,16 +143,19 @@ class Worker:
     def _generations(self) -> str:
         """Live through one generation after another. Returns why this worker is done."""
         generation = 0
-        while (message := self._client.wait_view(generation)) is not None:
+        while (message := self._client.wait_view(generation, self._config.elastic.hold_s)) is not None:
             generation = message.view.generation
             rank = message.view.rank_of(self._client.worker)
             if rank is None:
                 self._client.left()
                 break
             try:
+                if message.hold:
+                    self._hold(message, rank)
+                    continue
                 ended = self._run_generation(message, rank)
             except GroupAborted as error:
-                self._client.suspect(generation, str(error))
+                self._client.suspect(generation, str(error))  # of a hold, it is stale
                 continue
             if ended:
                 return ended
@@ -159,30 +166,47 @@ class Worker:
 
     def _run_generation(self, message: ViewMessage, rank: int) -> str:
         """Live through one generation. Returns why the worker is done, or "" when a newer view is to be entered."""
-        view, client = message.view, self._client
-        abort = AbortSignal()
-        self._rank = rank
-        completed = [0]
-        client.begin_view(view, abort.set, lambda: (self._local.committed + 1, completed[0]))
+        view, client, abort = message.view, self._client, AbortSignal()
         started = time.perf_counter()
-        member = GroupMember(view.generation, rank, view.world_size)
-        rendezvous = Rendezvous(*message.store, self._token, self._config.elastic.form_timeout_s)
-        group = Group(member, rendezvous, abort, completed, device=self._device)
+        group = self._join(message, rank, abort)
         try:
             formed_s = time.perf_counter() - started
             context, rebalance, result = self._enter(view, group)
             self._report_entry(context, result, formed_s, time.perf_counter() - started)
 
-            def control_flags() -> tuple[bool, bool]:
-                client.lease.hold(abort)
-                return client.superseded(view.generation), client.stop_requested
+            def wishes() -> Wishes:
+                client.lease.hold(abort, self._config.elastic.hold_s)
+                return Wishes(client.superseded(view.generation), client.stop_requested, self._saver.wishes())
 
-            ended = self._loop.train(context, control_flags, rebalance)
+            ended = self._loop.train(context, wishes, rebalance)
             if ended:
                 client.finished()
             return ended
         finally:
             group.close()
+
+    def _join(self, message: ViewMessage, rank: int, abort: AbortSignal) -> Group:
+        """From now on live in a view or a hold, until `abort` is set: the group of its members."""
+        view = message.view
+        self._rank, completed = rank, [0]
+        self._client.begin_view(view, abort.set, lambda: (self._local.committed + 1, completed[0]))
+        member = GroupMember(view.generation, rank, view.world_size)
+        rendezvous = Rendezvous(*message.store, self._token, self._config.elastic.form_timeout_s)
+        return Group(member, rendezvous, abort, completed, device=self._device)
+
+    def _hold(self, message: ViewMessage, rank: int) -> None:
+        """Save the committed step together with the other members of a hold, if they have all of its state."""
+        generation = message.view.generation
+        try:
+            group = self._join(message, rank, AbortSignal())
+            try:
+                roles_RU, decision = self._reconfigurer.agree(group, only_whole=True)
+                if decision.committed > 0 and roles_RU.any(axis=0).all():
+                    self._saver.save_held(group, roles_RU)
+            finally:
+                group.close()
+        finally:
+            self._client.outbox.add(HeldMessage(generation))
 
     def _enter(self, view: View, group: Group) -> tuple[GenerationContext, Rebalance, Reconfigured]:
         """Take this worker's place in a view: state, experts, and the weights to compute with; collective."""

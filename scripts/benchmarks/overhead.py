@@ -29,6 +29,7 @@ import torch
 
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.control.vote import Wishes
 from elastic_moe.coordination.rendezvous import RendezvousServer
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.data.prepare import Prepared, prepare
@@ -137,7 +138,7 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     exchanger.publish()
     times = []
     while local.committed < config.run.steps:
-        outcome = runner.train_step(context, local, lambda: (False, False))
+        outcome = runner.train_step(context, local, Wishes)
         times.append((outcome.record["time"], outcome.record["loss"]))
     group.barrier()
     if rank == 0:

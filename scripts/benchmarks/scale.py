@@ -152,7 +152,8 @@ def _vote(number: int, load_LE: np.ndarray, times_L: np.ndarray, num_ranks: int)
     measures = Measures(
         expert_s=1.0, expert_rows=1000.0, cross_node_rows=0.0, publish_s=1.0, publish_bytes=1e9, switch_s=0.0
     )
-    sums = {"ce_sum": 1.0, "tokens": 1.0, "grad_square": 1.0, "nonfinite": 0.0, "reconfigure": 0.0, "stop": 0.0}
+    sums = dict.fromkeys(("ce_sum", "tokens", "grad_square"), 1.0)
+    sums |= dict.fromkeys(("nonfinite", "reconfigure", "stop", "save"), 0.0)
     return VoteResult(
         **sums,
         stats=ModelStats(),

@@ -88,7 +88,7 @@ class Bench:
 
 
 def wait_view(client: CoordinatorClient, after: int) -> ViewMessage:
-    until(lambda: client.superseded(after) or client._inbox.evicted, f"a view after {after}")
+    until(lambda: client.superseded(after) or client.inbox.evicted, f"a view after {after}")
     message = client.wait_view(after)
     assert message is not None
     return message
@@ -211,7 +211,7 @@ def test_records_that_nobody_read_come_again_after_a_long_absence() -> None:
     for step in range(1, 6):
         client.record({"step": step})
     connection, _ = void.accept()
-    until(client._outbox._empty.is_set, "all is sent")
+    until(client.outbox._empty.is_set, "all is sent")
     address[0] = None
     connection.close()
     void.close()
@@ -268,7 +268,7 @@ def test_stop_and_finish(bench: Bench) -> None:
 
 def test_wrong_token_is_turned_away(bench: Bench) -> None:
     client = bench.client("x", token="guess")
-    until(lambda: client._inbox.evicted, "refusal")
+    until(lambda: client.inbox.evicted, "refusal")
     with pytest.raises(Evicted, match="token"):
         client.wait_view(0)
     assert bench.server.status()["workers"] == 0

@@ -44,6 +44,7 @@ WORKER_MESSAGES = {
     msg.RecordMessage: st.builds(lambda p, step: msg.RecordMessage(p | {"step": step}), PAYLOADS, WHOLE),
     msg.EventMessage: st.builds(lambda p, name: msg.EventMessage(p | {"event": name}), PAYLOADS, WORDS),
     msg.ShardMessage: st.builds(lambda p, step: msg.ShardMessage(p | {"step": step}), PAYLOADS, WHOLE),
+    msg.HeldMessage: st.builds(msg.HeldMessage, WHOLE),
     msg.FinishedMessage: st.just(msg.FinishedMessage()),
     msg.FailingMessage: st.builds(msg.FailingMessage, WORDS),
     msg.LeftMessage: st.just(msg.LeftMessage()),
@@ -51,12 +52,13 @@ WORKER_MESSAGES = {
 COORDINATOR_MESSAGES = {
     msg.WelcomeMessage: st.just(msg.WelcomeMessage()),
     msg.AliveMessage: st.builds(msg.AliveMessage, st.floats(0, 1e9)),
-    msg.ViewMessage: st.builds(msg.ViewMessage, VIEWS, st.booleans(), WORDS, st.tuples(WORDS, WHOLE)),
+    msg.ViewMessage: st.builds(msg.ViewMessage, VIEWS, st.booleans(), WORDS, st.tuples(WORDS, WHOLE), st.booleans()),
     msg.PauseMessage: st.builds(msg.PauseMessage, WHOLE, WORDS),
     msg.ProbeMessage: st.just(msg.ProbeMessage()),
     msg.CheckLinksMessage: st.builds(msg.CheckLinksMessage, WHOLE, st.lists(MEMBERS, max_size=3).map(tuple)),
     msg.ReleaseMessage: st.just(msg.ReleaseMessage()),
     msg.EvictedMessage: st.builds(msg.EvictedMessage, WORDS),
+    msg.SaveMessage: st.builds(msg.SaveMessage, WHOLE),
     msg.StopMessage: st.just(msg.StopMessage()),
 }
 FROM_WORKER, FROM_COORDINATOR = st.one_of(*WORKER_MESSAGES.values()), st.one_of(*COORDINATOR_MESSAGES.values())

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control import events as ev
+from elastic_moe.control.ending import FINISH_GRACE_S, MAX_REFORMS
 from elastic_moe.control.machine import ADOPTION_GAP, initial_state, transition
-from elastic_moe.control.rules import FINISH_GRACE_S, MAX_REFORMS, START_GRACE_S
+from elastic_moe.control.rules import START_GRACE_S
 from elastic_moe.control.state import FAILED, FINISHED, RUNNING, WAITING, State
 from elastic_moe.types import Member, View
 
@@ -143,7 +144,7 @@ def test_pause_below_minimum_and_resume() -> None:
 
 def test_a_long_pause_ends_the_run() -> None:
     machine = running("a", "b", min_workers=2, wait_below_min_s=5)
-    machine.on(ev.Lost("b"))
+    machine.on(ev.Lost("b"), ev.Held("a", 2))
     commands = machine.wait(6)
     assert machine.state.phase == FAILED
     assert "min_workers" in machine.state.reason
@@ -275,7 +276,11 @@ def test_views_that_always_fail_end_the_run() -> None:
     for _ in range(MAX_REFORMS + 2):
         machine.on(ev.Suspect("a", machine.state.generation, "cannot connect"))
         machine.wait(12)
+    assert machine.state.phase == WAITING, "they save what they have"
+    (hold,) = [c for c in machine.commands if isinstance(c, ev.Hold)]
+    machine.on(ev.Held("a", hold.view.generation), ev.Held("b", hold.view.generation))
     assert machine.state.phase == FAILED
+    assert "could not be entered" in machine.state.reason
 
 
 def test_stale_messages_are_dropped() -> None:
@@ -450,3 +455,104 @@ def test_any_number_of_workers(num_workers: int) -> None:
     machine = running(*(f"w{i}" for i in range(num_workers)))
     assert machine.state.all_entered
     assert len(machine.members) == num_workers
+
+
+# --- saves before planned ends ----------------------------------------------------------------------------------------
+
+
+def saves(commands: list[ev.Command]) -> list[ev.Save]:
+    return [c for c in commands if isinstance(c, ev.Save)]
+
+
+def test_members_save_before_one_of_them_drains() -> None:
+    machine = running("a", "b", "c")
+    machine.wait(0.5, step=8)
+    commands = machine.on(ev.Drain(worker="b"))
+    assert saves(commands) == [ev.Save(("a", "b", "c"), 7)]
+    publish = next(c for c in commands if isinstance(c, ev.Publish))
+    assert commands.index(saves(commands)[0]) < commands.index(publish), "the wish must be in the last vote of the view"
+
+
+def test_a_drain_of_nobody_asks_for_no_checkpoint() -> None:
+    machine = running("a", "b")
+    machine.join("spare")
+    assert saves(machine.on(ev.Drain(node="elsewhere"), ev.Drain(worker="spare"))) == []
+
+
+def holds(commands: list[ev.Command]) -> list[ev.Hold]:
+    return [c for c in commands if isinstance(c, ev.Hold)]
+
+
+def test_survivors_that_are_too_few_save_together_and_a_stop_waits_for_them() -> None:
+    machine = running("a", "b", "c", min_workers=3)
+    commands = machine.on(ev.Lost("b"))
+    (hold,) = holds(commands)
+    assert [m.worker for m in hold.view.members] == ["a", "c"]
+    assert hold.view.generation == 2
+    assert [type(c) for c in commands].index(ev.Pause) < commands.index(hold)
+    assert holds(machine.wait(3)) == [], "once in a hold"
+    machine.on(ev.Stop("enough"), ev.Held("a", 2), ev.Held("c", 1))
+    assert machine.state.phase == WAITING
+    machine.on(ev.Held("c", 2))
+    assert machine.state.phase == FINISHED
+
+
+def test_a_stop_waits_for_a_save_with_a_bound_and_not_for_the_dead() -> None:
+    machine = running("a", "b", "c", min_workers=3)
+    machine.on(ev.Lost("b"), ev.Stop("enough"), ev.Held("a", 2), ev.Lost("c"))
+    assert machine.state.phase == FINISHED
+    machine = running("a", "b", min_workers=2, hang_timeout_s=20)
+    machine.on(ev.Lost("b"), ev.Stop("enough"))
+    machine.wait(19)
+    assert machine.state.phase == WAITING
+    machine.wait(2)
+    assert machine.state.phase == FINISHED
+
+
+def test_the_view_after_a_hold_is_newer_than_the_hold() -> None:
+    machine = running("a", "b", min_workers=2)
+    (hold,) = holds(machine.on(ev.Lost("b")))
+    machine.join("c")
+    assert machine.members == ["a", "c"]
+    assert machine.state.generation == hold.view.generation + 1
+    machine.enter()
+    machine.on(ev.Stop("enough"))
+    assert machine.state.phase == RUNNING, "the save of the hold before is not waited for"
+
+
+@pytest.mark.parametrize(("notice_s", "before_s"), [(30.0, 10.0), (120.0, 30.0)])
+def test_a_run_that_cannot_go_on_without_the_drained_holds_before_their_deadline(
+    notice_s: float, before_s: float
+) -> None:
+    machine = running("a", "b", min_workers=2)
+    assert saves(machine.on(ev.Drain(node="n-a", deadline_s=notice_s)))
+    assert holds(machine.wait(notice_s - before_s - 0.5, step=3)) == []
+    assert machine.state.phase == RUNNING, "it goes on until then"
+    (hold,) = holds(machine.wait(1.0, step=4))
+    assert [m.worker for m in hold.view.members] == ["a", "b"]
+    machine.wait(2.0)
+    assert machine.state.phase == WAITING, "those that must end soon are not enough to go on with"
+    machine.join("c")
+    assert (machine.members, machine.draining) == (["a", "b", "c"], ["a"])
+
+
+def test_a_whole_run_that_is_drained_holds_and_is_not_lost() -> None:
+    machine = running("a", "b")
+    machine.on(ev.Drain(worker="a", deadline_s=30), ev.Drain(worker="b", deadline_s=60))
+    machine.enter()
+    machine.enter()
+    assert machine.members == ["b"], "one hands over"
+    (hold,) = holds(machine.wait(60, step=3))
+    assert [m.worker for m in hold.view.members] == ["b"]
+
+
+def test_no_save_where_another_group_may_have_a_newer_state() -> None:
+    """`c` has entered a view that the others never entered; they are cut off, and may still commit in the old one."""
+    machine = running("a", "b", max_workers=3, heartbeat_timeout_s=3, hang_timeout_s=8, lease_s=60)
+    machine.join("c")
+    machine.wait(1)
+    machine.on(ev.Entered("c", 2))
+    commands = machine.wait(12, silent=("a", "b"))
+    assert machine.state.phase == WAITING
+    assert "lease" in machine.state.reason
+    assert holds(commands) == []

@@ -52,7 +52,8 @@ def _vote(balancer: Rebalancer, step: int, load_LE: np.ndarray, **measured: floa
         "switch_s": 0.0,
     }
     time_L = slowest_times(load_LE, balancer.placement, [1.0] * RANKS)
-    sums = {"ce_sum": 1.0, "tokens": 1.0, "grad_square": 1.0, "nonfinite": 0.0, "reconfigure": 0.0, "stop": 0.0}
+    sums = dict.fromkeys(("ce_sum", "tokens", "grad_square"), 1.0)
+    sums |= dict.fromkeys(("nonfinite", "reconfigure", "stop", "save"), 0.0)
     return VoteResult(
         **sums,
         stats=ModelStats(),

@@ -42,6 +42,7 @@ def _ballot(seed: int) -> Ballot:
         nonfinite=0.0,
         reconfigure=1.0,
         stop=0.0,
+        save=next(numbers),
         stats=ModelStats(**flat(ModelStats)),
         measures=Measures(**flat(Measures)),
         load_LE=array(LAYERS, EXPERTS),

@@ -28,6 +28,7 @@ def _vote(step: int) -> VoteResult:
         nonfinite=0.0,
         reconfigure=0.0,
         stop=0.0,
+        save=0.0,
         stats=ModelStats(),
         measures=Measures(0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
         load_LE=np.full(SHAPE, float(step)),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
-from elastic_moe.control.vote import VoteResult
+from elastic_moe.control.vote import VoteResult, Wishes
 from elastic_moe.data.shards import TokenShard, TokenShardWriter
 from elastic_moe.errors import GroupAborted
 from elastic_moe.metrics.schema import json_schema
@@ -105,7 +105,7 @@ class Lone:
         stop: bool = False,
         rebalance: Callable[[GenerationContext, VoteResult], GenerationContext] = lambda context, _: context,
     ) -> StepResult:
-        return self.runner.train_step(self.context, self.local, lambda: (reconfigure, stop), rebalance)
+        return self.runner.train_step(self.context, self.local, lambda: Wishes(reconfigure, stop), rebalance)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Master weights by unit."""

@@ -112,3 +112,13 @@ def test_a_run_that_cannot_spare_the_drained_holds_with_its_state_saved(tmp_path
         run.add(), run.add()
         run.wait_step(step + 2)
         assert (restored(run)["step"], restored(run)["lost_steps"]) == (step, 0)
+
+
+def test_workers_without_a_coordinator_end_after_a_while(tmp_path: Path) -> None:
+    config = config_of(tmp_path, 4000, heartbeat_timeout_s=2.0, lease_s=3.0, hold_s=6.0)
+    with LocalRun(config, 2) as run:
+        run.wait_step(5)
+        run.coordinator.close()
+        for process in run.processes.values():
+            process.join(120)
+        assert [process.exitcode for process in run.processes.values()] == [1, 1]

@@ -14,8 +14,10 @@ import pytest
 
 from elastic_moe.control import messages as msg
 from elastic_moe.control.codec import decode_from_worker, encode
-from elastic_moe.errors import Evicted
+from elastic_moe.errors import CoordinatorLost, Evicted
+from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
+from elastic_moe.runtime.lease import Lease
 from elastic_moe.runtime.mailbox import RECENT, Inbox, Outbox
 from elastic_moe.types import Member, View
 
@@ -204,3 +206,37 @@ def test_waiting_ends_when_all_is_sent_or_nobody_sends() -> None:
     assert outbox.waiting()
     outbox.abandon()
     outbox.wait_empty(TIMEOUT_S)
+
+
+def test_a_wait_without_a_coordinator_ends_with_a_sentence() -> None:
+    inbox, abort = Inbox("w"), AbortSignal()
+    with pytest.raises(CoordinatorLost, match=r"elastic\.hold_s"):
+        inbox.wait_view(0, patience_s=0.05)
+    with pytest.raises(CoordinatorLost, match=r"elastic\.hold_s"):
+        Lease(inbox, 0.01).hold(abort, patience_s=0.05)
+
+
+def test_a_wait_goes_on_while_the_coordinator_answers() -> None:
+    inbox = Inbox("w")
+    results: list[Any] = []
+    waiting = threading.Thread(target=lambda: results.append(inbox.wait_view(0, patience_s=1.0)))
+    waiting.start()
+    for _ in range(30):
+        inbox.receive(msg.AliveMessage(time.monotonic()))
+        threading.Event().wait(0.1)
+    assert waiting.is_alive()
+    inbox.receive(msg.ReleaseMessage())
+    waiting.join(TIMEOUT_S)
+    assert results == [None]
+
+
+def test_a_hold_is_waited_for_like_a_view_and_is_not_one() -> None:
+    inbox = Inbox("w")
+    inbox.receive(view(3, "w"))
+    inbox.receive(replace(view(4, "w", planned=False), hold=True))
+    assert inbox.newest == view(3, "w"), "a new coordinator is not told of a hold"
+    waited_for = inbox.wait_view(3)
+    assert waited_for is not None
+    assert (waited_for.hold, waited_for.view.generation) == (True, 4)
+    inbox.receive(view(5, "w", planned=False))
+    assert inbox.wait_view(4) == view(5, "w", planned=False)

@@ -14,11 +14,11 @@ from dataclasses import fields, is_dataclass
 from typing import Any, cast, get_type_hints
 
 from elastic_moe.config.renamed import renamed_key
-from elastic_moe.config.rules import check_rules, start_workers
+from elastic_moe.config.rules import check_model_rules, check_rules, start_workers
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
 
-__all__ = ["build", "key_names", "nearest", "start_workers", "unknown_key"]
+__all__ = ["build", "check_model_fields", "key_names", "nearest", "start_workers", "unknown_key"]
 
 
 def build(config: Mapping[Any, Any]) -> TrainConfig:
@@ -35,6 +35,15 @@ def build(config: Mapping[Any, Any]) -> TrainConfig:
         warnings.warn(note, stacklevel=2)
     built.seal()
     return built
+
+
+def check_model_fields(fields: Mapping[str, Any]) -> None:
+    """Check fields of `model` that come from elsewhere than the user's configuration.
+
+    Raises:
+        UserError: a value of the wrong type, out of range, or at odds with another one.
+    """
+    check_model_rules(cast(TrainConfig, _build_node(TrainConfig, {"model": fields}, "")))
 
 
 def key_names(cls: type[Any] = TrainConfig, prefix: str = "") -> list[str]:

@@ -74,15 +74,7 @@ def start_workers(config: TrainConfig) -> int:
 
 def check_rules(config: TrainConfig) -> list[str]:
     """Raise UserError for the first rule broken; return notes about settings that are allowed but doubtful."""
-    for key, choices in CHOICES.items():
-        if note := renamed_value(key, _get(config, key)):
-            raise UserError(note)
-        _need(config, key, lambda value, choices=choices: value in choices, "one of " + ", ".join(choices))
-    for keys, low in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
-        for key in keys:
-            _need(config, key, lambda value, low=low: value >= low, f"at least {low}")
-    for key in ABOVE_ZERO:
-        _need(config, key, lambda value: value > 0, "greater than 0")
+    _check_ranges(config, "")
     for key in ("optim.beta1", "optim.beta2"):
         _need(config, key, lambda value: 0 <= value < 1, "from 0 to below 1")
     _need(config, "seed", lambda value: value < 2**63, "below 2^63")
@@ -97,11 +89,36 @@ def check_rules(config: TrainConfig) -> list[str]:
         "at least 0.0733 (75 MiB), Ray's lower bound",
     )
     _need(config, "run.dir", lambda value: bool(value.strip()), "the path of a directory")
+    step = 8 if config.precision == "bf16" else 4
+    for key in MULTIPLE_OF_4:
+        _need(config, key, lambda value: value % step == 0, f"a multiple of {step} in {config.precision}")
     _check_model(config)
     _check_elastic(config)
     _check_paths(config)
     _check_faults(config)
     return _notes(config)
+
+
+def check_model_rules(config: TrainConfig) -> None:
+    """Raise UserError for the first rule that `model` alone breaks, whatever it is trained with."""
+    _check_ranges(config, "model.")
+    _check_model(config)
+
+
+def _check_ranges(config: TrainConfig, begin: str) -> None:
+    """Check the choices and ranges of the keys that begin so."""
+    for key, choices in CHOICES.items():
+        if key.startswith(begin):
+            if note := renamed_value(key, _get(config, key)):
+                raise UserError(note)
+            _need(config, key, lambda value, choices=choices: value in choices, "one of " + ", ".join(choices))
+    for keys, low in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
+        for key in keys:
+            if key.startswith(begin):
+                _need(config, key, lambda value, low=low: value >= low, f"at least {low}")
+    for key in ABOVE_ZERO:
+        if key.startswith(begin):
+            _need(config, key, lambda value: value > 0, "greater than 0")
 
 
 def _get(config: TrainConfig, key: str) -> Any:
@@ -119,9 +136,6 @@ def _need(config: TrainConfig, key: str, holds: Callable[[Any], bool], what: str
 
 def _check_model(config: TrainConfig) -> None:
     model = config.model
-    step = 8 if config.precision == "bf16" else 4
-    for key in MULTIPLE_OF_4:
-        _need(config, key, lambda value: value % step == 0, f"a multiple of {step} in {config.precision}")
     if model.experts_per_token > model.num_experts:
         raise UserError(
             f"model.experts_per_token ({model.experts_per_token}) must not exceed model.num_experts "

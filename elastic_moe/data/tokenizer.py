@@ -141,13 +141,17 @@ def read_tokenizer_file(path: str | Path) -> BpeTokenizer:
     try:
         tokenizer = HubTokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
-        raise UserError(f"data.tokenizer: {path} is not a tokenizer: {error}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"data.tokenizer: {path} is not a tokenizer: {reason}") from error
     beside = path.with_name("tokenizer_config.json")
-    named = json.loads(beside.read_text(encoding="utf-8")).get("eos_token") if beside.is_file() else None
+    try:
+        named = json.loads(beside.read_text(encoding="utf-8")).get("eos_token") if beside.is_file() else None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"data.tokenizer: {beside} is not a JSON object") from error
     if isinstance(named, dict):
         named = named.get("content")
     for end in (named, END, *USUAL_ENDS):
-        if end and tokenizer.token_to_id(end) is not None:
+        if end and isinstance(end, str) and tokenizer.token_to_id(end) is not None:
             return BpeTokenizer(tokenizer, end)
     raise UserError(f"data.tokenizer: {path} has no end-of-text token; name one as eos_token in {beside.name}")
 

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.experts.local import LocalExperts
-from elastic_moe.model.hf.config_json import config_of, family_of, fields_from
+from elastic_moe.model.hf.config_json import config_of, family_of, fields_of
 from elastic_moe.model.hf.families import FAMILIES
+from elastic_moe.model.hf.files import FLOATS, INDEX, INTEGERS, SINGLE, read_headers, read_json, read_tensor
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.types import ParamSpec
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CONFIG_JSON = "config.json"
 SHARD_BYTES = 4 << 30
 
 
@@ -35,16 +35,7 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, or its model cannot be expressed.
     """
-    return fields_from(_config(Path(directory)), str(Path(directory) / "config.json"))
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    try:
-        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{directory / 'config.json'} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{directory / 'config.json'} is not JSON.") from error
+    return fields_of(read_json(Path(directory) / CONFIG_JSON), Path(directory))
 
 
 def _aliases(name: str) -> Iterable[str]:
@@ -72,72 +63,68 @@ class HFCheckpoint:
 
     def __init__(self, directory: str | Path, cfg: ModelConfig) -> None:
         self._directory = Path(directory)
-        config = _config(self._directory)
+        config = read_json(self._directory / CONFIG_JSON)
+        fields_of(config, self._directory)
         self._family = FAMILIES[config["model_type"]]
         self._tied = bool(config.get("tie_word_embeddings"))
-        self._files: dict[str, str] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for file in self._list_files():
-            with self._open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a mapping
-                    self._files[name] = file
-                    self._shapes[name] = tuple(opened.get_slice(name).get_shape())
+        self._stored = read_headers(self._directory)
         self._check(cfg)
-
-    def _list_files(self) -> list[str]:
-        try:
-            index = self._directory / INDEX
-            if index.exists():
-                return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{self._directory / INDEX} is damaged.") from error
-        if (self._directory / SINGLE).exists():
-            return [SINGLE]
-        raise UserError(f"{self._directory} has neither {SINGLE} nor {INDEX}.")
-
-    def _open(self, file: str) -> Any:
-        try:
-            return safe_open(self._directory / file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{self._directory / file} cannot be read: {error}.") from error
 
     def _find(self, ours: str) -> str | None:
         """Name in the files of a parameter of ours; None when the family has no such parameter."""
         theirs = self._family.name(ours)
         if theirs is None:
             return None
-        if theirs == "lm_head.weight" and self._tied and theirs not in self._files:
+        if theirs == "lm_head.weight" and self._tied and theirs not in self._stored:
             theirs = "model.embed_tokens.weight"
-        return next((name for name in _aliases(theirs) if name in self._files), theirs)
+        return next((name for name in _aliases(theirs) if name in self._stored), theirs)
 
     def _check(self, cfg: ModelConfig) -> None:
+        self._check_count(cfg)
         used: set[str] = set()
         for spec in param_specs(cfg):
             name = self._find(spec.name)
-            if name is None or (_is_balancing_bias(spec) and name not in self._files):
+            if name is None or (_is_balancing_bias(spec) and name not in self._stored):
                 continue
-            if name not in self._files:
+            if name not in self._stored:
                 raise UserError(f"{self._directory} has no tensor {name}.")
-            if self._shapes[name] != spec.shape:
-                raise UserError(f"{self._directory}: {name} is {self._shapes[name]}, not {spec.shape}.")
+            stored = self._stored[name]
+            if stored.shape != spec.shape:
+                raise UserError(f"{self._directory}: {name} is {stored.shape}, not {spec.shape}.")
+            if stored.dtype not in (INTEGERS if spec.init == "experts" else FLOATS):
+                raise UserError(f"{self._directory / stored.file}: {name} has type {stored.dtype}.")
             used.add(name)
-        extra = [n for n in self._files if n not in used and not self._is_ignored(n, cfg)]
+        extra = [n for n in self._stored if n not in used and not self._is_ignored(n, cfg)]
         if extra:
             raise UserError(f"{self._directory}: this model has no place for {extra[0]} and {len(extra) - 1} others.")
 
+    def _check_count(self, cfg: ModelConfig) -> None:
+        """Refuse a config.json that wants far more than the files hold, before anything is made of its size."""
+        embed, wanted = "model.embed_tokens.weight", (cfg.vocab_size, cfg.hidden_size)
+        name = next((alias for alias in _aliases(embed) if alias in self._stored), None)
+        if name is None:
+            raise UserError(f"{self._directory} has no tensor {embed}.")
+        if self._stored[name].shape != wanted:
+            raise UserError(f"{self._directory}: {name} is {self._stored[name].shape}, not {wanted}.")
+        largest = max(cfg.num_layers, cfg.num_experts * cfg.num_moe_layers)
+        if largest > len(self._stored):
+            raise UserError(
+                f"{self._directory} has {len(self._stored)} tensors, too few for the layers and experts that "
+                f"{CONFIG_JSON} names."
+            )
+
     def _is_ignored(self, name: str, cfg: ModelConfig) -> bool:
         """Whether to leave a tensor out: empty, a rotary table, or of multi-token prediction, as transformers does."""
-        empty = 0 in self._shapes[name]
+        empty = 0 in self._stored[name].shape
         predicts = name.startswith("mtp.") or f".layers.{cfg.num_layers}." in f".{name}"
         return empty or predicts or name.endswith("rotary_emb.inv_freq") or (self._tied and name == "lm_head.weight")
 
     def read(self, spec: ParamSpec) -> torch.Tensor | None:
         """A parameter's fp32 value; None when the directory has no such parameter."""
         name = self._find(spec.name)
-        if name is None or name not in self._files:
+        if name is None or name not in self._stored:
             return None
-        with self._open(self._files[name]) as opened:
-            tensor = opened.get_tensor(name).float()
+        tensor = read_tensor(self._directory, name, self._stored[name]).float()
         return self._family.layout(spec.name)(tensor).contiguous()
 
 

@@ -7,14 +7,44 @@ and their keys are in families.py.
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from elastic_moe.config.build import check_model_fields
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.attention.compressed import layer_kind
 from elastic_moe.model.hf.families import FAMILIES, LAYER_TYPES, NEWER_KEYS, YARN, Json
 
+LARGEST = 2**31 - 1  # of any size in a config.json
 NO_LIMIT = 1e9  # stands for an unclamped SwiGLU in a family that always applies a limit
+
+
+def fields_of(config: Json, directory: Path) -> dict[str, Any]:
+    """As `fields_from`, of a directory's config.json, with the types and ranges of all fields checked.
+
+    Raises:
+        UserError: with one sentence that names the file and the key.
+    """
+    where = str(directory / "config.json")
+    try:
+        fields = fields_from(config, where)
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{where} lacks {error}, or has a value there that is not known.") from error
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{where} has a value of another kind than its model_type has: {error}.") from error
+    theirs = FAMILIES[config["model_type"]].keys
+    for ours, value in fields.items():
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UserError(f"{where}: {theirs.get(ours, ours)}={value:.3g} is no size.")
+    try:
+        check_model_fields(fields)
+    except UserError as error:
+        key = str(error).partition(" ")[0].removeprefix("model.")
+        raise UserError(f"{where}: {theirs.get(key, key)} cannot be so: {error}") from error
+    return fields
 
 
 def fields_from(config: Json, where: str) -> dict[str, Any]:

@@ -150,7 +150,8 @@ class Claims:
         return next((claim for claim in others if self._mine.owner.nonce in claim.replaces), None)
 
     def _others(self) -> list[Claim]:
-        storage, found = Storage(self._place), []
+        storage = Storage(self._place)
+        found: list[Claim | None] = []
         for name in persistent(lambda: storage.sizes(CLAIMS)):
             if name != f"{self._mine.owner.nonce}.json":
                 with suppress(FileNotFoundError):

@@ -26,6 +26,7 @@ import psutil
 
 from scripts.benchmarks.chaos_cluster import ROOT, adopt_orphans, can_reset, descendants
 from scripts.benchmarks.chaos_faults import WEIGHTS, schedule
+from scripts.benchmarks.chaos_run import wrong_losses
 from scripts.benchmarks.common import machine, say
 
 PATIENCE_S = 1000.0  # for one run, and its cluster's start
@@ -167,9 +168,8 @@ class Soak:
             self.result["undisturbed"] = outcome | {"last_loss": found[-1]}
             say(f"undisturbed: {outcome['seconds']} s, last loss {found[-1]}")
             return
-        if len(found) == len(self._losses) and found != self._losses:
-            first = next(i + 1 for i, pair in enumerate(zip(found, self._losses, strict=True)) if pair[0] != pair[1])
-            outcome["failed"].append(f"the losses differ from the undisturbed run's from step {first} on")
+        if found:
+            outcome["failed"] += wrong_losses(found, self._losses)
         del settings["cache"], settings["schedule"]  # the faults are in the outcome
         self.result["runs"].append(settings | outcome)
         _report(self._number, self.result["runs"][-1])

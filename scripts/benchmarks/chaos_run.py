@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -49,6 +50,34 @@ def overrides(run_dir: Path, cache: Path, steps: int, redundancy: int) -> list[s
     return ["device=cpu", *(f"{part}.{item}" for part, items in parts.items() for item in items.split())]
 
 
+def wrong_records(run_dir: Path, steps: int) -> list[str]:
+    """A complaint unless each step from 1 to `steps` is recorded once, in order."""
+    found = [record["step"] for record in records(run_dir)]
+    if found == list(range(1, steps + 1)):
+        return []
+    wrong = [b for a, b in itertools.pairwise([0, *found]) if b != a + 1]
+    return [f"{len(found)} of {steps} steps are recorded, out of order at {wrong[:3]}"]
+
+
+def wrong_checkpoint(run_dir: Path, steps: int) -> list[str]:
+    """A complaint unless all checkpoints verify and the last step's is there."""
+    root = run_dir / CHECKPOINTS
+    verify = [sys.executable, "-m", "elastic_moe.cli.main", "checkpoint", "verify", str(root)]
+    done = subprocess.run(verify, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if not done.returncode and (root / f"step_{steps:08d}" / "manifest.json").exists():
+        return []
+    return [f"the checkpoints do not verify: {(done.stdout + done.stderr)[-300:]}"]
+
+
+def wrong_losses(losses: list[float], undisturbed: list[float]) -> list[str]:
+    """A complaint unless both runs have the same losses, bit for bit."""
+    if losses == undisturbed:
+        return []
+    pairs = enumerate(zip(losses, undisturbed, strict=False))
+    first = next((i for i, pair in pairs if pair[0] != pair[1]), min(len(losses), len(undisturbed)))
+    return [f"the losses differ from the undisturbed run's from step {first + 1} on"]
+
+
 class ChaosRun:
     """One run and what happened in it.
 
@@ -75,7 +104,8 @@ class ChaosRun:
         failed = self._left_behind() if code is not None else [f"no end within {LIMIT_S:.0f} s"]
         if code not in (0, None):
             failed.append(f"exit code {code}")
-        failed += self._wrong_records()
+        steps = self._settings["steps"]
+        failed += wrong_records(self.run_dir, steps) + wrong_checkpoint(self.run_dir, steps)
         return {
             "seconds": round(time.monotonic() - started_s, 1),
             "starts": self.starts,
@@ -124,20 +154,6 @@ class ChaosRun:
             failed.append(f"processes outlived the run: {left}")
         if left := os.listdir(self._cluster.temp / "tmp"):
             failed.append(f"temporary files outlived the run: {left}")
-        return failed
-
-    def _wrong_records(self) -> list[str]:
-        failed: list[str] = []
-        steps = [record["step"] for record in records(self.run_dir)]
-        if steps != list(range(1, self._settings["steps"] + 1)):
-            wrong = [b for a, b in zip([0, *steps], steps, strict=False) if b != a + 1]
-            failed.append(f"{len(steps)} steps are recorded, out of order at {wrong[:3]}")
-        checkpoints = self.run_dir / CHECKPOINTS
-        verify = [sys.executable, "-m", "elastic_moe.cli.main", "checkpoint", "verify", str(checkpoints)]
-        done = subprocess.run(verify, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        last = checkpoints / f"step_{self._settings['steps']:08d}" / "manifest.json"
-        if done.returncode or not last.exists():
-            failed.append(f"the last checkpoint does not verify: {(done.stdout + done.stderr)[-300:]}")
         return failed
 
     def _followed(self, fault: Json) -> Json:

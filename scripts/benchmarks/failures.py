@@ -35,6 +35,7 @@ WAIT_S = 300.0
 STEADY_STEPS = 10
 CHECKPOINT_STEPS = 15
 QUICK = ("worker", "driver")
+IN_A_LATER_VIEW = ("worker", "node", "all workers", "Ray Train controller")  # the next step without the dead
 
 
 class Rows:
@@ -68,13 +69,16 @@ class Rows:
         self._cluster.restore(NODES)
         self._wait(f"{STEADY_STEPS} steps with {NODES} workers", self._steady)
         before, started_s = self._all()[-1], time.time()
+        from_s = started_s
         self.events[name]()
         ended = name in ("driver", "everything")
         if ended:
             self._wait("the driver's end", lambda: self._cluster.exit_code() is not None)
             wait_gone((WORKER, COORDINATOR, CONTROLLER))
+            from_s = time.time()
             self.start()
-        first = self._wait(f"a step after the death of the {name}", lambda: self._first(name, before, started_s))
+        same = before["generation"] if name in IN_A_LATER_VIEW else -1
+        first = self._wait(f"a step after the death of the {name}", lambda: self._first(from_s, same))
         done = [r["step"] for r in self._all() if r["time"] < first["time"]]
         result = {
             "death": name,
@@ -100,12 +104,9 @@ class Rows:
         self._kill_driver()
         send([*descendants(COORDINATOR), *descendants(CONTROLLER), *self._cluster.workers()], signal.SIGKILL)
 
-    def _first(self, name: str, before: Json, started_s: float) -> Json | None:
-        """The first step made without the dead: by a later view, or, after the coordinator's death, by any."""
-        later = [r for r in self._all() if r["time"] > started_s]
-        if name != "coordinator":
-            later = [r for r in later if r["generation"] != before["generation"]]
-        return later[0] if later else None
+    def _first(self, from_s: float, generation: int) -> Json | None:
+        """The first step after a time in another view than this one."""
+        return next((r for r in self._all() if r["time"] > from_s and r["generation"] != generation), None)
 
     def _all(self) -> list[Json]:
         """Records of all timelines, in the order of their time."""

@@ -1,0 +1,56 @@
+"""The soak: schedules are drawn from the seed alone, and its checks find what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from scripts.benchmarks.chaos_faults import FATAL, WEIGHTS, schedule
+from scripts.benchmarks.chaos_run import wrong_checkpoint, wrong_losses, wrong_records
+
+STEPS = 120
+
+
+def test_a_seed_gives_one_schedule_and_seeds_differ() -> None:
+    assert schedule(7, STEPS) == schedule(7, STEPS)
+    assert len({str(schedule(seed, STEPS)) for seed in range(50)}) == 50
+
+
+def test_faults_are_within_the_run_and_one_of_them_at_most_ends_it() -> None:
+    for seed in range(300):
+        faults = schedule(seed, STEPS)
+        steps = [fault["step"] for fault in faults]
+        assert steps == sorted(steps)
+        assert steps[0] >= 2
+        assert steps[-1] < STEPS
+        assert sum(fault["kind"] in FATAL for fault in faults) <= 1
+
+
+def test_every_kind_is_drawn_and_none_that_is_left_out() -> None:
+    drawn = {fault["kind"] for seed in range(100) for fault in schedule(seed, STEPS)}
+    assert drawn == set(WEIGHTS)
+    without = tuple(kind for kind in WEIGHTS if not kind.startswith("reset"))
+    assert {fault["kind"] for seed in range(100) for fault in schedule(seed, STEPS, without)} == set(without)
+
+
+def test_a_missing_a_repeated_and_a_late_step_are_found(tmp_path: Path) -> None:
+    def complaints(steps: list[int]) -> list[str]:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+        return wrong_records(tmp_path, 4)
+
+    assert not complaints([1, 2, 3, 4])
+    for steps in ([1, 2, 4], [1, 2, 2, 3, 4], [1, 2, 3], [1, 3, 2, 4], []):
+        assert complaints(steps), steps
+
+
+def test_losses_that_differ_in_the_last_bit_are_found() -> None:
+    assert not wrong_losses([1.0, 2.0], [1.0, 2.0])
+    assert wrong_losses([1.0, 2.0000000000000004], [1.0, 2.0]) == [
+        "the losses differ from the undisturbed run's from step 2 on"
+    ]
+    assert wrong_losses([1.0], [1.0, 2.0])
+
+
+def test_a_run_without_a_checkpoint_is_found(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    assert wrong_checkpoint(tmp_path, 4)

@@ -7,7 +7,6 @@ any time: what hangs then goes on.
 from __future__ import annotations
 
 import http.client
-import os
 import re
 import socket
 import subprocess
@@ -197,20 +196,9 @@ def faulty_proxy(server_port: int) -> Iterator[Proxy]:
         thread.join()
 
 
-@contextmanager
-def environment(proxy: Proxy) -> Iterator[None]:
-    """Let S3 clients of this process, and of those that it starts, use the proxy."""
-    values = CREDENTIALS | {"AWS_ENDPOINT_URL": endpoint(proxy)}
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def variables(proxy: Proxy) -> dict[str, str]:
+    """Environment variables that make S3 clients use the proxy."""
+    return CREDENTIALS | {"AWS_ENDPOINT_URL": endpoint(proxy)}
 
 
 def endpoint(proxy: Proxy) -> str:

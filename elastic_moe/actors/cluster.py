@@ -20,6 +20,7 @@ import ray
 
 from elastic_moe.actors.link import NAMESPACE
 from elastic_moe.config.schema import ClusterConfig, TrainConfig
+from elastic_moe.environment import environment
 from elastic_moe.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -170,14 +171,8 @@ def _own_directory() -> Iterator[None]:
         "PYTHONPATH": os.pathsep.join(filter(None, (str(PACKAGE.parent), path))),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
     try:
-        yield
+        with environment(changed):
+            yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
         shutil.rmtree(root, ignore_errors=True)

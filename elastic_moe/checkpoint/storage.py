@@ -143,9 +143,7 @@ class Storage:
 
     def sizes(self, name: str) -> dict[str, int]:
         """Sizes in bytes of the files directly in a directory, by name; empty if there is none."""
-        selector = pafs.FileSelector(self.path(name), allow_not_found=True)
-        infos = self._bounded(lambda _: self._fs.get_file_info(selector))
-        return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
+        return {info.base_name: info.size for info in self._list(self.path(name)) if info.type == pafs.FileType.File}
 
     def sha256(self, name: str) -> str:
         """SHA-256 checksum of a file, which is read in pieces."""
@@ -162,14 +160,12 @@ class Storage:
 
     def directories(self) -> list[str]:
         """Names of the directories directly below the root; an empty list if the root does not exist."""
-        selector = pafs.FileSelector(self._root, allow_not_found=True)
-        infos = self._bounded(lambda _: self._fs.get_file_info(selector))
+        infos = self._list(self._root)
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def entries(self, directory: str) -> list[FileEntry]:
         """Everything directly in a directory below the root, by name; an empty list if it does not exist."""
-        selector = pafs.FileSelector(self.path(directory), allow_not_found=True)
-        infos = self._bounded(lambda _: self._fs.get_file_info(selector))
+        infos = self._list(self.path(directory))
         found = [FileEntry(i.base_name, i.type == pafs.FileType.Directory, (i.mtime_ns or 0) / 1e9) for i in infos]
         return sorted(found, key=lambda entry: entry.name)
 
@@ -181,6 +177,11 @@ class Storage:
     def remove_directory(self, name: str) -> None:
         """Delete a directory with its content."""
         self._bounded(lambda _: self._fs.delete_dir(self.path(name)))
+
+    def _list(self, path: str) -> list[pafs.FileInfo]:
+        """What lies directly in a directory, in no order; an empty list if it does not exist."""
+        selector = pafs.FileSelector(path, allow_not_found=True)
+        return self._bounded(lambda _: self._fs.get_file_info(selector))
 
     def _bounded(self, action: Callable[[Activity], T]) -> T:
         return bounded(self._place, action, TIMEOUT_S, self._activity)

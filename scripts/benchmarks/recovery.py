@@ -18,8 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from elastic_moe.actors.link import CoordinatorLink, actor_name
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import Prepared, prepare
+from elastic_moe.environment import environment
 from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.run_dir import EVENTS, METRICS
 from scripts.benchmarks.common import arguments, machine, median, run, say, until
@@ -209,20 +209,6 @@ def _kill(pids: list[int]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 class StockSide:
     """Ray's elastic trainer in progress, seen through the log of its workers' finished steps."""
 
@@ -307,7 +293,7 @@ class StockSide:
 
 def stock(config: TrainConfig, prepared: Prepared, quick: bool) -> list[Json]:
     """The comparable events on Ray's side, in one run."""
-    with _environment(TUNED), ray_session(config) as cluster:
+    with environment(TUNED), ray_session(config) as cluster:
         side = StockSide(config, prepared)
         try:
             side.wait_steady(WORKERS)

@@ -17,7 +17,8 @@ if _ROOT not in sys.path:
     sys.path.insert(0, _ROOT)
 
 from elastic_moe.checkpoint.storage import set_timeout  # noqa: E402
-from tests.s3_server import BUCKET, Fault, Proxy, environment, faulty_proxy, s3_server  # noqa: E402
+from elastic_moe.environment import environment  # noqa: E402
+from tests.s3_server import BUCKET, Fault, Proxy, faulty_proxy, s3_server, variables  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +29,7 @@ def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 @pytest.fixture
 def proxy(s3_port: int) -> Iterator[Proxy]:
-    with faulty_proxy(s3_port) as proxy, environment(proxy):
+    with faulty_proxy(s3_port) as proxy, environment(variables(proxy)):
         set_timeout(6.0)
         yield proxy
         proxy.fault = Fault()

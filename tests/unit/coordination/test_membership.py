@@ -115,6 +115,10 @@ def test_too_few_workers_pause_and_a_stop_reaches_all() -> None:
     assert (run.membership.status()["phase"], run.names()[-1]) == ("waiting", "pause")
     run.membership.observe(ev.Stop("enough"))
     assert run.to("a", msg.StopMessage) == [msg.StopMessage()]
+    assert run.membership.status()["phase"] == "waiting", "the member that is left saves first"
+    hold = run.to("a", msg.ViewMessage)[-1]
+    assert hold.hold
+    run.membership.receive("a", msg.HeldMessage(hold.view.generation))
     assert run.membership.status()["phase"] == "finished"
 
 

@@ -7,9 +7,11 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
+from weakref import WeakSet
 
 from elastic_moe.coordination.gate import LineReader
 
+START_TIMEOUT_S = 60.0  # until the thread listens
 JOIN_TIMEOUT_S = 5.0  # for the thread at the end
 
 Serve = Callable[[LineReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
@@ -38,6 +40,7 @@ class ListenerThread:
         self.port, self.closing = 0, False
         self._name, self._host, self._serve, self._tick, self._tick_s = name, host, serve, tick, tick_s
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._writers: WeakSet[asyncio.StreamWriter] = WeakSet()  # an open connection keeps its own alive
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         self._started = threading.Event()
@@ -51,7 +54,8 @@ class ListenerThread:
             RuntimeError: it cannot listen on its host.
         """
         self._thread.start()
-        self._started.wait()
+        if not self._started.wait(START_TIMEOUT_S):
+            raise RuntimeError(f"the {self._name} does not listen after {START_TIMEOUT_S:g} s")
         if self._error is not None:
             raise RuntimeError(f"the {self._name} cannot listen on {self._host}") from self._error
 
@@ -85,7 +89,7 @@ class ListenerThread:
 
     async def _main(self) -> None:
         try:
-            server = await asyncio.start_server(self._connected, self._host, 0)
+            server = await asyncio.start_server(self._accept, self._host, 0)
         except OSError as error:
             self._error = error
             self._started.set()
@@ -99,20 +103,30 @@ class ListenerThread:
             except TimeoutError:
                 continue
         self.closing = True
+        for listening in server.sockets:  # a server that is closed would drop a connection that it is just accepting
+            self._loop.remove_reader(listening.fileno())
+        await self._cut()
         server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _cut(self) -> None:
+        """End all that goes on in the loop, and close every socket. What is just being accepted comes through first."""
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks & self._tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        for writer in self._writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)  # in which the loop closes the sockets
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        self.spawn(self._connected(reader, writer))
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, from its first byte to its end."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
         try:
             await self._serve(LineReader(reader), writer)
         except (OSError, TimeoutError, ValueError) as error:
             logger.info("%s: %r", self._name, error)
         finally:
-            self._tasks.discard(task)
             writer.close()

@@ -2,8 +2,9 @@
 
 The compiled functions are pure: they see arrays and numbers only. This module is the one place of `plan` that touches
 the outside. It reads the home directory and creates a cache folder there (or in the temporary directory), because
-compiling takes some forty seconds, once per machine and version. The folder's name holds a digest of this package's
-compiled sources: numba's own cache does not notice a change in a file that another one calls. Results do not depend on
+compiling takes a minute or two, once per machine and version. The folder's name holds a digest of this package's
+compiled sources: numba's own cache does not notice a change in a file that another one calls. The place of the sources
+does not count, because Ray unpacks the working directory of each submitted job somewhere else. Results do not depend on
 the cache. Where the order of a sum could matter, the loops compute with integers, so ranks with different processors
 make the same plan.
 """
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 
 import numba  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
+from numba.core.caching import UserProvidedCacheLocator  # pyright: ignore
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
@@ -46,11 +48,20 @@ def cache_dir() -> Path:
     return Path(tempfile.mkdtemp(prefix="elastic_moe-"))
 
 
+class ByModule(UserProvidedCacheLocator):
+    """Tells numba where the machine code of a function is: by the name of its module, not by the path of its file."""
+
+    def __init__(self, function: Callable[..., Any], file: str) -> None:
+        super().__init__(function, file)
+        self._cache_path = str(cache_dir() / function.__module__)
+
+
 def compiled(function: F) -> F:
     """Compile a function of arrays and numbers. The machine code does not hold the interpreter's lock."""
-    before = numba.config.CACHE_DIR  # pyright: ignore
-    numba.config.CACHE_DIR = str(cache_dir())  # pyright: ignore
+    config: Any = numba.config  # pyright: ignore
+    before = config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES
+    config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = str(cache_dir()), f"{__name__}.{ByModule.__name__}"
     try:
         return numba.njit(function, cache=True, nogil=True)  # pyright: ignore
     finally:
-        numba.config.CACHE_DIR = before  # pyright: ignore
+        config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = before

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -42,3 +45,31 @@ def _total(values: Ints) -> int:
 def test_a_compiled_function_gives_the_same_result() -> None:
     values = np.arange(10)
     assert compiled(_total)(values) == _total(values) == 45
+
+
+SCALED = """
+from elastic_moe.plan.compiled import compiled
+
+@compiled
+def scaled(value):
+    return FACTOR * value
+
+assert scaled(2) == 2 * FACTOR
+(hits,) = scaled.stats.cache_hits.values() or [0]
+print("hits", hits)
+"""
+
+
+def test_machine_code_serves_a_copy_of_the_sources_elsewhere_but_no_other_sources(tmp_path: Path) -> None:
+    """Ray unpacks the working directory of each job in a folder of its own."""
+
+    def hits(folder: str, factor: int) -> str:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "module.py").write_text(SCALED.replace("FACTOR", str(factor)))
+        path = os.pathsep.join([str(tmp_path / folder), str(Path(__file__).parents[3])])
+        environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": path}
+        command = [sys.executable, "-c", "import module"]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert [hits("here", 3), hits("there", 3), hits("changed", 4)] == ["hits 0", "hits 1", "hits 0"]

@@ -23,12 +23,26 @@ class GroupAborted(RuntimeError):
     """A collective of this generation cannot complete: a peer died or a newer view was published."""
 
 
+class StateUnclear(GroupAborted):
+    """Copies of a unit differ and nobody can tell the right one: all drop theirs, and the run goes back.
+
+    Attributes:
+        units, workers, nodes: names of the units and of those that held them.
+    """
+
+    def __init__(
+        self, message: str, units: tuple[str, ...] = (), workers: tuple[str, ...] = (), nodes: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message)
+        self.units, self.workers, self.nodes = units, workers, nodes
+
+
 class FaultyWorker(RuntimeError):
-    """This worker's numbers were not finite again and again while those of the others were; it leaves the run."""
+    """This worker's numbers or state were wrong again and again while those of the others were not; it leaves."""
 
 
 class Diverged(RuntimeError):
-    """No update was possible for many steps in a row. The message is a sentence; the last state was saved."""
+    """Steps do not lead anywhere any more. The message is a sentence; the last good state was saved."""
 
 
 class CoordinatorLost(RuntimeError):

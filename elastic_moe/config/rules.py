@@ -47,7 +47,7 @@ AT_LEAST_ZERO = """
     model.mix_eps model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes
     optim.max_skipped optim.warmup_steps optim.min_lr_ratio optim.weight_decay elastic.max_workers elastic.redundancy
     elastic.spare_slots elastic.slots_per_worker elastic.join_settle_s elastic.drain_deadline_s
-    elastic.wait_below_min_s elastic.max_faults checkpoint.every_steps
+    elastic.wait_below_min_s elastic.max_faults elastic.check_every_steps checkpoint.every_steps
     checkpoint.every_minutes checkpoint.wait_s
     balance.every_steps balance.home_moves balance.dispatch_gib
     balance.log_every_steps cluster.cpus_per_worker cluster.gpus_per_worker faults.kill_worker_at_step

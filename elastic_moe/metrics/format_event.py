@@ -31,6 +31,11 @@ def format_event(event: dict[str, Any]) -> str | None:
         case "not_finite":
             workers = ", ".join(_short(worker) for worker in event["workers"])
             return f"{step}: no update, gradients were not finite{f' on worker {workers}' if workers else ''}"
+        case "state_repaired":
+            units, worker = len(event["units"]), _short(event["workers"][0])
+            return f"{step}: wrong state of {units} unit(s) on worker {worker}, node {event['nodes'][0]}: repaired"
+        case "state_damaged" | "state_unclear":
+            return f"{step}: state of {len(event['units'])} unit(s) is damaged: {_short(event['reason'])}"
         case "worker_faulty":
             return f"{step}: worker {_short(event['worker'])} on node {event.get('node')}: {event['reason']}"
         case "sample_failed":

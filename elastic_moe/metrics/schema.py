@@ -224,7 +224,31 @@ EVENT_KINDS = (
             Key("in_a_row", "integer", "steps", "Such steps up to this one without an update between them."),
         ),
     ),
-    Event("worker_faulty", "A worker leaves because its numbers alone were not finite too often."),
+    Event("worker_faulty", "A worker leaves because its numbers alone, or its state, were wrong too often."),
+    Event(
+        "state_repaired",
+        "Copies of state on one worker were wrong, and were replaced by right ones before they were used.",
+        (
+            Key("rank", "integer", "", "Rank of the worker in its view."),
+            Key("workers", "list of strings", "", "The worker whose copies were wrong."),
+            Key("nodes", "list of strings", "", "Its node."),
+            Key("units", "list of strings", "", "Names of the units."),
+        ),
+    ),
+    Event(
+        "state_damaged",
+        "State of this worker changed at rest. Entering a view, it takes right copies from others.",
+        (Key("units", "list of strings", "", "Names of the units."),),
+    ),
+    Event(
+        "state_unclear",
+        "Copies of state differ and nobody can tell the right one: the run goes back to the newest checkpoint.",
+        (
+            Key("workers", "list of strings", "", "The workers that hold these copies."),
+            Key("nodes", "list of strings", "", "Their nodes."),
+            Key("units", "list of strings", "", "Names of the units."),
+        ),
+    ),
     Event("sample_failed", "The text at the end of the run could not be written; the run has finished all the same."),
     Event("sample", "The trained model has written a text.", (Key("text", "string", "", "Prompt and continuation."),)),
     Event(

@@ -201,7 +201,7 @@ class Reconfigurer:
         """
         known: dict[int, UnitState] = {}
         for held in self._local.holdings:
-            known.update(held.states)
+            known.update({unit: state for unit, state in held.states.items() if unit not in held.damaged})
         self._fault(step + 1, "transfer")
         moved = _transfer(group, self._units, transfers, known)
         new = HeldState.build(self._units, ownership.role(group.rank), known, STATE_DEVICE)
@@ -231,6 +231,8 @@ class Reconfigurer:
         """Wait until every rank has its new state, then drop the old one."""
         local = self._local
         local.committed, local.reduced = step, -1
+        if self._elastic.check_every_steps:
+            new.seal()
         local.holdings.append(new)
         self._fault(step + 1, "confirm")
         group.barrier()

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from elastic_moe.control.rebalance import Change, moves_between
+from elastic_moe.control.twins import Repair
 from elastic_moe.control.vote import VoteResult
+from elastic_moe.errors import StateUnclear
 from elastic_moe.plan.placement import Placement
+from elastic_moe.plan.state.schedule import Layout
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
 from elastic_moe.types import Member, View
 
@@ -43,6 +46,18 @@ class Reporter:
         """A step without an update. `workers`: whose own numbers were not finite."""
         names, nodes = [m.worker for m in workers], [m.node for m in workers]
         self.event("not_finite", step, workers=names, nodes=nodes, in_a_row=in_a_row)
+
+    def repaired(self, step: int, layout: Layout, repairs: Sequence[Repair]) -> None:
+        """Copies of state that were wrong and have been replaced: one event per rank."""
+        for rank in sorted({repair.rank for repair in repairs}):
+            member = layout.view.members[rank]
+            units = [layout.units[repair.unit].name for repair in repairs if repair.rank == rank]
+            self.event("state_repaired", step, rank=rank, workers=[member.worker], nodes=[member.node], units=units)
+
+    def unclear(self, step: int, unclear: StateUnclear) -> None:
+        """Copies of state that differ, and none is known to be right."""
+        units, workers, nodes = list(unclear.units), list(unclear.workers), list(unclear.nodes)
+        self.event("state_unclear", step, units=units, workers=workers, nodes=nodes, reason=str(unclear))
 
     def load(self, vote: VoteResult) -> None:
         """Tokens of every expert, summed over the steps since the last record."""

@@ -2,7 +2,8 @@
 
 Units with the same update rule and weight decay lie one after another in flat vectors. If the rule is elementwise, one
 call updates all of them, which equals updating them one by one. Twins apply the same update to the same numbers, so
-they stay equal (active replication, DESIGN.md section 3).
+they stay equal (active replication, DESIGN.md section 3). A *seal* is the checksum of every held unit, taken right
+after an update; a unit that does not match it has changed at rest.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from elastic_moe.optim.committed import CommittedStep
 from elastic_moe.optim.rules import RULES
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.plan.state.ownership import NONE
+from elastic_moe.runtime.checksums import checksum
 from elastic_moe.types import Unit
 
 
@@ -68,10 +70,14 @@ class HeldState:
         units: every unit of the model (not only the held ones).
         roles: uint8 [U], NONE, MIRROR or PRIMARY per unit.
         states: unit index -> views of its state, held units only.
+        damaged: units whose state here is known to be wrong. Their role is NONE until they are repaired.
+        seal_U: uint64 [U], checksums after the last update, 0 for units not held; None if none were taken.
     """
 
     def __init__(self, units: Sequence[Unit], roles: np.ndarray, groups: Sequence[_Group]) -> None:
-        self.units, self.roles, self._groups = units, roles, groups
+        self.units, self.roles, self._groups = units, roles.copy(), groups
+        self.damaged: set[int] = set()
+        self.seal_U: np.ndarray | None = None
         self.states: dict[int, UnitState] = {}
         self._grads: dict[int, torch.Tensor] = {}
         for group in groups:
@@ -105,6 +111,34 @@ class HeldState:
         """The 1-D view where the reduced gradient of a unit is to be put before `apply`; its rule has a gradient."""
         return self._grads[unit]
 
+    def seal(self) -> None:
+        """Take the checksums of all held units."""
+        self.seal_U = self._checksums()
+
+    def verify(self) -> None:
+        """Compare all held units with the seal, if there is one. Those that have changed since are `damaged`."""
+        if self.seal_U is not None:
+            self.drop(np.flatnonzero(self._checksums() != self.seal_U).tolist())
+
+    def drop(self, units: Iterable[int]) -> None:
+        """Hold the state of these units for damaged."""
+        self.damaged.update(unit for unit in units if unit in self.states)
+        self.roles[list(self.damaged)] = NONE
+
+    def repair(self, unit: int, state: UnitState, role: int) -> None:
+        """Replace the state of a damaged unit, which has this role from now on; its seal is new."""
+        self.states[unit].copy_(state)
+        self.damaged.discard(unit)
+        self.roles[unit] = role
+        if self.seal_U is not None:
+            self.seal_U[unit] = checksum(self.states[unit])
+
+    def _checksums(self) -> np.ndarray:
+        sums_U = np.zeros(len(self.units), dtype=np.uint64)
+        for unit, state in self.states.items():
+            sums_U[unit] = checksum(state)
+        return sums_U
+
     @property
     def finite(self) -> bool:
         """Whether all weights are finite."""
@@ -119,6 +153,7 @@ class HeldState:
         """
         if not vote.finite:
             return
+        self.seal_U = None
         step = CommittedStep(vote.step, lr, vote.load_LE, optim, model)
         clip = min(1.0, optim.grad_clip / (vote.grad_norm + 1e-6)) if optim.grad_clip > 0 else 1.0
         for group in self._groups:

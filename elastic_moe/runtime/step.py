@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.control.twins import Repair
 from elastic_moe.control.vote import Ballot, Measures, VoteResult, VoteShape, Wishes, pack, result_of, unpack
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.transformer import Transformer
@@ -28,6 +29,7 @@ from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.gradients import DenseGradients
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.session import GenerationContext
+from elastic_moe.runtime.twins import TwinCheck
 from elastic_moe.types import ModelStats
 
 
@@ -42,6 +44,7 @@ class StepResult:
         save: a member wants a checkpoint of this step.
         context: for the steps that follow.
         nonfinite_ranks: ranks whose own numbers were not finite.
+        repairs: copies of state that were wrong and have been replaced.
     """
 
     record: dict[str, Any]
@@ -50,6 +53,7 @@ class StepResult:
     save: bool
     context: GenerationContext
     nonfinite_ranks: tuple[int, ...]
+    repairs: tuple[Repair, ...]
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class StepRunner:
         tokens = config.data.global_batch * config.data.seq_len
         self.grid = Grid(tokens) if config.elastic.reproducible else None
         self.gradients = DenseGradients(model, self.grid)
+        self._twins = TwinCheck(config)
 
     def train_step(
         self,
@@ -117,6 +122,7 @@ class StepRunner:
 
         Raises:
             GroupAborted: the generation ended before the step was complete; `local` says how far it came.
+            StateUnclear: copies of a unit differ; the run goes back.
         """
         step = local.committed + 1
         self._started_s = time.perf_counter()
@@ -132,16 +138,24 @@ class StepRunner:
         total = self._vote(context, self._ballot(context, share, grad_square, wishes()))
         vote = result_of(total, step, context.layout.view, context.experts.statistics().layer_time_L.numpy())
         self._fault(step, "apply")
+        self._twins.before_update(step, context.held)
         committed_at_s = self._apply(local, vote)
-        self._fault(step, "publish")
         try:
+            repairs = self._twins.after_update(step, context)
+            self._fault(step, "publish")
             if not total.all_reconfigure:
                 context = rebalance(context, vote)
                 context.exchanger.publish()
         finally:  # a committed step has a record, also if the generation ends while its weights are published
             self._record(local, vote, committed_at_s)
         return StepResult(
-            local.records[-1], total.all_reconfigure, total.stop > 0, total.save > 0, context, total.nonfinite_ranks
+            local.records[-1],
+            total.all_reconfigure,
+            total.stop > 0,
+            total.save > 0,
+            context,
+            total.nonfinite_ranks,
+            repairs,
         )
 
     def roll_forward(self, local: LocalState, vote: VoteResult) -> None:

@@ -12,7 +12,7 @@ from elastic_moe.control.nonfinite import NonFiniteCount
 from elastic_moe.control.rebalance import Rebalancer
 from elastic_moe.control.vote import VoteResult, Wishes
 from elastic_moe.data.tokenizer import load_tokenizer
-from elastic_moe.errors import Diverged, FaultyWorker, GroupAborted
+from elastic_moe.errors import Diverged, FaultyWorker, GroupAborted, StateUnclear
 from elastic_moe.runtime.evaluate import Evaluator
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.reconfigure import Reconfigurer
@@ -51,6 +51,8 @@ class TrainingLoop:
         self._runner, self._evaluator, self._saver = runner, evaluator, saver
         self._reporter, self._fault = reporter, fault
         self._nonfinite = NonFiniteCount()
+        self._repaired = 0  # steps in which copies of this worker were wrong
+        self._unclear = 0  # times that nobody could tell a right copy
 
     def train(
         self,
@@ -69,17 +71,22 @@ class TrainingLoop:
             "finished" or "stopped" at the end of the run, "" when a newer view is to be entered.
 
         Raises:
-            FaultyWorker: this worker's numbers alone were not finite too often.
-            Diverged: no update was possible for too many steps; the state is saved.
+            FaultyWorker: this worker's numbers alone were not finite, or its state was repaired, too often.
+            Diverged: no update was possible for too many steps, or copies of state differed too often.
         """
         self._nonfinite = NonFiniteCount(self._nonfinite.in_a_row)
         self._saver.begin_view()
         stop = False
         while self._local.committed < self._config.run.steps and not stop:
-            result = self._runner.train_step(context, self._local, wishes, rebalance)
+            try:
+                result = self._runner.train_step(context, self._local, wishes, rebalance)
+            except StateUnclear as unclear:
+                self._report_unclear(context, unclear)
+                raise
             context, stop = result.context, result.stop
             self._after_commit(result)
             self._check_numbers(result)
+            self._check_repairs(result)
             self._fault(self._local.committed, "committed")
             if result.reconfigure:
                 return ""
@@ -122,6 +129,33 @@ class TrainingLoop:
             reason = f"its gradients alone were not finite in {count.alone[own]} steps; it leaves the run."
             self._reporter.event("worker_faulty", self._local.committed, reason=reason)
             raise FaultyWorker(f"worker {own} on node {members[0].node}: {reason}")
+
+    def _check_repairs(self, result: StepResult) -> None:
+        """Report copies of state that were replaced, and leave when they were this worker's too often."""
+        context, limit = result.context, self._config.elastic.max_faults
+        if context.leads:
+            self._reporter.repaired(self._local.committed, context.layout, result.repairs)
+        if all(repair.rank != context.rank for repair in result.repairs):
+            return
+        self._repaired += 1
+        if limit and self._repaired >= limit:
+            reason = f"its state was wrong, and was repaired, in {self._repaired} steps; it leaves the run."
+            self._reporter.event("worker_faulty", self._local.committed, reason=reason)
+            own = context.layout.view.members[context.rank]
+            raise FaultyWorker(f"worker {own.worker} on node {own.node}: {reason}")
+
+    def _report_unclear(self, context: GenerationContext, unclear: StateUnclear) -> None:
+        """Report copies of which none is known to be right, and end the run when that happens again and again."""
+        if context.leads:
+            self._reporter.unclear(self._local.committed, unclear)
+        self._unclear += 1
+        limit = self._config.elastic.max_faults
+        if limit and self._unclear >= limit:
+            raise Diverged(
+                f"copies of the state have differed {self._unclear} times, the last time on workers "
+                f"{', '.join(unclear.workers)} (nodes {', '.join(unclear.nodes)}), and nobody could tell which was "
+                "right; go on without these nodes, or with elastic.redundancy=2."
+            ) from unclear
 
     def _evaluate(self, context: GenerationContext) -> None:
         config, local = self._config, self._local

@@ -211,6 +211,7 @@ class Worker:
     def _enter(self, view: View, group: Group) -> tuple[GenerationContext, Rebalance, Reconfigured]:
         """Take this worker's place in a view: state, experts, and the weights to compute with; collective."""
         config = self._config
+        self._verify_state()
         result = self._reconfigurer.enter(view, group)
         if result.source != "peers":
             self._local.records.clear()
@@ -230,6 +231,15 @@ class Worker:
         context.exchanger.publish(frozen=True)
         rebalance = Rebalance(balancer, self._builder, self._reconfigurer, self._local, self._reporter)
         return context, rebalance, result
+
+    def _verify_state(self) -> None:
+        """Find state that has changed at rest; it counts as not held, so the view brings it from its twin."""
+        for held in self._local.holdings:
+            held.verify()
+            if held.damaged:
+                units = [self._units[unit].name for unit in sorted(held.damaged)]
+                reason = "it does not match its checksum, or no copy is known to be right"
+                self._reporter.event("state_damaged", self._local.committed, units=units, reason=reason)
 
     def _report_entry(
         self, context: GenerationContext, result: Reconfigured, form_s: float, reconfigure_s: float

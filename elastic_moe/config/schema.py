@@ -153,7 +153,7 @@ class ElasticConfig(Sealed):
     join_settle_s: float = 0.5  # wait this long for more joiners before admitting them together
     drain_deadline_s: float = 30.0  # used when a drain notice names no deadline
     wait_below_min_s: float = 3600.0  # give up after waiting this long below min_workers
-    check_every_steps: int = 1  # steps between two comparisons of the copies of each unit, by checksums; 0: none
+    check_every_steps: int = 50  # steps between two comparisons of the copies of each unit, by checksums; 0: none
     max_faults: int = 3  # steps in which a worker alone is not finite, or is repaired, before it leaves; 0: no limit
     form_timeout_s: float = 20.0  # forming the groups of a view
 

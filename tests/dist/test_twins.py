@@ -27,11 +27,11 @@ Flip = tuple[str, int, str, str, str]
 
 
 def _flip(held: Any, role: str, field: str) -> None:
-    """Flip a bit of the first AdamW unit with this role."""
+    """Flip a bit of the first expert with this role: all of them are used in every step."""
     from elastic_moe.plan.state.ownership import MIRROR, PRIMARY
 
     wanted = {"primary": PRIMARY, "mirror": MIRROR}[role]
-    unit = next(u for u, unit in enumerate(held.units) if unit.optimizer == "adamw" and held.roles[u] == wanted)
+    unit = next(u for u, unit in enumerate(held.units) if unit.expert is not None and held.roles[u] == wanted)
     held.states[unit].fields[field].view(torch.int32)[0] ^= BIT
 
 
@@ -84,7 +84,8 @@ def configured(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainC
     """Makes configurations of runs whose losses must be equal bit for bit."""
 
     def make(**elastic: Any) -> TrainConfig:
-        config = tiny_config(tmp_path_factory.mktemp("twins") / "run", CORPUS, reproducible=True, **elastic)
+        values = {"reproducible": True, "check_every_steps": 1} | elastic
+        config = tiny_config(tmp_path_factory.mktemp("twins") / "run", CORPUS, **values)
         return replace(
             config,
             run=replace(config.run, steps=12),

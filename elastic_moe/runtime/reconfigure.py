@@ -231,7 +231,8 @@ class Reconfigurer:
         """Wait until every rank has its new state, then drop the old one."""
         local = self._local
         local.committed, local.reduced = step, -1
-        if self._elastic.check_every_steps:
+        every = self._elastic.check_every_steps
+        if every and (step + 1) % every == 0:
             new.seal()
         local.holdings.append(new)
         self._fault(step + 1, "confirm")

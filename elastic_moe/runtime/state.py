@@ -166,7 +166,7 @@ def union(states: Sequence[HeldState]) -> HeldState:
     """All units that some held states have, to be read: the tensors are those of the states. The last one wins."""
     merged = HeldState(states[0].units, merge_roles(states), ())
     for state in states:
-        merged.states.update(state.states)
+        merged.states.update({unit: own for unit, own in state.states.items() if unit not in state.damaged})
     return merged
 
 

@@ -141,7 +141,7 @@ class StepRunner:
         self._twins.before_update(step, context.held)
         committed_at_s = self._apply(local, vote)
         try:
-            repairs = self._twins.after_update(step, context)
+            repairs = self._twins.after_update(step, context, total.save > 0)
             self._fault(step, "publish")
             if not total.all_reconfigure:
                 context = rebalance(context, vote)

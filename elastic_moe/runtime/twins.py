@@ -23,7 +23,8 @@ from elastic_moe.runtime.state import HeldState
 
 class TwinCheck:
     """Compares and repairs copies where a comparison is due: every `elastic.check_every_steps`, and in steps whose
-    state is saved, so that no checkpoint has state on which its holders disagree.
+    state is saved, so that no checkpoint has state on which its holders disagree. A save that only the step's vote
+    brings comes without a seal: the copies are compared all the same.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -35,8 +36,13 @@ class TwinCheck:
         if self._due(step):
             held.verify()
 
-    def after_update(self, step: int, context: GenerationContext) -> tuple[Repair, ...]:
+    def after_update(self, step: int, context: GenerationContext, saved: bool) -> tuple[Repair, ...]:
         """Compare the copies after the update of `step`; collective if a comparison is due.
+
+        Args:
+            step: that was committed.
+            context: of the view.
+            saved: the vote has decided that this step is saved.
 
         Returns:
             The copies that were wrong and have been replaced, alike on every rank.
@@ -45,9 +51,10 @@ class TwinCheck:
             StateUnclear: nobody can tell the right copy of some unit; all ranks hold theirs for damaged.
             GroupAborted: the generation ended.
         """
-        if self._due(step) or self._due(step + 1):
+        due = self._due(step) or (saved and self._every_steps > 0)
+        if due or self._due(step + 1):
             context.held.seal()
-        return self._compare(context) if self._due(step) else ()
+        return self._compare(context) if due else ()
 
     def _due(self, step: int) -> bool:
         every = self._every_steps

@@ -54,9 +54,9 @@ def _disturbed(
         inflict(self._step, "rest", context.held)  # type: ignore[attr-defined]
         return vote(self, context, ballot)
 
-    def disturbed_update(self: TwinCheck, step: int, context: Any) -> Any:
+    def disturbed_update(self: TwinCheck, step: int, context: Any, saved: bool) -> Any:
         inflict(step, "update", context.held)
-        return after(self, step, context)
+        return after(self, step, context, saved)
 
     compute = StepRunner._compute
 

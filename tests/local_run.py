@@ -65,13 +65,13 @@ class LocalRun:
 
     work = staticmethod(_work)
 
-    def __init__(self, config: TrainConfig, workers: int, nodes: int = 0) -> None:
+    def __init__(self, config: TrainConfig, workers: int, nodes: int = 0, host: str = "127.0.0.1") -> None:
         prepared = prepare(config.data, Path(config.run.dir).parent / "cache")
         self.config = replace(config, model=with_tokenizer(config.model, load_tokenizer(prepared.tokenizer_path)))
         self.dir = Path(config.run.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         self._prepared, self._nodes = prepared, nodes or workers
-        self.coordinator = RunCoordinator(self.config, "secret", workers)
+        self.coordinator = RunCoordinator(self.config, "secret", workers, host)
         self._address = self.coordinator.address
         self.processes: dict[str, Any] = {}
         for _ in range(workers):

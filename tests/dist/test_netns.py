@@ -2,17 +2,20 @@
 
 A bridge joins the namespaces, and the coordinator listens on the bridge's address. A cut gives a neighbour a hardware
 address that nobody has: packets vanish in silence, as in a broken switch. Skipped where namespaces cannot be made.
+What a killed run of these tests left is removed by the next one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from elastic_moe.config.schema import TrainConfig
@@ -29,16 +32,37 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
+def remove(namespaces: list[str], bridges: list[str]) -> None:
+    for name in namespaces:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    for name in bridges:
+        subprocess.run(["ip", "link", "del", name], capture_output=True)
+
+
+def remove_leftovers() -> None:
+    """Remove the namespaces and bridges of test processes that live no more."""
+    listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout.split("\n")
+    owners = {line.split()[0]: re.match(r"emoe(\d+)w\d+\b", line) for line in listed if line}
+    dead = {name: int(found[1]) for name, found in owners.items() if found and not psutil.pid_exists(int(found[1]))}
+    remove(list(dead), [bridge_of(pid) for pid in set(dead.values())])
+
+
+def bridge_of(pid: int) -> str:
+    """An interface's name has at most 15 characters, and those of its ends begin with it."""
+    return f"em{pid % 1_000_000}"
+
+
 class Network:
     """A bridge, and namespaces w0, w1, ... that it joins. Worker i has the address NET.(i + 10)."""
 
     def __init__(self, workers: int) -> None:
         self.names = [f"emoe{os.getpid()}w{i}" for i in range(workers)]
-        self.bridge = f"em{os.getpid() % 1000000}"
+        self.bridge = bridge_of(os.getpid())
         self.host = f"{NET}.1"
         self.ends: list[str] = []
 
     def __enter__(self) -> Network:
+        remove_leftovers()
         try:
             ip("link", "add", self.bridge, "type", "bridge")
             ip("addr", "add", f"{self.host}/24", "dev", self.bridge)
@@ -57,9 +81,7 @@ class Network:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in self.names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-        subprocess.run(["ip", "link", "del", self.bridge], capture_output=True)
+        remove(self.names, [self.bridge])
 
     def address(self, worker: int) -> str:
         return f"{NET}.{10 + worker}"
@@ -74,19 +96,17 @@ class Network:
         ip("-n", self.names[here], "neigh", "del", target, "dev", "eth0")
 
 
-def possible() -> bool:
-    """Whether this process may make namespaces and a bridge, and put an address on it."""
+@pytest.fixture(scope="module", autouse=True)
+def possible() -> None:
+    """Skips where this process may not make namespaces and a bridge, or put an address on it."""
     try:
         with Network(1):
-            return True
-    except (OSError, subprocess.CalledProcessError):
-        return False
+            pass
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs root, ip, and network namespaces: {error}")
 
 
-pytestmark = [
-    pytest.mark.skipif(not possible(), reason="needs root, ip, and network namespaces"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.timeout(600)
 
 
 def _work_inside(config: TrainConfig, address: tuple[str, int], prepared: Any, worker: str, node: str) -> None:

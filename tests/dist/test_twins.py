@@ -46,8 +46,8 @@ def _disturbed(
     left = list(flips)
 
     def inflict(step: int, phase: str, held: Any) -> None:
-        for flip in [flip for flip in left if flip[:3] == (worker, step, phase)]:
-            left.remove(flip)
+        for flip in [flip for flip in left if flip[:3] == (worker, step, phase)][:1]:
+            left.remove(flip)  # the same step comes again after the run went back
             _flip(held, *flip[3:])
 
     def disturbed_vote(self: StepRunner, context: Any, ballot: Any) -> Any:

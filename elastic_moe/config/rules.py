@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.readout": ("mean", "learned"),
     "model.fused": ("auto", "off", "compile", "triton"),
     "optim.schedule": ("cosine", "constant"),
+    "optim.spike": ("off", "skip", "stop"),
     "cluster.kind": ("local", "simulated", "address"),
     "tracking.wandb": ("auto", "online", "offline", "off"),
 }

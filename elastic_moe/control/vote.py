@@ -132,6 +132,7 @@ class VoteResult(Sums):
         generation: generation of the view that voted.
         world_size: active ranks of that view.
         balance: mean over largest number of expert rows of the active ranks; 1 is perfect balance.
+        spike: the loss or the gradient's norm lies far above those before, and `optim.spike` says to skip that.
         layer_time_L: expert rows of the slowest rank over the mean, per MoE layer.
     """
 
@@ -139,7 +140,13 @@ class VoteResult(Sums):
     generation: int
     world_size: int
     balance: float
+    spike: bool
     layer_time_L: NDArray[np.float64] = _array("L")
+
+    @property
+    def updates(self) -> bool:
+        """Whether the step has an update."""
+        return self.finite and not self.spike
 
 
 class Wishes(NamedTuple):
@@ -170,7 +177,7 @@ class VoteShape:
         return tuple(lengths[axis] for axis in axes)
 
 
-def result_of(total: Ballot, step: int, view: View, layer_time_L: NDArray[np.float64]) -> VoteResult:
+def result_of(total: Ballot, step: int, view: View, layer_time_L: NDArray[np.float64], spike: bool) -> VoteResult:
     """The result of a vote.
 
     Args:
@@ -178,6 +185,7 @@ def result_of(total: Ballot, step: int, view: View, layer_time_L: NDArray[np.flo
         step: the step that was voted on.
         view: the view that voted.
         layer_time_L: expert rows of the slowest rank over the mean, which every rank knows.
+        spike: the step is to have no update, because its loss or gradient is a spike.
     """
     active = view.active_ranks
     sums = {item.name: getattr(total, item.name) for item in fields(Sums)}
@@ -187,6 +195,7 @@ def result_of(total: Ballot, step: int, view: View, layer_time_L: NDArray[np.flo
         generation=view.generation,
         world_size=len(active),
         balance=total.balance(active),
+        spike=spike,
         layer_time_L=layer_time_L,
     )
 

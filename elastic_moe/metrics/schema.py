@@ -93,7 +93,7 @@ STEP_KEYS = (
     Key("layer_max_load", "list of numbers", "", "For each MoE layer: tokens of its most loaded expert over the mean."),
     Key("cross_node_rows", "integer", "rows", "Token rows that were dispatched to an expert on another node."),
     Key("time", "number", "s", "Wall clock at the commit, since the Unix epoch."),
-    Key("skipped", "boolean", "", "The step had no update, because a gradient was not finite.", True),
+    Key("skipped", "boolean", "", "The step had no update, because a gradient was not finite, or of a spike.", True),
     Key("gain_forward", "number or null", "", "With residual streams: forward gain of the composite map.", True),
     Key(
         "gain_backward",
@@ -128,6 +128,8 @@ _ESTIMATE = (
     Key("balance_before", "number", "", "Balance of the old placement under the present load."),
     Key("balance_after", "number", "", "Balance of the new placement under the same load."),
 )
+
+_IN_A_ROW = Key("in_a_row", "integer", "steps", "Steps up to this one without an update between them.")
 
 EVENT_KINDS = (
     Event("worker_connected", "A worker has registered with the coordinator."),
@@ -221,8 +223,13 @@ EVENT_KINDS = (
         (
             Key("workers", "list of strings", "", "Whose own loss or gradients were not finite; none: only a sum was."),
             Key("nodes", "list of strings", "", "Nodes of these workers."),
-            Key("in_a_row", "integer", "steps", "Such steps up to this one without an update between them."),
+            _IN_A_ROW,
         ),
+    ),
+    Event(
+        "loss_spike",
+        "A step was committed without an update, because its loss or gradient norm was far above those before.",
+        (Key("loss", "number", "nats", "Of the step."), Key("grad_norm", "number", "", "Of the step."), _IN_A_ROW),
     ),
     Event("worker_faulty", "A worker leaves because its numbers alone, or its state, were wrong too often."),
     Event(

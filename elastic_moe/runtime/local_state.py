@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_moe.control.protocol import Status
+from elastic_moe.control.spikes import SpikeGuard
 from elastic_moe.control.vote import VoteResult
 from elastic_moe.runtime.state import HeldState
 
@@ -24,6 +25,7 @@ class LocalState:
         evaluated: last step that was evaluated.
         records: records of the last committed steps. The next leader reports those that a dead one did not.
         holdings: the state at step `committed`. It has two entries while the state moves to its new owners.
+        guard: the history of losses, from which spikes are told; None if `optim.spike` is off.
         timeline: generation in which the state was last read from storage or initialised; 0 before.
     """
 
@@ -33,7 +35,20 @@ class LocalState:
     evaluated: int = -1
     records: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=RECENT_RECORDS))
     holdings: list[HeldState] = field(default_factory=list)
+    guard: SpikeGuard | None = None
     timeline: int = 0
+
+    def commit(self, vote: VoteResult) -> None:
+        """The update of a step is in the held state."""
+        self.committed, self.vote = vote.step, vote
+        if self.guard is not None:
+            self.guard.add(vote.loss, vote.grad_norm)
+
+    def begin_timeline(self, generation: int) -> None:
+        """The state comes from storage, or is new: nothing is known about the steps before."""
+        self.vote, self.timeline = None, generation
+        if self.guard is not None:
+            self.guard.clear()
 
     @property
     def status(self) -> Status:

@@ -16,6 +16,7 @@ import torch
 
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.protocol import Recovery, Status, choose
+from elastic_moe.control.spikes import SpikeGuard
 from elastic_moe.control.vote import VoteResult, VoteShape, pack, packed_size, unpack
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.parallel.collectives.group import Group
@@ -109,6 +110,8 @@ def agree(
             if group.rank in decision.forward:
                 roll_forward(vote)
         local.vote = vote if vote is not None and vote.step == decision.committed else None
+        if local.guard is not None:
+            _share_history(group, local.guard, leader)
     local.timeline = decision.timeline
     if not roles_RU[group.rank].any():
         local.holdings.clear()
@@ -123,6 +126,16 @@ def _broadcast_vote(group: Group, vote: VoteResult | None, leader: int, shape: V
         packed = torch.from_numpy(pack(vote))
     group.broadcast(packed, leader)
     return unpack(VoteResult, packed.numpy(), shape)
+
+
+def _share_history(group: Group, guard: SpikeGuard, leader: int | None) -> None:
+    """Bring the leader's history of losses to every rank; without a leader nobody keeps one."""
+    if leader is None:
+        guard.clear()
+        return
+    packed = torch.from_numpy(guard.pack())
+    group.broadcast(packed, leader)
+    guard.load(packed.numpy())
 
 
 class Reconfigurer:
@@ -223,7 +236,7 @@ class Reconfigurer:
             known = {u: UnitState.stored(self._units[u], read[self._units[u].name]) for u in needed}
         new = HeldState.build(self._units, roles, known, STATE_DEVICE)
         self._local.holdings.clear()
-        self._local.vote, self._local.timeline = None, group.generation
+        self._local.begin_timeline(group.generation)
         self._confirm(group, new, max(target, 0))
         return new, target
 

@@ -47,6 +47,10 @@ class Reporter:
         names, nodes = [m.worker for m in workers], [m.node for m in workers]
         self.event("not_finite", step, workers=names, nodes=nodes, in_a_row=in_a_row)
 
+    def spike(self, vote: VoteResult, in_a_row: int) -> None:
+        """A step without an update, because its loss or its gradient was far above those before."""
+        self.event("loss_spike", vote.step, loss=vote.loss, grad_norm=vote.grad_norm, in_a_row=in_a_row)
+
     def repaired(self, step: int, layout: Layout, repairs: Sequence[Repair]) -> None:
         """Copies of state that were wrong and have been replaced: one event per rank."""
         for rank in sorted({repair.rank for repair in repairs}):

@@ -151,7 +151,7 @@ class HeldState:
         a gradient is not finite, every unit stays as it is: routing by numbers that are not finite says nothing about
         the balance of the experts either.
         """
-        if not vote.finite:
+        if not vote.updates:
             return
         self.seal_U = None
         step = CommittedStep(vote.step, lr, vote.load_LE, optim, model)

@@ -136,7 +136,9 @@ class StepRunner:
         local.reduced = step
         self._fault(step, "vote")
         total = self._vote(context, self._ballot(context, share, grad_square, wishes()))
-        vote = result_of(total, step, context.layout.view, context.experts.statistics().layer_time_L.numpy())
+        guard, times = local.guard, context.experts.statistics().layer_time_L.numpy()
+        spike = guard is not None and total.finite and guard.is_spike(total.loss, total.grad_norm)
+        vote = result_of(total, step, context.layout.view, times, spike)
         self._fault(step, "apply")
         self._twins.before_update(step, context.held)
         committed_at_s = self._apply(local, vote)
@@ -235,7 +237,7 @@ class StepRunner:
         lr = lr_at(vote.step, self._config.run.steps, self._config.optim)
         for held in local.holdings:
             held.apply(vote, lr, self._config.optim, self._config.model)
-        local.committed, local.vote = vote.step, vote
+        local.commit(vote)
         return time.time()
 
     def _record(self, local: LocalState, vote: VoteResult, committed_at_s: float) -> None:
@@ -268,7 +270,7 @@ def step_record(vote: VoteResult, lr: float, step_s: float, time_s: float) -> di
         "layer_max_load": [round(float(w.max() / max(w.mean(), 1e-9)), 3) for w in vote.load_LE],
         "cross_node_rows": int(vote.measures.cross_node_rows),
         "time": time_s,
-        "skipped": not vote.finite,
+        "skipped": not vote.updates,
         **_optional_metrics(vote),
     }
 

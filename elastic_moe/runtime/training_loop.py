@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.nonfinite import NonFiniteCount
@@ -106,7 +107,7 @@ class TrainingLoop:
             self._evaluate(result.context)
 
     def _check_numbers(self, result: StepResult) -> None:
-        """Report a step that was not finite, and leave or end the run when there are too many; alike on every rank."""
+        """Report a step without an update, and leave or end the run when there are too many; alike on every rank."""
         context, skipped = result.context, bool(result.record["skipped"])
         view, limits = context.layout.view, self._config
         members = [view.members[rank] for rank in result.nonfinite_ranks]
@@ -114,21 +115,29 @@ class TrainingLoop:
         self._nonfinite = count = self._nonfinite.after(skipped, workers, len(view.active_ranks))
         if not skipped:
             return
-        if context.leads:
+        vote = self._local.vote
+        spike = vote is not None and vote.spike
+        if context.leads and vote is not None and spike:
+            self._reporter.spike(vote, count.in_a_row)
+        elif context.leads:
             self._reporter.not_finite(self._local.committed, members, count.in_a_row)
+        if spike and limits.optim.spike == "stop":
+            self._end(context, f"the loss or the gradient of step {self._local.committed} is far above those before")
         if limits.optim.max_skipped and count.in_a_row >= limits.optim.max_skipped:
-            if context.held.finite:
-                self._saver.save(context)
-            self._saver.wait_written(context)
-            raise Diverged(
-                f"gradients were not finite in {count.in_a_row} steps in a row, up to step {self._local.committed}; "
-                "the run has diverged: go on from an earlier checkpoint with a lower optim.lr."
-            )
+            what = f"{count.in_a_row} steps in a row, up to step {self._local.committed}, had no update"
+            self._end(context, f"{what}, because their gradients were not finite or far above those before")
         own = view.members[context.rank].worker
         if limits.elastic.max_faults and workers == [own] and count.alone.get(own, 0) >= limits.elastic.max_faults:
             reason = f"its gradients alone were not finite in {count.alone[own]} steps; it leaves the run."
             self._reporter.event("worker_faulty", self._local.committed, reason=reason)
             raise FaultyWorker(f"worker {own} on node {members[0].node}: {reason}")
+
+    def _end(self, context: GenerationContext, why: str) -> NoReturn:
+        """End the run, with its state saved if it is finite; collective."""
+        if context.held.finite:
+            self._saver.save(context)
+        self._saver.wait_written(context)
+        raise Diverged(f"{why}; the run has diverged: go on from an earlier checkpoint with a lower optim.lr.")
 
     def _check_repairs(self, result: StepResult) -> None:
         """Report copies of state that were replaced, and leave when they were this worker's too often."""

@@ -63,6 +63,7 @@ def _vote(balancer: Rebalancer, step: int, load_LE: np.ndarray, **measured: floa
         generation=1,
         world_size=RANKS,
         balance=1.0,
+        spike=False,
         layer_time_L=time_L,
     )
 

@@ -62,7 +62,7 @@ def _equal(one: Any, other: Any) -> None:
 
 def _result(ballots: list[Ballot]) -> VoteResult:
     total = unpack(Ballot, sum(pack(b) for b in ballots), SHAPE)
-    return result_of(total, 5, VIEW, np.array([1.0, 1.5]))
+    return result_of(total, 5, VIEW, np.array([1.0, 1.5]), spike=False)
 
 
 def test_ballot_survives_packing() -> None:

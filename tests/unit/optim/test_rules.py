@@ -72,7 +72,7 @@ def vote_of(step: int, tokens: float = 1.0, nonfinite: float = 0.0) -> VoteResul
     return VoteResult(
         ce_sum=0.0, tokens=tokens, grad_square=1.0, nonfinite=nonfinite, reconfigure=0.0, stop=0.0, save=0.0,
         stats=ModelStats(), measures=Measures(0, 0, 0, 0, 0, 0), load_LE=np.array([[3.0, 1.0]]),
-        step=step, generation=1, world_size=1, balance=1.0, layer_time_L=np.ones(1),
+        step=step, generation=1, world_size=1, balance=1.0, spike=False, layer_time_L=np.ones(1),
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ def _vote(step: int) -> VoteResult:
         generation=1,
         world_size=5,
         balance=1.0,
+        spike=False,
         layer_time_L=np.ones(SHAPE[0]),
     )
 

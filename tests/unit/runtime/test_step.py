@@ -14,6 +14,7 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
+from elastic_moe.control.spikes import FEWEST, SpikeGuard
 from elastic_moe.control.vote import VoteResult, Wishes
 from elastic_moe.data.shards import TokenShard, TokenShardWriter
 from elastic_moe.errors import GroupAborted
@@ -232,6 +233,30 @@ def test_gradients_that_are_not_finite_are_committed_without_an_update(lone: Cal
     assert (result.record["skipped"], result.nonfinite_ranks) == (False, ())
     assert worker.learned() <= _changed(before, worker.weights()), "the step after it updates again"
     assert all(torch.isfinite(weight).all() for weight in worker.weights().values())
+
+
+def test_a_spike_is_committed_without_an_update_and_counts_in_the_history(lone: Callable[[], Lone]) -> None:
+    worker = lone()
+    loss = worker.step().record["loss"]
+    worker.local.guard = guard = SpikeGuard()
+    for i in range(FEWEST):
+        guard.add(loss + 1.0 + 0.001 * (i % 2), 1.0 + 0.001 * (i % 2))
+    before = worker.weights()
+
+    def enlarge(phase: str) -> None:
+        if phase == "reduce":
+            next(iter(worker.runner.gradients.tensors.values())).mul_(2.0**20)
+
+    worker.on_phase = enlarge
+    result = worker.step()
+    vote = worker.local.vote
+    assert vote is not None
+    assert (vote.finite, vote.spike, vote.updates) == (True, True, False)
+    assert not _changed(before, worker.weights())
+    assert (result.record["skipped"], result.nonfinite_ranks, worker.local.committed) == (True, (), 2)
+    worker.on_phase = lambda phase: None
+    assert not worker.step().record["skipped"]
+    assert sum(map(math.isfinite, guard.pack().tolist())) == 2 * (FEWEST + 2)
 
 
 @pytest.mark.parametrize("phase", ["compute", "reduce", "mirror", "vote"])

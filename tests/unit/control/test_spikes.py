@@ -1,0 +1,57 @@
+"""What is a spike: by the history, which travels whole."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+from elastic_moe.control.spikes import FEWEST, SIGMAS, WINDOW, SpikeGuard
+
+
+def _guard(values: list[tuple[float, float]]) -> SpikeGuard:
+    guard = SpikeGuard()
+    for value in values:
+        guard.add(*value)
+    return guard
+
+
+def _steps(count: int, seed: int = 0) -> list[tuple[float, float]]:
+    choose = random.Random(seed)
+    return [(3.0 + choose.gauss(0, 0.1), 1.0 + choose.gauss(0, 0.05)) for _ in range(count)]
+
+
+def test_a_loss_or_a_norm_beyond_the_limit_is_a_spike() -> None:
+    steps = _steps(WINDOW)
+    guard = _guard(steps)
+    losses, norms = zip(*steps, strict=True)
+    loss = statistics.fmean(losses) + SIGMAS * statistics.stdev(losses)
+    norm = statistics.fmean(norms) + SIGMAS * statistics.stdev(norms)
+    assert not guard.is_spike(loss - 1e-6, norm - 1e-6)
+    assert guard.is_spike(loss + 1e-6, 1.0)
+    assert guard.is_spike(3.0, norm + 1e-6)
+    assert not guard.is_spike(0.0, 0.0), "better is no spike"
+
+
+def test_nothing_is_a_spike_before_there_is_a_history() -> None:
+    assert not _guard(_steps(FEWEST - 1)).is_spike(1e9, 1e9)
+    assert _guard(_steps(FEWEST)).is_spike(1e9, 1e9)
+
+
+def test_a_lasting_change_becomes_the_measure_and_old_steps_are_forgotten() -> None:
+    guard = _guard(_steps(WINDOW))
+    skipped = 0
+    for loss, norm in [(loss + 2.0, norm) for loss, norm in _steps(WINDOW, seed=1)]:
+        skipped += guard.is_spike(loss, norm)
+        guard.add(loss, norm)
+    assert 0 < skipped < 20
+    assert not guard.is_spike(5.0, 1.0)
+    assert guard.is_spike(6.0, 1.0)
+
+
+def test_the_history_travels_whole_and_replaces_another() -> None:
+    for count in (0, 5, WINDOW, WINDOW + 9):
+        guard, other = _guard([*_steps(count), (math.nan, 1.0)]), _guard(_steps(70, seed=2))
+        other.load(guard.pack())
+        assert other.pack().tobytes() == guard.pack().tobytes()
+        assert len(guard.pack()) == 2 * WINDOW

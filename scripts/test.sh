@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests in the repository's own environment; arguments go to pytest.
-#   scripts/test.sh                  all of them: those of one process on all cores first, then the others in turn
+#   scripts/test.sh                  all; two at a time, those with Ray in turn
 #   scripts/test.sh --fast           about a minute: no Ray, no process groups, on all cores
 #   scripts/test.sh tests/dist -x    some of them, up to the first failure
 #   scripts/test.sh -m chaos         one tier: unit, golden, chaos, dist, ray or gpu
@@ -23,5 +23,6 @@ say "compiling the planner (the first time takes minutes)"
 "$PYTHON" -m elastic_moe.plan.warm
 failed=0
 "$PYTHON" -m pytest -m "unit or golden or chaos" -n auto --maxprocesses 8 || failed=1
-"$PYTHON" -m pytest -m "not (unit or golden or chaos)" || failed=1
+"$PYTHON" -m pytest -m dist -n 2 --dist loadfile || failed=1
+"$PYTHON" -m pytest -m "ray or gpu" || failed=1
 exit $failed

@@ -19,7 +19,7 @@ fi
 if [ $# -gt 0 ]; then
     exec "$PYTHON" -m pytest "$@"
 fi
-say "compiling the planner (the first time takes minutes)"
+say "compiling the planner, if its sources have changed"
 "$PYTHON" -m elastic_moe.plan.warm
 failed=0
 "$PYTHON" -m pytest -m "unit or golden or chaos" -n auto --maxprocesses 8 || failed=1

@@ -50,17 +50,29 @@ def one_sentence(error: BaseException) -> str:
     return " ".join(lines[:2]).rstrip(".") + "."
 
 
-def check(overrides: Sequence[str], config_name: str = "train", multirun: bool = False) -> list[TrainConfig]:
+def check(
+    overrides: Sequence[str], config_name: str = "train", multirun: bool = False, user_dir: str = ""
+) -> list[TrainConfig]:
     """Compose and check every job of a command line without starting or writing anything.
+
+    Args:
+        overrides: of the command line.
+        config_name: the primary configuration.
+        multirun: the overrides are those of a sweep.
+        user_dir: directory with configurations of the user, as `--config-dir` names it; "": none.
 
     Raises:
         UserError: with one sentence about the first fault found.
     """
     checked: list[TrainConfig] = []
+    if user_dir and not Path(user_dir).is_dir():
+        raise UserError(f"--config-dir: there is no directory {user_dir}.")
+    quoted = str(Path(user_dir).absolute()).replace("'", "\\'")
+    more = [f"hydra.searchpath=['file://{quoted}']"] if user_dir else []
     try:
         with initialize_config_dir(version_base=None, config_dir=str(config_dir())):
             jobs = split_jobs(overrides) if multirun else [list(overrides)]
-            checked.extend(build(with_origin(compose(config_name, overrides=job))) for job in jobs)
+            checked.extend(build(with_origin(compose(config_name, overrides=[*job, *more]))) for job in jobs)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_sentence(error)) from error
     return checked

@@ -83,13 +83,13 @@ def main() -> int:
         show_help("train", "Train a model on a cluster whose workers may come and go.")
         return 0
     only_shows = arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
-    other_files = arguments.config_path or arguments.config_dir
     checked: list[TrainConfig] = []
-    if not only_shows and not other_files:
+    if not only_shows and not arguments.config_path:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # given once, by the job itself
-                checked = check(arguments.overrides, arguments.config_name or "train", arguments.multirun)
+                name, own = arguments.config_name or "train", arguments.config_dir or ""
+                checked = check(arguments.overrides, name, arguments.multirun, own)
         except UserError as error:
             return _complain(error)
     codes: list[int] = []

@@ -102,6 +102,32 @@ def test_hydra_errors_become_a_sentence(override: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("experiment", "expected"),
+    [
+        ("old", "optim.clip is now optim.grad_clip."),
+        ("bad", "run.steps must be at least 1, not -3."),
+        ("none", "experiment has no option none; it can be bad, good, old."),
+    ],
+)
+def test_configurations_of_the_user_are_checked_too(tmp_path: Path, experiment: str, expected: str) -> None:
+    folder = tmp_path / "user's own" / "experiment"
+    folder.mkdir(parents=True)
+    for name, text in (("old", "optim: {clip: 2.0}"), ("bad", "run: {steps: -3}"), ("good", "run: {steps: 7}")):
+        (folder / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+    with pytest.raises(UserError) as caught:
+        check([f"+experiment={experiment}"], user_dir=str(folder.parent))
+    assert str(caught.value) == expected
+    assert check(["+experiment=good"], user_dir=str(folder.parent))[0].run.steps == 7
+    result = run(tmp_path, "--config-dir", str(folder.parent), f"+experiment={experiment}")
+    assert (result.returncode, result.stderr) == (2, f"elastic_moe: {expected}\n")
+
+
+def test_a_directory_of_configurations_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    result = run(tmp_path, "--config-dir", "nowhere")
+    assert (result.returncode, result.stderr) == (2, "elastic_moe: --config-dir: there is no directory nowhere.\n")
+
+
+@pytest.mark.parametrize(
     "override", ["model.num_experts=null", "run.steps=[1", "run.dir=${nope}", "=", "cluster=[a,b]"]
 )
 def test_any_other_error_is_one_line(override: str) -> None:

@@ -128,8 +128,8 @@ _ESTIMATE = (
     Key("balance_before", "number", "", "Balance of the old placement under the present load."),
     Key("balance_after", "number", "", "Balance of the new placement under the same load."),
 )
-
 _IN_A_ROW = Key("in_a_row", "integer", "steps", "Steps up to this one without an update between them.")
+_UNITS = Key("units", "list of strings", "", "Names of the units.")
 
 EVENT_KINDS = (
     Event("worker_connected", "A worker has registered with the coordinator."),
@@ -239,13 +239,13 @@ EVENT_KINDS = (
             Key("rank", "integer", "", "Rank of the worker in its view."),
             Key("workers", "list of strings", "", "The worker whose copies were wrong."),
             Key("nodes", "list of strings", "", "Its node."),
-            Key("units", "list of strings", "", "Names of the units."),
+            _UNITS,
         ),
     ),
     Event(
         "state_damaged",
         "State of this worker changed at rest. Entering a view, it takes right copies from others.",
-        (Key("units", "list of strings", "", "Names of the units."),),
+        (_UNITS,),
     ),
     Event(
         "state_unclear",
@@ -253,7 +253,7 @@ EVENT_KINDS = (
         (
             Key("workers", "list of strings", "", "The workers that hold these copies."),
             Key("nodes", "list of strings", "", "Their nodes."),
-            Key("units", "list of strings", "", "Names of the units."),
+            _UNITS,
         ),
     ),
     Event("sample_failed", "The text at the end of the run could not be written; the run has finished all the same."),

@@ -128,9 +128,7 @@ class TrainingLoop:
             self._end(context, f"{what}, because their gradients were not finite or far above those before")
         own = view.members[context.rank].worker
         if limits.elastic.max_faults and workers == [own] and count.alone.get(own, 0) >= limits.elastic.max_faults:
-            reason = f"its gradients alone were not finite in {count.alone[own]} steps; it leaves the run."
-            self._reporter.event("worker_faulty", self._local.committed, reason=reason)
-            raise FaultyWorker(f"worker {own} on node {members[0].node}: {reason}")
+            self._leave(context, f"its gradients alone were not finite in {count.alone[own]} steps")
 
     def _end(self, context: GenerationContext, why: str) -> NoReturn:
         """End the run, with its state saved if it is finite; collective."""
@@ -138,6 +136,13 @@ class TrainingLoop:
             self._saver.save(context)
         self._saver.wait_written(context)
         raise Diverged(f"{why}; the run has diverged: go on from an earlier checkpoint with a lower optim.lr.")
+
+    def _leave(self, context: GenerationContext, why: str) -> NoReturn:
+        """Report that this worker is faulty, and leave the run."""
+        reason = f"{why}; it leaves the run."
+        self._reporter.event("worker_faulty", self._local.committed, reason=reason)
+        own = context.layout.view.members[context.rank]
+        raise FaultyWorker(f"worker {own.worker} on node {own.node}: {reason}")
 
     def _check_repairs(self, result: StepResult) -> None:
         """Report copies of state that were replaced, and leave when they were this worker's too often."""
@@ -148,10 +153,7 @@ class TrainingLoop:
             return
         self._repaired += 1
         if limit and self._repaired >= limit:
-            reason = f"its state was wrong, and was repaired, in {self._repaired} steps; it leaves the run."
-            self._reporter.event("worker_faulty", self._local.committed, reason=reason)
-            own = context.layout.view.members[context.rank]
-            raise FaultyWorker(f"worker {own.worker} on node {own.node}: {reason}")
+            self._leave(context, f"its state was wrong, and was repaired, in {self._repaired} steps")
 
     def _report_unclear(self, context: GenerationContext, unclear: StateUnclear) -> None:
         """Report copies of which none is known to be right, and end the run when that happens again and again."""

@@ -25,9 +25,11 @@ pytestmark = pytest.mark.timeout(240)
 def _config(run_dir: Path, inject: list[str] | None = None, spare: int = 0, **balance: Any) -> TrainConfig:
     """A router with wide initial weights and without balancing, so the experts' loads differ.
 
-    The long payback makes homes move for every gain.
+    The long payback makes homes move for every gain. Reproducible, for with such weights near ties of two experts are
+    common, and which way rounding decides one depends on the placement and on the processor.
     """
-    config = with_steps(tiny_config(run_dir, CORPUS, spare_slots=spare), STEPS)
+    config = with_steps(tiny_config(run_dir, CORPUS, spare_slots=spare, reproducible=True), STEPS)
+    config = replace(config, data=replace(config.data, micro_batch=4))
     model = replace(
         config.model, num_experts=EXPERTS, num_layers=3, init_std=0.3, bias_update_speed=0.0, seq_balance_weight=0.0
     )
@@ -62,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LocalRun]:
 def test_balance_is_better_and_losses_are_equal(runs: dict[str, LocalRun]) -> None:
     off, on = runs["off"], runs["on"]
     for other in ("on", "homes"):
-        assert runs[other].losses() == pytest.approx(off.losses(), rel=1e-5)
+        assert runs[other].losses() == off.losses()
     before = sum(r["balance"] for r in off.records()) / STEPS
     after = sum(r["balance"] for r in on.records()) / STEPS
     assert after > before + 0.03
@@ -134,7 +136,7 @@ def test_a_death_while_a_home_moves_loses_nothing(runs: dict[str, LocalRun], tmp
         died = [p for p in run.processes.values() if p.exitcode == -signal.SIGKILL]
         assert len(died) == 1, "the fault did not fire"
         assert sum(e.get("lost_steps", 0) for e in run.events() if e["event"] == "entered") == 0
-        assert run.losses() == pytest.approx(runs["off"].losses(), rel=1e-5)
+        assert run.losses() == runs["off"].losses()
 
 
 def test_kills_joins_and_moves_together(runs: dict[str, LocalRun], tmp_path: Path) -> None:
@@ -145,6 +147,6 @@ def test_kills_joins_and_moves_together(runs: dict[str, LocalRun], tmp_path: Pat
         run.add()
         run.wait("four workers", lambda s: (s["world_size"] == 4 and s["entered"]) or s["phase"] == "finished")
         run.wait_end()
-        assert run.losses() == pytest.approx(runs["off"].losses(), rel=1e-5)
+        assert run.losses() == runs["off"].losses()
         history, _ = read_history(run.dir)
         assert any(placed.reason.startswith("lost w2") for placed in history)

@@ -37,6 +37,10 @@ class StateUnclear(GroupAborted):
         self.units, self.workers, self.nodes = units, workers, nodes
 
 
+class GoesBack(GroupAborted):
+    """All ranks leave this generation to go back to a checkpoint, because a step was a loss spike."""
+
+
 class FaultyWorker(RuntimeError):
     """This worker's numbers or state were wrong again and again while those of the others were not; it leaves."""
 

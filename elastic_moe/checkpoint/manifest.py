@@ -18,6 +18,7 @@ from elastic_moe.run_dir import step_dir
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+SKIPPED_BATCHES = "skipped_batches"  # key of `Manifest.meta`
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Manifest:
         root_uri: the checkpoint root that it was read from or written to.
         step: the committed step whose state it holds.
         shards: its files; every unit is in at least one of them.
-        meta: additions of the run (generation, world size, configuration).
+        meta: additions of the run (generation, world size, configuration, batches that were left out).
     """
 
     root_uri: str
@@ -78,6 +79,11 @@ class Manifest:
     @property
     def bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def skipped_batches(self) -> int:
+        """Batches of the data that the run had left out before."""
+        return int(self.meta.get(SKIPPED_BATCHES, 0))
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -104,7 +110,10 @@ class Manifest:
             if checksum != _checksum(body):
                 raise CorruptCheckpoint("manifest does not match its checksum")
             shards = tuple(ShardInfo.from_dict(shard) for shard in body["shards"])
-            return cls(root_uri, int(body["step"]), shards, body["meta"])
+            manifest = cls(root_uri, int(body["step"]), shards, body["meta"])
+            if not 0 <= manifest.skipped_batches < 2**32:
+                raise ValueError(f"{SKIPPED_BATCHES} is {manifest.skipped_batches}")
+            return manifest
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise CorruptCheckpoint(f"manifest cannot be read: {error}") from error
 

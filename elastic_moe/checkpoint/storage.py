@@ -149,8 +149,9 @@ class Storage:
         """SHA-256 checksum of a file, which is read in pieces."""
 
         def action(activity: Activity) -> str:
-            digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+            digest = hashlib.sha256()
             with self._fs.open_input_file(self.path(name)) as stream:
+                buffer = memoryview(bytearray(max(1, min(PIECE, stream.size()))))
                 while count := stream.readinto(buffer):
                     digest.update(buffer[:count])
                     activity.moved(count)

@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.readout": ("mean", "learned"),
     "model.fused": ("auto", "off", "compile", "triton"),
     "optim.schedule": ("cosine", "constant"),
-    "optim.spike": ("off", "skip", "stop"),
+    "optim.spike": ("off", "skip", "rollback", "stop"),
     "cluster.kind": ("local", "simulated", "address"),
     "tracking.wandb": ("auto", "online", "offline", "off"),
 }
@@ -97,6 +97,10 @@ def check_rules(config: TrainConfig) -> list[str]:
     _check_elastic(config)
     _check_paths(config)
     _check_faults(config)
+    if config.optim.spike == "rollback" and not config.checkpoint.every_steps and not config.checkpoint.every_minutes:
+        raise UserError(
+            "optim.spike=rollback goes back to checkpoints: set checkpoint.every_steps or checkpoint.every_minutes."
+        )
     return _notes(config)
 
 

@@ -133,7 +133,7 @@ class OptimConfig(Sealed):
     beta2: float = 0.95  # AdamW: decay of the second moment
     eps: float = 1e-8  # AdamW: added to the denominator
     weight_decay: float = 0.1  # AdamW: decoupled weight decay
-    spike: str = "off"  # update of a step whose loss or gradient norm is 6 deviations above the last 128
+    spike: str = "off"  # what follows a step whose loss or gradient norm is 6 deviations above the last 128
     max_skipped: int = 50  # steps in a row without an update that end the run; 0: no limit
     grad_clip: float = 1.0  # largest norm of the gradient; larger ones are scaled down
 

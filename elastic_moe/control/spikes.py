@@ -4,12 +4,17 @@ A step is a spike if one of the two exceeds the mean of the last `WINDOW` steps 
 the rule of OLMo-core's `SkipStepOptimizer` (https://github.com/allenai/OLMo-core). Every rank has the same history and
 sums it exactly, so all decide alike. A rank that joins takes the history over with the last vote; state that is read
 from storage comes without one.
+
+With `optim.spike=rollback` the run goes back to a checkpoint and leaves out the batches from there to the spike's
+(PaLM, https://arxiv.org/abs/2204.02311, section 5.1). `DataPosition` says which batch a step computes.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +22,37 @@ from numpy.typing import NDArray
 WINDOW = 128  # steps
 SIGMAS = 6.0
 FEWEST = WINDOW // 2  # steps before which nothing is a spike
+ROLLBACKS = 3  # times that a run may go back without `FEWEST` good steps in between
+
+
+@dataclass(frozen=True, slots=True)
+class DataPosition:
+    """Which batch of the endless sequence of batches a step computes.
+
+    Attributes:
+        skipped: batches that were left out so far.
+        go_on_at: the first batch after a spike, if the run has yet to go back because of it; else -1.
+    """
+
+    skipped: int = 0
+    go_on_at: int = -1
+
+    def batch_of(self, step: int) -> int:
+        """The batch, 0, 1, 2, ..., of a step, 1, 2, 3, ..."""
+        return step - 1 + self.skipped
+
+    def after_spike(self, step: int) -> DataPosition:
+        """This step was a spike, and the run is to go back."""
+        return DataPosition(self.skipped, self.batch_of(step) + 1)
+
+    def back_at(self, step: int, skipped: int) -> DataPosition:
+        """The run goes on from the state of this step, which was reached with so many batches left out."""
+        return DataPosition(max(skipped, self.go_on_at - step))
+
+    @staticmethod
+    def agreed(positions: Sequence[DataPosition]) -> DataPosition:
+        """The position of ranks that share a timeline: one of them may not know of the spike yet."""
+        return DataPosition(max(p.skipped for p in positions), max(p.go_on_at for p in positions))
 
 
 class SpikeGuard:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from elastic_moe.checkpoint.manifest import SKIPPED_BATCHES
 from elastic_moe.checkpoint.pending_shards import PendingShards
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
 from elastic_moe.checkpoint.writer import list_steps, retain, write_manifest
@@ -104,6 +105,7 @@ class CheckpointCommitter:
             self._identity.write()  # before a checkpoint of a new timeline
             shards = self._shards.shards(step)
             meta = self._meta | self._identity.identity.meta() | {"generation": generation, "time": time.time()}
+            meta[SKIPPED_BATCHES] = int(shard.get(SKIPPED_BATCHES) or 0)
             manifest = write_manifest(self._root, step, shards, meta)
             self._report(
                 {

@@ -31,6 +31,9 @@ def format_event(event: dict[str, Any]) -> str | None:
         case "not_finite":
             workers = ", ".join(_short(worker) for worker in event["workers"])
             return f"{step}: no update, gradients were not finite{f' on worker {workers}' if workers else ''}"
+        case "loss_spike":
+            values = f"{format_loss(event['loss'])}, gradient norm {event['grad_norm']:.3g}"
+            return f"{step}: no update, a spike: loss {values}"
         case "state_repaired":
             units, worker = len(event["units"]), _short(event["workers"][0])
             return f"{step}: wrong state of {units} unit(s) on worker {worker}, node {event['nodes'][0]}: repaired"

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from elastic_moe.checkpoint.manifest import SKIPPED_BATCHES
 from elastic_moe.checkpoint.reader import load_manifest
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, StorageUnavailable
 from elastic_moe.checkpoint.writer import write_shard
@@ -39,6 +40,7 @@ class _Job:
     tag: str
     tensors: dict[str, torch.Tensor]
     generation: int
+    skipped_batches: int
 
 
 class ShardWriter:
@@ -61,7 +63,9 @@ class ShardWriter:
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
-    def save(self, step: int, tag: str, held: HeldState, primary: Sequence[int], generation: int) -> None:
+    def save(
+        self, step: int, tag: str, held: HeldState, primary: Sequence[int], generation: int, skipped_batches: int = 0
+    ) -> None:
         """Copy the state of the owned units now, and write it later.
 
         Args:
@@ -70,6 +74,7 @@ class ShardWriter:
             held: the held state.
             primary: indices of the units to save, all of which are held.
             generation: generation of the view.
+            skipped_batches: batches that the run has left out so far.
         """
         with self._changed:
             skipped, self._waiting = self._waiting, None  # its memory is free before the new copy is made
@@ -83,7 +88,7 @@ class ShardWriter:
             for name, tensor in held.states[u].fields.items()
         }
         with self._changed:
-            self._waiting = _Job(step, tag, tensors, generation)
+            self._waiting = _Job(step, tag, tensors, generation, skipped_batches)
             self._changed.notify_all()
 
     def wait_written(self, step: int, timeout_s: float) -> bool:
@@ -139,7 +144,8 @@ class ShardWriter:
         started = time.perf_counter()
         info = write_shard(self._root, job.step, job.tag, job.tensors)
         write_s = time.perf_counter() - started
-        self._reports.shard({"step": job.step, "generation": job.generation, **info.as_dict(), "write_s": write_s})
+        about = {"step": job.step, "generation": job.generation, SKIPPED_BATCHES: job.skipped_batches}
+        self._reports.shard({**about, **info.as_dict(), "write_s": write_s})
         with self._changed:
             self._written_step = job.step
 

@@ -24,6 +24,7 @@ from elastic_moe.checkpoint.reader import newest_manifest, read_units, verify_sh
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, StorageUnavailable
 from elastic_moe.errors import StorageFailed, UserError
 from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.runtime.reconfigure import Restored
 from elastic_moe.runtime.together import gather, pause, together
 
 OK, DAMAGED, UNKNOWN = 0, 1, 2  # what a rank knows of a checkpoint
@@ -49,7 +50,7 @@ class DurableCheckpoints:
         self._reported_s = 0.0
         self._logged_s = time.monotonic()
 
-    def restore(self, group: Group, names: Sequence[str], expected: bool) -> tuple[int, State]:
+    def restore(self, group: Group, names: Sequence[str], expected: bool) -> Restored:
         """State of the named units from the newest checkpoint that is whole; collective.
 
         Args:
@@ -58,7 +59,7 @@ class DurableCheckpoints:
             expected: steps were committed before, so that nothing is there is looked at several times.
 
         Returns:
-            The checkpoint's step, and unit name -> field -> tensor on the CPU; (-1, {}) if there is no whole one.
+            What it holds; step -1 if there is no whole one.
 
         Raises:
             GroupAborted: the generation ended.
@@ -75,14 +76,14 @@ class DurableCheckpoints:
                 call = together(group, lambda activity, m=found: self._read(group, m, names, activity), self._moved)
                 verdict = self._verdict(group, found.step, call)
                 if verdict == OK:
-                    return found.step, call.result()
+                    return Restored(found.step, found.skipped_batches, call.result())
                 if verdict == DAMAGED:
                     below = found.step
                     continue
             elif found is not None:
                 empty_looks += 1
                 if found and (not expected or empty_looks == EMPTY_LOOKS):
-                    return -1, {}
+                    return Restored()
                 if not found:
                     self._tell("storage_unavailable", -1, str(self._nothing_found()))
                     if below is not None and empty_looks == EMPTY_LOOKS:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_moe.control.protocol import Status
-from elastic_moe.control.spikes import SpikeGuard
+from elastic_moe.control.spikes import DataPosition, SpikeGuard
 from elastic_moe.control.vote import VoteResult
 from elastic_moe.runtime.state import HeldState
 
@@ -26,6 +26,8 @@ class LocalState:
         records: records of the last committed steps. The next leader reports those that a dead one did not.
         holdings: the state at step `committed`. It has two entries while the state moves to its new owners.
         guard: the history of losses, from which spikes are told; None if `optim.spike` is off.
+        goes_back: `optim.spike` is rollback.
+        position: in the data.
         timeline: generation in which the state was last read from storage or initialised; 0 before.
     """
 
@@ -36,19 +38,32 @@ class LocalState:
     records: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=RECENT_RECORDS))
     holdings: list[HeldState] = field(default_factory=list)
     guard: SpikeGuard | None = None
+    goes_back: bool = False
+    position: DataPosition = field(default_factory=DataPosition)
     timeline: int = 0
+
+    @classmethod
+    def empty(cls, spike: str) -> LocalState:
+        """No state yet. `spike`: as `optim.spike`."""
+        return cls(guard=None if spike == "off" else SpikeGuard(), goes_back=spike == "rollback")
 
     def commit(self, vote: VoteResult) -> None:
         """The update of a step is in the held state."""
         self.committed, self.vote = vote.step, vote
-        if self.guard is not None:
+        if vote.spike and self.goes_back:
+            self.position = self.position.after_spike(vote.step)
+        elif self.guard is not None:
             self.guard.add(vote.loss, vote.grad_norm)
 
-    def begin_timeline(self, generation: int) -> None:
-        """The state comes from storage, or is new: nothing is known about the steps before."""
+    def begin_timeline(self, generation: int, step: int, skipped: int) -> None:
+        """The state of this step, reached with so many batches left out, comes from storage, or is new.
+
+        Nothing is known about the steps before, but for the history of losses if the run has gone back by itself.
+        """
         self.vote, self.timeline = None, generation
-        if self.guard is not None:
+        if self.guard is not None and self.position.go_on_at < 0:
             self.guard.clear()
+        self.position = self.position.back_at(step, skipped)
 
     @property
     def status(self) -> Status:

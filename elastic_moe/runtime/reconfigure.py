@@ -8,7 +8,7 @@ state until every rank has confirmed its new share, so a death in the middle of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.protocol import Recovery, Status, choose
-from elastic_moe.control.spikes import SpikeGuard
+from elastic_moe.control.spikes import DataPosition, SpikeGuard
 from elastic_moe.control.vote import VoteResult, VoteShape, pack, packed_size, unpack
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.parallel.collectives.group import Group
@@ -53,13 +53,26 @@ class Reconfigured:
     moved_bytes: int
 
 
+@dataclass(frozen=True)
+class Restored:
+    """What a durable checkpoint holds.
+
+    Attributes:
+        step: its step; -1 if there is no checkpoint.
+        skipped_batches: batches that the run had left out before.
+        state: unit name -> field -> tensor on the CPU.
+    """
+
+    step: int = -1
+    skipped_batches: int = 0
+    state: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+
 class DurableState(Protocol):
     """Durable checkpoints, for a reconfiguration in which no rank holds some unit."""
 
-    def restore(
-        self, group: Group, names: Sequence[str], expected: bool
-    ) -> tuple[int, dict[str, dict[str, torch.Tensor]]]:
-        """The newest whole checkpoint's step, and the state of the named units in it; (-1, {}) if there is none.
+    def restore(self, group: Group, names: Sequence[str], expected: bool) -> Restored:
+        """The state of the named units in the newest whole checkpoint; its step is -1 if there is none.
 
         Collective. `expected`: steps were committed before.
         """
@@ -91,11 +104,11 @@ def agree(
         roles_RU: uint8 [R, U], the role in which each rank holds each unit at the agreed step.
         decision: the agreed step (-1 if no rank has state), and the ranks that roll forward.
     """
-    report = torch.tensor([*astuple(local.status), local.evaluated], dtype=torch.int64)
-    reports_R5 = group.all_gather(report).tolist()
+    report = torch.tensor([*astuple(local.status), local.evaluated, *astuple(local.position)], dtype=torch.int64)
+    reports_R7 = group.all_gather(report).tolist()
     roles_U = merge_roles(local.holdings) if local.holdings else np.full(num_units, NONE, dtype=np.uint8)
     roles_RU = group.all_gather(torch.from_numpy(roles_U)).numpy().copy()
-    statuses = [Status(*status) for *status, _ in reports_R5]
+    statuses = [Status(*status) for *status, _, _, _ in reports_R7]
     decision = choose(statuses, lambda ranks: bool(roles_RU[list(ranks)].any(axis=0).all()))
     roles_RU[list(decision.stale)] = NONE
     if only_whole and not roles_RU.any(axis=0).all():
@@ -113,9 +126,12 @@ def agree(
         if local.guard is not None:
             _share_history(group, local.guard, leader)
     local.timeline = decision.timeline
+    current = [rank for rank, status in enumerate(statuses) if status.timeline == decision.timeline]
+    current = [rank for rank in current if rank not in decision.stale] or current  # none: the state is lost
+    local.position = DataPosition.agreed([DataPosition(*reports_R7[rank][-2:]) for rank in current])
     if not roles_RU[group.rank].any():
         local.holdings.clear()
-    local.evaluated = max(evaluated for *_, evaluated in reports_R5)
+    local.evaluated = max(evaluated for *_, evaluated, _, _ in reports_R7)
     return roles_RU, decision
 
 
@@ -178,17 +194,19 @@ class Reconfigurer:
         """
         roles_RU, decision = self.agree(group)
         step, rolled = decision.committed, len(decision.forward)
-        if roles_RU.any(axis=0).all():
-            assert step >= 0, "state without a step"
-            placement, ownership = self._plan(view, roles_RU, self._local.vote)
-            transfers = plan_transfers(roles_RU, ownership).transfers
-            held, moved = self.take_over(group, ownership, transfers, step)
-            return Reconfigured(held, ownership, placement, "peers", 0, rolled, moved)
-        roles_RU[:] = NONE
-        placement, ownership = self._plan(view, roles_RU, None)
-        held, target = self._start_over(group, ownership, step > 0)
-        source = "initialisation" if target < 0 else "checkpoint"
-        return Reconfigured(held, ownership, placement, source, max(0, step - max(target, 0)), rolled, 0)
+        whole = bool(roles_RU.any(axis=0).all())
+        if not whole or self._local.position.go_on_at >= 0:
+            placement, ownership = self._plan(view, np.full_like(roles_RU, NONE), None)
+            held, target = self._start_over(group, ownership, step > 0, needed=not whole)
+            if held is not None:
+                source = "initialisation" if target < 0 else "checkpoint"
+                return Reconfigured(held, ownership, placement, source, max(0, step - max(target, 0)), rolled, 0)
+            self._local.position = DataPosition(self._local.position.skipped)  # nothing to go back to
+        assert step >= 0, "state without a step"
+        placement, ownership = self._plan(view, roles_RU, self._local.vote)
+        transfers = plan_transfers(roles_RU, ownership).transfers
+        held, moved = self.take_over(group, ownership, transfers, step)
+        return Reconfigured(held, ownership, placement, "peers", 0, rolled, moved)
 
     def _plan(self, view: View, roles_RU: np.ndarray, vote: VoteResult | None) -> tuple[Placement, Ownership]:
         """Placement and ownership in the view; the same on every rank. The last vote has the experts' loads."""
@@ -221,24 +239,34 @@ class Reconfigurer:
         self._confirm(group, new, step)
         return new, moved
 
-    def _start_over(self, group: Group, ownership: Ownership, expected: bool) -> tuple[HeldState, int]:
+    def _start_over(
+        self, group: Group, ownership: Ownership, expected: bool, needed: bool
+    ) -> tuple[HeldState | None, int]:
         """This rank's state from the newest checkpoint or, without one, from initial values; collective.
 
+        Args:
+            group: the view's collectives.
+            ownership: in the view.
+            expected: steps were committed before.
+            needed: the ranks do not hold the whole state themselves; else initial values are no way to go on.
+
         Returns:
-            The state, and the checkpoint's step; -1 for initial values.
+            The state, None if there is no checkpoint and none is needed; the checkpoint's step, -1 without one.
         """
         roles = ownership.role(group.rank)
-        needed = [int(u) for u in np.flatnonzero(roles != NONE)]
-        target, read = self._storage.restore(group, [self._units[u].name for u in needed], expected)
-        if target < 0:
-            known = {u: UnitState.initial(self._units[u], self._initial(self._units[u])) for u in needed}
+        own = [int(u) for u in np.flatnonzero(roles != NONE)]
+        found = self._storage.restore(group, [self._units[u].name for u in own], expected)
+        if found.step >= 0:
+            known = {u: UnitState.stored(self._units[u], found.state[self._units[u].name]) for u in own}
+        elif needed:
+            known = {u: UnitState.initial(self._units[u], self._initial(self._units[u])) for u in own}
         else:
-            known = {u: UnitState.stored(self._units[u], read[self._units[u].name]) for u in needed}
+            return None, -1
         new = HeldState.build(self._units, roles, known, STATE_DEVICE)
         self._local.holdings.clear()
-        self._local.begin_timeline(group.generation)
-        self._confirm(group, new, max(target, 0))
-        return new, target
+        self._local.begin_timeline(group.generation, max(found.step, 0), found.skipped_batches)
+        self._confirm(group, new, max(found.step, 0))
+        return new, found.step
 
     def _confirm(self, group: Group, new: HeldState, step: int) -> None:
         """Wait until every rank has its new state, then drop the old one."""

@@ -153,7 +153,8 @@ class Saver:
 
     def _write(self, share: Share) -> None:
         step, generation = self._local.committed, share.generation
-        self._writer.save(step, f"g{generation:05d}-r{share.rank:05d}", share.held, share.units, generation)
+        tag, skipped = f"g{generation:05d}-r{share.rank:05d}", self._local.position.skipped
+        self._writer.save(step, tag, share.held, share.units, generation, skipped)
         self._saved_step, self._saved_s = step, self._clock()
         self._answered = max(self._asked(), step)  # this state, or a later one, is all there is
 

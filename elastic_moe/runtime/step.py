@@ -127,7 +127,7 @@ class StepRunner:
         step = local.committed + 1
         self._started_s = time.perf_counter()
         self._fault(step, "compute")
-        share = self._compute(step, context)
+        share = self._compute(step, context, local.position.batch_of(step))
         self._fault(step, "reduce")
         local.reduced = -1
         grad_square = context.exchanger.reduce()
@@ -164,11 +164,11 @@ class StepRunner:
         """Commit a step whose vote this rank took part in without seeing its result. Purely local."""
         self._record(local, vote, self._apply(local, vote))
 
-    def _compute(self, step: int, context: GenerationContext) -> ComputedShare:
-        """Forward and backward passes of this rank's share of the batch."""
+    def _compute(self, step: int, context: GenerationContext, batch: int) -> ComputedShare:
+        """Forward and backward passes of this rank's share of a batch."""
         config, model = self._config, self._config.model
         samples = self._train.num_samples(config.data.seq_len)
-        ids = sample_ids(config.seed, step - 1, config.data.global_batch, samples)
+        ids = sample_ids(config.seed, batch, config.data.global_batch, samples)
         context.experts.begin_step()
         self.gradients.zero()
         ce_sum, tokens = 0.0, 0

@@ -11,9 +11,10 @@ from typing import NoReturn
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.nonfinite import NonFiniteCount
 from elastic_moe.control.rebalance import Rebalancer
+from elastic_moe.control.spikes import FEWEST, ROLLBACKS
 from elastic_moe.control.vote import VoteResult, Wishes
 from elastic_moe.data.tokenizer import load_tokenizer
-from elastic_moe.errors import Diverged, FaultyWorker, GroupAborted, StateUnclear
+from elastic_moe.errors import Diverged, FaultyWorker, GoesBack, GroupAborted, StateUnclear
 from elastic_moe.runtime.evaluate import Evaluator
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.reconfigure import Reconfigurer
@@ -54,6 +55,7 @@ class TrainingLoop:
         self._nonfinite = NonFiniteCount()
         self._repaired = 0  # steps in which copies of this worker were wrong
         self._unclear = 0  # times that nobody could tell a right copy
+        self._rollbacks = self._good_steps = 0  # since the last run of `FEWEST` steps without a spike; steps since one
 
     def train(
         self,
@@ -73,7 +75,9 @@ class TrainingLoop:
 
         Raises:
             FaultyWorker: this worker's numbers alone were not finite, or its state was repaired, too often.
-            Diverged: no update was possible for too many steps, or copies of state differed too often.
+            Diverged: no update was possible for too many steps, or copies of state differed too often, or spikes came
+                again and again.
+            GoesBack: the step was a spike, and the run goes back.
         """
         self._nonfinite = NonFiniteCount(self._nonfinite.in_a_row)
         self._saver.begin_view()
@@ -101,6 +105,8 @@ class TrainingLoop:
             self._reporter.record(result.record)
             if local.vote is not None:
                 self._reporter.load(local.vote)
+        if local.position.go_on_at >= 0:
+            return  # the run goes back
         last = local.committed == config.run.steps or result.stop
         self._saver.save_if_due(result.context, result.save or last)
         if not result.reconfigure and _due(local.committed, config.run.eval_every_steps):
@@ -114,6 +120,8 @@ class TrainingLoop:
         workers = [member.worker for member in members]
         self._nonfinite = count = self._nonfinite.after(skipped, workers, len(view.active_ranks))
         if not skipped:
+            self._good_steps += 1
+            self._rollbacks *= self._good_steps < FEWEST
             return
         vote = self._local.vote
         spike = vote is not None and vote.spike
@@ -123,12 +131,25 @@ class TrainingLoop:
             self._reporter.not_finite(self._local.committed, members, count.in_a_row)
         if spike and limits.optim.spike == "stop":
             self._end(context, f"the loss or the gradient of step {self._local.committed} is far above those before")
+        if self._local.position.go_on_at >= 0:
+            self._go_back()
         if limits.optim.max_skipped and count.in_a_row >= limits.optim.max_skipped:
             what = f"{count.in_a_row} steps in a row, up to step {self._local.committed}, had no update"
             self._end(context, f"{what}, because their gradients were not finite or far above those before")
         own = view.members[context.rank].worker
         if limits.elastic.max_faults and workers == [own] and count.alone.get(own, 0) >= limits.elastic.max_faults:
             self._leave(context, f"its gradients alone were not finite in {count.alone[own]} steps")
+
+    def _go_back(self) -> NoReturn:
+        """Leave this generation, so that the next one goes on from a checkpoint, with the data after the spike."""
+        what = f"the loss or the gradient of step {self._local.committed} is far above those before"
+        self._rollbacks, self._good_steps = self._rollbacks + 1, 0
+        if self._rollbacks > ROLLBACKS:
+            raise Diverged(
+                f"{what}, as {ROLLBACKS} times before, after which the run went back to a checkpoint; the run has "
+                "diverged: go on from an earlier checkpoint with a lower optim.lr."
+            )
+        raise GoesBack(f"{what}: the run goes back to the newest checkpoint, and leaves the data in between out")
 
     def _end(self, context: GenerationContext, why: str) -> NoReturn:
         """End the run, with its state saved if it is finite; collective."""

@@ -19,7 +19,6 @@ from elastic_moe.checkpoint.storage import set_timeout
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.messages import HeldMessage, ViewMessage
 from elastic_moe.control.rebalance import Rebalancer
-from elastic_moe.control.spikes import SpikeGuard
 from elastic_moe.control.vote import Wishes
 from elastic_moe.data.prepare import Prepared
 from elastic_moe.data.shards import TokenShard
@@ -80,7 +79,7 @@ class Worker:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it on GPUs
             torch.use_deterministic_algorithms(True)
         self._faults, self._rank = Faults(config.faults, Path(config.run.dir) / FAULTS), -1
-        self._local = local = LocalState(guard=None if config.optim.spike == "off" else SpikeGuard())
+        self._local = local = LocalState.empty(config.optim.spike)
         shape = (config.model.num_moe_layers, config.model.num_experts)
         batches = MicroBatches(config.data, self._device)
         train, val = TokenShard.open(prepared.train_path), TokenShard.open(prepared.val_path)
@@ -254,6 +253,7 @@ class Worker:
             "step": local.committed,
             "source": result.source,
             "lost_steps": result.lost_steps,
+            "skipped_batches": local.position.skipped,
             "rolled_forward": result.rolled_forward,
             "moved_bytes": result.moved_bytes,
             "form_s": form_s,

@@ -45,7 +45,7 @@ from elastic_moe.plan.state.units import build_units
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.initial import InitialWeights
 from elastic_moe.runtime.local_state import LocalState
-from elastic_moe.runtime.reconfigure import Reconfigurer
+from elastic_moe.runtime.reconfigure import Reconfigurer, Restored
 from elastic_moe.runtime.session import ContextBuilder
 from elastic_moe.runtime.step import StepRunner
 from elastic_moe.types import Member, View
@@ -86,10 +86,8 @@ def settings(run_dir: Path, steps: int, hidden: int, sequences: int, seq_len: in
 class NoStorage:
     """There is no checkpoint: the plain loop starts from the initial weights."""
 
-    def restore(
-        self, group: Group, names: Sequence[str], expected: bool
-    ) -> tuple[int, dict[str, dict[str, torch.Tensor]]]:
-        return -1, {}
+    def restore(self, group: Group, names: Sequence[str], expected: bool) -> Restored:
+        return Restored()
 
 
 def _full_worker(config: TrainConfig, address: tuple[str, int], prepared: Prepared, rank: int) -> None:

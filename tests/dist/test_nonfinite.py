@@ -24,8 +24,8 @@ def _poisoned(
 
     compute = StepRunner._compute
 
-    def poison(self: StepRunner, step: int, context: Any) -> Any:
-        share = compute(self, step, context)
+    def poison(self: StepRunner, step: int, context: Any, batch: int) -> Any:
+        share = compute(self, step, context, batch)
         if step >= first and only in ("", worker):
             next(iter(self.gradients.tensors.values())).view(-1)[0] = math.nan
         return share

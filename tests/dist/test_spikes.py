@@ -1,4 +1,4 @@
-"""Whole runs in which one batch brings a huge gradient: its update is skipped at every membership, or ends the run."""
+"""Whole runs in which one batch brings a huge gradient: its update is skipped, the run goes back, or it ends."""
 
 from __future__ import annotations
 
@@ -29,16 +29,33 @@ def _disturbed(pause_s: float, config: TrainConfig, address: Any, prepared: Prep
 
     compute = StepRunner._compute
 
-    def enlarge(self: StepRunner, step: int, context: Any) -> Any:
-        share = compute(self, step, context)
-        if step == SPIKE:
+    def enlarge(self: StepRunner, step: int, context: Any, batch: int) -> Any:
+        share = compute(self, step, context, batch)
+        if batch == SPIKE - 1:
             next(iter(self.gradients.tensors.values())).mul_(2.0**14)
         elif step > SLOW:
             time.sleep(pause_s)
+        with (Path(config.run.dir) / f"batches-{worker}").open("a") as file:
+            file.write(f"{step} {batch}\n")
         return share
 
     StepRunner._compute = enlarge  # type: ignore[method-assign]
     _work(config, address, prepared, worker, node)
+
+
+def _batches(run: LocalRun, worker: str) -> list[tuple[int, int]]:
+    """(step, batch) of each step that a worker has computed, in order."""
+    lines = (run.dir / f"batches-{worker}").read_text().splitlines()
+    return [(int(step), int(batch)) for step, batch in map(str.split, lines)]
+
+
+def _went_back(run: LocalRun) -> list[tuple[int, int]]:
+    """(step, batches left out) of every entry whose state came from a checkpoint."""
+    return [
+        (e["step"], e["skipped_batches"])
+        for e in run.events()
+        if e["event"] == "entered" and e["source"] == "checkpoint"
+    ]
 
 
 def _run(config: TrainConfig, workers: int, pause_s: float = 0.0) -> LocalRun:
@@ -91,3 +108,64 @@ def test_a_spike_ends_the_run_with_the_state_before_it_saved(tmp_path: Path) -> 
         assert _told(run) == [(SPIKE, 1)]
         run.coordinator.close()
         assert find_checkpoint(str(run.dir / "checkpoints")).step == SPIKE
+
+
+def _back_config(path: Path, steps: int = STEPS, inject: str = "") -> TrainConfig:
+    config = _config(path, "rollback")
+    return replace(
+        config,
+        run=replace(config.run, steps=steps),
+        checkpoint=replace(config.checkpoint, every_steps=50),
+        faults=replace(config.faults, inject=[inject] if inject else []),
+    )
+
+
+def _stop(run: LocalRun) -> None:
+    run.coordinator.submit({"event": "stop", "reason": "enough"})
+    run.wait_end()
+
+
+def test_the_run_goes_back_and_leaves_the_data_out_and_so_do_joiners_and_a_resumed_run(tmp_path: Path) -> None:
+    endless = _back_config(tmp_path, steps=100_000)
+    with _run(endless, 2) as run:
+        run.wait("the way back", lambda s: s["generation"] > 1 and s["entered"])
+        run.add()
+        joined = run.wait("the joiner", lambda s: s["world_size"] == 3 and s["entered"])
+        run.wait_step(joined["step"] + 3)
+        _stop(run)
+        assert _told(run) == [(SPIKE, 1)]
+        [(step, skipped)] = _went_back(run)
+        assert step + skipped == SPIKE
+        assert step > 0
+        last = len(run.losses())
+        assert _batches(run, "w0") == [(s, s - 1) for s in range(1, SPIKE + 1)] + [
+            (s, s - 1 + skipped) for s in range(step + 1, last + 1)
+        ]
+        joiner = _batches(run, "w2")
+        assert joiner == [(s, s - 1 + skipped) for s, _ in joiner]
+        assert joiner
+    with _run(endless, 1) as resumed:
+        resumed.wait_step(last + 3)
+        _stop(resumed)
+        assert _batches(resumed, "w0")[-3:] == [(s, s - 1 + skipped) for s, _ in _batches(resumed, "w0")[-3:]]
+        assert len(resumed.losses()) >= last + 3
+
+
+@pytest.mark.parametrize("died", ["1:200:apply", "0:200:publish"])
+def test_who_knows_of_the_spike_tells_the_others_when_a_rank_dies_in_its_step(tmp_path: Path, died: str) -> None:
+    with _run(_back_config(tmp_path, inject=died), 3) as run:
+        run.wait_end()
+        assert [p.exitcode for p in run.processes.values()].count(-signal.SIGKILL) == 1
+        assert {step for step, _ in _told(run)} <= {SPIKE}
+        [(step, skipped)] = _went_back(run)
+        assert step + skipped == SPIKE
+        assert len(run.losses()) == STEPS
+
+
+def test_without_a_checkpoint_the_run_goes_on_without_the_update(tmp_path: Path) -> None:
+    config = _back_config(tmp_path)
+    with _run(replace(config, checkpoint=replace(config.checkpoint, every_steps=1000)), 2) as run:
+        run.wait_end()
+        assert _told(run) == [(SPIKE, 1)]
+        assert _went_back(run) == []
+        assert [record["step"] for record in run.records() if record["skipped"]] == [SPIKE]

@@ -60,9 +60,9 @@ def _disturbed(
 
     compute = StepRunner._compute
 
-    def with_step(self: StepRunner, step: int, context: Any) -> Any:
+    def with_step(self: StepRunner, step: int, context: Any, batch: int) -> Any:
         self._step = step  # type: ignore[attr-defined]
-        return compute(self, step, context)
+        return compute(self, step, context, batch)
 
     StepRunner._compute = with_step  # type: ignore[method-assign]
     StepRunner._vote = disturbed_vote  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from elastic_moe.checkpoint import storage as storage_module
-from elastic_moe.checkpoint.manifest import MANIFEST, Manifest
+from elastic_moe.checkpoint.manifest import MANIFEST, SKIPPED_BATCHES, Manifest
 from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, StorageUnavailable, persistent
 from elastic_moe.checkpoint.writer import remove_all, retain, write_manifest, write_shard
@@ -123,6 +123,13 @@ def test_torn_checkpoint_is_skipped(tmp_path: Path) -> None:
     assert found is not None
     assert found.step == 50
     assert skipped == [(100, "unfinished")]
+
+
+@pytest.mark.parametrize("skipped", [-1, 2**40, "many", None])
+def test_a_manifest_with_an_impossible_place_in_the_data_is_damaged(tmp_path: Path, skipped: object) -> None:
+    manifest = Manifest(str(tmp_path), 5, (), {SKIPPED_BATCHES: skipped})
+    with pytest.raises(CorruptCheckpoint):
+        Manifest.from_bytes(str(tmp_path), manifest.to_bytes())
 
 
 def test_manifest_is_refused_while_a_shard_is_missing(tmp_path: Path) -> None:

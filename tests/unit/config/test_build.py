@@ -70,6 +70,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"faults.inject": ["1:2"]}, "faults.inject"),
     ({"faults.inject": ["1:2:lunch"]}, "faults.inject"),
     ({"faults.inject": [3]}, "faults.inject"),
+    ({"optim.spike": "rollback", "checkpoint.every_steps": 0}, "checkpoint.every_minutes"),
 ]
 
 

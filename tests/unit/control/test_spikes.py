@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 
-from elastic_moe.control.spikes import FEWEST, SIGMAS, WINDOW, SpikeGuard
+from elastic_moe.control.spikes import FEWEST, SIGMAS, WINDOW, DataPosition, SpikeGuard
 
 
 def _guard(values: list[tuple[float, float]]) -> SpikeGuard:
@@ -55,3 +55,20 @@ def test_the_history_travels_whole_and_replaces_another() -> None:
         other.load(guard.pack())
         assert other.pack().tobytes() == guard.pack().tobytes()
         assert len(guard.pack()) == 2 * WINDOW
+
+
+def test_a_run_that_goes_back_leaves_out_the_batches_up_to_the_spikes() -> None:
+    start = DataPosition()
+    assert [start.batch_of(step) for step in (1, 2, 3)] == [0, 1, 2]
+    first = start.after_spike(200).back_at(150, 0)
+    assert first.batch_of(151) == start.batch_of(200) + 1
+    again = first.after_spike(160).back_at(150, 0)  # of the checkpoint before the first spike
+    assert again.batch_of(151) == first.batch_of(160) + 1
+    later = first.after_spike(210).back_at(200, first.skipped)  # of one that was made after it
+    assert later.batch_of(201) == first.batch_of(210) + 1
+    assert DataPosition().back_at(200, first.skipped).batch_of(201) == first.batch_of(201)  # a resumed run
+
+
+def test_one_rank_that_knows_of_the_spike_is_enough() -> None:
+    knows, does_not = DataPosition(5).after_spike(200), DataPosition(5)
+    assert DataPosition.agreed([does_not, knows, does_not]) == knows

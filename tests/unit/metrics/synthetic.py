@@ -26,7 +26,7 @@ def view(at_s: float, number: int, generation: int, members: str, reason: str) -
     """A view that is published and entered 0.1 s later; a member per letter."""
     size = len(members)
     took = {"form_s": 0.05, "reconfigure_s": 0.08, "total_s": 0.1}
-    state = {"source": "peers", "lost_steps": 0, "rolled_forward": 0, "moved_bytes": 10}
+    state = {"source": "peers", "lost_steps": 0, "skipped_batches": 0, "rolled_forward": 0, "moved_bytes": 10}
     planned = {"planned": reason == "join", "reason": reason, "world_size": size, "members": list(members)}
     entered = {"worker": members[0], "world_size": size} | state | took
     return [

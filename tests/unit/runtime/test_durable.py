@@ -109,8 +109,8 @@ def save(root: Path, step: int) -> list[Path]:
 def assert_restored(restore: Restore, step: int) -> None:
     for rank, result in enumerate(restore.join().results):
         assert not isinstance(result, Exception), result
-        found, state = result
-        assert found == step
+        state = result.state
+        assert result.step == step
         assert set(state) == {"shared", f"u{rank}"}
         assert all((unit["weight"] == step).all() for unit in state.values())
 
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_lacks_a_unit_is_passed_over(tmp_path: Path) -> None:
 def test_a_run_that_never_saved_begins_anew(tmp_path: Path, expected: bool) -> None:
     write_identity(Storage(str(tmp_path)), RunIdentity.new("run"))
     restore = Restore([tmp_path] * RANKS, expected=expected).join()
-    assert restore.results == [(-1, {})] * RANKS
+    assert [result.step for result in restore.results] == [-1] * RANKS
 
 
 @pytest.mark.parametrize("content", ["nothing", "a run that has saved", "damage"])

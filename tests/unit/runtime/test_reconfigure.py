@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from elastic_moe.control.protocol import recover, status
+from elastic_moe.control.spikes import DataPosition
 from elastic_moe.control.vote import Measures, VoteResult, pack
 from elastic_moe.plan.state.ownership import MIRROR, NONE, PRIMARY
 from elastic_moe.runtime.local_state import LocalState
@@ -76,7 +78,8 @@ def _agree(locals_R: list[LocalState], roles_RU: np.ndarray) -> list[tuple[np.nd
     reports = []
     for local in locals_R:
         mine = local.status
-        reports.append([mine.committed, mine.reduced, mine.voted, mine.timeline, local.evaluated])
+        position = local.position
+        reports.append([*astuple(mine), local.evaluated, position.skipped, position.go_on_at])
     gathered = [torch.tensor(reports, dtype=torch.int64), torch.from_numpy(roles_RU)]
     votes = [local.vote for local in locals_R]
     results = []
@@ -126,6 +129,16 @@ def test_a_rank_of_an_older_step_counts_as_holding_nothing() -> None:
         assert roles.tolist() == [[PRIMARY], [NONE]]
     assert locals_R[0].holdings
     assert not locals_R[1].holdings
+
+
+def test_a_rank_that_is_not_behind_says_whether_the_run_is_to_go_back() -> None:
+    knows, behind = DataPosition(7).after_spike(STEP), DataPosition(7).after_spike(STEP - 2)
+    roles_RU = np.array([[PRIMARY], [MIRROR], [NONE]], dtype=np.uint8)
+    for first, expected in ((knows, knows), (DataPosition(7), DataPosition(7))):
+        locals_R = [_local(STEP, -1, STEP, [PRIMARY]), _local(STEP - 2, -1, STEP - 2, [MIRROR]), LocalState()]
+        locals_R[0].position, locals_R[1].position = first, behind
+        _agree(locals_R, roles_RU)
+        assert [local.position for local in locals_R] == [expected] * 3
 
 
 def test_nobody_has_state_at_the_start() -> None:

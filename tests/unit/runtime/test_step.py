@@ -32,7 +32,7 @@ from elastic_moe.run_dir import METRICS
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.initial import InitialWeights
 from elastic_moe.runtime.local_state import LocalState
-from elastic_moe.runtime.reconfigure import Reconfigurer
+from elastic_moe.runtime.reconfigure import Reconfigurer, Restored
 from elastic_moe.runtime.session import ContextBuilder, GenerationContext
 from elastic_moe.runtime.step import StepResult, StepRunner
 from elastic_moe.types import Member, View
@@ -47,10 +47,8 @@ VIEW = View(3, (Member("w0", "n0", 0),))
 class NoStorage:
     """There is no checkpoint."""
 
-    def restore(
-        self, group: Group, names: Sequence[str], expected: bool
-    ) -> tuple[int, dict[str, dict[str, torch.Tensor]]]:
-        return -1, {}
+    def restore(self, group: Group, names: Sequence[str], expected: bool) -> Restored:
+        return Restored()
 
 
 @dataclass

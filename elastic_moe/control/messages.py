@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic_moe.types import Member, View
 
-VERSION = 4  # of the protocol; every change of a message raises it
+VERSION = 5  # of the protocol; every change of a message raises it
 
 JsonObject = Mapping[str, Any]
 
@@ -39,6 +39,7 @@ class HelloMessage:
         step: last step it committed, as far as it knows.
         version: version of the protocol that it speaks.
         address: as in `Member`.
+        sources: digest of the package's sources that it runs; "" if it is not known.
     """
 
     token: str = field(repr=False)
@@ -52,6 +53,7 @@ class HelloMessage:
     step: int = 0
     version: int = VERSION
     address: tuple[str, int] = ("", 0)
+    sources: str = ""
 
 
 @dataclass(frozen=True, slots=True)

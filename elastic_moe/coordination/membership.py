@@ -98,6 +98,29 @@ class Membership:
         self._state: State = initial_state(target, fence_s, slots_needed)
         self._last_record: dict[str, Any] = {}
         self._evicted: dict[str, None] = {}  # in order
+        self._sources: dict[str, str] = {}  # worker -> digest of the sources that it runs
+        self._refused: set[str] = set()  # nodes with other sources that were told
+
+    def refusal(self, hello: msg.HelloMessage) -> str:
+        """Why a worker must not register; "" if it may.
+
+        A newcomer that runs other sources than the workers who are there would fail together with them, for what
+        workers tell one another has no version. Whoever may have state is let in.
+        """
+        self._sources = {worker: known for worker, known in self._sources.items() if worker in self._state.records}
+        others = {known for worker, known in self._sources.items() if known and worker != hello.worker}
+        if hello.view is not None or not hello.sources or not others or hello.sources in others:
+            self._sources[hello.worker] = hello.sources
+            return ""
+        reason = (
+            f"the files of elastic_moe on node {hello.node} are not those that the run's workers have started with: "
+            "put them back, or stop the run and resume it with the new ones"
+        )
+        if hello.node not in self._refused:
+            self._refused.add(hello.node)
+            line = ev.LogEvent("worker_set_aside", hello.worker, hello.node, hello.pid, reason)
+            self._log.command(self._state, self._step, line)
+        return reason
 
     def receive(self, worker: str, message: msg.WorkerMessage) -> None:
         """Take in a message of a worker."""

@@ -133,6 +133,9 @@ class ControlServer:
             return None
         if not isinstance(hello, msg.HelloMessage):
             raise ValueError("the first message of a connection must be a hello")
+        if reason := self._membership.refusal(hello):
+            writer.write(encode(msg.EvictedMessage(reason)))
+            return None
         return hello
 
     def _receive(self, worker: str, message: msg.WorkerMessage) -> None:

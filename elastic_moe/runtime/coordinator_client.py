@@ -22,6 +22,7 @@ from elastic_moe.control.codec import VersionMismatch, decode_from_coordinator, 
 from elastic_moe.runtime.lease import Lease
 from elastic_moe.runtime.links import LinkProber
 from elastic_moe.runtime.mailbox import Inbox, Outbox
+from elastic_moe.sources import sources_digest
 from elastic_moe.types import View
 
 RETRY_S = 0.1
@@ -69,6 +70,7 @@ class Registration:
             entered=self.entered,
             step=max(0, self.progress()[0] - 1),
             address=self.address,
+            sources=sources_digest(),
         )
 
     def heartbeat(self, generation: int) -> msg.HeartbeatMessage:

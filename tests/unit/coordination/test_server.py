@@ -25,7 +25,9 @@ class Served:
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
-        self.server = ControlServer(TrainConfig(run=RunConfig(steps=10)), "secret", 1, on_record=self._on_record)
+        self.events: list[dict[str, Any]] = []
+        config = TrainConfig(run=RunConfig(steps=10))
+        self.server = ControlServer(config, "secret", 1, on_record=self._on_record, on_event=self.events.append)
         self.address = self.server.start()
         self.sockets: list[socket.socket] = []
 
@@ -69,6 +71,24 @@ def test_another_version_is_turned_away_with_a_sentence(served: Served) -> None:
     assert isinstance(evicted, msg.EvictedMessage)
     assert "install the same release of elastic_moe on every node" in evicted.reason
     assert served.server.status()["workers"] == 0
+
+
+def test_a_newcomer_with_other_sources_is_turned_away_with_a_sentence(served: Served) -> None:
+    def hello(worker: str, sources: str, view: View | None = None) -> bytes:
+        return encode(msg.HelloMessage("secret", worker, "n7", 1, sources=sources, view=view))
+
+    first = served.connect(hello("a", "old"))
+    assert isinstance(decode_from_coordinator(first.readline()), msg.WelcomeMessage)
+    for _ in range(2):
+        (line,) = served.connect(hello("b", "new")).readlines()
+        evicted = decode_from_coordinator(line)
+        assert isinstance(evicted, msg.EvictedMessage)
+        assert "the files of elastic_moe on node n7 are not those" in evicted.reason
+    told = [event for event in served.events if event["event"] == "worker_set_aside"]
+    assert [(event["worker"], event["node"]) for event in told] == [("b", "n7")], "once for each node"
+    view = View(4, (Member("c", "n7", 1),))
+    for welcome in (hello("a", "old"), hello("d", "old"), hello("e", ""), hello("c", "new", view)):
+        assert isinstance(decode_from_coordinator(served.connect(welcome).readline()), msg.WelcomeMessage)
 
 
 def test_a_wrong_token_is_turned_away(served: Served) -> None:

@@ -127,7 +127,8 @@ def test_the_hello_of_a_new_connection_tells_everything(listener: socket.socket,
         hello, *again = [decode_from_worker(lines.readline()) for _ in range(3)]
     pid = os.getpid()
     assert isinstance(hello, msg.HelloMessage)
-    assert replace(hello, address=("", 0)) == msg.HelloMessage(
+    assert hello.sources
+    assert replace(hello, address=("", 0), sources="") == msg.HelloMessage(
         "secret", "w", "n", pid, ready=True, view=message.view, entered=4, step=7
     )
     assert again == [msg.RecordMessage({"step": 7}), msg.FinishedMessage()]

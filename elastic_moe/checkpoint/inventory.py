@@ -10,7 +10,7 @@ import torch
 
 from elastic_moe.checkpoint.identity import RunIdentity, find_identity
 from elastic_moe.checkpoint.manifest import Manifest
-from elastic_moe.checkpoint.reader import load_manifest, read_units, require_current, verify_alone
+from elastic_moe.checkpoint.reader import RetiredCheckpoint, load_manifest, read_units, require_current, verify_alone
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
 from elastic_moe.checkpoint.writer import list_steps
 
@@ -58,6 +58,8 @@ def list_checkpoints(root: str, verify: bool = False) -> Iterator[Entry]:
             if verify:
                 verify_alone(manifest)
             RunIdentity.of_meta(manifest.meta)
+        except RetiredCheckpoint:
+            continue
         except FileNotFoundError:
             yield Entry(step, UNFINISHED, "it has no manifest", None)
             continue

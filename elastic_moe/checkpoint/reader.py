@@ -15,19 +15,27 @@ from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persisten
 from elastic_moe.run_dir import step_dir, step_of
 
 READERS = 4  # files that a process verifies at once where no other ranks help
+LOOKS = 3  # at a root whose checkpoints change while they are read
+
+
+class RetiredCheckpoint(FileNotFoundError):
+    """The checkpoint was removed while it was read. That is no damage: a newer one has taken its place."""
 
 
 def load_manifest(root_uri: str, step: int) -> Manifest:
     """Read the manifest of one step, and check that its files exist and have their sizes.
 
     Raises:
-        FileNotFoundError: the checkpoint is unfinished or does not exist.
+        FileNotFoundError: the checkpoint is unfinished, does not exist, or was removed meanwhile.
         CorruptCheckpoint: the manifest is damaged, or a file is missing or truncated.
         StorageUnavailable: something cannot be read, so nothing is known.
     """
     storage = Storage(root_uri)
     manifest = _read_manifest(storage, root_uri, step)
-    check_sizes(storage, manifest)
+    try:
+        check_sizes(storage, manifest)
+    except CorruptCheckpoint as error:
+        raise _damaged(storage, manifest, str(error)) from error
     return manifest
 
 
@@ -80,6 +88,19 @@ def _read_manifest(storage: Storage, root_uri: str, step: int) -> Manifest:
     return manifest
 
 
+def _damaged(storage: Storage, manifest: Manifest, reason: str) -> OSError:
+    """The error of a checkpoint that lacks something. Removing one begins with its manifest, which tells the two apart.
+
+    Raises:
+        StorageUnavailable: the manifest cannot be looked for.
+    """
+    try:
+        persistent(lambda: storage.read(f"{manifest.directory}/{MANIFEST}"))
+    except FileNotFoundError:
+        return RetiredCheckpoint(f"the checkpoint of step {manifest.step} was removed while it was read")
+    return CorruptCheckpoint(reason)
+
+
 def check_sizes(storage: Storage, manifest: Manifest) -> None:
     """Compare the sizes of a checkpoint's files, which one listing tells.
 
@@ -104,6 +125,7 @@ def verify_shards(manifest: Manifest, rank: int = 0, world_size: int = 1, activi
 
     Raises:
         CorruptCheckpoint: a file differs.
+        RetiredCheckpoint: the checkpoint was removed meanwhile.
         StorageUnavailable: a file cannot be read.
     """
     storage = Storage(manifest.root_uri, activity)
@@ -112,7 +134,7 @@ def verify_shards(manifest: Manifest, rank: int = 0, world_size: int = 1, activi
         try:
             found = persistent(lambda name=name: storage.sha256(name))
         except FileNotFoundError as error:
-            raise CorruptCheckpoint(f"{storage.path(name)} is missing") from error
+            raise _damaged(storage, manifest, f"{storage.path(name)} is missing") from error
         if found != shard.sha256:
             raise CorruptCheckpoint(f"{storage.path(name)} does not match its checksum")
 
@@ -130,7 +152,8 @@ def find_latest(
 ) -> Manifest | None:
     """Find the newest complete checkpoint. None if the root was listed, and holds none that is complete and whole.
 
-    A checkpoint of a timeline that the run has gone back behind (`checkpoint.identity`) does not count.
+    A checkpoint of a timeline that the run has gone back behind (`checkpoint.identity`) does not count. A root that has
+    changed meanwhile is looked at again: a run that goes on replaces its checkpoints.
 
     Args:
         root_uri: the checkpoint root; need not exist.
@@ -142,8 +165,23 @@ def find_latest(
             storage may answer later, so the caller must not take an older state.
     """
     storage = Storage(root_uri)
-    steps = _steps(storage)
-    history = find_identity(storage, steps, lambda step: load_manifest(root_uri, step).meta)
+    seen: list[int] | None = None
+    for _ in range(LOOKS):
+        steps = _steps(storage)
+        if steps == seen:
+            break
+        found = _newest_whole(root_uri, steps, verify, on_skip)
+        if found is not None:
+            return found
+        seen = steps
+    return None
+
+
+def _newest_whole(
+    root_uri: str, steps: Sequence[int], verify: bool, on_skip: Callable[[int, str], None] | None
+) -> Manifest | None:
+    """The newest of these checkpoints that is complete and whole; see `find_latest`."""
+    history = find_identity(Storage(root_uri), steps, lambda step: load_manifest(root_uri, step).meta)
     for step in steps:
         try:
             manifest = load_manifest(root_uri, step)
@@ -151,6 +189,8 @@ def find_latest(
             if verify:
                 verify_alone(manifest)
             return manifest
+        except RetiredCheckpoint as error:
+            reason = str(error)
         except FileNotFoundError:
             reason = "unfinished"
         except CorruptCheckpoint as error:
@@ -191,6 +231,7 @@ def read_units(
     Raises:
         KeyError: the checkpoint lacks a unit, so it is of another model.
         CorruptCheckpoint: a file is damaged.
+        RetiredCheckpoint: the checkpoint was removed meanwhile.
         StorageUnavailable: a file cannot be read.
     """
     home = {unit: shard for shard in manifest.shards for unit in shard.units}
@@ -229,9 +270,9 @@ def _read_shard(
         ]
         found = _read_entries(storage, file, wanted)
     except FileNotFoundError as error:
-        raise CorruptCheckpoint(f"{storage.path(file)} has disappeared") from error
+        raise _damaged(storage, manifest, f"{storage.path(file)} has disappeared") from error
     except CorruptCheckpoint as error:
-        raise CorruptCheckpoint(f"{storage.path(file)} cannot be read: {error}") from error
+        raise _damaged(storage, manifest, f"{storage.path(file)} cannot be read: {error}") from error
     tensors: dict[str, dict[str, torch.Tensor]] = {unit: {} for unit in units}
     for entry in wanted:
         tensors[entry.unit][entry.field] = found[entry.name]

@@ -20,7 +20,7 @@ import torch
 from elastic_moe.checkpoint.bounded import Activity, Call
 from elastic_moe.checkpoint.identity import never_saved
 from elastic_moe.checkpoint.manifest import Manifest
-from elastic_moe.checkpoint.reader import newest_manifest, read_units, verify_shards
+from elastic_moe.checkpoint.reader import RetiredCheckpoint, newest_manifest, read_units, verify_shards
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, StorageUnavailable
 from elastic_moe.errors import StorageFailed, UserError
 from elastic_moe.parallel.collectives.group import Group
@@ -140,6 +140,9 @@ class DurableCheckpoints:
         mine = OK
         try:
             call.result()
+        except RetiredCheckpoint as error:  # the next look finds the one that took its place
+            mine = UNKNOWN
+            logger.warning("%s", error)
         except (CorruptCheckpoint, FileNotFoundError, KeyError) as error:  # KeyError: it lacks a unit of the model
             mine = DAMAGED
             self._tell_damage(step, str(error))

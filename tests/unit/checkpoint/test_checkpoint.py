@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from elastic_moe.checkpoint import inventory as inventory_module
+from elastic_moe.checkpoint import reader as reader_module
 from elastic_moe.checkpoint import storage as storage_module
 from elastic_moe.checkpoint.manifest import MANIFEST, SKIPPED_BATCHES, Manifest
-from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
+from elastic_moe.checkpoint.reader import RetiredCheckpoint, find_latest, load_manifest, read_units
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, StorageUnavailable, persistent
 from elastic_moe.checkpoint.writer import remove_all, retain, write_manifest, write_shard
 from elastic_moe.errors import UserError
@@ -256,3 +258,39 @@ def test_interrupted_deletion_leaves_an_unfinished_checkpoint(tmp_path: Path, mo
 def test_unknown_scheme_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"checkpoint\.dir"):
         find_latest("nosuch://bucket/x")
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on completes one more and keeps the newest only; whoever reads the one before looks again."""
+    stale = write(tmp_path, 10)
+    verify = reader_module.verify_alone
+
+    def replace_and_verify(manifest: Manifest) -> None:
+        write(tmp_path, manifest.step + 10)
+        retain(str(tmp_path), 1)
+        monkeypatch.setattr(reader_module, "verify_alone", verify)
+        verify(manifest)
+
+    skipped: list[int] = []
+    monkeypatch.setattr(reader_module, "verify_alone", replace_and_verify)
+    found = find_latest(str(tmp_path), on_skip=lambda step, _: skipped.append(step))
+    assert found is not None
+    assert (found.step, skipped) == (20, [10])
+    with pytest.raises(RetiredCheckpoint):
+        read_units(stale, UNITS)
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_verified_is_not_listed_as_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20):
+        write(tmp_path, step)
+    verify = inventory_module.verify_alone
+
+    def retire_and_verify(manifest: Manifest) -> None:
+        retain(str(tmp_path), 1)
+        verify(manifest)
+
+    monkeypatch.setattr(inventory_module, "verify_alone", retire_and_verify)
+    found = inventory_module.list_checkpoints(str(tmp_path), verify=True)
+    assert [(entry.step, entry.state) for entry in found] == [(20, "complete")]

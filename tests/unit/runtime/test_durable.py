@@ -15,7 +15,7 @@ from elastic_moe.checkpoint import storage as storage_module
 from elastic_moe.checkpoint.identity import RunIdentity, write_identity
 from elastic_moe.checkpoint.manifest import MANIFEST
 from elastic_moe.checkpoint.storage import Storage
-from elastic_moe.checkpoint.writer import write_manifest, write_shard
+from elastic_moe.checkpoint.writer import retain, write_manifest, write_shard
 from elastic_moe.errors import StorageFailed, UserError
 from elastic_moe.run_dir import RUN, step_dir
 from elastic_moe.runtime import durable as durable_module
@@ -232,3 +232,23 @@ def test_a_storage_that_says_for_a_moment_that_nothing_is_there(
 
     monkeypatch.setattr(storage_module.Storage, "directories", lie)
     assert_restored(Restore([tmp_path] * RANKS, expected=True), 10)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator completes one more while the ranks read, and keeps the newest only."""
+    save(tmp_path, 10)
+    replaced, verify = threading.Lock(), durable_module.verify_shards
+
+    def replace_and_verify(*arguments: Any) -> None:
+        with replaced:
+            if not (tmp_path / step_dir(20)).exists():
+                save(tmp_path, 20)
+                assert retain(str(tmp_path), 1) == [10]
+        verify(*arguments)
+
+    monkeypatch.setattr(durable_module, "verify_shards", replace_and_verify)
+    restore = Restore([tmp_path] * RANKS)
+    assert_restored(restore, 20)
+    assert not restore.events

@@ -9,6 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+SAVED, NOT_WHOLE, INTERRUPTED = HOLD_OUTCOMES = ("saved", "not_whole", "interrupted")
+"""Outcomes of a save in a hold: the state is saved, or there is none to save; the members do not have all of the state;
+something came between."""
+
 
 @dataclass(frozen=True, slots=True)
 class Member:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from elastic_moe.config.schema import (
     CheckpointConfig,
@@ -77,7 +77,7 @@ class LocalRun:
         for _ in range(workers):
             self.add()
 
-    def __enter__(self) -> LocalRun:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:

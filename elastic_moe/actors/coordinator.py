@@ -51,7 +51,7 @@ class Coordinator:
         return os.getpid()
 
     def submit(self, request: dict[str, Any]) -> None:
-        """Take a request: drain, worker_lost, node_lost, stop; see `RunCoordinator.submit`."""
+        """Take a request: drain, worker_lost, node_lost, stop, fail; see `RunCoordinator.submit`."""
         self._run.submit(request)
 
     def status(self) -> RunStatus:

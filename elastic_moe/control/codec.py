@@ -21,10 +21,8 @@ from elastic_moe.control.messages import (
     FROM_COORDINATOR,
     FROM_WORKER,
     NAMES,
-    REQUESTS,
     VERSION,
     CoordinatorMessage,
-    Request,
     WorkerMessage,
 )
 from elastic_moe.control.peer_messages import (
@@ -36,6 +34,7 @@ from elastic_moe.control.peer_messages import (
     MeetMessage,
     MetMessage,
 )
+from elastic_moe.control.requests import REQUESTS, Request
 
 T = TypeVar("T")
 _TOKEN = re.compile(rb'\s*\{\s*"type"\s*:\s*"\w+"\s*,\s*"token"\s*:\s*("(?:[^"\\]|\\.)*")')
@@ -99,7 +98,7 @@ def token_of(head: bytes) -> str | None:
 
 
 def decode_request(values: Mapping[str, Any]) -> Request:
-    """The request in a mapping: {"event": "drain" | "worker_lost" | "node_lost" | "stop", and its fields}.
+    """The request in a mapping: {"event": "drain" | "worker_lost" | "node_lost" | "stop" | "fail", and its fields}.
 
     Raises:
         ValueError: the mapping is no request.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.events import Command, End, LogEvent, Release
 from elastic_moe.control.holds import begin_hold, is_saving
-from elastic_moe.control.state import FAILED, FINISHED, FINISHING, WAITING, State
+from elastic_moe.control.state import FAILED, FINISHED, FINISHING, RUNNING, WAITING, State
 
 FINISH_GRACE_S = 10.0  # after the first worker finished, wait this long for the others
 MAX_REFORMS = 20  # views in a row that failed although everyone lived
@@ -27,6 +27,11 @@ def finish(state: State, now_s: float, config: ElasticConfig) -> RuleResult | No
         if waiting and now_s - state.finishing_s < FINISH_GRACE_S and state.suspected_s is None:
             return None
         return _end(state, FINISHED, state.reason if state.stopping else "all steps are committed")
+    if state.reforms > MAX_REFORMS and not state.failing:
+        state = replace(state, failing=f"{MAX_REFORMS} views in a row could not be entered")
+    if state.phase == RUNNING and state.failing:
+        state, commands = begin_hold(state, state.view_workers, state.failing, now_s, config)
+        return state, commands, state.failing
     if state.phase == WAITING and is_saving(state, now_s):
         return None
     if state.stopping and state.phase == WAITING:
@@ -36,10 +41,6 @@ def finish(state: State, now_s: float, config: ElasticConfig) -> RuleResult | No
     if state.phase == WAITING and state.waiting_s is not None and now_s - state.waiting_s > config.wait_below_min_s:
         reason = f"{state.reason} for {config.wait_below_min_s:g} s (elastic.min_workers={config.min_workers})"
         return _end(state, FAILED, reason)
-    if state.reforms > MAX_REFORMS:
-        state = replace(state, failing=f"{MAX_REFORMS} views in a row could not be entered")
-        state, commands = begin_hold(state, state.view_workers, state.failing, now_s, config)
-        return state, commands, state.failing
     return None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastic_moe.types import Member, View
+from elastic_moe.types import SAVED, Member, View
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -90,10 +90,11 @@ class Entered:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The worker is done with saving in a hold of this generation, whether that succeeded or not."""
+    """The worker is done with saving in a hold of this generation. `outcome`: one of `types.HOLD_OUTCOMES`."""
 
     worker: str
     generation: int
+    outcome: str = SAVED
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,13 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Fail:
+    """The run cannot go on, whoever is there: it should end as failed once its members have saved their state."""
+
+    reason: str = "fail"
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -170,6 +178,7 @@ Event = (
     | NodeLost
     | Drain
     | Stop
+    | Fail
     | Tick
 )
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from elastic_moe.config.schema import ElasticConfig
+from elastic_moe.control.adoption import ADOPTION_GAP, adopt, is_adoptable
 from elastic_moe.control.doubt import note_death, open_views
 from elastic_moe.control.events import (
     Closed,
@@ -19,6 +20,7 @@ from elastic_moe.control.events import (
     Entered,
     Event,
     Evict,
+    Fail,
     Finished,
     Heartbeat,
     Held,
@@ -40,14 +42,13 @@ from elastic_moe.control.events import (
     Tick,
     Welcome,
 )
-from elastic_moe.control.holds import hold_s
+from elastic_moe.control.holds import end_soon, hold_s, take_held
 from elastic_moe.control.links import ask_witnesses, take_links
 from elastic_moe.control.rules import apply_rules
 from elastic_moe.control.state import FINISHING, RUNNING, WAITING, State, WorkerRecord
 from elastic_moe.types import Member
 
 STALL_S = 2.0  # a longer gap between two events (ticks among them) means that the coordinator itself was stopped
-ADOPTION_GAP = 10  # generations left free after an adopted one: the lost coordinator may have published newer ones
 
 Observed = tuple[State, list[Command]]
 
@@ -80,7 +81,7 @@ def transition(
     state = _forgive_stall(state, now_s)
     if isinstance(event, Heartbeat) and event.worker in state.records and not _awaited(state, event.worker):
         return _heartbeat(state, event, now_s), (), ""  # nothing that a rule depends on; the tick sees to the rest
-    if not isinstance(event, Hello | Closed | Lost | NodeLost | Drain | Stop | Tick):
+    if not isinstance(event, Hello | Closed | Lost | NodeLost | Drain | Stop | Fail | Tick):
         if event.worker not in state.records:
             return state, (), f"{type(event).__name__} of unknown worker {event.worker}"
         state = state.with_record(event.worker, last_heard_s=now_s, missing=False)
@@ -160,9 +161,8 @@ def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) ->
             joined = state.step if joined is None else joined
             state = state.with_record(worker, last_progress_s=now_s, entered=event.generation, joined_step=joined)
             return _with_entered(state, worker), []
-        case Held(worker, generation):
-            done = {worker} if generation == state.generation else set[str]()
-            return replace(state, saving=state.saving - done), []
+        case Held():
+            return take_held(state, event, now_s)
         case Finished(worker):
             state = state.with_record(worker, finished=True)
             if state.phase == RUNNING:
@@ -182,8 +182,12 @@ def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) ->
         case Stop(reason):
             if state.stopping or state.over:
                 return state, []
-            state = replace(state, stopping=True, reason=reason)
+            state = end_soon(replace(state, stopping=True, reason=reason), now_s, config)
             return state, [LogEvent("stop", reason=reason), StopAll(state.view_workers)]
+        case Fail(reason):
+            if state.failing or state.over:
+                return state, []
+            return end_soon(replace(state, failing=reason), now_s, config), []
         case Tick():
             nodes = {n: until_s for n, until_s in state.draining_nodes.items() if now_s < until_s}
             return replace(state, draining_nodes=nodes, open_views=open_views(state, now_s, config)), []
@@ -200,8 +204,8 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> O
     if state.over:
         return state, [Release(worker)]
     commands: list[Command] = []
-    if event.view is not None and _adoptable(state, event):
-        state = _adopt(state, event, now_s, config)
+    if event.view is not None and is_adoptable(state, event):
+        state = adopt(state, event, now_s, config)
         commands.append(LogEvent("adopted", reason=f"generation {state.generation - ADOPTION_GAP} of {worker}"))
     returns = False
     if worker not in state.records:
@@ -267,42 +271,6 @@ def _closed(state: State, worker: str, now_s: float) -> Observed:
         return state.unproven(worker, now_s), [line]
     state, commands = ask_witnesses(state.with_record(worker, closed_s=now_s), worker)
     return state, [line, *commands]
-
-
-def _adoptable(state: State, event: Hello) -> bool:
-    """Whether to take the worker's view over: this coordinator has published none, and knows no newer one."""
-    if event.view is None or event.view.rank_of(event.worker) is None:
-        return False
-    if state.view is None:
-        return True
-    return state.adopted_s is not None and event.view.generation > state.view.generation
-
-
-def _adopt(state: State, event: Hello, now_s: float, config: ElasticConfig) -> State:
-    """Take a view over. A member that does not register is silent, and is evicted like any silent worker."""
-    view = event.view
-    assert view is not None
-    records = {w: s for w, s in state.records.items() if not s.missing}
-    for m in view.members:
-        drain_s = now_s + config.drain_deadline_s if m.draining else None
-        if m.worker in records:
-            records[m.worker] = replace(records[m.worker], member=replace(m, draining=False), drain_s=drain_s)
-        elif m.worker not in state.removed:
-            records[m.worker] = WorkerRecord(
-                replace(m, draining=False), now_s, now_s, (0, 0, 0), now_s, drain_s, missing=True
-            )
-    return replace(
-        state,
-        phase=RUNNING,
-        reason="re-registered",
-        records=records,
-        view=view,
-        open_views=(*state.open_views, view),
-        generation=max(state.generation, view.generation + ADOPTION_GAP),
-        entered=frozenset(),
-        adopted_s=now_s,
-        waiting_s=None,
-    )
 
 
 def _lost(state: State, workers: Sequence[str], reason: str, now_s: float) -> Observed:

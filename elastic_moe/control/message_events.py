@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from elastic_moe.control import events as ev
 from elastic_moe.control.messages import (
-    NAMES,
-    DrainRequest,
     EnteredMessage,
     FailingMessage,
     FinishedMessage,
@@ -14,11 +12,16 @@ from elastic_moe.control.messages import (
     HelloMessage,
     LeftMessage,
     LinksMessage,
-    NodeLostRequest,
     ReadyMessage,
+    SuspectMessage,
+)
+from elastic_moe.control.requests import (
+    REQUEST_NAMES,
+    DrainRequest,
+    FailRequest,
+    NodeLostRequest,
     Request,
     StopRequest,
-    SuspectMessage,
     WorkerLostRequest,
 )
 
@@ -52,8 +55,8 @@ def event_of_message(worker: str, message: MembershipMessage) -> ev.Event:
             return ev.Links(worker, check, reached, silent, refused)
         case EnteredMessage(generation):
             return ev.Entered(worker, generation)
-        case HeldMessage(generation):
-            return ev.Held(worker, generation)
+        case HeldMessage(generation, outcome):
+            return ev.Held(worker, generation, outcome)
         case FinishedMessage():
             return ev.Finished(worker)
         case FailingMessage(error):
@@ -64,7 +67,7 @@ def event_of_message(worker: str, message: MembershipMessage) -> ev.Event:
 
 def event_of_request(request: Request) -> ev.Event:
     """A request as the event that it is for the machine. A request without a reason gets its name as the reason."""
-    reason = request.reason or NAMES[type(request)]
+    reason = request.reason or REQUEST_NAMES[type(request)]
     match request:
         case DrainRequest(worker, node, deadline_s):
             return ev.Drain(worker, node, deadline_s, reason)
@@ -74,3 +77,5 @@ def event_of_request(request: Request) -> ev.Event:
             return ev.NodeLost(node, reason)
         case StopRequest():
             return ev.Stop(reason)
+        case FailRequest():
+            return ev.Fail(reason)

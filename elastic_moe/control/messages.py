@@ -1,4 +1,4 @@
-"""Messages between a worker and the coordinator, and requests to the coordinator, as frozen values.
+"""Messages between a worker and the coordinator as frozen values.
 
 `control/codec.py` turns them into lines and back. `hello` and `welcome` carry the version of the protocol. `evicted`
 keeps its form in every version, because it tells a peer of another version that the two cannot work together.
@@ -132,9 +132,15 @@ class ShardMessage:
 
 @dataclass(frozen=True, slots=True)
 class HeldMessage:
-    """The worker is done with saving in a hold of this generation, whether that succeeded or not."""
+    """The worker is done with saving in a hold of this generation.
+
+    Attributes:
+        generation: of the hold.
+        outcome: one of `types.HOLD_OUTCOMES`.
+    """
 
     generation: int
+    outcome: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,46 +270,6 @@ CoordinatorMessage = (
     | StopMessage
 )
 
-# --- requests ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class DrainRequest:
-    """A worker, or all workers of a node, should hand over and leave within `deadline_s` seconds (0: the default)."""
-
-    worker: str = ""
-    node: str = ""
-    deadline_s: float = 0.0
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLostRequest:
-    """A worker's process has died."""
-
-    worker: str
-    node: str = ""
-    pid: int = 0
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeLostRequest:
-    """A node has died, with all its workers."""
-
-    node: str
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class StopRequest:
-    """The run should end after the step in flight."""
-
-    reason: str = ""
-
-
-Request = DrainRequest | WorkerLostRequest | NodeLostRequest | StopRequest
-
 # --- names ------------------------------------------------------------------------------------------------------------
 
 FROM_WORKER: Mapping[str, type[WorkerMessage]] = {
@@ -333,12 +299,4 @@ FROM_COORDINATOR: Mapping[str, type[CoordinatorMessage]] = {
     "save": SaveMessage,
     "stop": StopMessage,
 }
-REQUESTS: Mapping[str, type[Request]] = {
-    "drain": DrainRequest,
-    "worker_lost": WorkerLostRequest,
-    "node_lost": NodeLostRequest,
-    "stop": StopRequest,
-}
-NAMES: Mapping[type, str] = {
-    cls: name for table in (FROM_WORKER, FROM_COORDINATOR, REQUESTS) for name, cls in table.items()
-}
+NAMES: Mapping[type, str] = {cls: name for table in (FROM_WORKER, FROM_COORDINATOR) for name, cls in table.items()}

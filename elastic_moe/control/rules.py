@@ -20,7 +20,7 @@ from elastic_moe.control.doubt import (
 )
 from elastic_moe.control.ending import RuleResult, finish
 from elastic_moe.control.events import LogEvent, Publish, Release
-from elastic_moe.control.holds import begin_hold, leaves_soon
+from elastic_moe.control.holds import begin_hold, leaves_soon, save_in_hold
 from elastic_moe.control.links import (
     ask_joiners,
     check_members,
@@ -54,6 +54,8 @@ def apply_rules(state: State, now_s: float, config: ElasticConfig) -> RuleResult
         if result is not None:
             state, more, reason = result
             return state, commands + more, reason
+    state, saved = save_in_hold(state, now_s, config)
+    commands += saved
     return state, commands, commands[0].reason if commands and isinstance(commands[0], LogEvent) else ""
 
 
@@ -91,8 +93,7 @@ def _survive(state: State, now_s: float, config: ElasticConfig) -> RuleResult | 
     resumed = _resume(replace(state, phase=WAITING, reason=reason, waiting_s=now_s), now_s, config)
     if resumed is not None:
         return resumed
-    alone = no_other_group_commits(state, survivors, now_s, config)
-    state, commands = begin_hold(state, survivors, reason, now_s, config, save=alone)
+    state, commands = begin_hold(state, survivors, reason, now_s, config)
     return state, commands, reason
 
 
@@ -263,6 +264,7 @@ def _publish(
         links=None,
         waiting_s=None,
         saving=frozenset(),
+        hold_save=None,
     )
     return state, [Publish(view, planned, reason, tuple(recipients))], reason
 

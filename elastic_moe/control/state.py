@@ -117,6 +117,25 @@ class LinkCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldSave:
+    """The save of the hold that the run is in.
+
+    Attributes:
+        members: those that save together, of the newest try.
+        tries: of the save in this hold.
+        again_s: time of the next try; None while one is under way, and when none is due.
+        done: the state is saved, or there is none to save.
+        told: it was told that a try has failed.
+    """
+
+    members: frozenset[str] = frozenset()
+    tries: int = 0
+    again_s: float | None = None
+    done: bool = False
+    told: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """The whole membership.
 
@@ -146,6 +165,7 @@ class State:
         waiting_s: time at which the run began to wait; None while it runs.
         saving: members of a hold that have not reported yet that they have saved their state, or cannot.
         saving_until_s: they are waited for until then.
+        hold_save: the save of the hold; None outside of holds.
         failing: the run ends as failed for this reason once they have reported; "" if it does not.
         draining_nodes: nodes that take no new workers, with the time until which this holds.
         stopping: a stop was asked for.
@@ -177,6 +197,7 @@ class State:
     waiting_s: float | None = None
     saving: frozenset[str] = frozenset()
     saving_until_s: float = 0.0
+    hold_save: HoldSave | None = None
     failing: str = ""
     draining_nodes: Mapping[str, float] = field(default_factory=dict[str, float])
     stopping: bool = False

@@ -16,6 +16,7 @@ from elastic_moe.control import events as ev
 from elastic_moe.control import messages as msg
 from elastic_moe.control.codec import VersionMismatch, decode_from_worker, encode
 from elastic_moe.control.message_events import event_of_request
+from elastic_moe.control.requests import Request
 from elastic_moe.coordination.gate import Gate, LineReader, WrongToken
 from elastic_moe.coordination.listener import ListenerThread
 from elastic_moe.coordination.membership import Membership, RunStatus, Sink
@@ -67,7 +68,7 @@ class ControlServer:
         self._listener.start()
         return self._host, self._listener.port
 
-    def submit(self, request: msg.Request) -> None:
+    def submit(self, request: Request) -> None:
         """Take a request; it is answered in the server's thread."""
         event = event_of_request(request)
         self._listener.call(lambda: self._guard(lambda: self._membership.observe(event)))

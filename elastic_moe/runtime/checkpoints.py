@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,8 @@ class _Job:
 class ShardWriter:
     """Writes this worker's checkpoint shards in a thread, while training goes on. Failures are reported, never raised.
 
+    A step that is tried again and fails for the same reason is reported once.
+
     The step loop never waits for the storage. While a shard is written, one copy may wait; a newer one replaces it.
 
     Args:
@@ -60,6 +63,7 @@ class ShardWriter:
         self._writing = False
         self._closed = False
         self._written_step = -1  # of the newest shard that was written
+        self._told: tuple[int, str] | None = None  # step and kind of the newest failure
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
@@ -127,7 +131,11 @@ class ShardWriter:
             except Exception as error:  # the thread must outlive it, or nothing is ever saved again
                 if not isinstance(error, OSError):
                     logger.exception("the shard of step %d could not be written", job.step)
-                self._event({"event": "checkpoint_failed", "step": job.step, "reason": str(error) or repr(error)})
+                reason = str(error) or repr(error)
+                failure = (job.step, os.strerror(error.errno) if isinstance(error, OSError) and error.errno else reason)
+                if failure != self._told:
+                    self._event({"event": "checkpoint_failed", "step": job.step, "reason": reason})
+                self._told = failure
             del job
 
     def _next(self) -> _Job | None:

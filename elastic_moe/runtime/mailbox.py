@@ -169,6 +169,8 @@ class Inbox:
             return "released"
         if self.generation and self._paused >= self.generation:
             return "too few workers"
+        if self.hold is not None and self.hold.view.generation > self.generation > 0:
+            return f"the save of generation {self.hold.view.generation} replaces that of {self.generation}"
         return ""
 
 

@@ -102,12 +102,13 @@ class Saver:
         """
         self._confirm(context.group, _share_of(context))
 
-    def save_held(self, group: Group, roles_RU: np.ndarray) -> None:
-        """Save the committed step from what the ranks of a hold have, and confirm it as `confirm` does; collective.
+    def save_held(self, group: Group, roles_RU: np.ndarray, may_go_on: Callable[[], None]) -> None:
+        """Save the committed step from what the ranks of a hold have, however long the hold lasts; collective.
 
         Args:
             group: the hold's collectives.
             roles_RU: uint8 [R, U], the role in which each rank has each unit; every unit is held.
+            may_go_on: called before each further try; it raises where this worker should rather end.
         """
         step, leader = self._local.committed, int(roles_RU.any(axis=1).argmax())
         if group.rank == leader:
@@ -120,7 +121,7 @@ class Saver:
         held = union(self._local.holdings) if units else HeldState((), np.zeros(0), ())
         share = Share(group.rank, leader, group.generation, held, units)
         self._write(share)
-        self._confirm(group, share)
+        self._confirm(group, share, may_go_on)
 
     def wait_written(self, context: GenerationContext) -> None:
         """Wait until this step's shards are written, at most `CONFIRM_S`; collective."""
@@ -131,9 +132,13 @@ class Saver:
         manifest = newest_manifest(checkpoint_root(self._config), None, activity)
         return manifest is not None and manifest.step == step
 
-    def _confirm(self, group: Group, share: Share) -> None:
+    def _confirm(self, group: Group, share: Share, may_go_on: Callable[[], None] | None = None) -> None:
+        """Wait until the shards and the manifest are there, for `checkpoint.wait_s`; with `may_go_on` without an end.
+
+        That the time is over is told once.
+        """
         step, started_s = self._local.committed, time.monotonic()
-        pause_s = FIRST_PAUSE_S
+        pause_s, told = FIRST_PAUSE_S, False
         leads = share.rank == share.leader
         while True:
             wait = self._writer.wait_complete if leads else self._writer.wait_written
@@ -142,14 +147,19 @@ class Saver:
             seen = gather(group, int(call.result()), int(waited_s > self._config.checkpoint.wait_s))
             if bool(seen[:, 0].all()):
                 return
-            if bool(seen[0, 1]):
-                break
+            if bool(seen[0, 1]) and not told:
+                told = True
+                if leads:
+                    root, wait_s = checkpoint_root(self._config), self._config.checkpoint.wait_s
+                    reason = f"{root} was not written within {wait_s:g} s"
+                    self._reporter.event("checkpoint_failed", step, reason=reason)
+                if may_go_on is None:
+                    return
+            if may_go_on is not None:
+                may_go_on()
             pause(group, pause_s)
             pause_s = min(2 * pause_s, LAST_PAUSE_S)
             self._write(share)
-        if leads:
-            reason = f"{checkpoint_root(self._config)} was not written within {self._config.checkpoint.wait_s:g} s"
-            self._reporter.event("checkpoint_failed", step, reason=reason)
 
     def _write(self, share: Share) -> None:
         step, generation = self._local.committed, share.generation

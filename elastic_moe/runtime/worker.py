@@ -48,7 +48,7 @@ from elastic_moe.runtime.session import ContextBuilder, GenerationContext
 from elastic_moe.runtime.step import StepRunner
 from elastic_moe.runtime.training_loop import Rebalance, TrainingLoop
 from elastic_moe.runtime.warm_planner import warm_up as warm_up_planner
-from elastic_moe.types import View
+from elastic_moe.types import INTERRUPTED, NOT_WHOLE, SAVED, View
 
 
 class Worker:
@@ -196,17 +196,20 @@ class Worker:
 
     def _hold(self, message: ViewMessage, rank: int) -> None:
         """Save the committed step together with the other members of a hold, if they have all of its state."""
-        generation = message.view.generation
+        outcome = INTERRUPTED
         try:
             group = self._join(message, rank, AbortSignal())
             try:
                 roles_RU, decision = self._reconfigurer.agree(group, only_whole=True)
-                if decision.committed > 0 and roles_RU.any(axis=0).all():
-                    self._saver.save_held(group, roles_RU)
+                whole = bool(roles_RU.any(axis=0).all())
+                if whole and decision.committed > 0:
+                    patience_s = self._config.elastic.hold_s
+                    self._saver.save_held(group, roles_RU, lambda: self._client.inbox.check_heard(patience_s))
+                outcome = SAVED if whole or decision.committed <= 0 else NOT_WHOLE
             finally:
                 group.close()
         finally:
-            self._client.outbox.add(HeldMessage(generation))
+            self._client.outbox.add(HeldMessage(message.view.generation, outcome))
 
     def _enter(self, view: View, group: Group) -> tuple[GenerationContext, Rebalance, Reconfigured]:
         """Take this worker's place in a view: state, experts, and the weights to compute with; collective."""

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from elastic_moe.config.schema import ElasticConfig, RunConfig, TrainConfig
-from elastic_moe.control.messages import DrainRequest, StopRequest, ViewMessage
+from elastic_moe.control.messages import ViewMessage
+from elastic_moe.control.requests import DrainRequest, StopRequest
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.errors import Evicted, GroupAborted
 from elastic_moe.parallel.collectives.abort import AbortSignal

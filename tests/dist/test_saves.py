@@ -98,6 +98,23 @@ def test_a_stop_in_a_hold_ends_the_run_with_its_state_saved(tmp_path: Path) -> N
         assert saved(run) == [run.records()[-1]["step"]]
 
 
+def test_a_run_that_is_given_up_saves_the_committed_step_first(tmp_path: Path) -> None:
+    with LocalRun(config_of(tmp_path, 4000), 3) as run:
+        run.wait_step(5)
+        run.coordinator.submit({"event": "fail", "reason": "a worker has no GPU"})
+        status = run.wait("the end", lambda s: s["phase"] == "failed")
+        assert status["reason"] == "a worker has no GPU"
+        for process in run.processes.values():
+            process.join(60)
+        assert [process.exitcode for process in run.processes.values()] == [0, 0, 0], "they are released"
+        step = run.records()[-1]["step"]
+        assert saved(run) == [step]
+    with LocalRun(config_of(tmp_path, step + 3), 2) as run:
+        run.wait_end()
+        assert (restored(run)["step"], restored(run)["lost_steps"]) == (step, 0)
+        assert len(run.losses()) == step + 3
+
+
 def test_a_run_that_cannot_spare_the_drained_holds_with_its_state_saved(tmp_path: Path) -> None:
     config = config_of(tmp_path, 4000, min_workers=2)
     with LocalRun(config, 2) as run:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,9 +36,17 @@ class FaultyRun(LocalRun):
 
     work = staticmethod(work_on_faulty_storage)
 
+    def failures(self) -> list[str]:
+        """Reasons of failed checkpoints."""
+        return [event["reason"] for event in self.events() if event["event"] == "checkpoint_failed"]
 
-def config_of(tmp_path: Path, steps: int, wait_s: float = 600.0) -> TrainConfig:
-    config = tiny_config(tmp_path / "run", CORPUS)
+    def saved(self) -> list[int]:
+        """Steps of the complete checkpoints."""
+        return [int(event["step"]) for event in self.events() if event["event"] == "checkpoint"]
+
+
+def config_of(tmp_path: Path, steps: int, wait_s: float = 600.0, **elastic: Any) -> TrainConfig:
+    config = tiny_config(tmp_path / "run", CORPUS, **elastic)
     return replace(
         config,
         run=replace(config.run, steps=steps),
@@ -83,6 +93,67 @@ def test_a_state_that_cannot_be_saved_is_told(tmp_path: Path) -> None:
     set_fault(tmp_path / "control", "full write")
     with FaultyRun(config_of(tmp_path, 10, wait_s=1.0), 2) as run:
         run.wait_end()
-        reasons = [event["reason"] for event in run.events() if event["event"] == "checkpoint_failed"]
+        reasons = run.failures()
         assert any("was not written within 1 s" in reason for reason in reasons)
         assert any("No space left" in reason for reason in reasons)
+
+
+# --- holds ------------------------------------------------------------------------------------------------------------
+
+
+def begin_hold(run: FaultyRun) -> None:
+    """Let the run make steps, and lose a worker without which it cannot go on."""
+    run.wait_step(7)
+    run.signal("w1", signal.SIGKILL)
+    run.wait("the hold", lambda s: s["phase"] == "waiting")
+
+
+def holding(tmp_path: Path, **elastic: Any) -> TrainConfig:
+    """A run of three workers that holds when it loses one, saves then only, and soon tells that it cannot."""
+    config = config_of(tmp_path, 4000, wait_s=1.0, **({"min_workers": 3} | elastic))
+    return replace(config, checkpoint=replace(config.checkpoint, every_steps=0))
+
+
+@pytest.mark.parametrize("fault", ["error write", "hang write", "full write"])
+def test_a_hold_saves_when_the_storage_is_back_however_long_that_takes(tmp_path: Path, fault: str) -> None:
+    set_fault(tmp_path / "control", fault)
+    with FaultyRun(holding(tmp_path), 3) as run:
+        begin_hold(run)
+        run.wait("that it is told", lambda _: any("within 1 s" in reason for reason in run.failures()))
+        assert run.saved() == []
+        set_fault(tmp_path / "control", "")
+        run.wait("the checkpoint", lambda _: bool(run.saved()))
+        assert run.saved() == [run.records()[-1]["step"]]
+        told = [
+            (event.get("worker"), event["reason"]) for event in run.events() if event["event"] == "checkpoint_failed"
+        ]
+        assert len(told) == len(set(told)) <= 3, "by each writer once, and by their leader"
+        assert run.coordinator.status()["phase"] == "waiting"
+        run.coordinator.submit({"event": "stop", "reason": "SIGTERM"})
+        run.wait_end()
+
+
+def test_a_stop_in_a_hold_waits_for_a_storage_that_comes_back(tmp_path: Path) -> None:
+    set_fault(tmp_path / "control", "full write")
+    with FaultyRun(holding(tmp_path), 3) as run:
+        begin_hold(run)
+        run.wait("that it is told", lambda _: any("within 1 s" in reason for reason in run.failures()))
+        run.coordinator.submit({"event": "stop", "reason": "SIGTERM"})
+        run.wait("the stop", lambda _: any(event["event"] == "stop" for event in run.events()))
+        assert run.coordinator.status()["phase"] == "waiting"
+        set_fault(tmp_path / "control", "")
+        run.wait_end()
+        run.coordinator.close()
+        assert run.saved() == [run.records()[-1]["step"]]
+
+
+def test_the_last_one_saves_when_another_dies_while_both_save(tmp_path: Path) -> None:
+    set_fault(tmp_path / "control", "hang write")
+    with FaultyRun(holding(tmp_path, redundancy=2), 3) as run:
+        begin_hold(run)
+        run.wait("a write", lambda _: bool(run.failures()))
+        run.signal("w2", signal.SIGKILL)
+        run.wait("its loss", lambda s: s["workers"] == 1)
+        set_fault(tmp_path / "control", "")
+        run.wait("the checkpoint", lambda _: bool(run.saved()))
+        assert run.saved() == [run.records()[-1]["step"]]

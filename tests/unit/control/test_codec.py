@@ -20,6 +20,7 @@ from elastic_moe.control.codec import (
     encode,
 )
 from elastic_moe.control.message_events import MembershipMessage, event_of_message, event_of_request
+from elastic_moe.control.requests import REQUESTS, Request
 from elastic_moe.types import Member, View
 
 WORDS = st.text(max_size=8)
@@ -44,7 +45,7 @@ WORKER_MESSAGES = {
     msg.RecordMessage: st.builds(lambda p, step: msg.RecordMessage(p | {"step": step}), PAYLOADS, WHOLE),
     msg.EventMessage: st.builds(lambda p, name: msg.EventMessage(p | {"event": name}), PAYLOADS, WORDS),
     msg.ShardMessage: st.builds(lambda p, step: msg.ShardMessage(p | {"step": step}), PAYLOADS, WHOLE),
-    msg.HeldMessage: st.builds(msg.HeldMessage, WHOLE),
+    msg.HeldMessage: st.builds(msg.HeldMessage, WHOLE, WORDS),
     msg.FinishedMessage: st.just(msg.FinishedMessage()),
     msg.FailingMessage: st.builds(msg.FailingMessage, WORDS),
     msg.LeftMessage: st.just(msg.LeftMessage()),
@@ -68,7 +69,7 @@ MESSAGES = FROM_WORKER | FROM_COORDINATOR
 def test_every_message_has_a_name_and_is_tested() -> None:
     assert set(WORKER_MESSAGES) == set(msg.FROM_WORKER.values()) == set(get_args(msg.WorkerMessage))
     assert set(COORDINATOR_MESSAGES) == set(msg.FROM_COORDINATOR.values()) == set(get_args(msg.CoordinatorMessage))
-    assert set(msg.REQUESTS.values()) == set(get_args(msg.Request))
+    assert set(REQUESTS.values()) == set(get_args(Request))
 
 
 @settings(max_examples=300, deadline=None)
@@ -216,7 +217,7 @@ def test_requests_become_events(values: dict[str, Any], event: ev.Event) -> None
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({}, "field 'event' must be one of drain, worker_lost, node_lost, stop, not None"),
+        ({}, "field 'event' must be one of drain, worker_lost, node_lost, stop, fail, not None"),
         ({"event": "explode"}, "not 'explode'"),
         ({"event": "worker_lost"}, "message 'worker_lost': field 'worker' is missing"),
         ({"event": "drain", "deadline": 3}, "message 'drain': field 'deadline' is unknown"),
@@ -235,7 +236,7 @@ def test_any_mapping_is_a_request_or_a_value_error(values: dict[str, Any]) -> No
         request = decode_request(values)
     except ValueError:
         return
-    assert type(request) in msg.REQUESTS.values()
+    assert type(request) in REQUESTS.values()
 
 
 def test_messages_become_events() -> None:

@@ -13,7 +13,7 @@ from elastic_moe.control import messages as msg
 from elastic_moe.control.state import State, WorkerRecord
 from elastic_moe.coordination.event_log import EventLog
 from elastic_moe.coordination.membership import Membership
-from elastic_moe.types import Member, View
+from elastic_moe.types import SAVED, Member, View
 
 STORE = ("127.0.0.1", 7)
 
@@ -118,7 +118,7 @@ def test_too_few_workers_pause_and_a_stop_reaches_all() -> None:
     assert run.membership.status()["phase"] == "waiting", "the member that is left saves first"
     hold = run.to("a", msg.ViewMessage)[-1]
     assert hold.hold
-    run.membership.receive("a", msg.HeldMessage(hold.view.generation))
+    run.membership.receive("a", msg.HeldMessage(hold.view.generation, SAVED))
     assert run.membership.status()["phase"] == "finished"
 
 

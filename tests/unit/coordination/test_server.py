@@ -13,6 +13,7 @@ import pytest
 from elastic_moe.config.schema import RunConfig, TrainConfig
 from elastic_moe.control import messages as msg
 from elastic_moe.control.codec import decode_from_coordinator, encode
+from elastic_moe.control.requests import StopRequest
 from elastic_moe.coordination import gate
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.types import Member, View
@@ -114,7 +115,7 @@ def test_an_error_in_a_callback_ends_neither_the_connection_nor_the_server(serve
     messages = [decode_from_coordinator(peer.readline()) for _ in range(2)]
     assert [type(message) for message in messages] == [msg.WelcomeMessage, msg.ViewMessage]
     assert [record["step"] for record in served.records] == [12, 14]
-    served.server.submit(msg.StopRequest("enough"))
+    served.server.submit(StopRequest("enough"))
     assert isinstance(decode_from_coordinator(peer.readline()), msg.StopMessage)
 
 

@@ -99,7 +99,9 @@ def test_a_failed_write_is_an_event_and_the_next_one_succeeds(
         patch.setattr(storage_module, "_sync", full)
         writer.save(7, "r0", held(), OWNED, 1)
         assert not writer.wait_written(7, PATIENCE_S)
-    (event,) = reports.events
+        writer.save(7, "r0", held(), OWNED, 2)
+        assert not writer.wait_written(7, PATIENCE_S)
+    (event,) = reports.events  # the same step and reason again is no news
     assert (event["event"], event["step"]) == ("checkpoint_failed", 7)
     assert "No space left" in event["reason"]
     assert not reports.shards

@@ -239,5 +239,12 @@ def test_a_hold_is_waited_for_like_a_view_and_is_not_one() -> None:
     waited_for = inbox.wait_view(3)
     assert waited_for is not None
     assert (waited_for.hold, waited_for.view.generation) == (True, 4)
-    inbox.receive(view(5, "w", planned=False))
-    assert inbox.wait_view(4) == view(5, "w", planned=False)
+    aborted: list[str] = []
+    inbox.begin_view(waited_for.view, aborted.append)
+    assert aborted == []
+    inbox.receive(replace(view(5, "w", planned=False), hold=True))
+    assert aborted == ["the save of generation 5 replaces that of 4"]
+    inbox.receive(view(6, "w", planned=False))
+    inbox.begin_view(view(6, "w").view, aborted.append)
+    assert len(aborted) == 2, "the view ended the save, and no save ends the view"
+    assert inbox.wait_view(5) == view(6, "w", planned=False)

@@ -55,3 +55,9 @@ class CoordinatorLost(RuntimeError):
 
 class Evicted(RuntimeError):
     """The coordinator no longer counts this worker as a member; the process must not touch the run any more."""
+
+
+def reason_of(error: BaseException) -> str:
+    """One line about an error; about that of the worker, where Ray Train has wrapped it."""
+    error = next(iter(getattr(error, "worker_failures", {}).values()), error)
+    return next(iter(str(error).splitlines()), "") or repr(error)

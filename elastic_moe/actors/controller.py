@@ -18,6 +18,7 @@ os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
 import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray.exceptions import AsyncioActorExit
 from ray.train import BackendConfig, Result
 from ray.train.backend import Backend
 from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
@@ -39,12 +40,13 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from elastic_moe.actors.link import CoordinatorLink, this_node
 from elastic_moe.actors.worker_group import ElasticWorkerGroup, WorkerExit
-from elastic_moe.errors import Diverged, Evicted, UserError
+from elastic_moe.errors import Diverged, Evicted, UserError, reason_of
 
 POLL_S = 0.25  # between two polls of the workers; the coordinator hears of a death earlier, by the closed connection
 END_GRACE_S = 60.0  # after the end of the run, train functions are waited for so long
 EVICTED_GRACE_S = 10.0  # an evicted worker that has not ended by itself is killed after so long
 COORDINATOR_SILENT_S = 300.0
+ASK_AGAIN_S = 5.0  # a coordinator that was just lost may not have heard that the run is given up
 NOT_USED = (DatasetsCallback, WorkingDirectorySetupCallback, PlacementGroupCleanerCallback)
 
 logger = logging.getLogger(__name__)
@@ -67,15 +69,20 @@ class ElasticBackendConfig(BackendConfig):
 class ElasticController(TrainController):
     """Runs the worker group until the coordinator says that the run has finished or failed.
 
+    An error that ends the run is handed to the coordinator first, so that the members save their state.
+
     Args:
         coordinator: name of the coordinator actor.
+        last_save_s: the members get at most so long for that.
         **stock: the arguments of `TrainController`.
     """
 
     worker_group_cls = ElasticWorkerGroup
 
-    def __init__(self, *, coordinator: str, **stock: Any) -> None:
-        self._link = CoordinatorLink(coordinator)
+    def __init__(self, *, coordinator: str, last_save_s: float, **stock: Any) -> None:
+        self._link, self._last_save_s = CoordinatorLink(coordinator), last_save_s
+        self._error: TrainingFailedError | None = None  # the first one that ends the run
+        self._error_since_s = self._ask_s = 0.0
         self._step_seen = -1
         self._raised = 0  # train functions that raised since the last committed step
         self._over_since_s: float | None = None
@@ -87,27 +94,45 @@ class ElasticController(TrainController):
         state = self.get_state()
         if not isinstance(state, RunningState):
             return await super()._step()
-        await self._poll_workers()
         group = self._worker_group
         assert isinstance(group, ElasticWorkerGroup)
         status = self._link.poll()
+        try:
+            error = await self._supervise(group, status)
+        except AsyncioActorExit:
+            raise
+        except Exception as fault:  # noqa: BLE001 - of this controller: it ends the run, whose members live
+            error = fault if isinstance(fault, TrainingFailedError) else ControllerError(fault)
+        if error is not None and self._error is None:
+            logger.error("the run is given up once its members have saved their state: %s", error)
+            self._error, self._error_since_s, group.filling = error, time_monotonic(), False
+        if self._error is not None and time_monotonic() >= self._ask_s:
+            self._ask_s = time_monotonic() + ASK_AGAIN_S
+            self._link.submit({"event": "fail", "reason": reason_of(self._error)})
+        next_state = self._next_state(group, status)
+        return TrainControllerLoopIterationResult(
+            run_attempt_id=self._get_run_attempt_id(),
+            previous_state=state,
+            next_state=next_state,
+            training_failed_error=None if isinstance(next_state, RunningState) else self._error,
+        )
+
+    async def _supervise(self, group: ElasticWorkerGroup, status: dict[str, Any]) -> TrainingFailedError | None:
+        """Look after the workers once. Returns an error that ends the run."""
+        await self._poll_workers()
         if status.get("step", -1) != self._step_seen:
             self._step_seen, self._raised = status.get("step", -1), 0
             group.progressed()
         failure = self._report_ended(group) or self._failure(group, status)
         self._kill_evicted(group, status)
-        return TrainControllerLoopIterationResult(
-            run_attempt_id=self._get_run_attempt_id(),
-            previous_state=state,
-            next_state=self._next_state(group, status, failure),
-            training_failed_error=failure,
-        )
+        return failure
 
-    def _next_state(
-        self, group: ElasticWorkerGroup, status: dict[str, Any], failure: TrainingFailedError | None
-    ) -> TrainControllerState:
-        if failure is not None:
-            return ShuttingDownState(next_state=ErroredState(training_failed_error=failure))
+    def _next_state(self, group: ElasticWorkerGroup, status: dict[str, Any]) -> TrainControllerState:
+        if self._error is not None:
+            over = status.get("phase") in ("failed", "finished")
+            if not over and time_monotonic() - self._error_since_s < self._last_save_s:
+                return RunningState()
+            return ShuttingDownState(next_state=ErroredState(training_failed_error=self._error))
         if status.get("phase") != "finished":
             return RunningState()
         if self._over_since_s is None:
@@ -118,7 +143,8 @@ class ElasticController(TrainController):
         return ShuttingDownState(next_state=FinishedState())
 
     def _report_ended(self, group: ElasticWorkerGroup) -> TrainingFailedError | None:
-        """Report ended workers to the coordinator. Returns an error when one of them ends the run."""
+        """Report ended workers to the coordinator. Returns the first error that ends the run."""
+        failure: TrainingFailedError | None = None
         for ended in group.take_ended():
             if ended.error is None:
                 self._return_value = ended.value
@@ -134,12 +160,12 @@ class ElasticController(TrainController):
                 }
             )
             if isinstance(ended.error, UserError | Diverged):
-                return _as_failure(ended)
-            if not ended.died and not isinstance(ended.error, Evicted):
+                failure = failure or _as_failure(ended)
+            elif not ended.died and not isinstance(ended.error, Evicted):
                 self._raised += 1
                 if self._raised >= max(6, 3 * group.get_worker_group_context().num_workers):
-                    return _as_failure(ended)  # a fault of the program: every replacement would end the same way
-        return None
+                    failure = failure or _as_failure(ended)  # of the program: every replacement would end the same way
+        return failure
 
     def _failure(self, group: ElasticWorkerGroup, status: dict[str, Any]) -> TrainingFailedError | None:
         if status.get("phase") == "failed":
@@ -167,11 +193,12 @@ class ElasticTrainer(DataParallelTrainer):
     Args:
         train_loop_per_worker: see `DataParallelTrainer`.
         coordinator: name of the coordinator actor, which decides when the run is over.
+        last_save_s: when the run fails, its members get at most so long to save their state.
         **stock: the arguments of `DataParallelTrainer`.
     """
 
-    def __init__(self, train_loop_per_worker: Any, *, coordinator: str, **stock: Any) -> None:
-        self._coordinator = coordinator
+    def __init__(self, train_loop_per_worker: Any, *, coordinator: str, last_save_s: float, **stock: Any) -> None:
+        self._coordinator, self._last_save_s = coordinator, last_save_s
         super().__init__(train_loop_per_worker, backend_config=ElasticBackendConfig(), **stock)
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
@@ -187,6 +214,8 @@ class ElasticTrainer(DataParallelTrainer):
             label_selector=this_node(),
             runtime_env={"env_vars": env_vars},
         )(ElasticController)
-        controller = controller_cls.remote(coordinator=self._coordinator, **controller_init_kwargs)
+        controller = controller_cls.remote(
+            coordinator=self._coordinator, last_save_s=self._last_save_s, **controller_init_kwargs
+        )
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())

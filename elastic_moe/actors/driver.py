@@ -11,15 +11,15 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from tqdm import tqdm
 
 from elastic_moe.actors.cluster import max_workers, ray_session, resources_per_worker, start_workers
@@ -28,16 +28,17 @@ from elastic_moe.actors.coordinator import Coordinator
 from elastic_moe.actors.fit import fit
 from elastic_moe.actors.identify import begin, changes, fingerprint_of
 from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, Finder, actor_name, fetch_token, this_node
-from elastic_moe.checkpoint.reader import load_manifest
+from elastic_moe.actors.outcome import Ended, conclude
+from elastic_moe.actors.stop import Stop, signals
 from elastic_moe.checkpoint.storage import probe, set_timeout
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.lease import Lease, lost, own
 from elastic_moe.coordination.start import Found, check_start, look
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
-from elastic_moe.errors import Diverged, StorageFailed, UserError
+from elastic_moe.errors import UserError, reason_of
 from elastic_moe.metrics.format_event import format_event, format_loss
-from elastic_moe.metrics.jsonl import Tail, read_jsonl
+from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.wandb import Tracker
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
@@ -45,8 +46,11 @@ from elastic_moe.run_dir import EVENTS, EXPERTS, FAULTS, METRICS, RAY, REPORT, T
 from elastic_moe.saved import with_tokenizer
 
 POLL_S = 0.2
+ASK_AGAIN_S = 5.0  # between two requests to stop: a coordinator that was just lost may not have heard the first
 CLOSE_TIMEOUT_S = 60.0
-EXIT_FAILED = 1
+OVER = ("finished", "failed")
+STOPPING = "stopping: waiting for the final checkpoint (once more to end at once)"
+LAST_SAVE_MARGIN_S = 30.0  # beyond the time for which the coordinator itself waits for the save of a run that fails
 
 
 def launch(config: TrainConfig, raw_yaml: str) -> int:
@@ -92,7 +96,7 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
     tokenizer.save(run_dir / TOKENIZER)
     tracker = Tracker(config.tracking, run_dir, asdict(config) | {"units": units()}, os.environ)
     try:
-        with ray_session(config), _signals() as stop:
+        with ray_session(config), signals() as stop:
             return _Driver(config, prepared, tracker, stop, leases).run()
     finally:
         tracker.close()
@@ -126,35 +130,6 @@ def _clear(found: Found) -> None:
         (run_dir / name).unlink(missing_ok=True)
     for path in (run_dir / FAULTS).glob("*"):
         path.unlink()
-
-
-@dataclass
-class _Stop:
-    """The signal that asked for an end, if any."""
-
-    signum: int = 0
-    count: int = 0
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Count SIGINT and SIGTERM in a `_Stop`; the second one raises KeyboardInterrupt."""
-    stop = _Stop()
-
-    def note(signum: int, _frame: Any) -> None:
-        stop.signum, stop.count = signum, stop.count + 1
-        if stop.count > 1:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def train_function(settings: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +184,7 @@ def make_trainer(config: TrainConfig, prepared: Prepared, name: str) -> ElasticT
         train_function,
         train_loop_config={"config": config, "find": Finder(name), "prepared": prepared},
         coordinator=name,
+        last_save_s=config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S,
         scaling_config=ScalingConfig(
             num_workers=max_workers(config), resources_per_worker=resources_per_worker(config.cluster)
         ),
@@ -223,7 +199,7 @@ class _Driver:
     config: TrainConfig
     prepared: Prepared
     tracker: Tracker
-    stop: _Stop
+    stop: Stop
     leases: Sequence[Lease]
     error: BaseException | None = None
     last_step: int = 0
@@ -239,39 +215,50 @@ class _Driver:
         training = threading.Thread(target=self._fit, args=(name,), name="ray-train", daemon=True)
         training.start()
         link = CoordinatorLink(name)
-        interrupted = False
+        asked_s, interrupted = -ASK_AGAIN_S, False
         try:
             with tqdm(total=self.config.run.steps, unit="step", dynamic_ncols=True, disable=None) as bar:
-                asked = False
                 while training.is_alive():
                     if taken := lost(self.leases):
                         self.error = RuntimeError(f"{taken}; nothing more was written there")
                         raise KeyboardInterrupt
-                    if self.stop.count and not asked:
-                        asked = True
-                        bar.write(
-                            "stopping: waiting for the final checkpoint (once more to end at once)", file=sys.stderr
-                        )
+                    if self.stop.count and time.monotonic() - asked_s >= ASK_AGAIN_S:
+                        if asked_s < 0:
+                            bar.write(STOPPING, file=sys.stderr)
+                        asked_s = time.monotonic()
                         link.submit({"event": "stop", "reason": signal.Signals(self.stop.signum).name})
                     self._show(coordinator, link, bar)
                     training.join(POLL_S)
                 self._show(coordinator, link, bar)
         except KeyboardInterrupt:
             interrupted = True
+        except Exception as error:  # noqa: BLE001 - of this display: the run is not to end unsaved
+            self.error = error
         try:
             if not interrupted:
+                self._save_last(link)
                 self.status = ray.get(coordinator.status.remote(), timeout=CLOSE_TIMEOUT_S)
             ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
             print(f"the coordinator did not end cleanly: {error}", file=sys.stderr)
         ray.kill(coordinator)
-        return self._conclude()
+        return conclude(Ended(self.config, self.stop, self.error, self.status))
 
     def _fit(self, name: str) -> None:
         try:
             fit(lambda: make_trainer(self.config, self.prepared, name), CoordinatorLink(name))
         except Exception as error:  # noqa: BLE001 - the main thread reports it
             self.error = error
+
+    def _save_last(self, link: CoordinatorLink) -> None:
+        """After an error that the coordinator has not heard of: let the members save their state before all ends."""
+        if self.error is None or isinstance(self.error, ActorDiedError):
+            return  # the controller's death was that of its workers, see `fit`
+        deadline_s = time.monotonic() + self.config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S
+        link.forget()
+        link.submit({"event": "fail", "reason": reason_of(self.error)})
+        while link.poll().get("phase") not in OVER and time.monotonic() < deadline_s:
+            time.sleep(POLL_S)
 
     def _show(self, coordinator: Any, link: CoordinatorLink, bar: Any) -> None:
         """Bring progress bar and tracker up to date. A coordinator that does not answer is asked again later."""
@@ -294,56 +281,6 @@ class _Driver:
                 f"loss {format_loss(last['loss'])}  {last.get('tokens_per_s', 0):,.0f} tok/s  "
                 f"world {last.get('world_size', '?')}  gen {last.get('generation', '?')}"
             )
-
-    def _conclude(self) -> int:
-        events = read_jsonl(Path(self.config.run.dir) / EVENTS)
-        records = read_jsonl(Path(self.config.run.dir) / METRICS)
-        step = int(records[-1]["step"]) if records else 0
-        complete = step >= self.config.run.steps and self.error is None
-        if complete:
-            self._summarise(records, events)
-        if complete or (step and self.stop.count and self.status.get("phase") == "finished"):
-            self._check_saved(step)
-        if complete:
-            return 0
-        if self.stop.count:
-            print(f"stopped after step {step} of {self.config.run.steps}; go on with run.resume=auto")
-            return 128 + self.stop.signum
-        for cause in getattr(self.error, "worker_failures", {}).values():
-            if isinstance(cause, UserError):
-                raise cause
-            if isinstance(cause, Diverged):
-                self.error = cause
-        reason = self.error or self.status.get("reason") or "the run ended early"
-        print(f"failed after step {step} of {self.config.run.steps}: {reason}", file=sys.stderr)
-        return EXIT_FAILED
-
-    def _check_saved(self, step: int) -> None:
-        """Look for the checkpoint of the last step.
-
-        Raises:
-            StorageFailed: it is not there.
-        """
-        root = checkpoint_root(self.config)
-        try:
-            load_manifest(root, step)
-        except OSError as error:
-            raise StorageFailed(
-                f"the state after step {step} is not saved in checkpoint.dir={root}: {error}; the checkpoint before "
-                "it, if there is one, is what a resume continues from."
-            ) from error
-
-    def _summarise(self, records: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
-        last = records[-1]
-        generations = {record.get("generation") for record in records}
-        print(
-            f"{last['step']} steps, loss {format_loss(last['loss'])}, {len(generations)} generation(s), "
-            f"last world size {last.get('world_size')}; {self.config.run.dir}"
-        )
-        for label, key in (("evaluated", "val_loss"), ("sample", "text")):
-            found = [event[key] for event in events if event.get("event") == label and key in event]
-            if found:
-                print(f"val_loss: {format_loss(found[-1])}" if key == "val_loss" else f"sample: {found[-1]}")
 
 
 __all__ = ["launch", "make_trainer", "start_coordinator", "train_function"]

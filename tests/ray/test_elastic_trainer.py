@@ -68,6 +68,7 @@ class Run:
 
     root: Path
     coordinator: Any
+    last_save_s: float = 600.0
     thread: threading.Thread = field(init=False)
     result: Any = None
     error: BaseException | None = None
@@ -77,6 +78,7 @@ class Run:
             _train,
             train_loop_config={"dir": str(self.root)},
             coordinator=actor_name("stub"),
+            last_save_s=self.last_save_s,
             scaling_config=ScalingConfig(num_workers=max_workers, resources_per_worker={"CPU": 1}),
             run_config=RunConfig(name="ray", storage_path=str(self.root / "storage")),
         )
@@ -143,10 +145,29 @@ def test_user_error_ends_the_run_and_a_bug_does_not(run: Run, cluster: Cluster, 
     until(lambda: len(run.pids()) == 3, "the crashed worker is replaced")
     os.kill(first, 0)
 
+    third = next(iter(run.pids() - {first, second}))
     (run.root / f"raise-{first}").touch()
+    until(lambda: "fail" in [event["event"] for event in ray.get(run.coordinator.events.remote())], "it is given up")
+    events = ray.get(run.coordinator.events.remote())
+    assert "data.corpus: no such file" in next(event["reason"] for event in events if event["event"] == "fail")
+    os.kill(third, 0)
+    assert run.thread.is_alive(), "the other worker saves its state"
+    ray.get(run.coordinator.set.remote(phase="failed"))
     run.thread.join(30)
+    assert not run.thread.is_alive()
     assert "data.corpus: no such file" in str(run.error)
     assert isinstance(run.error.worker_failures[0], UserError)  # type: ignore[union-attr]
+
+
+@pytest.mark.timeout(120)
+def test_the_last_save_is_waited_for_with_a_bound(run: Run, cluster: Cluster, until: Callable[..., None]) -> None:
+    cluster.add_node(num_cpus=1, object_store_memory=80 * 1024 * 1024)
+    run.last_save_s = 2.0
+    run.start(max_workers=1)
+    until(lambda: len(run.pids()) == 1, "a worker")
+    (run.root / f"raise-{next(iter(run.pids()))}").touch()
+    run.thread.join(60)
+    assert "data.corpus: no such file" in str(run.error)
 
 
 @pytest.mark.timeout(120)

@@ -1,0 +1,100 @@
+"""The outcome of a run: its exit code, the last lines that the driver prints, and whether the last state is saved."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.actors.stop import Stop
+from elastic_moe.checkpoint.reader import load_manifest
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.errors import Diverged, StorageFailed, UserError
+from elastic_moe.metrics.format_event import format_loss
+from elastic_moe.metrics.jsonl import read_jsonl
+from elastic_moe.run_dir import EVENTS, METRICS, checkpoint_root
+
+EXIT_FAILED = 1
+SIGNALLED = 128  # exit codes of runs that a signal has stopped begin here
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that has ended.
+
+    Attributes:
+        config: its configuration.
+        stop: the wish for an end, if any.
+        error: the error that ended it, if any.
+        status: newest status of the coordinator.
+    """
+
+    config: TrainConfig
+    stop: Stop
+    error: BaseException | None
+    status: dict[str, Any]
+
+
+def conclude(run: Ended) -> int:
+    """Print the outcome. Returns the exit code.
+
+    Raises:
+        UserError: the input was bad.
+        StorageFailed: all steps are committed, or the run was stopped, and its last state is not saved.
+    """
+    run_dir, steps, root = Path(run.config.run.dir), run.config.run.steps, checkpoint_root(run.config)
+    records = read_jsonl(run_dir / METRICS)
+    step = int(records[-1]["step"]) if records else 0
+    complete = step >= steps and run.error is None
+    if complete:
+        _summarise(run.config, records, read_jsonl(run_dir / EVENTS))
+    unsaved = _why_unsaved(root, step) if step else ""
+    if unsaved and run.error is None and (complete or run.stop.count == 1):
+        raise StorageFailed(
+            f"the state after step {step} is not saved in checkpoint.dir={root}: {unsaved}; the checkpoint before it, "
+            "if there is one, is what a resume continues from."
+        )
+    if complete:
+        return 0
+    saved = f"the state after step {step} is {f'not saved: {unsaved}' if unsaved else 'saved'}" if step else ""
+    if run.stop.count > 1 or (run.stop.count and not unsaved):
+        told = f" ({saved})" if unsaved else ""
+        print(f"stopped after step {step} of {steps}{told}; go on with run.resume=auto")
+        return SIGNALLED + run.stop.signum
+    cause = _cause(run.error)
+    known = cause or run.status.get("reason") or "the run ended early"
+    print("; ".join(filter(None, (f"failed after step {step} of {steps}: {known}", saved))), file=sys.stderr)
+    if isinstance(cause, UserError):
+        raise cause
+    return EXIT_FAILED
+
+
+def _cause(error: BaseException | None) -> BaseException | None:
+    """The error of a worker that is the reason, where its sentence is meant for the user; else the error itself."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        if isinstance(failure, UserError | Diverged):
+            return failure
+    return error
+
+
+def _why_unsaved(root: str, step: int) -> str:
+    """Why there is no checkpoint of this step; "" if there is."""
+    try:
+        load_manifest(root, step)
+    except OSError as error:
+        return str(error) or repr(error)
+    return ""
+
+
+def _summarise(config: TrainConfig, records: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+    last = records[-1]
+    generations = {record.get("generation") for record in records}
+    print(
+        f"{last['step']} steps, loss {format_loss(last['loss'])}, {len(generations)} generation(s), "
+        f"last world size {last.get('world_size')}; {config.run.dir}"
+    )
+    for label, key in (("evaluated", "val_loss"), ("sample", "text")):
+        found = [event[key] for event in events if event.get("event") == label and key in event]
+        if found:
+            print(f"val_loss: {format_loss(found[-1])}" if key == "val_loss" else f"sample: {found[-1]}")

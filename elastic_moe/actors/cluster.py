@@ -9,21 +9,17 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from elastic_moe.actors.link import NAMESPACE
+from elastic_moe.actors.ray_directory import PACKAGE, own_directory
 from elastic_moe.config.schema import ClusterConfig, TrainConfig
-from elastic_moe.environment import environment
 from elastic_moe.errors import UserError
 
-PACKAGE = Path(__file__).resolve().parents[1]
 GIB = 1 << 30
 OBJECT_STORE_MIN_BYTES = 75 << 20  # Ray's lower bound
 
@@ -67,7 +63,7 @@ def ray_session(config: TrainConfig) -> Iterator[Any]:
         with _existing(config.cluster):
             yield None
     else:
-        with _own_directory():
+        with own_directory():
             if kind == "local":
                 with _local(config):
                     yield None
@@ -155,24 +151,3 @@ def _existing(cluster: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _own_directory() -> Iterator[None]:
-    """Give Ray a temporary directory with a short path, and let its processes import this package.
-
-    The path must be short because a socket's name has at most 107 bytes.
-    """
-    root = tempfile.mkdtemp(prefix="emoe")
-    os.mkdir(os.path.join(root, "ray"))
-    path = os.environ.get("PYTHONPATH")
-    changed = {
-        "RAY_TMPDIR": root,
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(PACKAGE.parent), path))),
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }
-    try:
-        with environment(changed):
-            yield
-    finally:
-        shutil.rmtree(root, ignore_errors=True)

@@ -81,6 +81,7 @@ def test_sigterm_to_the_driver_saves_the_last_step(tiny: list[str], tmp_path: Pa
 
 @pytest.mark.timeout(900)
 def test_ray_job_stop_saves_the_last_step(head: Any, tiny: list[str], tmp_path: Path) -> None:
+    """The driver gets SIGTERM twice: from Ray, and from the program around it, which Ray signals too."""
     run = tmp_path / "run"
     head.start("--num-cpus=2", "--include-dashboard=true")
     patience = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}})
@@ -89,7 +90,7 @@ def test_ray_job_stop_saves_the_last_step(head: Any, tiny: list[str], tmp_path: 
     train = [sys.executable, "-m", "elastic_moe.train", "cluster=address", "cluster.workers=2", *tiny]
     train += ["checkpoint.every_steps=0"]
 
-    begun = head.call(*submit, "--submission-id=first", "--no-wait", "--", *train, ENDLESS)
+    begun = head.call(*submit, "--submission-id=first", "--no-wait", "--", "timeout", "3600", *train, ENDLESS)
     assert begun.returncode == 0, begun.stdout + begun.stderr
     wait_steps(run, 5)
     stopped = head.call("ray", "job", "stop", address, "first", timeout_s=PATIENCE_S)

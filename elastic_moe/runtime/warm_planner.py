@@ -1,11 +1,16 @@
 """Compiles the planner before its first use: `python -m elastic_moe.plan.warm`, and every worker before it joins.
 
-A file lock makes one process of a machine compile. The others wait for it and load the result from the cache.
+A file lock makes one process of a machine compile, and that one says so. The others wait for it and load the result
+from the cache.
 """
 
 from __future__ import annotations
 
 import fcntl
+import sys
+import time
+from collections.abc import Callable
+from typing import IO
 
 import numpy as np
 
@@ -13,14 +18,46 @@ from elastic_moe.plan.compiled import cache_dir
 from elastic_moe.plan.placement import Topology, plan_placement
 from elastic_moe.plan.split import split_tokens
 
+READY = "ready"  # file in the cache: everything is compiled
+LOCK_S = 900.0  # after so long a process compiles itself, whatever the one with the lock does
+POLL_S = 0.1
+REASON = "the planner is compiled for this machine, once: this takes a minute or two"
 
-def warm_up() -> None:
-    """Run the planner and the split once, with the types of arguments that a run uses."""
+
+def warm_up(tell: Callable[[str], None] = lambda _: None) -> None:
+    """Run the planner and the split once, with the types of arguments that a run uses.
+
+    Args:
+        tell: called with a sentence if this process is going to compile.
+    """
+    ready = cache_dir() / READY
+    if ready.exists():
+        _run()
+        return
     with open(cache_dir() / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        placement = plan_placement(np.ones((1, 4)), Topology(("a", "b"), (1.0, 1.0)), [3, 3])
-        split_tokens(np.ones((2, 4), dtype=np.int64), placement, 0)
+        _acquire(lock)
+        if not ready.exists():
+            tell(REASON)
+        _run()
+        ready.touch()
 
 
-if __name__ == "__main__":
-    warm_up()
+def _run() -> None:
+    placement = plan_placement(np.ones((1, 4)), Topology(("a", "b"), (1.0, 1.0)), [3, 3])
+    split_tokens(np.ones((2, 4), dtype=np.int64), placement, 0)
+
+
+def _acquire(lock: IO[str]) -> None:
+    """Take the lock, or wait for it at most `LOCK_S`."""
+    deadline_s = time.monotonic() + LOCK_S
+    while time.monotonic() < deadline_s:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(POLL_S)
+
+
+def main() -> None:
+    """Compile the planner, and say so."""
+    warm_up(lambda reason: print(reason, file=sys.stderr))

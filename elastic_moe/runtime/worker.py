@@ -130,7 +130,7 @@ class Worker:
         """
         dtype = torch.bfloat16 if self._config.precision == "bf16" else torch.float32
         warm_up_kernels(self._config.model, self._device, dtype)
-        warm_up_planner()
+        warm_up_planner(lambda reason: self._client.event({"event": "planner_compiles", "reason": reason}))
         self._client.ready()
         try:
             return {"ended": self._generations(), "committed": self._local.committed}

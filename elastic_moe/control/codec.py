@@ -141,13 +141,18 @@ def _hints(cls: type) -> Mapping[str, Any]:
     return get_type_hints(cls)
 
 
+@cache
+def _required(cls: type) -> tuple[str, ...]:
+    """Fields without a default."""
+    return tuple(f.name for f in fields(cast("Any", cls)) if f.default is MISSING and f.default_factory is MISSING)
+
+
 def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
     """A dataclass from an object. `path`: where the object is, with a dot at the end."""
     hints = _hints(cls)
     if unknown := [name for name in values if name not in hints]:
         raise ValueError(f"field {path + unknown[0]!r} is unknown")
-    required = [f.name for f in fields(cast("Any", cls)) if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in required if name not in values]:
+    if missing := [name for name in _required(cls) if name not in values]:
         raise ValueError(f"field {path + missing[0]!r} is missing")
     return cls(**{name: _read(hints[name], value, path + name) for name, value in values.items()})
 

@@ -34,12 +34,15 @@ def remove_in_doubt(state: State, now_s: float, config: ElasticConfig) -> tuple[
     in_doubt = [w for w in state.view_workers if _is_in_doubt(state, w, now_s, config)]
     last = bool(in_doubt) and not others_hold_all(state, in_doubt, config)
     if state.in_doubt and not last:  # some of those that were waited for are back: the others get a patience anew
-        for worker in set(in_doubt) & state.in_doubt:
-            closed_s = None if state.records[worker].closed_s is None else now_s
-            state = state.with_record(worker, last_heard_s=now_s, closed_s=closed_s)
+        records = dict(state.records)
+        for worker in state.in_doubt.intersection(in_doubt):
+            closed_s = None if records[worker].closed_s is None else now_s
+            records[worker] = replace(records[worker], last_heard_s=now_s, closed_s=closed_s)
+        state = replace(state, records=records)
     commands: list[Command] = []
+    patient_ones = frozenset(in_doubt) if last else frozenset[str]()
     for worker, record in list(state.records.items()):
-        patient = last and worker in in_doubt
+        patient = worker in patient_ones
         if record.closed_s is not None:
             patience_s = config.heartbeat_timeout_s if patient else CLOSED_GRACE_S
             silent_s, reason = now_s - record.closed_s, "connection closed"
@@ -56,7 +59,7 @@ def remove_in_doubt(state: State, now_s: float, config: ElasticConfig) -> tuple[
             name = "worker_evicted" if record.closed_s is None else "worker_lost"
             commands += [LogEvent(name, worker, member.node, member.pid, reason), Disconnect(worker)]
             state = state.unproven(worker, now_s)
-    waited_for = frozenset(w for w in in_doubt if w in state.records) if last else frozenset[str]()
+    waited_for = frozenset(w for w in patient_ones if w in state.records)
     if waited_for and not state.in_doubt:
         reason = f"no sign of {', '.join(sorted(waited_for))}, whose state may be the last: waiting for them"
         commands.append(LogEvent("members_in_doubt", reason=reason))
@@ -160,10 +163,10 @@ def others_hold_all(state: State, in_doubt: Sequence[str], config: ElasticConfig
     Each unit has `elastic.redundancy` mirrors, on other nodes than its owner where there are several. They are made
     anew when a view is entered, so members lost since the last view that worked count too.
     """
-    holders = [w for w in in_doubt if state.records[w].bears_state]
+    holders = {w for w in in_doubt if state.records[w].bears_state}
     if not holders or state.phase == FINISHING:
         return True  # at the end, the last step is committed and saved by all
-    sound = [w for w in state.view_workers if w not in in_doubt and state.records[w].bears_state]
+    sound = [w for w in state.view_workers if w not in holders and state.records[w].bears_state]
     if not sound or config.redundancy == 0:
         return False
     lost = sum(w not in state.records for w in state.worked)  # their copies may not have been made anew yet
@@ -178,7 +181,8 @@ def _hung(state: State, now_s: float, config: ElasticConfig) -> list[str]:
     if state.phase != RUNNING or not workers:
         return []
     progress = [state.records[w].last_progress for w in workers]
-    if min(progress) == max(progress):
+    least = min(progress)
+    if least == max(progress):
         return []
-    last = [state.records[w] for w in workers if state.records[w].last_progress == min(progress)]
+    last = [state.records[w] for w in workers if state.records[w].last_progress == least]
     return [record.member.worker for record in last if now_s - record.last_progress_s > config.hang_timeout_s]

@@ -42,13 +42,12 @@ from elastic_moe.control.events import (
     Tick,
     Welcome,
 )
+from elastic_moe.control.heartbeats import STALL_S, awaited, one_of_many, take_heartbeats
 from elastic_moe.control.holds import end_soon, hold_s, take_held
 from elastic_moe.control.links import ask_witnesses, take_links
 from elastic_moe.control.rules import apply_rules
 from elastic_moe.control.state import FINISHING, RUNNING, WAITING, State, WorkerRecord
 from elastic_moe.types import Member
-
-STALL_S = 2.0  # a longer gap between two events (ticks among them) means that the coordinator itself was stopped
 
 Observed = tuple[State, list[Command]]
 
@@ -79,15 +78,18 @@ def transition(
         The new state, the commands to carry out in order, and their reason ("" when nothing was decided).
     """
     state = _forgive_stall(state, now_s)
-    if isinstance(event, Heartbeat) and event.worker in state.records and not _awaited(state, event.worker):
-        return _heartbeat(state, event, now_s), (), ""  # nothing that a rule depends on; the tick sees to the rest
+    if isinstance(event, Heartbeat) and event.worker in state.records and not awaited(state, event.worker):
+        return take_heartbeats(state, {event.worker: (event, now_s)}), (), ""  # the tick sees to the rest
     if not isinstance(event, Hello | Closed | Lost | NodeLost | Drain | Stop | Fail | Tick):
         if event.worker not in state.records:
             return state, (), f"{type(event).__name__} of unknown worker {event.worker}"
         state = state.with_record(event.worker, last_heard_s=now_s, missing=False)
         if _stale(state, event):
             return state, (), f"stale {type(event).__name__} of {event.worker}"
+    before = state
     state, commands = _observe(state, event, now_s, config)
+    if one_of_many(before, state, event):
+        return state, tuple(commands), ""
     state, decided, reason = apply_rules(state, now_s, config)
     return state, (*commands, *decided), reason
 
@@ -110,27 +112,6 @@ def _forgive_stall(state: State, now_s: float) -> State:
     return replace(state, records=records)
 
 
-def _awaited(state: State, worker: str) -> bool:
-    """Whether a rule waits for a sign of this worker, so that its heartbeat is more than a heartbeat."""
-    return state.suspected_s is not None or state.records[worker].missing or worker in state.in_doubt
-
-
-def _heartbeat(state: State, event: Heartbeat, now_s: float) -> State:
-    """The state with a sign of life in it. Its cost is one copy of the table of workers, whatever the rules cost."""
-    record = state.records[event.worker]
-    progress = (event.generation, event.step, event.progress)
-    grew = progress > record.last_progress
-    record = replace(
-        record,
-        last_heard_s=now_s,
-        missing=False,
-        last_progress=progress if grew else record.last_progress,
-        last_progress_s=now_s if grew else record.last_progress_s,
-    )
-    state = replace(state, records={**state.records, event.worker: record})
-    return replace(state, step=event.step - 1, reforms=0) if event.step - 1 > state.step else state
-
-
 def _stale(state: State, event: Event) -> bool:
     """Whether the event speaks of a generation that is not the newest."""
     if isinstance(event, Suspect | Entered):
@@ -148,7 +129,7 @@ def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) ->
                 return state, []
             return state.with_record(worker, ready_s=now_s), [_log_event(state, "worker_ready", worker)]
         case Heartbeat():
-            return _heartbeat(state, event, now_s), []
+            return take_heartbeats(state, {event.worker: (event, now_s)}), []
         case Suspect(worker, _, error):
             line = _log_event(state, "suspect", worker, error)
             if state.suspected_s is not None:

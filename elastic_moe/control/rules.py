@@ -180,7 +180,7 @@ def _retreat(state: State, now_s: float, config: ElasticConfig) -> RuleResult | 
     if state.view is None or state.phase != RUNNING or state.stopping:
         return None
     staying = [w for w in state.view_workers if not leaves_soon(state.records[w], now_s)]
-    leaving = [w for w in state.view_workers if w not in staying]
+    leaving = [w for w in state.view_workers if leaves_soon(state.records[w], now_s)]
     lacking = _lacking(state, staying, now_s, config, leaving) if leaving else ""
     if not lacking:
         return None
@@ -276,7 +276,8 @@ def _members(state: State, workers: Sequence[str], config: ElasticConfig) -> lis
     )
     spare = max(0, len(workers) - min_workers(config))
     draining = set(urgent[:spare])
-    return [replace(state.records[w].member, draining=w in draining) for w in workers]
+    members = (state.records[w].member for w in workers)
+    return [m if m.draining == (m.worker in draining) else replace(m, draining=not m.draining) for m in members]
 
 
 def _joiners(state: State, now_s: float) -> list[str]:

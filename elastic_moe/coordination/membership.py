@@ -14,6 +14,7 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control import events as ev
 from elastic_moe.control import messages as msg
 from elastic_moe.control.doubt import CLOCK_DRIFT
+from elastic_moe.control.heartbeats import is_routine, take_heartbeats
 from elastic_moe.control.machine import initial_state, transition
 from elastic_moe.control.message_events import event_of_message
 from elastic_moe.control.state import FINISHING, State
@@ -100,6 +101,7 @@ class Membership:
         self._evicted: dict[str, None] = {}  # in order
         self._sources: dict[str, str] = {}  # worker -> digest of the sources that it runs
         self._refused: set[str] = set()  # nodes with other sources that were told
+        self._heard: dict[str, tuple[ev.Heartbeat, float]] = {}  # heartbeats since the last event, and when they came
 
     def refusal(self, hello: msg.HelloMessage) -> str:
         """Why a worker must not register; "" if it may.
@@ -136,14 +138,25 @@ class Membership:
             case msg.ShardMessage(shard):
                 hand_over(self._on_shard, dict(shard) | {"worker": worker})
             case _:
-                self.observe(event_of_message(worker, message))
+                self._take(event_of_message(worker, message))
                 if isinstance(message, msg.HeartbeatMessage) and worker in self._state.records:
                     self._connections.send((worker,), msg.AliveMessage(message.sent_s))
                 if isinstance(message, msg.EnteredMessage):
                     self._log.entered(self._state, self._step, worker, message.generation, message.info or {})
 
+    def _take(self, event: ev.Event) -> None:
+        """Take in the event of a message. A heartbeat on which nothing waits is kept for the next event or tick."""
+        now_s = time.monotonic()
+        if isinstance(event, ev.Heartbeat) and is_routine(self._state, event, now_s):
+            self._heard[event.worker] = (event, now_s)
+        else:
+            self.observe(event)
+
     def observe(self, event: ev.Event) -> None:
         """Let the machine decide, and carry its commands out."""
+        if self._heard:
+            self._state = take_heartbeats(self._state, self._heard)
+            self._heard = {}
         self._state, commands, _ = transition(self._state, event, time.monotonic(), self._config)
         if isinstance(event, ev.Lost) or (isinstance(event, ev.Hello) and event.worker in self._state.records):
             self._evicted.pop(event.worker, None)

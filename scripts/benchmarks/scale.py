@@ -164,6 +164,7 @@ def _vote(number: int, load_LE: np.ndarray, times_L: np.ndarray, num_ranks: int)
         world_size=num_ranks,
         balance=1.0,
         layer_time_L=times_L,
+        spike=False,
     )
 
 

@@ -1,4 +1,7 @@
-"""Simulated workers: one process with a connection each to a coordinator. They send heartbeats and enter every view."""
+"""Simulated workers: one process with a connection each to a coordinator.
+
+They send heartbeats and enter every view. When one of them dies, the collectives of all others fail, as in a run.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from elastic_moe.control.codec import encode
-from elastic_moe.control.messages import EnteredMessage, HeartbeatMessage, HelloMessage
+from elastic_moe.control.messages import EnteredMessage, HeartbeatMessage, HelloMessage, SuspectMessage
 
 TOKEN = "benchmark"
 LINE_LIMIT = 1 << 24  # bytes of a message
@@ -67,6 +70,8 @@ class _Workers:
     async def _kill(self, worker: int, timeout_s: float) -> float | None:
         closed_s = time.monotonic()
         self._writers.pop(worker).transport.abort()
+        for other, writer in self._writers.items():
+            writer.write(encode(SuspectMessage(self._generation[other], "Connection closed by peer")))
         while time.monotonic() < closed_s + timeout_s:
             if all(self._view_at_s.get(other, 0.0) > closed_s for other in self._writers):
                 return max(self._view_at_s[other] for other in self._writers) - closed_s

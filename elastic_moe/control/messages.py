@@ -188,9 +188,15 @@ class WelcomeMessage:
 
 @dataclass(frozen=True, slots=True)
 class AliveMessage:
-    """The answer to a heartbeat: the worker is registered. `sent_s`: of the heartbeat; the lease counts from there."""
+    """The answer to a heartbeat: the worker is registered.
+
+    Attributes:
+        sent_s: of the heartbeat; the lease counts from there.
+        recorded: the records of all steps up to this one are in the run's files; -1 if that is not known.
+    """
 
     sent_s: float
+    recorded: int = -1
 
 
 @dataclass(frozen=True, slots=True)

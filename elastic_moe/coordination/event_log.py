@@ -82,12 +82,16 @@ class EventLog:
         hand_over(self._sink, {"time": self._clock(), "generation": generation, "step": step} | event)
 
 
-def hand_over(sink: Callable[[T], object], value: T) -> None:
-    """Give a value to a sink that writes files. A file that cannot be written is reported, and the run goes on."""
+def hand_over(sink: Callable[[T], object], value: T) -> object:
+    """Give a value to a sink that writes files, and return its answer.
+
+    A file that cannot be written is reported, and the run goes on; the answer is None.
+    """
     try:
-        sink(value)
+        return sink(value)
     except OSError as error:
         logger.warning("cannot write a line of the run's files: %s", error)
+        return None
 
 
 def _identity(state: State, worker: str) -> dict[str, Any]:

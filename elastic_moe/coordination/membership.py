@@ -76,7 +76,8 @@ class Membership:
         target: number of workers to start with.
         connections: the connections to the workers.
         on_record, on_event, on_shard: take a committed step's record, a line of the event log, and the report of a
-            written checkpoint shard; each may raise OSError.
+            written checkpoint shard; each may raise OSError. `on_record` may return the step up to which all records
+            are in the run's files: the workers then keep them no longer.
         restarted: another coordinator of this run was here before, and workers that it knew may live.
     """
 
@@ -98,6 +99,7 @@ class Membership:
         slots_needed = config.model.num_experts if config.elastic.slots_per_worker else 0
         self._state: State = initial_state(target, fence_s, slots_needed)
         self._last_record: dict[str, Any] = {}
+        self._recorded = -1  # the records up to this step are in the run's files, in the newest view; -1: not known
         self._evicted: dict[str, None] = {}  # in order
         self._sources: dict[str, str] = {}  # worker -> digest of the sources that it runs
         self._refused: set[str] = set()  # nodes with other sources that were told
@@ -132,7 +134,9 @@ class Membership:
             case msg.RecordMessage(record):
                 if record["step"] >= self._last_record.get("step", -1):
                     self._last_record = dict(record)
-                hand_over(self._on_record, dict(record))
+                recorded = hand_over(self._on_record, dict(record))
+                # a view that is not entered may go back behind steps that were recorded
+                self._recorded = recorded if isinstance(recorded, int) and self._state.all_entered else -1
             case msg.EventMessage(event):
                 self._log.worker_event(self._state, self._step, worker, event)
             case msg.ShardMessage(shard):
@@ -140,7 +144,7 @@ class Membership:
             case _:
                 self._take(event_of_message(worker, message))
                 if isinstance(message, msg.HeartbeatMessage) and worker in self._state.records:
-                    self._connections.send((worker,), msg.AliveMessage(message.sent_s))
+                    self._connections.send((worker,), msg.AliveMessage(message.sent_s, self._recorded))
                 if isinstance(message, msg.EnteredMessage):
                     self._log.entered(self._state, self._step, worker, message.generation, message.info or {})
 
@@ -195,6 +199,7 @@ class Membership:
         send = self._connections.send
         match command:
             case ev.Publish(view, planned, reason, workers):
+                self._recorded = -1
                 send(workers, msg.ViewMessage(view, planned, reason, self._connections.store_address))
                 if reason != "re-registered":
                     self._log.view_published(self._state, self._step, view, planned, reason)

@@ -28,11 +28,12 @@ class StepRecords:
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self._lock = threading.Lock()
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Write the record of a step, unless it is written already."""
+    def add(self, record: Mapping[str, Any]) -> int:
+        """Write the record of a step, unless it is there already. Returns the step up to which all are in the file."""
         written = self._recorder.record(record)
         with self._lock:
             self._recent.extend(written)
+        return self._recorder.safe_step
 
     def since(self, step: int) -> list[dict[str, Any]]:
         """Records of steps after this one, in order: from memory if it has them all, else from the file."""

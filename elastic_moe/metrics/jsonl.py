@@ -123,19 +123,26 @@ class Tail:
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
+        self._last = b""  # the line that ends at the offset
         self._lines: list[dict[str, Any]] = []
 
     def lines(self) -> list[dict[str, Any]]:
-        """All whole lines so far; a file that has become shorter is read from its beginning."""
+        """All whole lines so far. A file that was cut or replaced is read from its beginning, also if it has grown
+        again.
+        """
         if not self._path.exists():
             return []
-        if self._path.stat().st_size < self._offset:
-            self._offset, self._lines = 0, []
         with self._path.open("rb") as file:
-            file.seek(self._offset)
-            whole = file.read().rpartition(b"\n")
-        self._offset += len(whole[0]) + len(whole[1])
-        self._lines += [value for _, value in _whole_lines(whole[0] + whole[1])]
+            file.seek(self._offset - len(self._last))
+            if file.read(len(self._last)) != self._last:
+                self._offset, self._last, self._lines = 0, b"", []
+                file.seek(0)
+            ended = file.read().rpartition(b"\n")
+        new = ended[0] + ended[1]
+        if new:
+            self._offset += len(new)
+            self._last = new[new.rfind(b"\n", 0, -1) + 1 :]
+            self._lines += [value for _, value in _whole_lines(new)]
         return self._lines
 
 

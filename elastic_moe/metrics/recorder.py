@@ -38,6 +38,7 @@ class Recorder:
         self._last: dict[str, Any] | None = None
         for value in self._metrics.values():
             self._last = value
+        self._safe_step = self.last_step
         self._next = self.last_step + 1
         self._early: dict[int, dict[str, Any]] = {}
         for file in (self._metrics, self._events, self._experts):
@@ -49,6 +50,11 @@ class Recorder:
     def last_step(self) -> int:
         """Last step recorded, 0 when there is none."""
         return int(self._last["step"]) if self._last else 0
+
+    @property
+    def safe_step(self) -> int:
+        """Last step whose record has reached the file, as all before it have; the disk may refuse later ones."""
+        return self._safe_step
 
     @property
     def last(self) -> dict[str, Any] | None:
@@ -69,7 +75,8 @@ class Recorder:
             self._next = min(self._early)
         written: list[dict[str, Any]] = []
         while (record := self._early.pop(self._next, None)) is not None:
-            self._metrics.append(record)
+            if self._metrics.append(record):
+                self._safe_step = int(record["step"])
             self._last, self._next = record, self._next + 1
             written.append(record)
         return written
@@ -96,6 +103,7 @@ class Recorder:
             self._last = kept[-1] if kept else None
             self._early.clear()
             self._next = step + 1
+            self._safe_step = min(self._safe_step, step)
             return moved
 
     def close(self) -> None:

@@ -2,8 +2,7 @@
 
 The reference in README.md of this folder, the JSON schemas that a test applies to a real run, the titles in the report
 and the units that trackers are given are made from these declarations. A key that is written and not declared here
-fails that test.
-"""
+fails that test."""
 
 from __future__ import annotations
 
@@ -191,6 +190,7 @@ EVENT_KINDS = (
         "This start goes on with other values of keys that the losses depend on.",
         (Key("changes", "list of strings", "", "The keys, each as `key: old -> new`."),),
     ),
+    Event("records_dropped", "Steps have no record: the coordinator was away for longer than workers keep them."),
     Event("records_damaged", "Damaged lines of a file of records were moved to a file that ends in `.damaged`."),
     Event(
         "checkpoint",

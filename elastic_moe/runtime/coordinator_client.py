@@ -328,6 +328,8 @@ class ConnectionThread:
         if isinstance(message, msg.CheckLinksMessage):
             self._links.check(message)
         self._inbox.receive(message)
+        if isinstance(message, msg.AliveMessage):
+            self.outbox.forget_recorded(message.recorded)
         return isinstance(message, msg.ProbeMessage)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,9 @@ from elastic_moe.control.spikes import DataPosition, SpikeGuard
 from elastic_moe.control.vote import VoteResult
 from elastic_moe.runtime.state import HeldState
 
-RECENT_RECORDS = 16
+MAX_RECORDS = 4096  # without a coordinator, older records are given up
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -23,7 +26,9 @@ class LocalState:
         reduced: step whose reduced gradients are complete here (own and mirrored); -1 for none.
         vote: result of the last committed step's vote; None if the state came from a checkpoint or is new.
         evaluated: last step that was evaluated.
-        records: records of the last committed steps. The next leader reports those that a dead one did not.
+        records: records of committed steps that may not be in the run's files. The next leader reports those that a
+            dead one did not.
+        dropped: steps whose records were given up, because the coordinator was away for too long; reported once.
         holdings: the state at step `committed`. It has two entries while the state moves to its new owners.
         guard: the history of losses, from which spikes are told; None if `optim.spike` is off.
         goes_back: `optim.spike` is rollback.
@@ -35,7 +40,8 @@ class LocalState:
     reduced: int = -1
     vote: VoteResult | None = None
     evaluated: int = -1
-    records: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=RECENT_RECORDS))
+    records: deque[dict[str, Any]] = field(default_factory=deque[dict[str, Any]])
+    dropped: int = 0
     holdings: list[HeldState] = field(default_factory=list)
     guard: SpikeGuard | None = None
     goes_back: bool = False
@@ -54,6 +60,20 @@ class LocalState:
             self.position = self.position.after_spike(vote.step)
         elif self.guard is not None:
             self.guard.add(vote.loss, vote.grad_norm)
+
+    def add_record(self, record: dict[str, Any]) -> None:
+        """Keep the record of a committed step until it is known to be in the run's files."""
+        self.records.append(record)
+        if len(self.records) > MAX_RECORDS:
+            if not self.dropped:
+                logger.warning("the coordinator has confirmed no record for %d steps: older ones are lost", MAX_RECORDS)
+            self.records.popleft()
+            self.dropped += 1
+
+    def forget_recorded(self, step: int) -> None:
+        """The records of all steps up to this one are in the run's files."""
+        while self.records and self.records[0]["step"] <= step:
+            self.records.popleft()
 
     def begin_timeline(self, generation: int, step: int, skipped: int) -> None:
         """The state of this step, reached with so many batches left out, comes from storage, or is new.

@@ -32,7 +32,8 @@ from elastic_moe.errors import CoordinatorLost, Evicted
 from elastic_moe.types import View
 
 SLICE_S = 1.0  # one wait for a view
-RECENT = 64  # records and shard reports sent again after the coordinator was lost
+RECENT = 64  # shard reports sent again after the coordinator was lost
+MAX_SENT = 4096  # records kept after they were sent, if the coordinator confirms none
 
 
 class Inbox:
@@ -49,6 +50,7 @@ class Inbox:
         save_step: the coordinator wants a checkpoint of this step, or of a later one; -1 if of none.
         generation: generation that the main thread lives in; 0 before the first.
         heard_s: monotonic time at which the newest heartbeat was sent that the coordinator has answered.
+        recorded: the records of all steps up to this one are in the run's files; -1 if that is not known.
     """
 
     def __init__(self, worker: str) -> None:
@@ -61,6 +63,7 @@ class Inbox:
         self.save_step = -1
         self.generation = 0
         self.heard_s = -math.inf
+        self.recorded = -1
         self._made_s = time.monotonic()
         self._unplanned = 0  # newest generation that must not wait for a step boundary
         self._paused = 0  # newest generation that was paused
@@ -130,6 +133,8 @@ class Inbox:
         """Take in a message, and interrupt the main thread if its generation is over."""
         if isinstance(message, AliveMessage):
             self.heard_s = max(self.heard_s, message.sent_s)
+            if message.recorded >= 0:
+                self.recorded = message.recorded
             return
         with self._changed:
             match message:
@@ -177,8 +182,9 @@ class Inbox:
 class Outbox:
     """Messages to the coordinator, in order.
 
-    A coordinator that died may never have read its last messages. Records and shard reports are therefore kept after
-    they were sent, and so are the worker's `finished` and its last `suspect`; the receiver drops those that it has.
+    A coordinator that died may never have read its last messages. Records are therefore kept after they were sent,
+    until the coordinator says that they are in the run's files. The last shard reports are kept too, and so are the
+    worker's `finished` and its last `suspect`. The receiver drops those that it has.
 
     Args:
         wake: called after a message was added.
@@ -188,7 +194,8 @@ class Outbox:
         self._wake = wake
         self._lock = threading.Lock()
         self._waiting: deque[tuple[WorkerMessage, bytes]] = deque()
-        self._recent: deque[bytes] = deque(maxlen=RECENT)
+        self._records: deque[tuple[int, bytes]] = deque(maxlen=MAX_SENT)  # (step, line)
+        self._shards: deque[bytes] = deque(maxlen=RECENT)
         self._last: dict[type, bytes] = {}
         self._empty = threading.Event()
         self._empty.set()
@@ -214,7 +221,7 @@ class Outbox:
     def resent(self) -> bytes:
         """Messages that were sent on an older connection and may have been lost with it."""
         with self._lock:
-            return b"".join([*self._recent, *self._last.values()])
+            return b"".join([*(line for _, line in self._records), *self._shards, *self._last.values()])
 
     def waiting(self) -> list[bytes]:
         """Messages that were not sent yet."""
@@ -226,12 +233,21 @@ class Outbox:
         with self._lock:
             for _ in range(count):
                 message, line = self._waiting.popleft()
-                if isinstance(message, RecordMessage | ShardMessage):
-                    self._recent.append(line)
+                if isinstance(message, RecordMessage):
+                    self._records.append((message.record["step"], line))
+                elif isinstance(message, ShardMessage):
+                    self._shards.append(line)
                 elif isinstance(message, FinishedMessage | SuspectMessage):
                     self._last[type(message)] = line
             if not self._waiting:
                 self._empty.set()
+
+    def forget_recorded(self, step: int | None) -> None:
+        """The records of all steps up to this one (None: all that were sent) need not be sent again."""
+        with self._lock:
+            kept = [] if step is None else [(at, line) for at, line in self._records if at > step]
+            if len(kept) < len(self._records):
+                self._records = deque(kept, maxlen=MAX_SENT)
 
     def abandon(self) -> None:
         """Nobody sends any more: end every wait."""

@@ -14,7 +14,26 @@ from elastic_moe.errors import StateUnclear
 from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.state.schedule import Layout
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
+from elastic_moe.runtime.local_state import MAX_RECORDS, LocalState
 from elastic_moe.types import Member, View
+
+LOAD_NUMBERS = 1 << 22  # of experts.jsonl before loads are recorded less often: some 30 MB
+
+
+def load_interval(step: int, every_steps: int, numbers: int) -> int:
+    """Steps that a record of the experts' loads covers.
+
+    It is `every_steps` at first, and doubles whenever the run has become twice as long. So the file grows with the
+    logarithm of the steps: 58 layers of 256 experts take 0.2 GB in a million steps, and would take 12 GB.
+
+    Args:
+        step: the present step.
+        every_steps: `balance.log_every_steps`, above 0.
+        numbers: of one record.
+    """
+    records = max(1, LOAD_NUMBERS // numbers)  # at the first interval
+    intervals = -(-step // (every_steps * records))
+    return every_steps << max(0, intervals - 1).bit_length()
 
 
 class Reporter:
@@ -22,7 +41,7 @@ class Reporter:
 
     Args:
         client: the connection to the coordinator.
-        load_every_steps: steps between two records of the experts' loads; 0 for none.
+        load_every_steps: steps between two records of the experts' loads at first (`load_interval`); 0 for none.
         shape: (MoE layers, experts).
     """
 
@@ -30,9 +49,23 @@ class Reporter:
         self._client, self._load_every_steps, self._shape = client, load_every_steps, shape
         self._load_LE, self._load_steps = np.zeros(shape), 0  # since the last record
 
+    @property
+    def recorded(self) -> int:
+        """The records of all steps up to this one are in the run's files; -1 if that is not known."""
+        return self._client.inbox.recorded
+
     def record(self, record: dict[str, Any]) -> None:
         """A step's record."""
         self._client.record(record)
+
+    def recent(self, local: LocalState) -> None:
+        """Records that the leader before may not have sent, or that a coordinator that is lost may not have written."""
+        if local.dropped:
+            reason = f"{local.dropped} steps: without a coordinator, the records of {MAX_RECORDS} steps are kept"
+            self.event("records_dropped", local.committed, reason=reason)
+            local.dropped = 0
+        for record in local.records:
+            self._client.record(record)
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """An event about a step."""
@@ -68,7 +101,7 @@ class Reporter:
         if not self._load_every_steps:
             return
         self._load_LE, self._load_steps = self._load_LE + vote.load_LE, self._load_steps + 1
-        if vote.step % self._load_every_steps == 0:
+        if vote.step % load_interval(vote.step, self._load_every_steps, self._load_LE.size) == 0:
             load = self._load_LE.astype(int).tolist()
             self.event("expert_load", vote.step, steps=self._load_steps, load=load)
             self._load_LE, self._load_steps = np.zeros(self._shape), 0

@@ -243,7 +243,7 @@ class StepRunner:
     def _record(self, local: LocalState, vote: VoteResult, committed_at_s: float) -> None:
         """Make the step's record."""
         lr = lr_at(vote.step, self._config.run.steps, self._config.optim)
-        local.records.append(step_record(vote, lr, time.perf_counter() - self._started_s, committed_at_s))
+        local.add_record(step_record(vote, lr, time.perf_counter() - self._started_s, committed_at_s))
 
 
 def step_record(vote: VoteResult, lr: float, step_s: float, time_s: float) -> dict[str, Any]:

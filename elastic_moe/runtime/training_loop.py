@@ -101,6 +101,7 @@ class TrainingLoop:
     def _after_commit(self, result: StepResult) -> None:
         """Send the record; save a checkpoint and evaluate where that is due."""
         config, local = self._config, self._local
+        local.forget_recorded(self._reporter.recorded)
         if result.context.leads:
             self._reporter.record(result.record)
             if local.vote is not None:

@@ -217,7 +217,9 @@ class Worker:
         self._verify_state()
         result = self._reconfigurer.enter(view, group)
         if result.source != "peers":
-            self._local.records.clear()
+            self._local.records.clear()  # of steps that no longer count
+            self._client.inbox.recorded = -1
+            self._client.outbox.forget_recorded(None)
         ownership, placement = result.ownership, result.placement
         self._model.experts = experts = ExpertParallel(
             group,
@@ -263,8 +265,7 @@ class Worker:
             "reconfigure_s": reconfigure_s,
         }
         self._client.entered(view.generation, info)
-        for record in local.records:
-            self._reporter.record(record)
+        self._reporter.recent(local)
         self._reporter.entered_placement(local.committed, view, result.placement)
 
 

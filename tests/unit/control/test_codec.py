@@ -52,7 +52,7 @@ WORKER_MESSAGES = {
 }
 COORDINATOR_MESSAGES = {
     msg.WelcomeMessage: st.just(msg.WelcomeMessage()),
-    msg.AliveMessage: st.builds(msg.AliveMessage, st.floats(0, 1e9)),
+    msg.AliveMessage: st.builds(msg.AliveMessage, st.floats(0, 1e9), WHOLE),
     msg.ViewMessage: st.builds(msg.ViewMessage, VIEWS, st.booleans(), WORDS, st.tuples(WORDS, WHOLE), st.booleans()),
     msg.PauseMessage: st.builds(msg.PauseMessage, WHOLE, WORDS),
     msg.ProbeMessage: st.just(msg.ProbeMessage()),

@@ -144,6 +144,34 @@ def test_records_give_the_status_and_the_step_of_every_line() -> None:
     ].items()
 
 
+def test_heartbeats_are_told_how_far_the_records_are_written() -> None:
+    """Not while a view is entered, since it may go back behind steps that were recorded."""
+    run = Run(2)
+
+    def told() -> int:
+        run.membership.receive("b", msg.HeartbeatMessage(1, 1, 1, 5.0))
+        return run.to("b", msg.AliveMessage)[-1].recorded
+
+    def record(step: int) -> int:
+        run.membership.receive("a", msg.RecordMessage({"step": step}))
+        return told()
+
+    run.membership._on_record = lambda record: record["step"] - 1
+    run.join("a", "b")
+    run.enter("a")
+    assert record(7) == -1
+    run.enter("b")
+    assert told() == -1
+    assert record(8) == 7
+    run.membership._on_record = lambda record: None  # a sink that does not know
+    assert record(9) == -1
+    run.membership._on_record = lambda record: record["step"]
+    assert record(10) == 10
+    run.membership.receive("a", msg.SuspectMessage(1, "reset"))
+    run.membership.observe(ev.Lost("a", "killed"))
+    assert told() == -1
+
+
 def test_a_shard_report_names_its_worker() -> None:
     run = Run(1)
     run.join("a")

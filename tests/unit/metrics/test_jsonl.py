@@ -89,3 +89,17 @@ def test_tail_reads_whole_lines_once_and_starts_anew_after_a_cut(tmp_path: Path)
     assert tail.lines()[-1] == {"step": 3}
     path.write_text('{"step": 1}\n')
     assert tail.lines() == [{"step": 1}]
+
+
+def test_tail_notices_a_file_that_was_replaced_and_has_grown_again(tmp_path: Path) -> None:
+    """The next writer takes damaged lines out, and goes on before the reader looks again."""
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st\xff": 2}\n{"step": 3}\n')
+    tail = Tail(path)
+    assert tail.lines() == [{"step": 1}, {"step": 3}]
+    file = JsonLines(path)
+    for step in range(4, 10):
+        file.append({"step": step})
+    file.close()
+    assert [line["step"] for line in tail.lines()] == [1, 3, 4, 5, 6, 7, 8, 9]
+    assert tail.lines() == read_jsonl(path)

@@ -118,8 +118,12 @@ def test_full_disk_delays_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         patch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:5]))  # half a line fits
         assert recorder.record({"step": 3})
         assert steps_in(tmp_path) == [1]
+        assert (recorder.last_step, recorder.safe_step) == (3, 1)
     assert recorder.record({"step": 4})
     assert steps_in(tmp_path) == [1, 2, 3, 4]
+    assert recorder.safe_step == 4
+    recorder.set_aside_after(2, 1)
+    assert recorder.safe_step == 2
     recorder.close()
 
 

@@ -18,6 +18,7 @@ from elastic_moe.errors import CoordinatorLost, Evicted
 from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
 from elastic_moe.runtime.lease import Lease
+from elastic_moe.runtime.local_state import MAX_RECORDS, LocalState
 from elastic_moe.runtime.mailbox import RECENT, Inbox, Outbox
 from elastic_moe.types import Member, View
 
@@ -186,18 +187,38 @@ def test_a_release_and_a_close_end_the_wait() -> None:
 # --- the outbox -------------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_records_and_shards_are_sent_again_and_nothing_else() -> None:
+def test_unconfirmed_records_and_the_newest_shards_are_sent_again_and_nothing_else() -> None:
     outbox = Outbox(lambda: None)
-    messages = [msg.RecordMessage({"step": step}) for step in range(RECENT + 5)]
-    for message in (msg.ReadyMessage(), *messages, msg.EventMessage({"event": "sample"}), msg.FinishedMessage()):
+    records = [msg.RecordMessage({"step": step}) for step in range(2 * RECENT)]
+    shards = [msg.ShardMessage({"step": step}) for step in range(RECENT + 5)]
+    event = msg.EventMessage({"event": "sample"})
+    for message in (msg.ReadyMessage(), *records, *shards, event, msg.FinishedMessage()):
         outbox.add(message)
     assert outbox.resent() == b""
     count = len(outbox.waiting())
     outbox.mark_sent(count - 1)
-    assert outbox.resent() == b"".join(encode(message) for message in messages[5:])
+    assert outbox.resent() == b"".join(encode(message) for message in (*records, *shards[5:]))
     assert outbox.waiting() == [encode(msg.FinishedMessage())]
+    outbox.forget_recorded(-1)
+    outbox.forget_recorded(9)
     outbox.mark_sent(1)
-    assert outbox.resent().endswith(encode(msg.FinishedMessage()))
+    kept = (*records[10:], *shards[5:], msg.FinishedMessage())
+    assert outbox.resent() == b"".join(encode(message) for message in kept)
+    outbox.forget_recorded(None)
+    assert outbox.resent() == b"".join(encode(message) for message in kept[len(records) - 10 :])
+
+
+def test_records_are_kept_until_they_are_confirmed_and_in_a_bounded_number() -> None:
+    local = LocalState()
+    for step in range(1, MAX_RECORDS + 1):
+        local.add_record({"step": step})
+    local.forget_recorded(-1)
+    assert len(local.records) == MAX_RECORDS
+    assert local.dropped == 0
+    local.add_record({"step": MAX_RECORDS + 1})
+    assert (local.records[0]["step"], local.dropped) == (2, 1)
+    local.forget_recorded(MAX_RECORDS)
+    assert [record["step"] for record in local.records] == [MAX_RECORDS + 1]
 
 
 def test_waiting_ends_when_all_is_sent_or_nobody_sends() -> None:

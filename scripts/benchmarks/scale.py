@@ -5,6 +5,8 @@
 - Planning: everything that one rank computes on entering a view after a death, at DeepSeek-V3's units.
 - Step: what one rank computes in each step (a look for a better placement) and in each layer (the token split).
 
+Planning and step are measured in processor time of the one thread that does the work.
+
 The growth exponent of a cost is the slope between the smallest and the largest number of ranks, in logarithms.
 """
 
@@ -86,12 +88,12 @@ def _evictions(events: Sequence[dict[str, Any]]) -> int:
 
 
 def seconds_of(function: Callable[[], Any], repeats: int = 3) -> float:
-    """Least time of several calls: the machine is shared, and other work only adds to a time."""
+    """Least processor time of several calls in this thread: the machine is shared, and other work only adds to it."""
     times = []
     for _ in range(repeats):
-        started_s = time.perf_counter()
+        started_s = time.thread_time()
         function()
-        times.append(time.perf_counter() - started_s)
+        times.append(time.thread_time() - started_s)
     return min(times)
 
 

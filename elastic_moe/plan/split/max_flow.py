@@ -95,11 +95,13 @@ def augment_flow(  # noqa: PLR0913 - compiled code sees plain arrays
 ) -> None:
     """Place the remaining tokens of all experts with the smallest possible makespan.
 
-    Discrete Newton method (Dinkelbach 1967). The search goes breadth first from an expert with unplaced tokens to a
-    rank with slack; along the path, each expert passes tokens on to its next rank. If there is no such rank, the ranks
-    reached are a minimum cut, and the makespan rises to the need of the cut. The flow found so far stays valid, so few
-    rises suffice. Paths that displace only tokens from other nodes ("gentle") are tried first, which leaves less work
-    for `cancel_cycles`. Changes `flow_A`, `unplaced_K`, `capacity_R` and `slack_R`.
+    Discrete Newton method (Dinkelbach 1967) around blocking flows (Dinitz 1970). A search goes breadth first from an
+    expert with unplaced tokens to the nearest ranks with slack; along a path, each expert passes tokens on to its next
+    rank. `_push` then uses all shortest paths. If there is none, the ranks reached are a minimum cut, and the makespan
+    rises to the need of the cut. The flow found so far stays valid, so few rises suffice. Two things leave less work
+    for `cancel_cycles`: paths that displace only tokens from other nodes ("gentle") are tried first, and each expert
+    is placed before the next (with paths from all experts at once, three times as many cycles are left). Changes
+    `flow_A`, `unplaced_K`, `capacity_R` and `slack_R`.
 
     Args:
         total_K: tokens of each flexible expert.
@@ -112,73 +114,128 @@ def augment_flow(  # noqa: PLR0913 - compiled code sees plain arrays
     remote_Q = -local_Q  # where positive: tokens that come from other nodes
     for arc in range(len(flow_A)):
         remote_Q[pair_A[arc]] += flow_A[arc]
-    seen_K = np.empty(num_experts, np.bool_)
-    seen_R = np.empty(num_ranks, np.bool_)
-    arc_into_R = np.empty(num_ranks, np.int64)  # arc by which a rank was reached
-    arc_out_K = np.empty(num_experts, np.int64)  # arc on which an expert gives up tokens; -1 at the start
+    level_K = np.empty(num_experts, np.int64)  # experts before this one on a shortest path; -1: not reached
+    level_R = np.empty(num_ranks, np.int64)  # level of the expert from which the rank is reached; -1: not reached
     queue = np.empty(num_experts, np.int64)
-    for start in range(num_experts):
-        gentle = True
-        while unplaced_K[start] > 0:
-            seen_K[:] = False
-            seen_R[:] = False
-            seen_K[start], arc_out_K[start], queue[0] = True, -1, start
-            head, tail, goal = 0, 1, -1
-            while head < tail and goal < 0:
-                k = queue[head]
-                head += 1
-                for arc in range(first_arc_K[k], first_arc_K[k + 1]):
-                    rank = rank_A[arc]
-                    if seen_R[rank]:
-                        continue
-                    seen_R[rank], arc_into_R[rank] = True, arc
-                    if slack_R[rank] > 0:
-                        goal = rank
-                        break
-                    for index in range(first_arc_R[rank], first_arc_R[rank + 1]):
-                        other = arcs_by_rank[index]
-                        if flow_A[other] == 0 or seen_K[expert_A[other]] or (gentle and remote_Q[pair_A[other]] <= 0):
-                            continue
-                        seen_K[expert_A[other]], arc_out_K[expert_A[other]] = True, other
+    start, gentle = 0, True
+    while start < num_experts:
+        if unplaced_K[start] == 0:
+            start, gentle = start + 1, True
+            continue
+        level_K[:] = -1
+        level_R[:] = -1
+        level_K[start], queue[0] = 0, start
+        head, tail, goal_level = 0, 1, np.int64(-1)
+        while head < tail and (goal_level < 0 or level_K[queue[head]] <= goal_level):
+            k = queue[head]
+            head += 1
+            for arc in range(first_arc_K[k], first_arc_K[k + 1]):
+                rank = rank_A[arc]
+                if level_R[rank] >= 0:
+                    continue
+                level_R[rank] = level_K[k]
+                if slack_R[rank] > 0:
+                    goal_level = level_K[k]
+                if goal_level >= 0:
+                    continue
+                for index in range(first_arc_R[rank], first_arc_R[rank + 1]):
+                    other = arcs_by_rank[index]
+                    if (
+                        flow_A[other] > 0
+                        and level_K[expert_A[other]] < 0
+                        and not (gentle and remote_Q[pair_A[other]] <= 0)
+                    ):
+                        level_K[expert_A[other]] = level_K[k] + 1
                         queue[tail] = expert_A[other]
                         tail += 1
-            if goal < 0:
-                if gentle:
-                    gentle = False
-                    continue
-                needed = np.int64(0)
-                for k in range(num_experts):
-                    if seen_K[k]:
-                        needed += total_K[k]
-                for rank in range(num_ranks):
-                    if seen_R[rank]:
-                        needed += fixed_R[rank]
-                _raise_to_cut(needed, seen_R, speed_R, capacity_R, slack_R)
-                gentle = True
-                continue
-            amount = min(unplaced_K[start], slack_R[goal])
-            rank = goal
-            while True:
-                gives = arc_out_K[expert_A[arc_into_R[rank]]]
-                if gives < 0:
+        if goal_level >= 0:
+            _push(
+                start, flow_A, unplaced_K, expert_A, rank_A, first_arc_K, arcs_by_rank, first_arc_R, slack_R, remote_Q,
+                pair_A, level_K, level_R, goal_level, gentle,
+            )  # fmt: skip
+        elif gentle:
+            gentle = False
+        else:
+            needed = np.int64(0)
+            for k in range(num_experts):
+                if level_K[k] >= 0:
+                    needed += total_K[k]
+            for rank in range(num_ranks):
+                if level_R[rank] >= 0:
+                    needed += fixed_R[rank]
+            _raise_to_cut(needed, level_R >= 0, speed_R, capacity_R, slack_R)
+            gentle = True
+
+
+@compiled
+def _push(  # noqa: PLR0913 - compiled code sees plain arrays
+    start: int,
+    flow_A: Ints,
+    unplaced_K: Ints,
+    expert_A: Ints,
+    rank_A: Ints,
+    first_arc_K: Ints,
+    arcs_by_rank: Ints,
+    first_arc_R: Ints,
+    slack_R: Ints,
+    remote_Q: Ints,
+    pair_A: Ints,
+    level_K: Ints,
+    level_R: Ints,
+    goal_level: int,
+    gentle: bool,
+) -> None:
+    """Send the tokens of `start` along shortest paths until each of these has a full place. Depth first.
+
+    No arc is tried twice.
+    """
+    next_K, next_R = first_arc_K.copy(), first_arc_R.copy()
+    into = np.empty(goal_level + 1, np.int64)  # the arcs of a path on which experts get tokens
+    gives = np.empty(goal_level + 1, np.int64)  # and those on which the next experts give them up
+    depth, k = 0, start
+    while unplaced_K[start] > 0 and depth >= 0:
+        found, deeper = False, False
+        while next_K[k] < first_arc_K[k + 1]:
+            arc = next_K[k]
+            rank = rank_A[arc]
+            if level_R[rank] == depth:
+                into[depth] = arc
+                found = slack_R[rank] > 0
+                while not found and depth < goal_level and next_R[rank] < first_arc_R[rank + 1]:
+                    other = arcs_by_rank[next_R[rank]]
+                    may_give = flow_A[other] > 0 and not (gentle and remote_Q[pair_A[other]] <= 0)
+                    if may_give and level_K[expert_A[other]] == depth + 1:
+                        gives[depth], deeper = other, True
+                        break
+                    next_R[rank] += 1
+                if found or deeper:
                     break
-                amount = min(amount, flow_A[gives])
-                if gentle:
-                    amount = min(amount, remote_Q[pair_A[gives]])
-                rank = rank_A[gives]
-            slack_R[goal] -= amount
-            unplaced_K[start] -= amount
-            rank = goal
-            while True:
-                into = arc_into_R[rank]
-                flow_A[into] += amount
-                remote_Q[pair_A[into]] += amount
-                gives = arc_out_K[expert_A[into]]
-                if gives < 0:
-                    break
-                flow_A[gives] -= amount
-                remote_Q[pair_A[gives]] -= amount
-                rank = rank_A[gives]
+            next_K[k] += 1
+        if deeper:
+            k = expert_A[gives[depth]]
+            depth += 1
+            continue
+        if not found:  # a dead end: the expert before goes on with its next arc
+            depth -= 1
+            if depth >= 0:
+                next_R[rank_A[into[depth]]] += 1
+                k = expert_A[into[depth]]
+            continue
+        goal = rank_A[into[depth]]
+        amount = min(unplaced_K[start], slack_R[goal])
+        for step in range(depth):
+            amount = min(amount, flow_A[gives[step]])
+            if gentle:
+                amount = min(amount, remote_Q[pair_A[gives[step]]])
+        slack_R[goal] -= amount
+        unplaced_K[start] -= amount
+        for step in range(depth + 1):
+            flow_A[into[step]] += amount
+            remote_Q[pair_A[into[step]]] += amount
+            if step < depth:
+                flow_A[gives[step]] -= amount
+                remote_Q[pair_A[gives[step]]] -= amount
+        depth, k = 0, start
 
 
 @compiled
@@ -242,14 +299,12 @@ def greedy_flow(
             slack_R[rank_A[arc]] -= amount
             taken_Q[pair_A[arc]] += amount
     for k in order:
-        while unplaced_K[k] > 0:
-            best = -1
-            for arc in range(first_arc_K[k], first_arc_K[k + 1]):
-                if slack_R[rank_A[arc]] > 0 and (best < 0 or slack_R[rank_A[arc]] > slack_R[rank_A[best]]):
-                    best = arc
-            if best < 0:
-                break
-            amount = min(unplaced_K[k], slack_R[rank_A[best]])
-            flow_A[best] += amount
+        if unplaced_K[k] == 0:
+            continue
+        begin = first_arc_K[k]
+        for index in np.argsort(-slack_R[rank_A[begin : first_arc_K[k + 1]]], kind="mergesort"):
+            arc = begin + index
+            amount = min(unplaced_K[k], slack_R[rank_A[arc]])
+            flow_A[arc] += amount
             unplaced_K[k] -= amount
-            slack_R[rank_A[best]] -= amount
+            slack_R[rank_A[arc]] -= amount

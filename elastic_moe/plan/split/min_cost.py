@@ -12,6 +12,18 @@ import numpy as np
 
 from elastic_moe.plan.compiled import Ints, compiled
 
+_CROSS_NODE_PRICE = 1 << 20
+_NEVER = 1 << 60
+
+
+@compiled
+def _set_prices(edge: int, flow_X: Ints, local_X: Ints, price: int, up_X: Ints, down_X: Ints) -> None:
+    """Set the prices of one token more and of one less on an edge; there is none less than no token."""
+    up_X[edge] = -price if flow_X[edge] < local_X[edge] else 0
+    down_X[edge] = price if flow_X[edge] <= local_X[edge] else 0
+    if flow_X[edge] == 0:
+        down_X[edge] = _NEVER
+
 
 @compiled
 def cancel_cycles(  # noqa: PLR0913 - compiled code sees plain arrays
@@ -29,11 +41,10 @@ def cancel_cycles(  # noqa: PLR0913 - compiled code sees plain arrays
     cancelled.
 
     Minimum-cost flow by cancelling negative cycles (Klein 1967), found by Bellman-Ford. Each token has a price. It is
-    -cross_node_price while the pair gets fewer tokens than its own node sends (`local_Q`), and -1 while the rank gets
+    -_CROSS_NODE_PRICE while the pair gets fewer tokens than its own node sends (`local_Q`), and -1 while the rank gets
     fewer than it sends itself (`own_A`); beyond that it is 0. Both totals are concave in the flow, so parallel arcs
     with these prices are exact.
     """
-    cross_node_price = np.int64(1 << 20)
     num_arcs, num_pairs = len(flow_A), len(local_Q)
     rank0, expert0, sink = num_pairs, num_pairs + num_ranks, num_pairs + num_ranks + num_experts
     size = sink + 1
@@ -42,6 +53,13 @@ def cancel_cycles(  # noqa: PLR0913 - compiled code sees plain arrays
     for arc in range(num_arcs):
         total_Q[pair_A[arc]] += flow_A[arc]
         used_R[rank_A[arc]] += flow_A[arc]
+    # prices of one token more and of one less on each arc and on each pair
+    up_A, down_A = np.empty(num_arcs, np.int64), np.empty(num_arcs, np.int64)
+    up_Q, down_Q = np.empty(num_pairs, np.int64), np.empty(num_pairs, np.int64)
+    for arc in range(num_arcs):
+        _set_prices(arc, flow_A, own_A, 1, up_A, down_A)
+    for pair in range(num_pairs):
+        _set_prices(pair, total_Q, local_Q, _CROSS_NODE_PRICE, up_Q, down_Q)
     dist = np.zeros(size, np.int64)
     parent = np.full(size, -1, np.int64)
     # edge to the parent: 4 * index + (0 pair->rank, 1 rank->pair, 2 expert->pair, 3 pair->expert); -1: of the sink
@@ -52,22 +70,16 @@ def cancel_cycles(  # noqa: PLR0913 - compiled code sees plain arrays
         changed = False
         for arc in range(num_arcs):
             pair_v, r = pair_A[arc], rank0 + rank_A[arc]
-            price = -1 if flow_A[arc] < own_A[arc] else 0
-            if dist[pair_v] + price < dist[r]:
-                dist[r], parent[r], via[r], changed = dist[pair_v] + price, pair_v, 4 * arc, True
-            if flow_A[arc] > 0:
-                price = 1 if flow_A[arc] <= own_A[arc] else 0
-                if dist[r] + price < dist[pair_v]:
-                    dist[pair_v], parent[pair_v], via[pair_v], changed = dist[r] + price, r, 4 * arc + 1, True
+            if dist[pair_v] + up_A[arc] < dist[r]:
+                dist[r], parent[r], via[r], changed = dist[pair_v] + up_A[arc], pair_v, 4 * arc, True
+            if dist[r] + down_A[arc] < dist[pair_v]:
+                dist[pair_v], parent[pair_v], via[pair_v], changed = dist[r] + down_A[arc], r, 4 * arc + 1, True
         for pair_v in range(num_pairs):
             k = expert0 + expert_of_Q[pair_v]
-            price = -cross_node_price if total_Q[pair_v] < local_Q[pair_v] else 0
-            if dist[k] + price < dist[pair_v]:
-                dist[pair_v], parent[pair_v], via[pair_v], changed = dist[k] + price, k, 4 * pair_v + 2, True
-            if total_Q[pair_v] > 0:
-                price = cross_node_price if total_Q[pair_v] <= local_Q[pair_v] else 0
-                if dist[pair_v] + price < dist[k]:
-                    dist[k], parent[k], via[k], changed = dist[pair_v] + price, pair_v, 4 * pair_v + 3, True
+            if dist[k] + up_Q[pair_v] < dist[pair_v]:
+                dist[pair_v], parent[pair_v], via[pair_v], changed = dist[k] + up_Q[pair_v], k, 4 * pair_v + 2, True
+            if dist[pair_v] + down_Q[pair_v] < dist[k]:
+                dist[k], parent[k], via[k], changed = dist[pair_v] + down_Q[pair_v], pair_v, 4 * pair_v + 3, True
         for rank in range(num_ranks):
             r = rank0 + rank
             if slack_R[rank] > 0 and dist[r] < dist[sink]:
@@ -88,7 +100,11 @@ def cancel_cycles(  # noqa: PLR0913 - compiled code sees plain arrays
             cancelled += 1
             _cancel(v, parent, via, flow_A, total_Q, slack_R, used_R, own_A, local_Q, rank0, num_ranks, pair_A)
             while v >= 0:  # its edges have changed; the search can go on from any distances
-                u = parent[v]
+                u, edge = parent[v], via[v]
+                if u >= 0 and edge >= 0 and edge & 3 < 2:
+                    _set_prices(edge >> 2, flow_A, own_A, 1, up_A, down_A)
+                elif u >= 0 and edge >= 0:
+                    _set_prices(edge >> 2, total_Q, local_Q, _CROSS_NODE_PRICE, up_Q, down_Q)
                 parent[v] = -1
                 v = u
 

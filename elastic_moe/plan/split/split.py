@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from elastic_moe.plan.compiled import Floats, Ints, compiled
 from elastic_moe.plan.split.max_flow import augment_flow, greedy_flow, initial_capacities, sort_arcs_by_rank
 from elastic_moe.plan.split.min_cost import cancel_cycles
-from elastic_moe.plan.split.sources import assign_sources
+from elastic_moe.plan.split.sources import assign_sources, assign_sources_of_rank
 from elastic_moe.plan.values import Placement
 
 _BLOCK = 16  # elements on a side of a block that is transposed
@@ -158,11 +158,14 @@ def _split(  # noqa: PLR0913 - compiled code sees plain arrays
     """
     num_ranks, num_experts = counts_RE.shape
     num_slots = len(expert_P)
-    counts_ER = _transposed(counts_RE)
+    counts_NE = np.zeros((node_R.max() + 1, num_experts), np.int64)
+    for rank in range(num_ranks):
+        for expert in range(num_experts):
+            counts_NE[node_R[rank], expert] += counts_RE[rank, expert]
     total_E = np.zeros(num_experts, np.int64)
-    for expert in range(num_experts):
-        for rank in range(num_ranks):
-            total_E[expert] += counts_ER[expert, rank]
+    for node in range(len(counts_NE)):
+        for expert in range(num_experts):
+            total_E[expert] += counts_NE[node, expert]
     # the slots of each expert, in order: slots_E[first_E[e] : first_E[e + 1]]
     first_E = np.zeros(num_experts + 1, np.int64)
     for slot in range(num_slots):
@@ -196,11 +199,8 @@ def _split(  # noqa: PLR0913 - compiled code sees plain arrays
     first_arc_K = np.zeros(num_flexible + 1, np.int64)
     expert_A, rank_A, slot_A = np.empty(num_arcs, np.int64), np.empty(num_arcs, np.int64), np.empty(num_arcs, np.int64)
     own_A, pair_A = np.empty(num_arcs, np.int64), np.empty(num_arcs, np.int64)
-    local_Q, expert_of_Q = np.zeros(num_arcs, np.int64), np.empty(num_arcs, np.int64)
-    num_nodes = 0
-    for rank in range(num_ranks):
-        num_nodes = max(num_nodes, node_R[rank] + 1)
-    pair_of_node = np.full(num_nodes, -1, np.int64)
+    local_Q, expert_of_Q = np.empty(num_arcs, np.int64), np.empty(num_arcs, np.int64)
+    pair_of_node = np.full(len(counts_NE), -1, np.int64)
     reach_R = np.zeros(num_ranks, np.bool_)
     arc, num_pairs, total = 0, 0, np.int64(0)
     for k in range(num_flexible):
@@ -212,19 +212,16 @@ def _split(  # noqa: PLR0913 - compiled code sees plain arrays
             slot = slots_E[index]
             rank = rank_P[slot]
             expert_A[arc], rank_A[arc], slot_A[arc] = k, rank, slot
-            own_A[arc] = counts_ER[expert, rank]
+            own_A[arc] = counts_RE[rank, expert]
             reach_R[rank] = True
             if pair_of_node[node_R[rank]] < begin:
                 pair_of_node[node_R[rank]] = num_pairs
                 expert_of_Q[num_pairs] = k
+                local_Q[num_pairs] = counts_NE[node_R[rank], expert]
                 num_pairs += 1
             pair_A[arc] = pair_of_node[node_R[rank]]
             arc += 1
         first_arc_K[k + 1] = arc
-        for rank in range(num_ranks):
-            pair = pair_of_node[node_R[rank]]
-            if pair >= begin:
-                local_Q[pair] += counts_ER[expert, rank]
     flow_A = np.zeros(num_arcs, np.int64)
     if num_flexible > 0:
         unplaced_K = total_K.copy()
@@ -257,7 +254,12 @@ def _split(  # noqa: PLR0913 - compiled code sees plain arrays
             tokens_P[slot_A[arc]] = flow_A[arc]
     if only_rank >= num_ranks:
         return 0
-    return assign_sources(counts_ER, total_E, rank_P, node_R, tokens_P, first_E, slots_E, only_rank, out_RP, here_RS)
+    if only_rank >= 0:
+        return assign_sources_of_rank(
+            counts_RE, counts_NE, total_E, rank_P, node_R, tokens_P, first_E, slots_E, only_rank, out_RP[0], here_RS
+        )
+    counts_ER = _transposed(counts_RE)
+    return assign_sources(counts_ER, total_E, rank_P, node_R, tokens_P, first_E, slots_E, out_RP)
 
 
 def slowest_times(

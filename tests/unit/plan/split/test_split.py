@@ -88,20 +88,21 @@ def test_no_tokens_at_all() -> None:
 
 
 @settings(deadline=None)
-@given(_cases(), st.integers(0, 4))
+@given(_cases(), st.integers(0, 4), st.lists(st.integers(0, 2), min_size=5, max_size=5))
 def test_one_ranks_part_is_that_of_the_matrix(
-    case: tuple[np.ndarray, Placement, list[float] | None], rank: int
+    case: tuple[np.ndarray, Placement, list[float] | None], rank: int, nodes: list[int]
 ) -> None:
     counts, placement, speeds = case
     rank %= len(counts)
-    placement = replace(placement, node_of_rank=np.arange(len(counts), dtype=np.int32) // 2)
+    node_R = np.array(nodes[: len(counts)], dtype=np.int32)
+    placement = replace(placement, node_of_rank=node_R)
     out = split_tokens(counts, placement, 0, speeds)
     part = split_for_rank(counts, placement, 0, rank, speeds)
     assert np.array_equal(part.sent_P, out[rank])
     assert np.array_equal(part.here_RS, out[:, placement.slots_of(rank)])
     assert np.array_equal(part.tokens_P, out.sum(axis=0))
-    source_node, slot_node = np.arange(len(counts)) // 2, placement.rank_of_slot // 2
-    assert part.cross_node_tokens == out[source_node[:, None] != slot_node[None, :]].sum()
+    slot_node = node_R[placement.rank_of_slot]
+    assert part.cross_node_tokens == out[node_R[:, None] != slot_node[None, :]].sum()
 
 
 def _ways(total: int, places: int) -> list[tuple[int, ...]]:

@@ -6,6 +6,7 @@ of `coordination/server.py` makes every call.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypedDict
@@ -19,6 +20,8 @@ from elastic_moe.control.machine import initial_state, transition
 from elastic_moe.control.message_events import event_of_message
 from elastic_moe.control.state import FINISHING, State
 from elastic_moe.coordination.event_log import EventLog, hand_over
+
+ANSWER_SHARE = 1 / 15  # of the lease, between two answers to a worker's heartbeats
 
 Sink = Callable[[dict[str, Any]], object]
 
@@ -103,6 +106,7 @@ class Membership:
         self._evicted: dict[str, None] = {}  # in order
         self._sources: dict[str, str] = {}  # worker -> digest of the sources that it runs
         self._refused: set[str] = set()  # nodes with other sources that were told
+        self._answered: dict[str, float] = {}  # worker -> when one of its heartbeats was answered last
         self._heard: dict[str, tuple[ev.Heartbeat, float]] = {}  # heartbeats since the last event, and when they came
 
     def refusal(self, hello: msg.HelloMessage) -> str:
@@ -111,7 +115,9 @@ class Membership:
         A newcomer that runs other sources than the workers who are there would fail together with them, for what
         workers tell one another has no version. Whoever may have state is let in.
         """
-        self._sources = {worker: known for worker, known in self._sources.items() if worker in self._state.records}
+        records = self._state.records
+        self._sources = {worker: known for worker, known in self._sources.items() if worker in records}
+        self._answered = {worker: at_s for worker, at_s in self._answered.items() if worker in records}
         others = {known for worker, known in self._sources.items() if known and worker != hello.worker}
         if hello.view is not None or not hello.sources or not others or hello.sources in others:
             self._sources[hello.worker] = hello.sources
@@ -144,9 +150,18 @@ class Membership:
             case _:
                 self._take(event_of_message(worker, message))
                 if isinstance(message, msg.HeartbeatMessage) and worker in self._state.records:
-                    self._connections.send((worker,), msg.AliveMessage(message.sent_s, self._recorded))
+                    self._answer(worker, message.sent_s)
+                if isinstance(message, msg.HelloMessage):
+                    self._answered.pop(worker, None)
                 if isinstance(message, msg.EnteredMessage):
                     self._log.entered(self._state, self._step, worker, message.generation, message.info or {})
+
+    def _answer(self, worker: str, sent_s: float) -> None:
+        """Answer a heartbeat, if none was answered lately: what many answers cost is the largest part of the work."""
+        now_s = time.monotonic()
+        if now_s - self._answered.get(worker, -math.inf) >= ANSWER_SHARE * self._config.lease_s:
+            self._answered[worker] = now_s
+            self._connections.send((worker,), msg.AliveMessage(sent_s, self._recorded))
 
     def _take(self, event: ev.Event) -> None:
         """Take in the event of a message. A heartbeat on which nothing waits is kept for the next event or tick."""

@@ -11,6 +11,7 @@ from elastic_moe.config.schema import ElasticConfig, RunConfig, TrainConfig
 from elastic_moe.control import events as ev
 from elastic_moe.control import messages as msg
 from elastic_moe.control.state import State, WorkerRecord
+from elastic_moe.coordination import membership
 from elastic_moe.coordination.event_log import EventLog
 from elastic_moe.coordination.membership import Membership
 from elastic_moe.types import SAVED, Member, View
@@ -144,8 +145,24 @@ def test_records_give_the_status_and_the_step_of_every_line() -> None:
     ].items()
 
 
-def test_heartbeats_are_told_how_far_the_records_are_written() -> None:
+def test_a_workers_heartbeats_are_answered_now_and_then_and_at_once_after_a_hello() -> None:
+    run = Run(1, lease_s=1e6)
+
+    def answers() -> list[float]:
+        return [message.sent_s for message in run.to("a", msg.AliveMessage)]
+
+    run.join("a")
+    for sent_s in (1.0, 2.0, 3.0):
+        run.membership.receive("a", msg.HeartbeatMessage(1, 1, 1, sent_s))
+    assert answers() == [1.0]
+    run.join("a")
+    run.membership.receive("a", msg.HeartbeatMessage(1, 1, 1, 4.0))
+    assert answers() == [1.0, 4.0]
+
+
+def test_heartbeats_are_told_how_far_the_records_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not while a view is entered, since it may go back behind steps that were recorded."""
+    monkeypatch.setattr(membership, "ANSWER_SHARE", 0.0)
     run = Run(2)
 
     def told() -> int:

@@ -2,7 +2,8 @@
 
 The reference in README.md of this folder, the JSON schemas that a test applies to a real run, the titles in the report
 and the units that trackers are given are made from these declarations. A key that is written and not declared here
-fails that test."""
+fails that test.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ ADOPTION_GAP = 10  # generations left free after an adopted one: the lost coordi
 
 def is_adoptable(state: State, event: Hello) -> bool:
     """Whether to take the worker's view over: this coordinator has published none, and knows no newer one."""
-    if event.view is None or event.view.rank_of(event.worker) is None:
+    if event.view is None or event.view.rank_of(event.worker) is None or event.lapsed:
         return False
     if state.view is None:
         return True
@@ -33,8 +33,10 @@ def adopt(state: State, event: Hello, now_s: float, config: ElasticConfig) -> St
             records[m.worker] = WorkerRecord(
                 replace(m, draining=False), now_s, now_s, (0, 0, 0), now_s, drain_s, missing=True
             )
+    unheard = state.unheard.union(m.worker for m in view.members if m.worker in records and records[m.worker].missing)
     return replace(
         state,
+        unheard=unheard,
         phase=RUNNING,
         reason="re-registered",
         records=records,

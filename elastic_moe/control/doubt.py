@@ -90,11 +90,14 @@ def no_other_group_commits(state: State, workers: Sequence[str], now_s: float, c
     A commit needs the vote of every member, so an older view is over once one of its members votes no more in it: one
     of these workers is among them and leaves it; one is proven to be dead, or has entered a later view; or the lease of
     one has run out.
+
+    A coordinator that was restarted may not know the newest view: those that it has not heard of yet may form one, in
+    which they commit until their leases have run out.
     """
-    for view in open_views(state, now_s, config):
-        if set(workers).isdisjoint(m.worker for m in view.members):
-            return False
-    return now_s >= state.fence_s or any(state.records[w].bears_state for w in workers)
+    if now_s < state.fence_s and (state.view is None or state.unheard or state.superseded):
+        return False
+    mine = set(workers)
+    return not any(mine.isdisjoint(m.worker for m in view.members) for view in open_views(state, now_s, config))
 
 
 def open_views(state: State, now_s: float, config: ElasticConfig) -> tuple[View, ...]:

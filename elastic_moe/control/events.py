@@ -22,6 +22,7 @@ class Hello:
         view: newest view it knows; None if it never was in one.
         entered: generation that it entered last.
         step: last step it committed, as far as it knows.
+        lapsed: its lease has run out since it came to know that view, so another one may have followed.
         address: as in `Member`.
     """
 
@@ -33,6 +34,7 @@ class Hello:
     view: View | None = None
     entered: int = 0
     step: int = 0
+    lapsed: bool = False
     address: tuple[str, int] = ("", 0)
 
 

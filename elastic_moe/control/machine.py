@@ -186,6 +186,9 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> O
         return state, [Release(worker)]
     commands: list[Command] = []
     if event.view is not None and is_adoptable(state, event):
+        left = () if state.view is None else tuple(w for w in state.view_workers if event.view.rank_of(w) is None)
+        if left and state.view is not None:
+            commands.append(Pause(state.view.generation, left, "the run went on without them; they join again"))
         state = adopt(state, event, now_s, config)
         commands.append(LogEvent("adopted", reason=f"generation {state.generation - ADOPTION_GAP} of {worker}"))
     returns = False
@@ -210,15 +213,17 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> O
         state = state.with_record(worker, member=replace(record.member, address=event.address))
     entered = max(event.entered, state.records[worker].entered)
     state = state.with_record(worker, last_heard_s=now_s, missing=False, closed_s=None, entered=entered)
-    state = replace(state, step=max(state.step, event.step))
+    state = replace(state, step=max(state.step, event.step), unheard=state.unheard - {worker})
     commands += [Welcome(worker), _log_event(state, "worker_readmitted" if returns else "worker_connected", worker)]
     view = state.view
-    if event.view is not None and not state.in_view(worker):
+    if event.lapsed:
+        state = replace(state, superseded=True)
+    if event.view is not None and (event.lapsed or not state.in_view(worker)):
         generation = event.view.generation
         state = replace(state, generation=max(state.generation, generation))
         commands.append(Pause(generation, (worker,), "the run went on without it; it joins again with its state"))
     if view is not None and view.rank_of(worker) is not None:
-        if event.entered == view.generation:
+        if event.entered == view.generation and not event.lapsed:
             state = _with_entered(state, worker)
         if event.view is None or event.view.generation < view.generation:
             commands.append(Publish(view, False, "re-registered", (worker,)))

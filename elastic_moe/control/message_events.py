@@ -44,7 +44,7 @@ def event_of_message(worker: str, message: MembershipMessage) -> ev.Event:
     match message:
         case HelloMessage():
             m = message
-            return ev.Hello(worker, m.node, m.pid, m.slots, m.ready, m.view, m.entered, m.step, m.address)
+            return ev.Hello(worker, m.node, m.pid, m.slots, m.ready, m.view, m.entered, m.step, m.lapsed, m.address)
         case ReadyMessage():
             return ev.Ready(worker)
         case HeartbeatMessage(generation, step, progress):

@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic_moe.types import Member, View
 
-VERSION = 5  # of the protocol; every change of a message raises it
+VERSION = 6  # of the protocol; every change of a message raises it
 
 JsonObject = Mapping[str, Any]
 
@@ -37,6 +37,7 @@ class HelloMessage:
         view: newest view it knows; None if it never was in one.
         entered: generation that it entered last.
         step: last step it committed, as far as it knows.
+        lapsed: its lease has run out since it came to know that view.
         version: version of the protocol that it speaks.
         address: as in `Member`.
         sources: digest of the package's sources that it runs; "" if it is not known.
@@ -51,6 +52,7 @@ class HelloMessage:
     view: View | None = None
     entered: int = 0
     step: int = 0
+    lapsed: bool = False
     version: int = VERSION
     address: tuple[str, int] = ("", 0)
     sources: str = ""

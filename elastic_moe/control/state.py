@@ -145,6 +145,8 @@ class State:
         reason: cause of the phase.
         records: living workers by id, in order of arrival.
         removed: ids of workers that are dead or were evicted for good; they never come back.
+        unheard: members of an adopted view that have not registered with this coordinator, and are not proven dead.
+        superseded: a worker's lease had run out in the view with which it registered, so that a newer one may exist.
         absent: workers that were removed without proof of their death, by id; they are taken in again when they say
             hello.
         fence_s: until then, no view may take its state from storage: a coordinator that was restarted does not know
@@ -179,6 +181,8 @@ class State:
     reason: str = "waiting for workers"
     records: Mapping[str, WorkerRecord] = field(default_factory=dict[str, WorkerRecord])
     removed: frozenset[str] = frozenset()
+    unheard: frozenset[str] = frozenset()
+    superseded: bool = False
     absent: Mapping[str, Absent] = field(default_factory=dict[str, Absent])
     fence_s: float = 0.0
     slots_needed: int = 0
@@ -233,7 +237,8 @@ class State:
     def without(self, worker: str) -> State:
         """The state with a worker removed for good."""
         absent = {name: away for name, away in self.absent.items() if name != worker}
-        return replace(self.forgetting(worker), removed=self.removed | {worker}, absent=absent)
+        unheard = self.unheard - {worker}
+        return replace(self.forgetting(worker), removed=self.removed | {worker}, absent=absent, unheard=unheard)
 
     def forgetting(self, worker: str) -> State:
         """The state without a worker's record. It may register again."""

@@ -57,7 +57,7 @@ class Registration:
     progress: Callable[[], tuple[int, int]] = lambda: (0, 0)
     address: tuple[str, int] = ("", 0)
 
-    def hello(self, newest: msg.ViewMessage | None) -> msg.HelloMessage:
+    def hello(self, newest: msg.ViewMessage | None, lapsed: bool) -> msg.HelloMessage:
         """Everything that a coordinator without memory must know of this worker."""
         return msg.HelloMessage(
             self.token,
@@ -69,6 +69,7 @@ class Registration:
             view=newest.view if newest is not None else None,
             entered=self.entered,
             step=max(0, self.progress()[0] - 1),
+            lapsed=lapsed,
             address=self.address,
             sources=sources_digest(),
         )
@@ -110,7 +111,7 @@ class CoordinatorClient:
         self.inbox = Inbox(worker)
         self.lease = Lease(self.inbox, lease_s)
         self._registration = Registration(token, worker, node, pid, slots)
-        self._connection = ConnectionThread(find, self._registration, self.inbox, heartbeat_s)
+        self._connection = ConnectionThread(find, self._registration, self.inbox, heartbeat_s, lease_s)
         self.outbox = self._connection.outbox
 
     def start(self) -> None:
@@ -198,17 +199,21 @@ class ConnectionThread:
         registration: this worker's state, for `hello` and heartbeats.
         inbox: takes the coordinator's messages.
         heartbeat_s: seconds between two heartbeats.
+        lease_s: length of the lease.
 
     Attributes:
         outbox: messages to send.
         connection: the present connection, or None.
     """
 
-    def __init__(self, find: Find, registration: Registration, inbox: Inbox, heartbeat_s: float) -> None:
+    def __init__(
+        self, find: Find, registration: Registration, inbox: Inbox, heartbeat_s: float, lease_s: float
+    ) -> None:
         self.find = find
         self.outbox = Outbox(self._wake)
         self.connection: socket.socket | None = None
-        self._registration, self._inbox, self._heartbeat_s = registration, inbox, heartbeat_s
+        self._registration, self._inbox = registration, inbox
+        self._heartbeat_s, self._lease_s = heartbeat_s, lease_s
         self._links = LinkProber(registration.token, registration.worker, self.outbox.add)
         self._closed = threading.Event()
         self._wake_in, self._wake_out = socket.socketpair()
@@ -290,7 +295,8 @@ class ConnectionThread:
 
     def _serve(self, connection: socket.socket) -> None:
         """Talk on one connection until it breaks, the client is closed or this worker is evicted."""
-        connection.sendall(encode(self._registration.hello(self._inbox.newest)) + self.outbox.resent())
+        hello = self._registration.hello(self._inbox.newest, self._inbox.lapsed(self._lease_s))
+        connection.sendall(encode(hello) + self.outbox.resent())
         buffer, heartbeat_s = b"", 0.0  # when the next heartbeat is due
         while not self._inbox.evicted:
             now_s = time.monotonic()

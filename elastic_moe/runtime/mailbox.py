@@ -68,6 +68,7 @@ class Inbox:
         self._unplanned = 0  # newest generation that must not wait for a step boundary
         self._paused = 0  # newest generation that was paused
         self._released = False
+        self._lapsed = 0  # view in which the lease has run out
         self._closed = False
         self._on_abort: Callable[[str], None] | None = None
 
@@ -107,6 +108,14 @@ class Inbox:
                 f"the coordinator was not heard for {patience_s:g} s (elastic.hold_s), so this worker ends; a resume "
                 "goes on from the newest checkpoint"
             )
+
+    def lapsed(self, lease_s: float) -> bool:
+        """Whether the lease has run out since the newest view came, so that another view may have followed it."""
+        if self.newest is None:
+            return False
+        if time.monotonic() - max(self.heard_s, self._made_s) > lease_s:
+            self._lapsed = self.newest.view.generation
+        return self._lapsed == self.newest.view.generation
 
     def _next(self, after_generation: int) -> ViewMessage | None:
         """The newest view or hold after this generation."""

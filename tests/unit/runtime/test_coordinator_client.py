@@ -238,6 +238,19 @@ def test_a_wait_without_a_coordinator_ends_with_a_sentence() -> None:
         Lease(inbox, 0.01).hold(abort, patience_s=0.05)
 
 
+def test_a_lease_that_ran_out_is_told_until_a_newer_view_comes() -> None:
+    inbox = Inbox("w")
+    assert not inbox.lapsed(0.0)
+    inbox.receive(view(3, "w"))
+    inbox.receive(msg.AliveMessage(time.monotonic()))
+    assert not inbox.lapsed(TIMEOUT_S)
+    assert inbox.lapsed(-1.0), "it has run out"
+    inbox.receive(msg.AliveMessage(time.monotonic()))
+    assert inbox.lapsed(TIMEOUT_S), "a coordinator that answers again may not know what became of the view"
+    inbox.receive(view(4, "w"))
+    assert not inbox.lapsed(TIMEOUT_S)
+
+
 def test_a_wait_goes_on_while_the_coordinator_answers() -> None:
     inbox = Inbox("w")
     results: list[Any] = []

@@ -12,8 +12,9 @@ In a part of the schedules the coordinator is restarted too, without any memory.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import combinations, groupby
+from itertools import combinations, groupby, product
 
 import pytest
 
@@ -69,6 +70,13 @@ class World:
         name = f"w{len(self.workers)}"
         drift = self.rng.uniform(1 / CLOCK_DRIFT, CLOCK_DRIFT)
         self.workers[name] = ModelWorker(name, drift)
+
+    def copy(self) -> World:
+        """The same world, which goes its own way from here."""
+        rng = random.Random()
+        rng.setstate(self.rng.getstate())
+        workers = {name: replace(worker) for name, worker in self.workers.items()}
+        return replace(self, rng=rng, workers=workers, cut=set(self.cut), commits=list(self.commits))
 
     def reaches(self, a: str, b: str) -> bool:
         return frozenset((a, b)) not in self.cut
@@ -173,7 +181,7 @@ class World:
     def disturb(self) -> None:
         """One failure or repair, drawn at random."""
         if self.rng.random() < self.restarts:
-            self._restart()
+            self.restart()
             return
         living = [w.name for w in self.workers.values() if w.alive and not w.released]
         places = [*living, ""]
@@ -208,7 +216,7 @@ class World:
             case _:
                 pass
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         """Another coordinator takes over. It knows nothing, and waits for a lease before it trusts that."""
         for worker in self.workers.values():
             worker.registered = False
@@ -260,3 +268,93 @@ def test_without_the_lease_two_groups_do_commit(monkeypatch: pytest.MonkeyPatch)
                 world.look()
         found += world.returns()
     assert found
+
+
+# --- every short schedule ---------------------------------------------------------------------------------------------
+
+ACTIONS = ("cut", "part", "island", "swap", "heal", "reset", "sleep", "kill", "report", "join", "restart")
+SHORT, MIDDLE, LONG = 1, 12, 34  # looks: at once; longer than a worker may be silent; longer than a lease and that
+DEPTH = 3
+
+
+def _act(world: World, action: str) -> None:
+    """One action, always on the same workers: to the machine all workers are alike."""
+    first, second = "w0", "w1"
+    others = [name for name in world.workers if name != first]
+    match action:
+        case "cut":
+            world.cut.add(frozenset((first, "")))
+        case "part":
+            world.cut.add(frozenset((first, second)))
+        case "island":
+            world.cut |= {frozenset((first, other)) for other in (*others, "")}
+        case "swap":  # only the first reaches the coordinator, and the others reach one another
+            world.cut = {frozenset((a, b)) for a in others for b in (first, "")}
+        case "heal":
+            world.heal()
+        case "reset":
+            for worker in world.workers.values():
+                if worker.alive and worker.registered:
+                    worker.registered = False
+                    world.tell(ev.Closed(worker.name))
+        case "sleep":
+            world.workers[first].asleep = True
+        case "kill" | "report":
+            world.workers[second].alive = False
+            world.tell(ev.Lost(second) if action == "report" else ev.Closed(second))
+        case "join" if len(world.workers) < 5:
+            world.start_worker()
+        case "restart":
+            world.restart()
+        case _:
+            pass
+
+
+def _schedules(world: World, depth: int) -> Iterator[tuple[str, World]]:
+    """Every schedule of so many actions, and what it leads to. After the last action the time is long."""
+    if depth == 0:
+        yield "", world
+        return
+    for action, looks in product(ACTIONS, (SHORT, MIDDLE, LONG) if depth > 1 else (LONG,)):
+        after = world.copy()
+        _act(after, action)
+        for _ in range(looks):
+            after.look()
+        for rest, end in _schedules(after, depth - 1):
+            yield f"{action} ({looks}); {rest}", end
+
+
+def _begun(action: str, looks: int) -> World:
+    """A run that trains, after a first action."""
+    world = World(random.Random(1))
+    for _ in range(3):
+        world.start_worker()
+    for _ in range(4):
+        world.look()
+    assert world.commits
+    _act(world, action)
+    for _ in range(looks):
+        world.look()
+    return world
+
+
+@pytest.mark.parametrize("first", ACTIONS)
+@pytest.mark.parametrize("looks", [SHORT, MIDDLE, LONG])
+def test_every_short_schedule(first: str, looks: int) -> None:
+    """No schedule of `DEPTH` actions lets two groups commit, and after each of `DEPTH - 1` the healed run goes on."""
+    for schedule, end in _schedules(_begun(first, looks), DEPTH - 1):
+        assert not end.returns(), f"two groups committed after {first} ({looks}); {schedule}"
+    for schedule, end in _schedules(_begun(first, looks), DEPTH - 2):
+        end.heal()
+        end.start_worker()
+        before = len(end.commits)
+        for _ in range(1200):
+            end.look()
+            if len(end.commits) > before:
+                break
+        assert len(end.commits) > before, f"the run stands after {first} ({looks}); {schedule}: {end.state}"
+
+
+def test_short_schedules_find_what_the_lease_prevents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastic_moe.control.rules.no_other_group_commits", lambda *_: True)
+    assert any(end.returns() for _, end in _schedules(_begun("island", LONG), DEPTH - 1))

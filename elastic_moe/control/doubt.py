@@ -94,7 +94,7 @@ def no_other_group_commits(state: State, workers: Sequence[str], now_s: float, c
     A coordinator that was restarted may not know the newest view: those that it has not heard of yet may form one, in
     which they commit until their leases have run out.
     """
-    if now_s < state.fence_s and (state.view is None or state.unheard or state.superseded):
+    if now_s < state.fence_s and (state.view is None or state.unheard or state.lapsed):
         return False
     mine = set(workers)
     return not any(mine.isdisjoint(m.worker for m in view.members) for view in open_views(state, now_s, config))

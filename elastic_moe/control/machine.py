@@ -185,6 +185,8 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> O
     if state.over:
         return state, [Release(worker)]
     commands: list[Command] = []
+    known = worker in state.records and not state.records[worker].missing and worker not in state.lapsed
+    lapsed = event.lapsed and not known  # of a known one, this coordinator knows what became of its view
     if event.view is not None and is_adoptable(state, event):
         left = () if state.view is None else tuple(w for w in state.view_workers if event.view.rank_of(w) is None)
         if left and state.view is not None:
@@ -216,14 +218,14 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> O
     state = replace(state, step=max(state.step, event.step), unheard=state.unheard - {worker})
     commands += [Welcome(worker), _log_event(state, "worker_readmitted" if returns else "worker_connected", worker)]
     view = state.view
-    if event.lapsed:
-        state = replace(state, superseded=True)
-    if event.view is not None and (event.lapsed or not state.in_view(worker)):
+    if lapsed:
+        state = replace(state, lapsed=state.lapsed | {worker})
+    if event.view is not None and (lapsed or not state.in_view(worker)):
         generation = event.view.generation
         state = replace(state, generation=max(state.generation, generation))
         commands.append(Pause(generation, (worker,), "the run went on without it; it joins again with its state"))
     if view is not None and view.rank_of(worker) is not None:
-        if event.entered == view.generation and not event.lapsed:
+        if event.entered == view.generation and not lapsed:
             state = _with_entered(state, worker)
         if event.view is None or event.view.generation < view.generation:
             commands.append(Publish(view, False, "re-registered", (worker,)))

@@ -146,7 +146,7 @@ class State:
         records: living workers by id, in order of arrival.
         removed: ids of workers that are dead or were evicted for good; they never come back.
         unheard: members of an adopted view that have not registered with this coordinator, and are not proven dead.
-        superseded: a worker's lease had run out in the view with which it registered, so that a newer one may exist.
+        lapsed: workers whose lease had run out in the view with which they registered, so that a newer one may exist.
         absent: workers that were removed without proof of their death, by id; they are taken in again when they say
             hello.
         fence_s: until then, no view may take its state from storage: a coordinator that was restarted does not know
@@ -182,7 +182,7 @@ class State:
     records: Mapping[str, WorkerRecord] = field(default_factory=dict[str, WorkerRecord])
     removed: frozenset[str] = frozenset()
     unheard: frozenset[str] = frozenset()
-    superseded: bool = False
+    lapsed: frozenset[str] = frozenset()
     absent: Mapping[str, Absent] = field(default_factory=dict[str, Absent])
     fence_s: float = 0.0
     slots_needed: int = 0

@@ -7,7 +7,7 @@ from dataclasses import replace
 from elastic_moe.control import events as ev
 from elastic_moe.control.doubt import CLOCK_DRIFT
 from elastic_moe.types import View
-from tests.unit.control.test_machine import Machine, view_of
+from tests.unit.control.test_machine import Machine, running, view_of
 
 
 def restarted(target: int) -> Machine:
@@ -69,3 +69,22 @@ def test_a_newer_view_that_is_adopted_takes_the_others_out_of_theirs() -> None:
     commands = machine.on(hello("c", newer))
     (pause,) = [c for c in commands if isinstance(c, ev.Pause)]
     assert (pause.generation, pause.workers) == (7, ("a",))
+
+
+def test_a_coordinator_that_was_not_restarted_knows_what_became_of_the_view() -> None:
+    """All were cut off from it for longer than a lease, and nothing happened meanwhile: nobody leaves."""
+    machine = running("a", "b")
+    view = machine.state.view
+    assert view is not None
+    machine.on(ev.Closed("a"), ev.Closed("b"))
+    commands = machine.on(hello("a", view, lapsed=True), hello("b", view, lapsed=True))
+    assert not any(isinstance(c, ev.Pause | ev.Publish) for c in commands)
+    machine.wait(20, step=9)
+    assert len(machine.published) == 1
+
+
+def test_who_has_to_leave_is_told_again_if_the_connection_broke() -> None:
+    machine, old = restarted(2), view_of("a", "b", generation=7)
+    machine.on(hello("a", old), hello("b", old, lapsed=True), ev.Closed("b"))
+    commands = machine.on(hello("b", old, lapsed=True))
+    assert [c.workers for c in commands if isinstance(c, ev.Pause)] == [("b",)]

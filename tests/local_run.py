@@ -103,12 +103,16 @@ class LocalRun:
         os.kill(self.processes[worker].pid, how)
 
     def wait(self, what: str, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """Wait until the status satisfies a condition."""
-        deadline_s = time.monotonic() + WAIT_S
-        while time.monotonic() < deadline_s:
+        """Wait until the status satisfies a condition, for as long as the run gets on."""
+        deadline_s, seen = 0.0, None
+        while True:
             status = self.coordinator.status()
             if holds(status):
                 return status
+            if seen != (seen := (status["step"], status["generation"])):
+                deadline_s = time.monotonic() + WAIT_S
+            elif time.monotonic() > deadline_s:
+                break
             if status["phase"] == "failed":
                 break
             time.sleep(0.02)

@@ -18,7 +18,7 @@ from tests.local_run import LocalRun, tiny_config
 
 EVENTS = 9
 FEWEST, MOST = 2, 6
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)
 
 
 def _config(run_dir: Path, steps: int, **elastic: int) -> TrainConfig:

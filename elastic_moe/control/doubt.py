@@ -91,13 +91,19 @@ def no_other_group_commits(state: State, workers: Sequence[str], now_s: float, c
     of these workers is among them and leaves it; one is proven to be dead, or has entered a later view; or the lease of
     one has run out.
 
-    A coordinator that was restarted may not know the newest view: those that it has not heard of yet may form one, in
-    which they commit until their leases have run out.
     """
-    if now_s < state.fence_s and (state.view is None or state.unheard or state.lapsed):
+    if newer_view_may_exist(state, now_s):
         return False
     mine = set(workers)
     return not any(mine.isdisjoint(m.worker for m in view.members) for view in open_views(state, now_s, config))
+
+
+def newer_view_may_exist(state: State, now_s: float) -> bool:
+    """Whether a coordinator that was restarted may not know the newest view.
+
+    Those that it has not heard of yet may form one, in which they commit until their leases have run out.
+    """
+    return now_s < state.fence_s and (state.view is None or bool(state.unheard) or bool(state.lapsed))
 
 
 def open_views(state: State, now_s: float, config: ElasticConfig) -> tuple[View, ...]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.doubt import (
+    newer_view_may_exist,
     no_other_group_commits,
     others_hold_all,
     remove_hung,
@@ -116,7 +117,7 @@ def _reform(state: State, now_s: float, config: ElasticConfig) -> RuleResult | N
     Causes: a collective failed and every member has answered the probe; a restarted coordinator has adopted a view that
     is not entered; no member makes progress.
     """
-    if state.view is None or state.phase != RUNNING or (state.lapsed and now_s < state.fence_s):
+    if state.view is None or state.phase != RUNNING or newer_view_may_exist(state, now_s):
         return None
     records = [state.records[w] for w in state.view_workers]
     reason, hung = "", False

@@ -115,12 +115,8 @@ class Membership:
         A newcomer that runs other sources than the workers who are there would fail together with them, for what
         workers tell one another has no version. Whoever may have state is let in.
         """
-        records = self._state.records
-        self._sources = {worker: known for worker, known in self._sources.items() if worker in records}
-        self._answered = {worker: at_s for worker, at_s in self._answered.items() if worker in records}
-        others = {known for worker, known in self._sources.items() if known and worker != hello.worker}
+        others = {self._sources.get(worker, "") for worker in self._state.records if worker != hello.worker} - {""}
         if hello.view is not None or not hello.sources or not others or hello.sources in others:
-            self._sources[hello.worker] = hello.sources
             return ""
         reason = (
             f"the files of elastic_moe on node {hello.node} are not those that the run's workers have started with: "
@@ -152,9 +148,17 @@ class Membership:
                 if isinstance(message, msg.HeartbeatMessage) and worker in self._state.records:
                     self._answer(worker, message.sent_s)
                 if isinstance(message, msg.HelloMessage):
-                    self._answered.pop(worker, None)
+                    self._registered(worker, message.sources)
                 if isinstance(message, msg.EnteredMessage):
                     self._log.entered(self._state, self._step, worker, message.generation, message.info or {})
+
+    def _registered(self, worker: str, sources: str) -> None:
+        """Note what a worker runs, and forget those that are gone. Its next heartbeat is answered at once."""
+        self._sources[worker] = sources
+        for gone in [known for known in self._sources if known not in self._state.records]:
+            del self._sources[gone]
+            self._answered.pop(gone, None)
+        self._answered.pop(worker, None)
 
     def _answer(self, worker: str, sent_s: float) -> None:
         """Answer a heartbeat, if none was answered lately: what many answers cost is the largest part of the work."""

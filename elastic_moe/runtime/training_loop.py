@@ -122,7 +122,8 @@ class TrainingLoop:
         self._nonfinite = count = self._nonfinite.after(skipped, workers, len(view.active_ranks))
         if not skipped:
             self._good_steps += 1
-            self._rollbacks *= self._good_steps < FEWEST
+            if self._good_steps >= FEWEST:
+                self._rollbacks = 0
             return
         vote = self._local.vote
         spike = vote is not None and vote.spike

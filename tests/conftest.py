@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-TIERS = ("unit", "golden", "chaos", "dist", "ray")
+TIERS = ("unit", "golden", "chaos", "dist", "ray", "gpu")
 PATIENCE_S = 60.0  # for what a test has ended, and what has not gone yet, on a loaded machine
 DURATIONS = Path(".cache") / "test_durations.json"
 NOT_OURS = (

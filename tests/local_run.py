@@ -29,6 +29,7 @@ from elastic_moe.saved import with_tokenizer
 from tests.declared import assert_declared
 
 WAIT_S = 240.0
+DEVICE = os.environ.get("ELASTIC_MOE_TEST_DEVICE", "cpu")  # cuda: all workers share one GPU
 
 
 def tiny_config(run_dir: Path, corpus: Path, **elastic: Any) -> TrainConfig:
@@ -39,7 +40,7 @@ def tiny_config(run_dir: Path, corpus: Path, **elastic: Any) -> TrainConfig:
     slow bias and a small learning rate make such ties too rare to blur what the comparisons test.
     """
     return TrainConfig(
-        device="cpu",
+        device=DEVICE,
         run=RunConfig(dir=str(run_dir), steps=30, eval_every_steps=0, eval_sequences=4, sample_tokens=0),
         model=ModelConfig(
             hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, dense_hidden=64,

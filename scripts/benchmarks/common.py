@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def machine() -> dict[str, Any]:
         "load_1min": os.getloadavg()[0],
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "ray", "numpy")},
+        "versions": {name: version(name) for name in ("torch", "ray", "numpy") if find_spec(name)},
     }
 
 

@@ -30,8 +30,8 @@ import torch
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.vote import Wishes
+from elastic_moe.coordination.coordinator import RunCoordinator
 from elastic_moe.coordination.rendezvous import RendezvousServer
-from elastic_moe.coordination.server import ControlServer
 from elastic_moe.data.prepare import Prepared, prepare
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.params import param_specs
@@ -168,19 +168,16 @@ def _wait_all(processes: list[Any]) -> None:
             raise TimeoutError(f"a worker did not end well within {ROUND_LIMIT_S:.0f} s (exit code {process.exitcode})")
 
 
-def full(config: TrainConfig, prepared: Prepared) -> list[tuple[float, float]]:
+def full(config: TrainConfig, prepared: Prepared, workers: int = WORKERS) -> list[tuple[float, float]]:
     """(time, loss) of every committed step of the full machinery."""
-    records: dict[int, tuple[float, float]] = {}
-    server = ControlServer(
-        config, TOKEN, WORKERS, on_record=lambda r: records.setdefault(int(r["step"]), (r["time"], r["loss"]))
-    )
-    address = server.start()
+    coordinator = RunCoordinator(config, TOKEN, workers)
     try:
-        with _processes(_full_worker, [(config, address, prepared, rank) for rank in range(WORKERS)]) as processes:
+        by_rank = [(config, coordinator.address, prepared, rank) for rank in range(workers)]
+        with _processes(_full_worker, by_rank) as processes:
             _wait_all(processes)
+        return [(record["time"], record["loss"]) for record in coordinator.records_since(0)]
     finally:
-        server.close()
-    return [records[step] for step in sorted(records)]
+        coordinator.close()
 
 
 def plain(config: TrainConfig, prepared: Prepared) -> list[tuple[float, float]]:

@@ -1,6 +1,7 @@
 """The Triton kernels against the plain torch form: values and gradients.
 
-Triton's interpreter runs them on CPU tensors. It shows neither their speed nor the result of their compilation.
+Triton's interpreter runs them on CPU tensors. It shows neither their speed nor the result of their compilation. On a
+machine with a GPU they are compiled and run there too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from elastic_moe.model.residual.eager import EagerKernels, Kernels, MixSettings
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
@@ -30,7 +32,7 @@ def test_in_the_interpreter() -> None:
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    if not INTERPRETED:
+    if not INTERPRETED and DEVICE == "cpu":
         pytest.skip("runs in a process with the interpreter")
     from elastic_moe.model.residual.triton import TritonKernels
 
@@ -46,7 +48,7 @@ def test_equals_plain_torch(kernels: Kernels, tokens: int, n: int, width: int, d
     settings, plain = MixSettings(n, 4, 1e-4, 1e-6), EagerKernels()
 
     def random(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(kind)
+        return torch.randn(shape, generator=generator).to(DEVICE, kind)
 
     x, y, grad, d_h = (
         random(*s, kind=dtype) for s in ((tokens, n, width), (tokens, width), (tokens, n, width), (tokens, width))

@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.readout": ("mean", "learned"),
     "model.fused": ("auto", "off", "compile", "triton"),
     "optim.schedule": ("cosine", "constant"),
+    "elastic.state_on": ("device", "host"),
     "optim.spike": ("off", "skip", "rollback", "stop"),
     "cluster.kind": ("local", "simulated", "address"),
     "tracking.wandb": ("auto", "online", "offline", "off"),

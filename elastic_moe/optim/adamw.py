@@ -19,6 +19,7 @@ from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.types import Unit
 
 CHUNK = 32768  # elements per pass: five fp32 vectors of this length stay in the second-level cache
+DEVICE_CHUNK = 1 << 24  # on a GPU, whose launches cost more than its passes; bounds the temporaries
 
 
 def apply(units: Sequence[Unit], state: UnitState, grad: torch.Tensor | None, step: CommittedStep) -> None:
@@ -43,7 +44,8 @@ def apply_adamw(state: UnitState, grad: torch.Tensor, step: int, lr: float, cfg:
     keep = 1.0 - lr * cfg.weight_decay if decay else 1.0
     step_size = lr / (1.0 - cfg.beta1**step)
     root_correction = math.sqrt(1.0 - cfg.beta2**step)
-    chunks = zip(*(tensor.split(CHUNK) for tensor in (state.weight, state["m"], state["v"], grad)), strict=True)
+    size = CHUNK if grad.device.type == "cpu" else DEVICE_CHUNK
+    chunks = zip(*(tensor.split(size) for tensor in (state.weight, state["m"], state["v"], grad)), strict=True)
     for weight, m, v, g in chunks:
         if keep != 1.0:
             weight.mul_(keep)

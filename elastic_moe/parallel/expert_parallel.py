@@ -308,17 +308,23 @@ def _sending_order(
     expert_N: NDArray[np.int64], split_P: NDArray[np.int64], expert_P: NDArray[np.int32]
 ) -> NDArray[np.int64]:
     """Rows by destination slot: each expert's rows, in order, are dealt to the expert's slots, in order."""
-    by_expert_N = np.argsort(expert_N, kind="stable")
+    by_expert_N = _stable_order(expert_N)
     slots = np.argsort(expert_P, kind="stable")  # slots of one expert side by side
     slot_N = np.repeat(slots, split_P[slots])
-    return by_expert_N[np.argsort(slot_N, kind="stable")]
+    return by_expert_N[_stable_order(slot_N)]
 
 
 def _interleave(here_RS: NDArray[np.int64]) -> NDArray[np.int64]:
     """Permutation that brings rows received by (source, slot) into (slot, source) order."""
     sources, slots = here_RS.shape
     slot_M = np.repeat(np.tile(np.arange(slots), sources), here_RS.reshape(-1))
-    return np.argsort(slot_M, kind="stable")
+    return _stable_order(slot_M)
+
+
+def _stable_order(keys_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Permutation that sorts by keys >= 0, equal ones in their order; numpy sorts 16-bit keys in linear time."""
+    short = len(keys_N) > 0 and keys_N.max() < 1 << 16
+    return np.argsort(keys_N.astype(np.uint16) if short else keys_N, kind="stable")
 
 
 def _inverse(permutation: NDArray[np.int64]) -> NDArray[np.int64]:

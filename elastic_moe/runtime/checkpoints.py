@@ -86,11 +86,9 @@ class ShardWriter:
             reason = f"the storage is slow: step {step} is written instead"
             self._event({"event": "checkpoint_skipped", "step": skipped.step, "reason": reason})
         del skipped
-        tensors = {
-            f"{held.units[u].name}/{name}": tensor.clone()
-            for u in primary
-            for name, tensor in held.states[u].fields.items()
-        }
+        tensors = _host_copies(
+            {f"{held.units[u].name}/{name}": tensor for u in primary for name, tensor in held.states[u].fields.items()}
+        )
         with self._changed:
             self._waiting = _Job(step, tag, tensors, generation, skipped_batches)
             self._changed.notify_all()
@@ -162,3 +160,18 @@ class ShardWriter:
             self._reports.event(event)
         except Exception:  # the report is what fails; the shard's outcome stays
             logger.exception("an event about a checkpoint could not be reported")
+
+
+def _host_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in host memory; those of a GPU's tensors are made side by side, into pinned memory."""
+    copies: dict[str, torch.Tensor] = {}
+    devices: set[torch.device] = set()
+    for name, tensor in tensors.items():
+        if tensor.device.type == "cpu":
+            copies[name] = tensor.clone()
+        else:
+            devices.add(tensor.device)
+            copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    for device in devices:
+        torch.accelerator.synchronize(device)
+    return copies

@@ -7,7 +7,10 @@ additions at the speed of memory is enough.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from elastic_moe.optim.unit_state import UnitState
@@ -19,11 +22,33 @@ _FIELD = 0xD1342543DE82EF95  # odd; fields that changed places show too
 _MASK = 2**64 - 1
 
 
-def checksum(state: UnitState) -> int:
-    """Checksum of all fields of a unit's state, below 2^64."""
-    total = 0
-    for tensor in state.fields.values():
-        total = (total * _FIELD + _sum(tensor.cpu().numpy())) & _MASK
+def checksums(states: Sequence[UnitState]) -> NDArray[np.uint64]:
+    """Checksum of each unit's state, of all its fields. Those on a GPU are computed there, and read in one go."""
+    fields_N = [list(state.fields.values()) for state in states]
+    on_device = [tensor for fields in fields_N for tensor in fields if tensor.device.type != "cpu"]
+    weights = torch.from_numpy(_WEIGHTS.view(np.int64)).to(on_device[0].device) if on_device else None
+    read: Iterator[int] = iter(())
+    if weights is not None:
+        read = iter(torch.stack([_sum_on_device(tensor, weights) for tensor in on_device]).tolist())
+    totals = np.zeros(len(states), dtype=np.uint64)
+    for number, fields in enumerate(fields_N):
+        total = 0
+        for tensor in fields:
+            own = _sum(tensor.numpy()) if tensor.device.type == "cpu" else next(read)
+            total = (total * _FIELD + own) & _MASK
+        totals[number] = total
+    return totals
+
+
+def _sum_on_device(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`_sum` as a scalar int64 tensor on the values' device: sums of int64 wrap around as those of uint64 do."""
+    words = values.contiguous().view(torch.int32)
+    even = len(words) & ~1
+    low, high = words[0:even:2].to(torch.int64) & 0xFFFFFFFF, words[1:even:2].to(torch.int64) << 32
+    pairs = torch.nn.functional.pad(low | high, (0, -(even // 2) % PERIOD))
+    total = (pairs.view(-1, PERIOD).sum(dim=0) * weights).sum()
+    if even != len(words):
+        total = total + (words[even:].to(torch.int64) & 0xFFFFFFFF)[0] * weights[-1]
     return total
 
 

@@ -19,7 +19,7 @@ from elastic_moe.control.protocol import Recovery, Status, choose
 from elastic_moe.control.spikes import DataPosition, SpikeGuard
 from elastic_moe.control.vote import VoteResult, VoteShape, pack, packed_size, unpack
 from elastic_moe.optim.unit_state import UnitState
-from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.collectives.group import HOST, Group
 from elastic_moe.parallel.transfer import exchange
 from elastic_moe.plan.placement import Placement, Topology, default_slots, plan_placement
 from elastic_moe.plan.state.ownership import NONE, Ownership, homes_from_roles, plan_ownership
@@ -27,8 +27,6 @@ from elastic_moe.plan.state.transfers import Transfer, plan_transfers
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.state import HeldState, merge_roles
 from elastic_moe.types import Unit, View
-
-STATE_DEVICE = torch.device("cpu")  # fp32 master weights and optimizer state lie in host memory
 
 
 @dataclass(frozen=True)
@@ -234,8 +232,9 @@ class Reconfigurer:
         for held in self._local.holdings:
             known.update({unit: state for unit, state in held.states.items() if unit not in held.damaged})
         self._fault(step + 1, "transfer")
-        moved = _transfer(group, self._units, transfers, known)
-        new = HeldState.build(self._units, ownership.role(group.rank), known, STATE_DEVICE)
+        device = self._state_device(group)
+        moved = _transfer(group, self._units, transfers, known, device)
+        new = HeldState.build(self._units, ownership.role(group.rank), known, device)
         self._confirm(group, new, step)
         return new, moved
 
@@ -262,11 +261,15 @@ class Reconfigurer:
             known = {u: UnitState.initial(self._units[u], self._initial(self._units[u])) for u in own}
         else:
             return None, -1
-        new = HeldState.build(self._units, roles, known, STATE_DEVICE)
+        new = HeldState.build(self._units, roles, known, self._state_device(group))
         self._local.holdings.clear()
         self._local.begin_timeline(group.generation, max(found.step, 0), found.skipped_batches)
         self._confirm(group, new, max(found.step, 0))
         return new, found.step
+
+    def _state_device(self, group: Group) -> torch.device:
+        """Where master weights and optimizer state lie."""
+        return HOST if self._elastic.state_on == "host" else group.device
 
     def _confirm(self, group: Group, new: HeldState, step: int) -> None:
         """Wait until every rank has its new state, then drop the old one."""
@@ -286,6 +289,7 @@ def _transfer(
     units: Sequence[Unit],
     transfers: Sequence[Transfer],
     known: dict[int, UnitState],
+    device: torch.device,
 ) -> int:
     """Carry out the planned transfers into `known` (unit index -> state). Returns the bytes this rank received."""
     rank, world = group.rank, group.world_size
@@ -298,7 +302,7 @@ def _transfer(
             arriving[transfer.src].append(transfer.unit)
     if not transfers:
         return 0
-    received = exchange(group, outgoing, [[units[u].state_numel for u in peer] for peer in arriving])
+    received = exchange(group, outgoing, [[units[u].state_numel for u in peer] for peer in arriving], device=device)
     moved = 0
     for peer, tensors in zip(arriving, received, strict=True):
         for u, tensor in zip(peer, tensors, strict=True):

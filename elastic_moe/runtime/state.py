@@ -19,8 +19,9 @@ from elastic_moe.control.vote import VoteResult
 from elastic_moe.optim.committed import CommittedStep
 from elastic_moe.optim.rules import RULES
 from elastic_moe.optim.unit_state import UnitState
+from elastic_moe.parallel.collectives.group import HOST
 from elastic_moe.plan.state.ownership import NONE
-from elastic_moe.runtime.checksums import checksum
+from elastic_moe.runtime.checksums import checksums
 from elastic_moe.types import Unit
 
 
@@ -69,13 +70,16 @@ class HeldState:
     Attributes:
         units: every unit of the model (not only the held ones).
         roles: uint8 [U], NONE, MIRROR or PRIMARY per unit.
+        device: where the state lies.
         states: unit index -> views of its state, held units only.
         damaged: units whose state here is known to be wrong. Their role is NONE until they are repaired.
         seal_U: uint64 [U], checksums after the last update, 0 for units not held; None if none were taken.
     """
 
-    def __init__(self, units: Sequence[Unit], roles: np.ndarray, groups: Sequence[_Group]) -> None:
-        self.units, self.roles, self._groups = units, roles.copy(), groups
+    def __init__(
+        self, units: Sequence[Unit], roles: np.ndarray, groups: Sequence[_Group], device: torch.device = HOST
+    ) -> None:
+        self.units, self.roles, self.device, self._groups = units, roles.copy(), device, groups
         self.damaged: set[int] = set()
         self.seal_U: np.ndarray | None = None
         self.states: dict[int, UnitState] = {}
@@ -102,7 +106,7 @@ class HeldState:
         for index in np.flatnonzero(roles != NONE).tolist():
             members.setdefault((units[index].optimizer, units[index].decay), []).append(index)
         groups = [_Group.allocate(indices, [units[u] for u in indices], device) for indices in members.values()]
-        held = HeldState(units, roles, groups)
+        held = HeldState(units, roles, groups, device)
         for index, state in held.states.items():
             state.copy_(source[index])
         return held
@@ -131,12 +135,11 @@ class HeldState:
         self.damaged.discard(unit)
         self.roles[unit] = role
         if self.seal_U is not None:
-            self.seal_U[unit] = checksum(self.states[unit])
+            self.seal_U[unit] = checksums([self.states[unit]])[0]
 
     def _checksums(self) -> np.ndarray:
         sums_U = np.zeros(len(self.units), dtype=np.uint64)
-        for unit, state in self.states.items():
-            sums_U[unit] = checksum(state)
+        sums_U[list(self.states)] = checksums(list(self.states.values()))
         return sums_U
 
     @property
@@ -164,7 +167,7 @@ class HeldState:
 
 def union(states: Sequence[HeldState]) -> HeldState:
     """All units that some held states have, to be read: the tensors are those of the states. The last one wins."""
-    merged = HeldState(states[0].units, merge_roles(states), ())
+    merged = HeldState(states[0].units, merge_roles(states), (), states[0].device)
     for state in states:
         merged.states.update({unit: own for unit, own in state.states.items() if unit not in state.damaged})
     return merged

@@ -99,9 +99,10 @@ class TwinCheck:
             if repair.rank == rank:
                 arriving[repair.source].append(repair.unit)
         sizes = [[held.units[unit].state_numel for unit in units] for units in arriving]
+        received = exchange(context.group, outgoing, sizes, device=held.device)
         roles_U = context.layout.ownership.role(rank)
         assert held.seal_U is not None
-        for units, tensors in zip(arriving, exchange(context.group, outgoing, sizes), strict=True):
+        for units, tensors in zip(arriving, received, strict=True):
             for unit, tensor in zip(units, tensors, strict=True):
                 held.repair(unit, UnitState.unpacked(held.units[unit], tensor), int(roles_U[unit]))
                 if int(held.seal_U[unit : unit + 1].view(np.int64)[0]) != right[unit]:

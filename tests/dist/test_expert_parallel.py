@@ -17,7 +17,13 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import GroupAborted
 from elastic_moe.model.experts.local import LocalExperts
 from elastic_moe.parallel.collectives.group import Group
-from elastic_moe.parallel.expert_parallel import ExpertParallel, _interleave, _inverse, _sending_order
+from elastic_moe.parallel.expert_parallel import (
+    ExpertParallel,
+    _interleave,
+    _inverse,
+    _sending_order,
+    _stable_order,
+)
 from elastic_moe.parallel.transport import ByNode
 from elastic_moe.plan.placement import Placement, Topology, plan_placement
 from tests.dist.ranks import Seat, alone, results
@@ -284,3 +290,11 @@ def test_rows_are_dealt_to_slots() -> None:
     ]  # slot 0: first row of expert 1; slot 1: expert 0; slot 2: the rest of expert 1
     assert _inverse(order_N)[order_N].tolist() == [0, 1, 2, 3, 4]
     assert _interleave(np.array([[1, 2], [2, 0]])).tolist() == [0, 3, 4, 1, 2]
+
+
+@pytest.mark.parametrize("largest", [3, 65_535, 65_536, 1 << 40])
+def test_short_keys_sort_as_long_ones(largest: int) -> None:
+    keys_N = np.random.default_rng(0).integers(0, largest, 5000, endpoint=True)
+    keys_N[17] = largest
+    assert np.array_equal(_stable_order(keys_N), np.argsort(keys_N, kind="stable"))
+    assert _stable_order(keys_N[:0]).tolist() == []

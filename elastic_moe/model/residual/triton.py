@@ -35,6 +35,11 @@ def _block(width: int) -> int:
     return min(triton.next_power_of_2(width), 1024)
 
 
+def _precision(x: torch.Tensor) -> str:
+    """Of the products: three TF32 products, as exact as fp32, for fp32 streams; else TF32, as in the paper."""
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
+
+
 class TritonKernels(EagerKernels):
     """The passes of `EagerKernels` as Triton kernels."""
 
@@ -57,6 +62,7 @@ class TritonKernels(EagerKernels):
             ROWS=ROWS,
             PADDED=max(PADDED, triton.next_power_of_2(k)),
             BLOCK=64,
+            PRECISION=_precision(x),
         )
         jit.coefficients[(triton.cdiv(tokens, SMALL),)](
             u,
@@ -109,7 +115,7 @@ class TritonKernels(EagerKernels):
         out, block = torch.empty_like(x), min(triton.next_power_of_2(width), 128)
         jit.read_backward[(triton.cdiv(tokens, ROWS), n * triton.cdiv(width, block))](
             d_x, x, d_h, pre, d_u, proj, shrink, out, tokens, width, k,
-            N=n, ROWS=ROWS, PADDED=max(PADDED, triton.next_power_of_2(k)), BLOCK=block,
+            N=n, ROWS=ROWS, PADDED=max(PADDED, triton.next_power_of_2(k)), BLOCK=block, PRECISION=_precision(x),
         )  # fmt: skip
         d_proj = (d_u.t().to(x.dtype) @ x.flatten(1)).float()
         return out, d_proj, d_z.sum(dim=0), d_alphas

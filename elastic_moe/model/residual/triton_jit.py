@@ -12,7 +12,8 @@ In the backward pass, (e) reads the streams and their gradient once for all four
 pass that writes the streams' gradient.
 
 `*_ptr` are pointers to contiguous tensors, `tokens`, `width` and `k` their sizes, and capitals are compile-time sizes:
-N streams, ROWS or SMALL tokens per program, PADDED coefficients, BLOCK channels. N must be a power of two.
+N streams, ROWS or SMALL tokens per program, PADDED coefficients, BLOCK channels, PRECISION of the products. N must be a
+power of two.
 
 Shapes: as in eager.py; `width` is C, or n C where streams are flattened.
 """
@@ -29,8 +30,9 @@ import triton.language as tl
 
 @triton.jit
 def project(
-    x_ptr, proj_ptr, u_ptr, r_ptr, tokens, width, eps, k, ROWS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, proj_ptr, u_ptr, r_ptr, tokens, width, eps, k,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """(a) u = x proj^T and r = 1 / rms(x), for ROWS tokens."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PADDED)
@@ -45,7 +47,7 @@ def project(
             mask=(column[None, :] < k) & (at[:, None] < width),
             other=0.0,
         )
-        acc += tl.dot(x, p, input_precision="tf32")
+        acc += tl.dot(x, p, input_precision=PRECISION)
         square += tl.sum(x * x, axis=1)
     tl.store(r_ptr + row, 1.0 / tl.sqrt(square / width + eps), mask=row < tokens)
     tl.store(u_ptr + row[:, None] * k + column[None, :], acc, mask=(row[:, None] < tokens) & (column[None, :] < k))
@@ -264,6 +266,7 @@ def read_backward(
     ROWS: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """out = d_x + pre d_h + d_u proj - shrink x, for ROWS tokens and BLOCK channels of one stream."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -280,7 +283,7 @@ def read_backward(
         mask=(column[:, None] < k) & at_in,
         other=0.0,
     )
-    acc = tl.dot(d_u, p, input_precision="tf32")
+    acc = tl.dot(d_u, p, input_precision=PRECISION)
     acc += tl.load(d_x_ptr + here, mask=inside, other=0.0).to(tl.float32)
     d_h = tl.load(d_h_ptr + row[:, None] * width + at[None, :], mask=inside, other=0.0).to(tl.float32)
     acc += tl.load(pre_ptr + row * N + stream, mask=row < tokens, other=0.0)[:, None] * d_h

@@ -77,6 +77,7 @@ class Group:
 
     Attributes:
         generation, rank, world_size: of the member.
+        device: of the tensors that travel.
         completed: operations of this group that have completed.
 
     Raises:
@@ -94,7 +95,7 @@ class Group:
         backends: Mapping[str, Callable[[], CollectiveBackend[Any]]] = BACKENDS,
     ) -> None:
         self._member, self._rendezvous, self._abort = member, rendezvous, abort
-        self._device, self._make = device, backends
+        self.device, self._make = device, backends
         self.generation, self.rank, self.world_size = member.generation, member.rank, member.world_size
         self.completed = 0
         self._activity = activity if activity is not None else [0]
@@ -137,7 +138,7 @@ class Group:
         self._subgroup_names[name] += 1
         place = replace(self._member, rank=list(ranks).index(self.rank), world_size=len(ranks), subgroup=unique)
         group = Group(
-            place, self._rendezvous, self._abort, self._activity, device=self._device, backends=self._make
+            place, self._rendezvous, self._abort, self._activity, device=self.device, backends=self._make
         )  # fmt: skip
         self._subgroups.append(group)
         return group

@@ -25,7 +25,7 @@ class _Weights:
     ) -> None:
         self._held, self._sent_units = held, schedule.sent_units
         self._windows = [window for u in schedule.received_units for window in windows_of(layout, weights, u)]
-        self._exchange = UnitExchange(layout, schedule, group)
+        self._exchange = UnitExchange(layout, schedule, group, held.device)
 
     def begin(self) -> tuple[Pending, torch.Tensor]:
         return self._exchange.begin([self._held.states[u].weight for u in self._sent_units])

@@ -25,8 +25,8 @@ class GradientReducer:
         self._layout, self._held = layout, held
         dtype = next(iter(grads.dense.values())).dtype
         self._windows = [window for u in layout.gradients.sent_units for window in windows_of(layout, grads, u)]
-        self._to_primaries = UnitExchange(layout, layout.gradients, group, dtype)
-        self._to_mirrors = UnitExchange(layout, layout.mirrors, group)
+        self._to_primaries = UnitExchange(layout, layout.gradients, group, held.device, dtype)
+        self._to_mirrors = UnitExchange(layout, layout.mirrors, group, held.device)
 
     def reduce(self) -> float:
         """Sum every unit's gradient at its primary; collective.
@@ -42,7 +42,7 @@ class GradientReducer:
             return 0.0
         torch._foreach_copy_(reduced, [sums[u] for u in sorted(sums)])  # pyright: ignore[reportPrivateImportUsage]
         norms = torch._foreach_norm(reduced)  # pyright: ignore[reportPrivateImportUsage]
-        return float(sum(norm.double() ** 2 for norm in norms))
+        return sum((torch.stack(norms).double() ** 2).tolist())
 
     def _sums(self, received: torch.Tensor) -> dict[int, torch.Tensor]:
         """Unit -> sum of the gradients received for it."""

@@ -1,6 +1,6 @@
 """The all-to-all of one schedule: whole units, one after another in a flat buffer per direction.
 
-The receive buffer lies in host memory, as the state of the units does.
+The receive buffer lies where the state of the units does.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from elastic_moe.parallel.collectives.group import HOST, Group, Pending
+from elastic_moe.parallel.collectives.group import Group, Pending
 from elastic_moe.plan.state.schedule import Layout, Schedule
 
 
@@ -20,11 +20,19 @@ class UnitExchange:
         layout: has the units' sizes.
         schedule: the units per rank, in both directions.
         group: the collectives of this generation.
+        device: of what arrives.
         dtype: of the elements.
     """
 
-    def __init__(self, layout: Layout, schedule: Schedule, group: Group, dtype: torch.dtype = torch.float32) -> None:
-        self._group, self._dtype = group, dtype
+    def __init__(
+        self,
+        layout: Layout,
+        schedule: Schedule,
+        group: Group,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._group, self._device, self._dtype = group, device, dtype
         self._sent_numel_R, self._received_numel_R = layout.sizes(schedule.send), layout.sizes(schedule.receive)
 
     def begin(self, pieces: Sequence[torch.Tensor]) -> tuple[Pending, torch.Tensor]:
@@ -36,8 +44,8 @@ class UnitExchange:
         Returns:
             The exchange in progress, and the buffer that has the units of `Schedule.received_units` when it is done.
         """
-        sent = torch.cat(list(pieces)) if pieces else torch.empty(0, dtype=self._dtype, device=HOST)
-        received = torch.empty(sum(self._received_numel_R), dtype=self._dtype, device=HOST)
+        sent = torch.cat(list(pieces)) if pieces else torch.empty(0, dtype=self._dtype, device=self._device)
+        received = torch.empty(sum(self._received_numel_R), dtype=self._dtype, device=self._device)
         pending = self._group.begin_all_to_all(received, sent, self._received_numel_R, self._sent_numel_R)
         return pending, received
 

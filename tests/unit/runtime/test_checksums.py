@@ -10,7 +10,8 @@ import torch
 
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.plan.state.ownership import MIRROR, NONE, PRIMARY
-from elastic_moe.runtime.checksums import PERIOD, checksum
+from elastic_moe.runtime import checksums
+from elastic_moe.runtime.checksums import PERIOD
 from elastic_moe.runtime.state import HeldState
 from elastic_moe.types import Part, Unit
 
@@ -22,37 +23,50 @@ def _state(numel: int, offset: int = 0) -> UnitState:
     return UnitState({name: torch.randn(numel + offset, generator=made)[offset:] for name in ("weight", "m", "v")})
 
 
+def _checksum(state: UnitState) -> int:
+    return int(checksums.checksums([state])[0])
+
+
 @pytest.mark.parametrize("numel", SIZES)
 def test_every_bit_shows(numel: int) -> None:
     state = _state(numel)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        before = checksum(state)
+        before = _checksum(state)
     for name in state.fields:
         bits = state[name].view(torch.int32)
         for place in {0, numel // 2, numel - 1}:
             for bit in (0, 22, 30, 31):
                 flipped = -(1 << 31) if bit == 31 else 1 << bit
                 bits[place] ^= flipped
-                assert checksum(state) != before
+                assert _checksum(state) != before
                 bits[place] ^= flipped
-    assert checksum(state) == before
+    assert _checksum(state) == before
 
 
 @pytest.mark.parametrize("numel", SIZES)
 def test_copies_that_lie_differently_in_memory_have_the_same_checksum(numel: int) -> None:
     state, copy = _state(numel), _state(numel, offset=1)
     copy.copy_(state)
-    assert checksum(copy) == checksum(state)
+    assert _checksum(copy) == _checksum(state)
+
+
+@pytest.mark.parametrize("numel", SIZES)
+def test_a_gpu_would_find_the_same(numel: int) -> None:
+    """The form for GPUs, here on CPU tensors."""
+    values = _state(numel).weight
+    weights = torch.from_numpy(checksums._WEIGHTS.view(np.int64))
+    found = int(checksums._sum_on_device(values, weights)) & checksums._MASK
+    assert found == checksums._sum(values.numpy()) & checksums._MASK
 
 
 def test_values_and_fields_that_change_places_show() -> None:
     state = _state(100)
-    before = checksum(state)
+    before = _checksum(state)
     state.weight[:4] = state.weight[[2, 3, 0, 1]].clone()
-    assert checksum(state) != before
+    assert _checksum(state) != before
     state.weight[:4] = state.weight[[2, 3, 0, 1]].clone()
-    assert checksum(UnitState({"weight": state["m"], "m": state.weight, "v": state["v"]})) != before
+    assert _checksum(UnitState({"weight": state["m"], "m": state.weight, "v": state["v"]})) != before
 
 
 def _unit(name: str, numel: int) -> Unit:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.config.pace import pace
 from elastic_moe.config.renamed import renamed_value
 from elastic_moe.config.schema import ModelConfig, TrainConfig
 from elastic_moe.errors import UserError
@@ -235,10 +236,10 @@ def _check_elastic(config: TrainConfig) -> None:
             f"elastic.slots_per_worker ({elastic.slots_per_worker}) times {start} workers is less than "
             f"model.num_experts ({config.model.num_experts}): allow more slots or start more workers."
         )
-    if elastic.heartbeat_timeout_s <= elastic.heartbeat_s:
+    if elastic.heartbeat_timeout_s <= pace(elastic.heartbeat_s, max(start, elastic.max_workers)):
         raise UserError(
             f"elastic.heartbeat_timeout_s ({elastic.heartbeat_timeout_s}) must be longer than elastic.heartbeat_s "
-            f"({elastic.heartbeat_s})."
+            f"({elastic.heartbeat_s}), and than the pace of heartbeats of so many workers."
         )
     if elastic.lease_s <= elastic.heartbeat_timeout_s:
         raise UserError(

@@ -147,7 +147,7 @@ class ElasticConfig(Sealed):
     reproducible: bool = False  # losses equal bit for bit at every world size; shares are whole micro-batches
     spare_slots: int = 1  # expert slots per worker and layer beyond an even share
     slots_per_worker: int = 0  # hard limit per MoE layer; 0: no limit
-    heartbeat_s: float = 0.5  # seconds between two heartbeats of a worker
+    heartbeat_s: float = 0.5  # seconds between two heartbeats of a worker; more above 500 workers
     heartbeat_timeout_s: float = 6.0  # silence of a worker before it is removed
     lease_s: float = 30.0  # a worker that hears nothing of the coordinator for so long commits no further step
     hold_s: float = 1800.0  # a worker that hears nothing of the coordinator for so long ends

@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic_moe.types import Member, View
 
-VERSION = 6  # of the protocol; every change of a message raises it
+VERSION = 7  # of the protocol; every change of a message raises it
 
 JsonObject = Mapping[str, Any]
 
@@ -221,6 +221,28 @@ class ViewMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class ViewChangeMessage:
+    """The next view, as a change of the last one that this connection brought; see `control/view_changes.py`.
+
+    Attributes:
+        base: generation of that one.
+        generation: of the next one.
+        removed: ranks of those who leave, in the last view.
+        added: members that follow those who stay.
+        planned, reason, store, hold: as in `ViewMessage`.
+    """
+
+    base: int
+    generation: int
+    removed: tuple[int, ...]
+    added: tuple[Member, ...]
+    planned: bool
+    reason: str
+    store: tuple[str, int]
+    hold: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class PauseMessage:
     """Too few workers are left: keep the state and wait for the next view."""
 
@@ -269,6 +291,7 @@ CoordinatorMessage = (
     WelcomeMessage
     | AliveMessage
     | ViewMessage
+    | ViewChangeMessage
     | PauseMessage
     | ProbeMessage
     | CheckLinksMessage
@@ -299,6 +322,7 @@ FROM_COORDINATOR: Mapping[str, type[CoordinatorMessage]] = {
     "welcome": WelcomeMessage,
     "alive": AliveMessage,
     "view": ViewMessage,
+    "view_change": ViewChangeMessage,
     "pause": PauseMessage,
     "probe": ProbeMessage,
     "check_links": CheckLinksMessage,

@@ -17,6 +17,7 @@ from elastic_moe.control import messages as msg
 from elastic_moe.control.codec import VersionMismatch, decode_from_worker, encode
 from elastic_moe.control.message_events import event_of_request
 from elastic_moe.control.requests import Request
+from elastic_moe.control.view_changes import change_between
 from elastic_moe.coordination.gate import Gate, LineReader, WrongToken
 from elastic_moe.coordination.listener import ListenerThread
 from elastic_moe.coordination.membership import Membership, RunStatus, Sink
@@ -54,6 +55,7 @@ class ControlServer:
         self._listener = ListenerThread("control-server", host, self._serve, self._tick, TICK_S)
         self._membership = Membership(config, target, self, on_record, on_event, on_shard, restarted)
         self._writers: dict[str, asyncio.StreamWriter] = {}
+        self._views: dict[str, msg.ViewMessage] = {}  # worker -> the last one that its connection took
         self._rendezvous = RendezvousServer(host, token)
 
     # --- called from any thread ---
@@ -89,13 +91,23 @@ class ControlServer:
         return self._host, self._rendezvous.port
 
     def send(self, workers: Sequence[str], message: msg.CoordinatorMessage) -> None:
-        line = encode(message)
+        """Send a message. A view goes as a change of the last one that a worker's connection brought, where it can."""
+        is_view = isinstance(message, msg.ViewMessage)
+        lines: dict[int, bytes] = {}  # by the identity of the view before
         for worker in workers:
             writer = self._writers.get(worker)
-            if writer is not None and not writer.is_closing():
-                writer.write(line)
+            if writer is None or writer.is_closing():
+                continue
+            before = self._views.get(worker) if is_view else None
+            if id(before) not in lines:
+                change = change_between(before, message) if is_view and before is not None else None
+                lines[id(before)] = encode(change or message)
+            writer.write(lines[id(before)])
+            if is_view:
+                self._views[worker] = message
 
     def disconnect(self, worker: str) -> None:
+        self._views.pop(worker, None)
         if (writer := self._writers.pop(worker, None)) is not None:
             writer.close()
 
@@ -111,6 +123,7 @@ class ControlServer:
             return
         worker = hello.worker
         self._writers[worker] = writer
+        self._views.pop(worker, None)
         self._receive(worker, hello)
         try:
             while line := await lines.line():
@@ -118,6 +131,7 @@ class ControlServer:
         finally:
             if self._writers.get(worker) is writer:
                 del self._writers[worker]
+                self._views.pop(worker, None)
                 if not self._listener.closing:
                     self._guard(lambda: self._membership.observe(ev.Closed(worker)))
 

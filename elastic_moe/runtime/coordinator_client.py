@@ -14,15 +14,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from elastic_moe.config.pace import pace
 from elastic_moe.control import messages as msg
 from elastic_moe.control.codec import VersionMismatch, decode_from_coordinator, encode
+from elastic_moe.control.view_changes import changed
 from elastic_moe.runtime.lease import Lease
 from elastic_moe.runtime.links import LinkProber
 from elastic_moe.runtime.mailbox import Inbox, Outbox
-from elastic_moe.sources import sources_digest
+from elastic_moe.runtime.registration import Registration
 from elastic_moe.types import View
 
 RETRY_S = 0.1
@@ -34,51 +35,6 @@ Find = Callable[[], tuple[str, int] | None]
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Registration:
-    """The state of this worker that a `hello` and a heartbeat tell.
-
-    Attributes:
-        token: shared secret of the run.
-        worker, node, pid, slots: who this is, as in `Member`.
-        ready: it has warmed up.
-        entered: generation that it entered last.
-        progress: returns (step in the making, collectives begun and completed).
-        address: at which other workers try their links to it, as in `Member`.
-    """
-
-    token: str
-    worker: str
-    node: str
-    pid: int
-    slots: int
-    ready: bool = False
-    entered: int = 0
-    progress: Callable[[], tuple[int, int]] = lambda: (0, 0)
-    address: tuple[str, int] = ("", 0)
-
-    def hello(self, newest: msg.ViewMessage | None, lapsed: bool) -> msg.HelloMessage:
-        """Everything that a coordinator without memory must know of this worker."""
-        return msg.HelloMessage(
-            self.token,
-            self.worker,
-            self.node,
-            self.pid,
-            self.slots,
-            ready=self.ready,
-            view=newest.view if newest is not None else None,
-            entered=self.entered,
-            step=max(0, self.progress()[0] - 1),
-            lapsed=lapsed,
-            address=self.address,
-            sources=sources_digest(),
-        )
-
-    def heartbeat(self, generation: int) -> msg.HeartbeatMessage:
-        step, progress = self.progress()
-        return msg.HeartbeatMessage(generation, step, progress, time.monotonic())
-
-
 class CoordinatorClient:
     """One worker's side of the coordinator.
 
@@ -86,7 +42,7 @@ class CoordinatorClient:
         find: returns the coordinator's address, or None while there is none; called again after every lost connection.
         token: shared secret of the run.
         worker, node, pid, slots: who this is, as in `Member`.
-        heartbeat_s: seconds between two heartbeats.
+        heartbeat_s: seconds between two heartbeats, see `config.pace`.
         lease_s: length of the lease.
 
     Attributes:
@@ -219,6 +175,7 @@ class ConnectionThread:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
+        self._view: msg.ViewMessage | None = None  # the last one that the present connection brought
         self._reported = ""
         self._thread = threading.Thread(target=self._run, name="coordinator-client", daemon=True)
 
@@ -297,12 +254,14 @@ class ConnectionThread:
         """Talk on one connection until it breaks, the client is closed or this worker is evicted."""
         hello = self._registration.hello(self._inbox.newest, self._inbox.lapsed(self._lease_s))
         connection.sendall(encode(hello) + self.outbox.resent())
+        self._view = None
         buffer, heartbeat_s = b"", 0.0  # when the next heartbeat is due
         while not self._inbox.evicted:
             now_s = time.monotonic()
             if now_s >= heartbeat_s:
                 connection.sendall(encode(self._registration.heartbeat(self._inbox.generation)))
-                heartbeat_s = now_s + self._heartbeat_s
+                members = 0 if self._view is None else self._view.view.world_size
+                heartbeat_s = now_s + pace(self._heartbeat_s, members)
             self._send_waiting(connection)
             if self._closed.is_set():
                 _close_after_reading(connection)
@@ -331,6 +290,10 @@ class ConnectionThread:
             message = decode_from_coordinator(line)
         except VersionMismatch as error:
             message = msg.EvictedMessage(str(error))
+        if isinstance(message, msg.ViewChangeMessage):
+            message = changed(self._view, message)
+        if isinstance(message, msg.ViewMessage):
+            self._view = message
         if isinstance(message, msg.CheckLinksMessage):
             self._links.check(message)
         self._inbox.receive(message)

@@ -12,6 +12,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from elastic_moe.config.pace import pace
 from elastic_moe.control.codec import encode
 from elastic_moe.control.messages import EnteredMessage, HeartbeatMessage, HelloMessage, SuspectMessage
 
@@ -87,7 +88,7 @@ class _Workers:
         beats = asyncio.create_task(self._beat(number, writer))
         try:
             while line := await reader.readline():
-                if b'"type":"view"' in line[:40]:
+                if b'"type":"view' in line[:40]:
                     self._view_at_s[number] = time.monotonic()
                     self._generation[number] = _generation_of(line)
                     writer.write(encode(EnteredMessage(self._generation[number])))
@@ -103,11 +104,13 @@ class _Workers:
         while not writer.is_closing():
             progress += 1
             writer.write(encode(HeartbeatMessage(self._generation[number], 1, progress)))
-            await asyncio.sleep(self._heartbeat_s)
+            await asyncio.sleep(pace(self._heartbeat_s, self._num_workers))
 
 
 def _generation_of(line: bytes) -> int:
     """Generation of a view's message, without the cost of reading its members."""
+    if b'"view_change"' in line[:40]:
+        return int(json.loads(line)["generation"])
     head = line[: line.index(b'"members"')]
     return int(json.loads(head.rstrip(b",") + b"}}")["view"]["generation"])
 

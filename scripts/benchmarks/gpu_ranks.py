@@ -7,6 +7,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import threading
 import time
 from typing import Any
 
@@ -108,6 +109,7 @@ def alone(seat: Seat, generations: int) -> dict[str, Any]:
         "release_s": statistics.median(release_s),
         "longest_release_s": max(release_s),
         "levels": levels,
+        "ends_left": _ends_left(),
         "wrong": wrong,
     }
 
@@ -259,6 +261,7 @@ def loop(seat: Seat, generation: int, rank: int, world: int, operation: str, num
         "completed": completed,
         "wrong": wrong,
         "wrong_values": samples,  # their number, and some of them
+        "ends_left": _ends_left(),
         "gpu_ok": healthy(seat),
         "state_ok": torch.equal(state.cpu(), kept),
     }
@@ -275,7 +278,7 @@ def regroup(seat: Seat, generation: int, rank: int, world: int) -> dict[str, Any
     group.all_to_all(out, sent, [1] * world, [1] * world)
     right = bool((total == world).all()) and out.tolist() == list(range(world))
     group.close()
-    return {"formed_s": formed_s, "right": right}
+    return {"formed_s": formed_s, "right": right, "ends_left": _ends_left()}
 
 
 def stand(seat: Seat, generation: int, rank: int, how: str) -> dict[str, Any]:
@@ -305,7 +308,13 @@ def stand(seat: Seat, generation: int, rank: int, how: str) -> dict[str, Any]:
         raised = True
     raised_s = time.monotonic() - returned_s
     group.close()
-    return {"late_s": late_s, "raised": raised, "raised_s": raised_s, "gpu_ok": healthy(seat)}
+    found = {"late_s": late_s, "raised": raised, "raised_s": raised_s}
+    return {**found, "ends_left": _ends_left(), "gpu_ok": healthy(seat)}
+
+
+def _ends_left() -> int:
+    """Communicators whose end still blocks a thread."""
+    return sum(thread.name == "nccl-end" for thread in threading.enumerate())
 
 
 def healthy(seat: Seat) -> bool:

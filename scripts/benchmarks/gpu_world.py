@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroupGloo
 
 from elastic_moe.coordination.rendezvous import RendezvousServer
 from elastic_moe.parallel.collectives.abort import AbortSignal
@@ -109,6 +110,8 @@ def _rank(index: int, port: int, device: str, line: Connection, output: str) -> 
     if device == "cuda":
         os.environ["NCCL_HOSTID"] = f"rank{index}"
     torch.set_num_threads(1)
+    if not hasattr(ProcessGroupGloo, "set_timeout"):  # a torch older than the one that the package pins
+        ProcessGroupGloo.set_timeout = ProcessGroupGloo._set_default_timeout
     seat = Seat(index, port, torch.device(device, 0) if device == "cuda" else torch.device(device), line)
     threading.Thread(target=seat.listen, daemon=True).start()
     functions = importlib.import_module("scripts.benchmarks.gpu_ranks")

@@ -12,6 +12,7 @@ Cases:
   a second of that, with the GPU and the state on it unharmed, and form a new group. The same two survivors go through
   all rounds.
 - device_wait: the same where the main thread waits for the GPU behind an operation that cannot end.
+- forming: a member does not come to the communicator that the others form; the signal has to end that within a second.
 - poison: C is stopped, A is told 0.2 s later and B half a second after A. Does B complete an operation with wrong bytes
   meanwhile? Passes in both cases: it documents why a completed operation proves nothing (`backend.py`).
 """
@@ -34,6 +35,7 @@ B_AFTER_A_S = 0.5
 LATE_S = 1.0  # the longest from the signal to the survivors' exception
 START_S = 45.0  # of a rank: imports, and its context on the GPU
 ROUND_S = 15.0
+SHOWN = 2500  # characters of an error that are printed; the JSON file has all of them
 Result = dict[str, Any]
 
 
@@ -161,6 +163,33 @@ def _survived(found: Result) -> bool:
     return in_time and found["gpu_ok"] and found["state_ok"]
 
 
+def forming(run: Run, result: Result) -> bool:
+    """One of three ranks, another one in the second round, does not come to the communicator that the others form."""
+    rounds = result["rounds"] = []
+    with run.world(3) as world:
+        started(world, 3)
+        for number in range(run.repeats):
+            generation, missing = 10 * number + 1, 2 * (number % 2)
+            present = [index for index in range(3) if index != missing]
+            for index in present:
+                world.tell(index, "form_without_one", generation, index, 3)
+            world.tell(missing, "absent", generation, missing, 3)
+            assert world.hear(missing, ROUND_S) == "absent"
+            time.sleep(0.5)
+            for index in range(3):
+                world.tell(index, "abort", f"rank {missing} does not come")
+            rounds.append({"missing": missing, "ranks": [world.hear(index, ROUND_S) for index in present]})
+            world.hear(missing, ROUND_S)
+            for index in range(3):
+                world.tell(index, "regroup", generation + 1, index, 3)
+            rounds[-1]["new"] = [world.hear(index, ROUND_S) for index in range(3)]
+    lates = [found["late_s"] for one in rounds for found in one["ranks"]]
+    result["late_s"] = lates
+    return all(late_s is not None and late_s < LATE_S for late_s in lates) and all(
+        all(found["gpu_ok"] for found in one["ranks"]) and all(new["right"] for new in one["new"]) for one in rounds
+    )
+
+
 def device_wait(run: Run, result: Result) -> bool:
     rounds = result["rounds"] = []
     with run.world(2) as world:
@@ -215,6 +244,7 @@ CASES: dict[str, tuple[Callable[[Run, Result], bool], float, bool]] = {
     "world2": (world_of(2), 45.0, True),
     "death": (death, 75.0, True),
     "device_wait": (device_wait, 40.0, False),
+    "forming": (forming, 40.0, False),
     "poison": (poison, 45.0, True),
     "world3": (world_of(3), 45.0, True),
 }
@@ -253,9 +283,12 @@ def main() -> int:
 def _line(result: Result) -> str:
     """A case in one line, or in more of them after an error."""
     verdict = {True: "ok", False: "FAILED", None: "skipped, no time is left"}[result["ok"]]
-    shown = {k: v for k, v in result.items() if k not in ("ok", "error", "seconds", "rounds", "ranks", "levels")}
-    text = f"{verdict}, {result['seconds']} s " + json.dumps(_rounded(shown))
-    return f"{text}\n{result['error']}" if "error" in result else text
+    hidden = ("ok", "error", "errors", "seconds", "rounds", "ranks", "levels")
+    shown = {name: value for name, value in result.items() if name not in hidden}
+    errors = [*result.get("errors", []), *([result["error"]] if "error" in result else [])]
+    return "\n".join(
+        [f"{verdict}, {result['seconds']} s {json.dumps(_rounded(shown))}", *(error[:SHOWN] for error in errors)]
+    )
 
 
 def _rounded(values: Result) -> Result:

@@ -281,6 +281,27 @@ def regroup(seat: Seat, generation: int, rank: int, world: int) -> dict[str, Any
     return {"formed_s": formed_s, "right": right, "ends_left": _ends_left()}
 
 
+def absent(seat: Seat, generation: int, rank: int, world: int) -> bool:
+    """Arrive at the host's backend, learn or make the communicator's id, and go no further until the signal."""
+    group = seat.form(generation, rank, world, on_host=True)
+    NcclBackend()._spread(nccl_library.load(), GroupMember(generation, rank, world), seat.rendezvous)
+    seat.note("absent")
+    ended = seat.abort.wait(30.0)
+    group.close()
+    return ended
+
+
+def form_without_one(seat: Seat, generation: int, rank: int, world: int) -> dict[str, Any]:
+    """Form a group of which one member does not come; the signal has to end that."""
+    try:
+        seat.form(generation, rank, world).close()
+        reason, raised_s = "", 0.0
+    except GroupAborted as error:
+        reason, raised_s = str(error), time.monotonic()
+    late_s = raised_s - seat.aborted_at_s if seat.aborted_at_s and reason else None
+    return {"late_s": late_s, "reason": reason[:300], "ends_left": _ends_left(), "gpu_ok": healthy(seat)}
+
+
 def stand(seat: Seat, generation: int, rank: int, how: str) -> dict[str, Any]:
     """Rank 0 waits for the device, behind an operation that rank 1 never joins, in the way that `how` says."""
     group = seat.form(generation, rank, 2)

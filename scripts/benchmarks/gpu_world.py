@@ -74,16 +74,19 @@ class Seat:
     kept: dict[str, Any] = field(default_factory=dict)
     orders: queue.Queue[Any] = field(default_factory=queue.Queue)
 
-    def form(self, generation: int, rank: int, world: int) -> Group:
-        """Begin a generation with an abort signal of its own."""
+    @property
+    def rendezvous(self) -> Rendezvous:
+        return Rendezvous("127.0.0.1", self.port, "secret", FORM_TIMEOUT_S)
+
+    def form(self, generation: int, rank: int, world: int, on_host: bool = False) -> Group:
+        """Begin a generation with an abort signal of its own; with the host's backend alone, or with that for the GPU
+        too.
+        """
         self.abort, self.aborted_at_s = AbortSignal(), 0.0
-        return Group(
-            GroupMember(generation, rank, world),
-            Rendezvous("127.0.0.1", self.port, "secret", FORM_TIMEOUT_S),
-            self.abort,
-            device=self.device,
-            backends=NCCL_BACKENDS if self.device.type == "cuda" else BACKENDS,
-        )
+        member = GroupMember(generation, rank, world)
+        if on_host or self.device.type != "cuda":
+            return Group(member, self.rendezvous, self.abort, backends=BACKENDS)
+        return Group(member, self.rendezvous, self.abort, device=self.device, backends=NCCL_BACKENDS)
 
     def note(self, value: Any) -> None:
         self.line.send(("note", value))

@@ -77,8 +77,9 @@ class NcclBackend:
         self._comm = ctypes.c_void_p()  # NCCL writes to it while the communicator forms
         self._store: GroupStore | None = None
         self._aborted = threading.Event()
-        self._lock = threading.Lock()  # of the three below; no call that can block is made under it
+        self._lock = threading.Lock()  # of the four below; no call that can block is made under it
         self._is_inside = False
+        self._is_launching = False  # stays so where an error or an abort comes in between
         self._revoked = False
         self._released = False
         self._failed = False
@@ -93,6 +94,7 @@ class NcclBackend:
             unique_id = self._meet(library, member, rendezvous)
             self._deadline_s = time.monotonic() + rendezvous.timeout_s
             with self._inside():
+                self._is_launching = True
                 library.init(self._comm, member.world_size, unique_id, member.rank)
                 self._settle(library)
             self._connect(member.world_size, stream.device)
@@ -109,6 +111,7 @@ class NcclBackend:
             stream.follow()
             self._under_way.add(work)  # before the launch: an abort may come between it and its end's mark
             with self._inside():
+                self._is_launching = True
                 launch(self._comm, stream.handle)
                 self._settle(library)
             work.end = stream.mark()  # only now is the kernel in the stream
@@ -141,7 +144,7 @@ class NcclBackend:
         if (store := self._store) is not None:
             store.cancel()
         with self._lock:  # of the main thread's way into NCCL, and of `release`
-            if self._under_way and not (self._is_inside or self._revoked or self._released):
+            if self._under_way and not (self._is_inside or self._is_launching or self._revoked or self._released):
                 assert self._library is not None
                 self._revoked = True
                 self._library.revoke(self._comm)
@@ -251,6 +254,7 @@ class NcclBackend:
             self._check_aborted()
             self._check_deadline()
             _pause(time.monotonic() - began_s)
+        self._is_launching = False
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

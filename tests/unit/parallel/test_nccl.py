@@ -361,6 +361,19 @@ def test_an_abort_while_the_main_thread_polls_only_sets_the_flag() -> None:
     assert nccl.threads["ncclCommAbort"] == "nccl-end"
 
 
+def test_what_is_still_being_launched_is_never_revoked() -> None:
+    """The main thread may leave NCCL between the abort's flag and its look at where the main thread is."""
+    nccl = FakeNccl()
+    backend = formed(nccl)
+    nccl.stuck, nccl.kernels_run = {"ncclAllReduce"}, True
+    threading.Timer(0.05, backend.abort).start()
+    with pytest.raises(BackendError, match="aborted"):
+        backend.begin(AllReduce(torch.ones(1), Reduction.SUM))
+    backend.abort()
+    backend.release()
+    assert nccl.names() == ["follow", "AllReduce", "use_here", "CommAbort", "mark"]
+
+
 def test_an_abort_frees_a_main_thread_that_waits_for_the_device() -> None:
     nccl = FakeNccl()
     backend = formed(nccl)

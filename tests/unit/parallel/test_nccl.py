@@ -36,6 +36,7 @@ from elastic_moe.parallel.collectives.nccl_library import Config, NcclLibrary, U
 from elastic_moe.parallel.collectives.nccl_work import NcclWork
 from elastic_moe.parallel.collectives.store import Rendezvous
 from tests.unit.parallel.fake_nccl import COMM, STREAM, UNIQUE_ID, FakeNccl, backend_over
+from tests.unit.parallel.test_group import FakeBackend
 
 ALONE = GroupMember(3, 0, 1)
 NOWHERE = Rendezvous("nowhere", 0, "", 60.0)
@@ -89,21 +90,9 @@ def test_an_old_library_is_refused() -> None:
 def test_without_cuda_the_sentence_says_so() -> None:
     with pytest.raises(BackendError, match="built without CUDA"):
         load()
-    abort = AbortSignal()
-    with (
-        RendezvousAt() as rendezvous,
-        ThreadPoolExecutor(2) as pool,
-    ):
-        groups = [
-            pool.submit(
-                Group, GroupMember(1, rank, 2), rendezvous, abort,
-                device=torch.device("cuda"), backends=NCCL_BACKENDS,
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-        for group in groups:
-            with pytest.raises(GroupAborted, match="built without CUDA"):
-                group.result(PATIENCE_S)
+    backends = {**NCCL_BACKENDS, "cpu": FakeBackend}
+    with pytest.raises(GroupAborted, match=r"forming generation 1: .* built without CUDA"):
+        Group(GroupMember(1, 0, 2), NOWHERE, AbortSignal(), device=torch.device("cuda"), backends=backends)
 
 
 def test_nccl_has_to_be_chosen() -> None:

@@ -39,10 +39,22 @@ def one_of_many(before: State, state: State, event: Event) -> bool:
             return False
 
 
-def is_routine(state: State, event: Event, now_s: float) -> bool:
-    """Whether the event is a heartbeat on which no rule waits, so that it may be taken in with others, and later."""
-    if not isinstance(event, Heartbeat) or event.worker not in state.records or awaited(state, event.worker):
+def is_routine(state: State, event: Heartbeat, now_s: float, resting: bool = False) -> bool:
+    """Whether a heartbeat may be taken in with others, and later: no rule waits on it, or the rules are `resting`."""
+    if event.worker not in state.records or (awaited(state, event.worker) and not resting):
         return False
+    return _goes_on(state, now_s)
+
+
+def repeats_suspicion(state: State, event: Suspect, now_s: float) -> bool:
+    """Whether a suspicion says nothing new: its generation is suspected already, or over. It is a sign of life."""
+    if event.worker not in state.records or state.view is None or not _goes_on(state, now_s):
+        return False
+    return state.suspected_s is not None or event.generation != state.view.generation
+
+
+def _goes_on(state: State, now_s: float) -> bool:
+    """Whether the coordinator has not been stopped; after that, silences are forgiven before anything else."""
     return state.ticked_s is not None and now_s - state.ticked_s <= STALL_S
 
 

@@ -15,12 +15,14 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control import events as ev
 from elastic_moe.control import messages as msg
 from elastic_moe.control.doubt import CLOCK_DRIFT
-from elastic_moe.control.heartbeats import is_routine, take_heartbeats
+from elastic_moe.control.heartbeats import is_routine, repeats_suspicion, take_heartbeats
 from elastic_moe.control.machine import initial_state, transition
 from elastic_moe.control.message_events import event_of_message
 from elastic_moe.control.state import FINISHING, State
 from elastic_moe.coordination.event_log import EventLog, hand_over
 
+LONG_S = 0.002  # a longer run of the rules is followed by a rest
+REST = 4.0  # times as long as that run
 ANSWER_SHARE = 1 / 15  # of the lease, between two answers to a worker's heartbeats
 
 Sink = Callable[[dict[str, Any]], object]
@@ -107,6 +109,7 @@ class Membership:
         self._sources: dict[str, str] = {}  # worker -> digest of the sources that it runs
         self._refused: set[str] = set()  # nodes with other sources that were told
         self._answered: dict[str, float] = {}  # worker -> when one of its heartbeats was answered last
+        self._rested_s = 0.0  # until then no heartbeat alone makes the rules run again
         self._heard: dict[str, tuple[ev.Heartbeat, float]] = {}  # heartbeats since the last event, and when they came
 
     def refusal(self, hello: msg.HelloMessage) -> str:
@@ -168,9 +171,16 @@ class Membership:
             self._connections.send((worker,), msg.AliveMessage(sent_s, self._recorded))
 
     def _take(self, event: ev.Event) -> None:
-        """Take in the event of a message. A heartbeat on which nothing waits is kept for the next event or tick."""
+        """Take in the event of a message. A mere sign of life is kept for the next event or tick.
+
+        Such is a heartbeat on which nothing waits. While the rules take long, because members are many, any heartbeat
+        is: a thousand of them must not cost a thousand times the rules. And so is a suspicion that is known.
+        """
         now_s = time.monotonic()
-        if isinstance(event, ev.Heartbeat) and is_routine(self._state, event, now_s):
+        if isinstance(event, ev.Suspect) and repeats_suspicion(self._state, event, now_s):
+            beat, _ = self._heard.get(event.worker, (ev.Heartbeat(event.worker, 0, 0, 0), 0.0))
+            self._heard[event.worker] = (beat, now_s)
+        elif isinstance(event, ev.Heartbeat) and is_routine(self._state, event, now_s, now_s < self._rested_s):
             self._heard[event.worker] = (event, now_s)
         else:
             self.observe(event)
@@ -180,7 +190,11 @@ class Membership:
         if self._heard:
             self._state = take_heartbeats(self._state, self._heard)
             self._heard = {}
-        self._state, commands, _ = transition(self._state, event, time.monotonic(), self._config)
+        started_s = time.monotonic()
+        self._state, commands, _ = transition(self._state, event, started_s, self._config)
+        now_s = time.monotonic()
+        if now_s - started_s > LONG_S:
+            self._rested_s = now_s + REST * (now_s - started_s)
         if isinstance(event, ev.Lost) or (isinstance(event, ev.Hello) and event.worker in self._state.records):
             self._evicted.pop(event.worker, None)
         for command in commands:

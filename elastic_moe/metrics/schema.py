@@ -142,7 +142,7 @@ EVENT_KINDS = (
     Event("worker_released", "A worker is no longer needed and may end."),
     Event("worker_left", "A released or drained worker has ended as planned."),
     Event("worker_finished", "A worker has done its part of the last step."),
-    Event("suspect", "A worker reports that a collective failed."),
+    Event("suspect", "A worker reports that a collective failed, the first one in a view."),
     Event("drain", "A worker is asked to hand over its state before its node goes."),
     Event("adopted", "A restarted coordinator has taken over the view of the living workers."),
     Event("pause", "Too few workers are left; the run waits for more."),

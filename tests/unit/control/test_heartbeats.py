@@ -7,7 +7,7 @@ import pytest
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control import events as ev
 from elastic_moe.control import machine
-from elastic_moe.control.heartbeats import STALL_S, is_routine, take_heartbeats
+from elastic_moe.control.heartbeats import STALL_S, is_routine, repeats_suspicion, take_heartbeats
 from elastic_moe.control.state import State
 
 NUM_WORKERS = 64
@@ -101,3 +101,22 @@ def test_a_heartbeat_that_something_waits_for_is_not_routine(run: Run) -> None:
     assert not routine(run.state.without("w1"))
     run.tell(ev.Suspect("w2", 1, "reset"), 0.2)
     assert not routine(run.state)
+
+
+def test_while_the_rules_rest_any_heartbeat_of_a_worker_is_routine(run: Run) -> None:
+    run.tell(ev.Suspect("w2", 1, "reset"), 0.2)
+    beat = ev.Heartbeat("w1", 1, 1, 1)
+    assert not is_routine(run.state, beat, 0.3)
+    assert is_routine(run.state, beat, 0.3, resting=True)
+    assert not is_routine(run.state, beat, 0.3 + STALL_S, resting=True), "the coordinator itself was stopped"
+    assert not is_routine(run.state.without("w1"), beat, 0.3, resting=True)
+
+
+def test_a_suspicion_that_is_known_or_over_is_only_a_sign_of_life(run: Run) -> None:
+    first, older = ev.Suspect("w2", 1, "reset"), ev.Suspect("w2", 0, "reset")
+    assert not repeats_suspicion(run.state, first, 0.2)
+    assert repeats_suspicion(run.state, older, 0.2)
+    run.tell(ev.Suspect("w3", 1, "reset"), 0.2)
+    assert repeats_suspicion(run.state, first, 0.3)
+    assert not repeats_suspicion(run.state, first, 0.3 + STALL_S), "the coordinator itself was stopped"
+    assert not repeats_suspicion(run.state.without("w2"), first, 0.3)

@@ -131,6 +131,41 @@ def test_a_suspicion_probes() -> None:
     assert run.to("b", msg.ProbeMessage) == [msg.ProbeMessage()]
 
 
+def test_many_suspicions_of_one_view_are_one_line_and_signs_of_life() -> None:
+    run = Run(3)
+    run.join("a", "b", "c")
+    run.enter("a", "b", "c")
+    before = {worker: record.last_heard_s for worker, record in run.membership._state.records.items()}
+    for worker in ("a", "b", "c", "b"):
+        run.membership.receive(worker, msg.SuspectMessage(1, "reset"))
+    run.membership.observe(ev.Tick())
+    assert [(e["event"], e["worker"]) for e in run.events if e["event"] == "suspect"] == [("suspect", "a")]
+    assert all(record.last_heard_s > before[worker] for worker, record in run.membership._state.records.items())
+
+
+def test_a_long_run_of_the_rules_is_followed_by_a_rest_from_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(3)
+    run.join("a", "b", "c")
+    run.enter("a", "b", "c")
+    ran: list[str] = []
+
+    def counted(state: State, event: ev.Event, now_s: float, config: ElasticConfig) -> Any:
+        ran.append(type(event).__name__)
+        return transition(state, event, now_s, config)
+
+    transition = membership.transition
+    monkeypatch.setattr(membership, "transition", counted)
+    monkeypatch.setattr(membership, "LONG_S", -1.0)
+    monkeypatch.setattr(membership, "REST", 1e9)
+    run.membership.receive("a", msg.SuspectMessage(1, "reset"))
+    for worker in ("a", "b", "c") * 5:
+        run.membership.receive(worker, msg.HeartbeatMessage(1, 4, 4))
+    assert ran == ["Suspect"], "heartbeats that are waited for"
+    run.membership.receive("c", msg.FinishedMessage())
+    assert ran == ["Suspect", "Finished"]
+    assert {record.last_progress for record in run.membership._state.records.values()} == {(1, 4, 4)}
+
+
 def test_records_give_the_status_and_the_step_of_every_line() -> None:
     run = Run(1)
     run.join("a")

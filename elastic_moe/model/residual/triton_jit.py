@@ -64,6 +64,18 @@ def _normalize(m, eps, rows):
 
 
 @triton.jit
+def _normalize_backward(grad, m, eps, rows):
+    """The gradient of m before `_normalize`, from that of its result."""
+    if rows:
+        sums = tl.sum(m, axis=2, keep_dims=True) + eps
+        grad = (grad - tl.sum(grad * m / sums, axis=2, keep_dims=True)) / sums
+    else:
+        totals = tl.sum(m, axis=1, keep_dims=True) + eps
+        grad = (grad - tl.sum(grad * m / totals, axis=1, keep_dims=True)) / totals
+    return grad
+
+
+@triton.jit
 def _softmax_to(z, eps):
     """The softmax over `to`, with which Sinkhorn begins."""
     e = tl.exp(z - tl.max(z, axis=1, keep_dims=True))
@@ -155,12 +167,7 @@ def coefficients_backward(
         m = soft + eps
         for step in range(last):
             m = _normalize(m, eps, step % 2 == 0)
-        if last % 2 == 0:
-            total = tl.sum(m, axis=2, keep_dims=True) + eps
-            grad = (grad - tl.sum(grad * m / total, axis=2, keep_dims=True)) / total
-        else:
-            total = tl.sum(m, axis=1, keep_dims=True) + eps
-            grad = (grad - tl.sum(grad * m / total, axis=1, keep_dims=True)) / total
+        grad = _normalize_backward(grad, m, eps, last % 2 == 0)
     grad = soft * (grad - tl.sum(grad * soft, axis=1, keep_dims=True))
     tl.store(d_z_ptr + token[:, None, None] * k + 2 * N + at[None, :, :], grad, mask=inside[:, None, None])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,3 +74,48 @@ def test_equals_plain_torch(kernels: Kernels, tokens: int, n: int, width: int, d
     for a, b in zip(fast, slow, strict=True):
         scale = max(1.0, float(b.abs().max()))
         torch.testing.assert_close(a / scale, b / scale, **tolerance)
+
+
+BLOCKS = {"N": 4, "BLOCK": 64}
+SIZES = {
+    "project": {"ROWS": 16, "PADDED": 32, "BLOCK": 64},
+    "coefficients": {"N": 4, "SMALL": 32},
+    "coefficients_backward": {"N": 4, "SMALL": 32},
+    "collapse": BLOCKS,
+    "write": BLOCKS,
+    "write_backward": BLOCKS,
+    "pre_backward": BLOCKS,
+    "read_backward": {**BLOCKS, "ROWS": 16, "PADDED": 32},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_every_kernel_compiles_for_a_gpu(
+    name: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To machine code of a Hopper GPU, which needs none. The interpreter takes what the compiler refuses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from elastic_moe.model.residual import triton_jit
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(triton_jit, name)
+    names = [parameter.name for parameter in kernel.params]
+    constants = dict(SIZES[name])
+    if "PRECISION" in names:
+        constants["PRECISION"] = precision
+    elif precision != "tf32":
+        pytest.skip("has no products")
+    kinds = {"eps": "fp32"} | {n: "*fp32" for n in names if n.endswith("_ptr")} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        kernel,
+        signature={n: kinds.get(n, "i32") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"]

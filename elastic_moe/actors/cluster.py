@@ -114,12 +114,14 @@ def _local(config: TrainConfig) -> Iterator[None]:
 def _simulated(cluster: ClusterConfig) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
-    node: dict[str, Any] = {"num_cpus": math.ceil(cluster.cpus_per_worker * cluster.workers_per_node)} | _common(
-        cluster
-    )
+    node: dict[str, Any] = {
+        "num_cpus": math.ceil(cluster.cpus_per_worker * cluster.workers_per_node),
+        "num_gpus": math.ceil(cluster.gpus_per_worker * cluster.workers_per_node),
+        **_common(cluster),
+    }
     nodes: Any = Cluster()
     try:
-        nodes.add_node(**(node | {"num_cpus": 0}))
+        nodes.add_node(**(node | {"num_cpus": 0, "num_gpus": 0}))
         for _ in range(cluster.nodes):
             nodes.add_node(**node)
         ray.init(address=nodes.address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)

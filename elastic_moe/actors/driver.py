@@ -186,7 +186,9 @@ def make_trainer(config: TrainConfig, prepared: Prepared, name: str) -> ElasticT
         coordinator=name,
         last_save_s=config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S,
         scaling_config=ScalingConfig(
-            num_workers=max_workers(config), resources_per_worker=resources_per_worker(config.cluster)
+            num_workers=max_workers(config),
+            use_gpu=config.cluster.gpus_per_worker > 0,
+            resources_per_worker=resources_per_worker(config.cluster),
         ),
         run_config=RunConfig(name="ray", storage_path=str(Path(config.run.dir) / RAY)),
     )

@@ -56,7 +56,9 @@ def _config(root: Path, **changes: Any) -> TrainConfig:
 
 @pytest.mark.timeout(180)
 def test_a_killed_worker_is_replaced_and_the_run_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = _config(tmp_path, faults=FaultConfig(kill_worker_at_step=4, kill_rank=1))
+    """For Ray every worker has a GPU of its own: the nodes claim to have some, and the workers compute on CPUs."""
+    cluster = ClusterConfig(kind="simulated", nodes=2, workers_per_node=1, object_store_gib=0.08, gpus_per_worker=1)
+    config = _config(tmp_path, cluster=cluster, faults=FaultConfig(kill_worker_at_step=4, kill_rank=1))
     assert launch(config, "seed: 0\n") == 0
     run = tmp_path / "run"
     assert_declared(run)

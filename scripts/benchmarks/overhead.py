@@ -90,7 +90,7 @@ class NoStorage:
         return Restored()
 
 
-def _full_worker(config: TrainConfig, address: tuple[str, int], prepared: Prepared, rank: int) -> None:
+def full_worker(config: TrainConfig, address: tuple[str, int], prepared: Prepared, rank: int) -> None:
     from elastic_moe.runtime.worker import run_worker
 
     run_worker(config, lambda: address, TOKEN, f"n{rank}", prepared, f"w{rank}")
@@ -145,7 +145,7 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
 
 
 @contextmanager
-def _processes(target: Any, arguments_by_rank: list[tuple[Any, ...]]) -> Iterator[list[Any]]:
+def processes(target: Any, arguments_by_rank: list[tuple[Any, ...]]) -> Iterator[list[Any]]:
     """Run one process per rank; none outlives the block."""
     context = mp.get_context("spawn")
     processes = [context.Process(target=target, args=args, daemon=True) for args in arguments_by_rank]
@@ -160,7 +160,7 @@ def _processes(target: Any, arguments_by_rank: list[tuple[Any, ...]]) -> Iterato
             process.join(10)
 
 
-def _wait_all(processes: list[Any]) -> None:
+def wait_all(processes: list[Any]) -> None:
     deadline_s = time.monotonic() + ROUND_LIMIT_S
     for process in processes:
         process.join(max(0.0, deadline_s - time.monotonic()))
@@ -173,8 +173,8 @@ def full(config: TrainConfig, prepared: Prepared, workers: int = WORKERS) -> lis
     coordinator = RunCoordinator(config, TOKEN, workers)
     try:
         by_rank = [(config, coordinator.address, prepared, rank) for rank in range(workers)]
-        with _processes(_full_worker, by_rank) as processes:
-            _wait_all(processes)
+        with processes(full_worker, by_rank) as started:
+            wait_all(started)
         return [(record["time"], record["loss"]) for record in coordinator.records_since(0)]
     finally:
         coordinator.close()
@@ -188,8 +188,8 @@ def plain(config: TrainConfig, prepared: Prepared) -> list[tuple[float, float]]:
     results = mp.get_context("spawn").Queue()
     by_rank = [(config, rendezvous.port, prepared, rank, results) for rank in range(WORKERS)]
     try:
-        with _processes(_plain_worker, by_rank) as processes:
-            _wait_all(processes)
+        with processes(_plain_worker, by_rank) as started:
+            wait_all(started)
             try:
                 return results.get(timeout=10)
             except queue.Empty:

@@ -54,7 +54,7 @@ def _config(root: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**(parts | changes))
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(480)
 def test_a_killed_worker_is_replaced_and_the_run_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = _config(tmp_path, faults=FaultConfig(kill_worker_at_step=4, kill_rank=1))
     assert launch(config, "seed: 0\n") == 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests in the repository's own environment; arguments go to pytest.
-#   scripts/test.sh                  all; two at a time, those with Ray in turn
+#   scripts/test.sh                  all, two at a time
 #   scripts/test.sh --fast           about a minute: no Ray, no process groups, on all cores
 #   scripts/test.sh tests/dist -x    some of them, up to the first failure
 #   scripts/test.sh -m chaos         one tier: unit, golden, chaos, dist, ray or gpu
@@ -11,6 +11,7 @@ case "${1:-}" in
 esac
 ensure_venv
 cd "$ROOT"
+unset PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes: each would compile all modules
 export OMP_NUM_THREADS=1 # many small processes: more threads only fight for the cores
 if [ "${1:-}" = --fast ]; then
     shift
@@ -24,5 +25,5 @@ say "compiling the planner, if its sources have changed"
 failed=0
 "$PYTHON" -m pytest -m "unit or golden or chaos" -n auto --maxprocesses 8 || failed=1
 "$PYTHON" -m pytest -m dist -n 2 --dist loadfile || failed=1
-"$PYTHON" -m pytest -m "ray or gpu" || failed=1
+"$PYTHON" -m pytest -m "ray or gpu" -n 2 --dist worksteal || failed=1
 exit $failed

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +27,7 @@ from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.run_dir import EVENTS, METRICS
 from elastic_moe.saved import with_tokenizer
 from tests.declared import assert_declared
+from tests.processes import start
 
 WAIT_S = 240.0
 DEVICE = os.environ.get("ELASTIC_MOE_TEST_DEVICE", "cpu")  # cuda: all workers share one GPU
@@ -84,7 +85,8 @@ class LocalRun:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for process in self.processes.values():
             if process.is_alive():
-                os.kill(process.pid, signal.SIGCONT)
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGCONT)
                 process.kill()
             process.join(10)
         self.coordinator.close()
@@ -95,9 +97,7 @@ class LocalRun:
         index = len(self.processes)
         worker = f"w{index}"
         args = (self.config, self._address, self._prepared, worker, node or f"n{index % self._nodes}")
-        process = mp.get_context("spawn").Process(target=self.work, args=args, name=worker)
-        process.start()
-        self.processes[worker] = process
+        self.processes[worker] = start(self.work, *args, name=worker)
         return worker
 
     def signal(self, worker: str, how: signal.Signals) -> None:

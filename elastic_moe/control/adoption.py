@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.events import Hello
+from elastic_moe.control.frozen import replace
 from elastic_moe.control.state import RUNNING, State, WorkerRecord
 
 ADOPTION_GAP = 10  # generations left free after an adopted one: the lost coordinator may have published newer ones

@@ -13,10 +13,10 @@ that has no member in common with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.events import Command, Disconnect, Evict, LogEvent
+from elastic_moe.control.frozen import replace
 from elastic_moe.control.links import is_refused
 from elastic_moe.control.state import FINISHING, RUNNING, Backoff, State
 from elastic_moe.types import View

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.events import Command, End, LogEvent, Release
+from elastic_moe.control.frozen import replace
 from elastic_moe.control.holds import begin_hold, is_saving
 from elastic_moe.control.state import FAILED, FINISHED, FINISHING, RUNNING, WAITING, State
 

@@ -8,9 +8,9 @@ only the first or the last matters. The tick applies the rules in any case.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from elastic_moe.control.events import Entered, Event, Heartbeat, Suspect
+from elastic_moe.control.frozen import replace
 from elastic_moe.control.state import State
 
 STALL_S = 2.0  # a longer gap between two events (ticks among them) means that the coordinator itself was stopped

@@ -10,11 +10,11 @@ committed. A storage that fails is tried again by the members themselves (`runti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.doubt import no_other_group_commits
 from elastic_moe.control.events import Command, Held, Hold, LogEvent, Pause
+from elastic_moe.control.frozen import replace
 from elastic_moe.control.state import WAITING, HoldSave, State, WorkerRecord
 from elastic_moe.types import INTERRUPTED, NOT_WHOLE, SAVED, View
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from itertools import takewhile
 
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.events import CheckLinks, Command, Links, LogEvent
+from elastic_moe.control.frozen import replace
 from elastic_moe.control.state import RUNNING, LinkCheck, State
 
 ASIDE_S = 10.0  # a worker with which no view forms stays outside for so long, and twice as long each further time

@@ -6,12 +6,12 @@ Legend: L MoE layers, E experts. A layer's time is that of its slowest rank; 1 i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from elastic_moe.control.frozen import replace
 from elastic_moe.plan.placement import Placement, Topology, plan_placement
 from elastic_moe.plan.split import slowest_times
 

@@ -8,7 +8,6 @@ The machine is pure: time is an argument. `_stale` alone drops messages about a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.adoption import ADOPTION_GAP, adopt, is_adoptable
@@ -42,6 +41,7 @@ from elastic_moe.control.events import (
     Tick,
     Welcome,
 )
+from elastic_moe.control.frozen import replace
 from elastic_moe.control.heartbeats import STALL_S, awaited, one_of_many, take_heartbeats
 from elastic_moe.control.holds import end_soon, hold_s, take_held
 from elastic_moe.control.links import ask_witnesses, take_links

@@ -8,7 +8,6 @@ step boundary. An *unplanned* view (a death) interrupts the step in flight. A vi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.doubt import (
@@ -21,6 +20,7 @@ from elastic_moe.control.doubt import (
 )
 from elastic_moe.control.ending import RuleResult, finish
 from elastic_moe.control.events import LogEvent, Publish, Release
+from elastic_moe.control.frozen import replace
 from elastic_moe.control.holds import begin_hold, leaves_soon, save_in_hold
 from elastic_moe.control.links import (
     ask_joiners,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+from elastic_moe.control.frozen import replace
 from elastic_moe.types import Member, View
 
 WAITING, RUNNING, FINISHING, FINISHED, FAILED = "waiting", "running", "finishing", "finished", "failed"

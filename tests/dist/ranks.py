@@ -1,4 +1,4 @@
-"""Ranks as spawned processes. The test plays the coordinator: it hosts the store, sets aborts and publishes views.
+"""Ranks as processes. The test plays the coordinator: it hosts the store, sets aborts and publishes views.
 
 A rank runs `body(seat, *args)`. It sends values to the test with `seat.say` and receives orders with `seat.hear`. An
 order ("abort", reason) sets the current abort signal from a thread, as the connection to the coordinator does.
@@ -6,7 +6,6 @@ order ("abort", reason) sets the current abort signal from a thread, as the conn
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import queue
 import signal
@@ -25,6 +24,7 @@ from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.parallel.collectives.backend import GroupMember
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.collectives.store import Rendezvous
+from tests.processes import CONTEXT, start
 
 PATIENCE_S = 60.0
 
@@ -91,21 +91,18 @@ def _start(body: Callable[..., Any], rank: int, world: int, port: int, line: Con
 
 
 class Ranks:
-    """A world of spawned ranks, as a context manager that kills the remaining processes at its end."""
+    """A world of ranks, as a context manager that kills the remaining processes at its end."""
 
     def __init__(self, world: int, body: Callable[..., Any], *args: Any) -> None:
         self.rendezvous = RendezvousServer("127.0.0.1", "secret")
         self.rendezvous.start()
-        context = mp.get_context("spawn")
         self.lines: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(world):
-            here, there = context.Pipe()
-            process = context.Process(target=_start, args=(body, rank, world, self.rendezvous.port, there, args))
-            process.start()
+            here, there = CONTEXT.Pipe()
+            self.processes.append(start(_start, body, rank, world, self.rendezvous.port, there, args))
             there.close()
             self.lines.append(here)
-            self.processes.append(process)
 
     def __enter__(self) -> Ranks:
         return self

@@ -89,14 +89,16 @@ def test_second_death_during_the_repair_of_the_first(tmp_path: Path, undisturbed
 
 
 def test_stopped_worker_is_removed_and_comes_back_with_its_state(tmp_path: Path, undisturbed: list[float]) -> None:
-    config = with_steps(tiny_config(tmp_path / "run", CORPUS), 400)
+    config = with_steps(tiny_config(tmp_path / "run", CORPUS), 100_000)
     config.elastic.heartbeat_timeout_s = 3.0
     with LocalRun(config, 3) as run:
         run.wait_step(10)
         run.signal("w1", signal.SIGSTOP)
         run.wait("eviction", lambda s: s["world_size"] == 2)
         run.signal("w1", signal.SIGCONT)
-        run.wait("its return", lambda s: s["world_size"] == 3 and s["entered"])
+        back = run.wait("its return", lambda s: s["world_size"] == 3 and s["entered"])
+        run.wait_step(back["step"] + 10)
+        run.coordinator.submit({"event": "stop", "reason": "enough"})
         run.wait_end()
         assert [e["worker"] for e in run.events() if e["event"] == "worker_readmitted"] == ["w1"]
         assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import signal
 from dataclasses import replace
@@ -17,14 +16,15 @@ from elastic_moe.coordination.lease import Lease
 from elastic_moe.coordination.owner import Owner
 from elastic_moe.errors import UserError
 from elastic_moe.run_dir import CLAIMS
+from tests.processes import CONTEXT, start
 from tests.s3_server import WRITES, Fault, Proxy
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def contend(place: str, start: Any, results: Any, stop: Any) -> None:
+def contend(place: str, begin: Any, results: Any, stop: Any) -> None:
     results.put("ready")
-    start.wait()
+    begin.wait()
     try:
         with Lease(place, "checkpoint.dir"):
             results.put("owns")
@@ -34,13 +34,10 @@ def contend(place: str, start: Any, results: Any, stop: Any) -> None:
 
 
 def processes(place: str, count: int) -> tuple[list[Any], Any, Any]:
-    context = mp.get_context("spawn")
-    start, results, stop = context.Event(), context.Queue(), context.Event()
-    started = [context.Process(target=contend, args=(place, start, results, stop)) for _ in range(count)]
-    for process in started:
-        process.start()
+    begin, results, stop = CONTEXT.Event(), CONTEXT.Queue(), CONTEXT.Event()
+    started = [start(contend, place, begin, results, stop) for _ in range(count)]
     assert [results.get(timeout=120) for _ in started] == ["ready"] * count
-    start.set()
+    begin.set()
     return started, results, stop
 
 

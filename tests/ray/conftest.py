@@ -37,7 +37,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}", prepend=os.pathsep)
     cluster = Cluster()
     try:
-        cluster.add_node(num_cpus=0, object_store_memory=80 * 1024 * 1024, include_dashboard=False)
+        spared = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}  # nobody asks them
+        cluster.add_node(num_cpus=0, object_store_memory=80 * 1024 * 1024, **spared)
         ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
         yield cluster
     finally:
@@ -48,7 +49,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     assert not left, "the cluster left processes behind"
 
 
-def _living(temp_dir: str, patience_s: float = 15.0) -> list[str]:
+def _living(temp_dir: str, patience_s: float = 60.0) -> list[str]:
     """Processes that have this directory in their environment, once they had time to end."""
     deadline_s = time.monotonic() + patience_s
     while True:
@@ -66,7 +67,7 @@ def _living(temp_dir: str, patience_s: float = 15.0) -> list[str]:
 def until() -> Callable[..., None]:
     """Wait for a condition; fails after a deadline."""
 
-    def wait(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    def wait(condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
@@ -94,7 +95,7 @@ class Head:
         done = self.call(*command)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def call(self, *command: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+    def call(self, *command: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
         """Run one of the programs installed beside this Python."""
         program = Path(sys.executable).parent / command[0]
         return subprocess.run(

@@ -18,7 +18,7 @@ from elastic_moe.config.schema import ModelConfig, RunConfig, TrainConfig
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(400)
 def test_comes_back_with_records_and_a_new_address(
     cluster: Cluster, tmp_path: Path, until: Callable[..., None]
 ) -> None:
@@ -60,7 +60,7 @@ class Somewhere:
         return ray.get_runtime_context().get_node_id()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(400)
 def test_an_actor_is_on_its_drivers_node_whoever_joins(cluster: Cluster) -> None:
     here = ray.get_runtime_context().get_node_id()
     for _ in range(3):  # a node that joined a moment ago knows no other one, and Ray asks any node to place an actor

@@ -44,7 +44,7 @@ def drain_node(address: str, node_id: str, seconds: float) -> bool:
     return accepted
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(400)
 def test_real_drain_and_loss(cluster: Cluster, until: Callable[..., None]) -> None:
     node = cluster.add_node(num_cpus=1, object_store_memory=80 * 1024 * 1024)
     other = cluster.add_node(num_cpus=1, object_store_memory=80 * 1024 * 1024)

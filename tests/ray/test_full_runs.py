@@ -71,12 +71,12 @@ class FullRun:
         return [(worker, node, pid) for worker, node, pid, _ in self.status()["members"]]
 
     def status(self) -> dict[str, Any]:
-        return ray.get(self.coordinator.status.remote(), timeout=30)
+        return ray.get(self.coordinator.status.remote(), timeout=60)
 
     def finish(self) -> None:
         """Stop the run and check its records: every step once, none lost."""
         self.link.submit({"event": "stop", "reason": "enough"})
-        self.thread.join(60)
+        self.thread.join(120)
         assert not self.thread.is_alive()
         assert self.error is None
         assert [line["step"] for line in self._metrics.lines()] == list(range(1, self.steps() + 1))
@@ -89,7 +89,7 @@ def full_run(tmp_path: Path, **elastic: Any) -> Iterator[FullRun]:
     run = FullRun(replace(config, run=replace(config.run, steps=1_000_000), cluster=ClusterConfig(workers=WORKERS)))
     try:
         yield run
-        ray.get(run.coordinator.close.remote(), timeout=30)
+        ray.get(run.coordinator.close.remote(), timeout=60)
     finally:
         ray.kill(run.coordinator)
 
@@ -98,11 +98,11 @@ def add_node(cluster: Cluster, cpus: int) -> Any:
     return cluster.add_node(num_cpus=cpus, object_store_memory=80 * 1024 * 1024, include_dashboard=False)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_uneven_nodes_a_hung_worker_and_a_lost_coordinator(cluster: Cluster, tmp_path: Path, until: Until) -> None:
     add_node(cluster, 2), add_node(cluster, 1)
     with full_run(tmp_path, heartbeat_timeout_s=3.0) as run:
-        until(lambda: run.steps() >= 5 and run.world() == WORKERS, "three workers on two nodes train", 120.0)
+        until(lambda: run.steps() >= 5 and run.world() == WORKERS, "three workers on two nodes train", 240.0)
         first = run.members()
         assert sorted([node for _, node, _ in first].count(n) for n in {node for _, node, _ in first}) == [1, 2]
 
@@ -114,7 +114,7 @@ def test_uneven_nodes_a_hung_worker_and_a_lost_coordinator(cluster: Cluster, tmp
         at = run.steps()
         until(lambda: run.steps() >= at + 3, "the others train on")
         os.kill(pid, signal.SIGCONT)
-        until(lambda: run.world() == WORKERS and run.steps() >= at + 10, "it is back and trains", 120.0)
+        until(lambda: run.world() == WORKERS and run.steps() >= at + 10, "it is back and trains", 240.0)
         assert (worker, pid) in [(member, pid) for member, _, pid in run.members()]
         assert [event["worker"] for event in run.events("worker_readmitted")] == [worker]
 
@@ -124,18 +124,18 @@ def test_uneven_nodes_a_hung_worker_and_a_lost_coordinator(cluster: Cluster, tmp
         until(
             lambda: run.status()["phase"] == "running" and run.status()["step"] >= at + 10,
             "another coordinator serves",
-            120.0,
+            240.0,
         )
         assert ray.get(run.coordinator.pid.remote()) != old
         assert {first[0][2], first[2][2]} <= {pid for _, _, pid in run.members()}, "survivors keep their processes"
         run.finish()
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_drained_node_is_left_before_it_dies(cluster: Cluster, tmp_path: Path, until: Until) -> None:
     nodes = [add_node(cluster, 1) for _ in range(WORKERS)]
     with full_run(tmp_path) as run:
-        until(lambda: run.steps() >= 5 and run.world() == WORKERS, "three workers train", 120.0)
+        until(lambda: run.steps() >= 5 and run.world() == WORKERS, "three workers train", 240.0)
         leaving, coordinator = nodes[0], ray.get(run.coordinator.pid.remote())
         worker, _, _ = next(m for m in run.members() if m[1] == leaving.node_id)
         assert drain_node(cluster.address, leaving.node_id, 30.0)

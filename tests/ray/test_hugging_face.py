@@ -68,7 +68,7 @@ def run_dir(origin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_the_first_loss_is_the_oracles(origin: Path, run_dir: Path) -> None:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     (train_path,) = (run_dir.parent / ".cache").glob("*/train.bin")
@@ -82,7 +82,7 @@ def test_the_first_loss_is_the_oracles(origin: Path, run_dir: Path) -> None:
     assert records[2]["loss"] != records[0]["loss"]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_export_and_generate(run_dir: Path, tmp_path: Path) -> None:
     assert "step 3" in call("export", str(run_dir), "--to", str(tmp_path / "hf")).stdout
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")

@@ -54,7 +54,7 @@ def _config(root: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**(parts | changes))
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(480)
 def test_a_killed_worker_is_replaced_and_the_run_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """For Ray every worker has a GPU of its own: the nodes claim to have some, and the workers compute on CPUs."""
     cluster = ClusterConfig(kind="simulated", nodes=2, workers_per_node=1, object_store_gib=0.08, gpus_per_worker=1)

@@ -143,7 +143,7 @@ class ElasticConfig(Sealed):
     min_workers: int = 1  # fewer workers than this wait for others
     max_workers: int = 0  # most workers; 0: the number the cluster starts with
     redundancy: int = 1  # living mirrors of every unit: 0, 1 or 2
-    state_on: str = "device"  # master weights and optimizer state lie on the device that computes, or in host memory
+    state_on: str = "device"  # master weights and optimizer state lie on what computes; host, for CPUs beside GPUs
     reproducible: bool = False  # losses equal bit for bit at every world size; shares are whole micro-batches
     spare_slots: int = 1  # expert slots per worker and layer beyond an even share
     slots_per_worker: int = 0  # hard limit per MoE layer; 0: no limit

@@ -41,6 +41,7 @@ class HelloMessage:
         version: version of the protocol that it speaks.
         address: as in `Member`.
         sources: digest of the package's sources that it runs; "" if it is not known.
+        updates_on: kind of the device on which it updates its state, such as "cuda"; "" if it is not known.
     """
 
     token: str = field(repr=False)
@@ -56,6 +57,7 @@ class HelloMessage:
     version: int = VERSION
     address: tuple[str, int] = ("", 0)
     sources: str = ""
+    updates_on: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from elastic_moe.control.machine import initial_state, transition
 from elastic_moe.control.message_events import event_of_message
 from elastic_moe.control.state import FINISHING, State
 from elastic_moe.coordination.event_log import EventLog, hand_over
+from elastic_moe.coordination.newcomers import Facts, facts_of, objection
 
 LONG_S = 0.002  # a longer run of the rules is followed by a rest
 REST = 4.0  # times as long as that run
@@ -106,25 +107,18 @@ class Membership:
         self._last_record: dict[str, Any] = {}
         self._recorded = -1  # the records up to this step are in the run's files, in the newest view; -1: not known
         self._evicted: dict[str, None] = {}  # in order
-        self._sources: dict[str, str] = {}  # worker -> digest of the sources that it runs
-        self._refused: set[str] = set()  # nodes with other sources that were told
+        self._facts: dict[str, Facts] = {}  # by worker
+        self._refused: set[str] = set()  # nodes that were told
         self._answered: dict[str, float] = {}  # worker -> when one of its heartbeats was answered last
         self._rested_s = 0.0  # until then no heartbeat alone makes the rules run again
         self._heard: dict[str, tuple[ev.Heartbeat, float]] = {}  # heartbeats since the last event, and when they came
 
     def refusal(self, hello: msg.HelloMessage) -> str:
-        """Why a worker must not register; "" if it may.
-
-        A newcomer that runs other sources than the workers who are there would fail together with them, for what
-        workers tell one another has no version. Whoever may have state is let in.
-        """
-        others = {self._sources.get(worker, "") for worker in self._state.records if worker != hello.worker} - {""}
-        if hello.view is not None or not hello.sources or not others or hello.sources in others:
+        """Why a worker must not register, which is told once for each node; "" if it may."""
+        living = [worker for worker in self._state.records if worker != hello.worker and worker in self._facts]
+        reason = objection(hello, [self._facts[worker] for worker in living])
+        if not reason:
             return ""
-        reason = (
-            f"the files of elastic_moe on node {hello.node} are not those that the run's workers have started with: "
-            "put them back, or stop the run and resume it with the new ones"
-        )
         if hello.node not in self._refused:
             self._refused.add(hello.node)
             line = ev.LogEvent("worker_set_aside", hello.worker, hello.node, hello.pid, reason)
@@ -151,15 +145,15 @@ class Membership:
                 if isinstance(message, msg.HeartbeatMessage) and worker in self._state.records:
                     self._answer(worker, message.sent_s)
                 if isinstance(message, msg.HelloMessage):
-                    self._registered(worker, message.sources)
+                    self._registered(worker, facts_of(message))
                 if isinstance(message, msg.EnteredMessage):
                     self._log.entered(self._state, self._step, worker, message.generation, message.info or {})
 
-    def _registered(self, worker: str, sources: str) -> None:
+    def _registered(self, worker: str, facts: Facts) -> None:
         """Note what a worker runs, and forget those that are gone. Its next heartbeat is answered at once."""
-        self._sources[worker] = sources
-        for gone in [known for known in self._sources if known not in self._state.records]:
-            del self._sources[gone]
+        self._facts[worker] = facts
+        for gone in [known for known in self._facts if known not in self._state.records]:
+            del self._facts[gone]
             self._answered.pop(gone, None)
         self._answered.pop(worker, None)
 

@@ -43,7 +43,7 @@ def apply_adamw(state: UnitState, grad: torch.Tensor, step: int, lr: float, cfg:
     assert step >= 1, "steps count from 1"
     keep = 1.0 - lr * cfg.weight_decay if decay else 1.0
     step_size = lr / (1.0 - cfg.beta1**step)
-    root_correction = math.sqrt(1.0 - cfg.beta2**step)
+    root_scale = 1.0 / math.sqrt(1.0 - cfg.beta2**step)  # a GPU divides by a number by such a product too
     size = CHUNK if grad.device.type == "cpu" else DEVICE_CHUNK
     chunks = zip(*(tensor.split(size) for tensor in (state.weight, state["m"], state["v"], grad)), strict=True)
     for weight, m, v, g in chunks:
@@ -51,5 +51,5 @@ def apply_adamw(state: UnitState, grad: torch.Tensor, step: int, lr: float, cfg:
             weight.mul_(keep)
         m.mul_(cfg.beta1).add_(g * (1.0 - cfg.beta1))
         v.mul_(cfg.beta2).add_((g * g).mul_(1.0 - cfg.beta2))
-        denominator = v.sqrt().div_(root_correction).add_(cfg.eps)
+        denominator = v.sqrt().mul_(root_scale).add_(cfg.eps)
         weight.sub_((m * step_size).div_(denominator))

@@ -70,8 +70,9 @@ class CoordinatorClient:
         self._connection = ConnectionThread(find, self._registration, self.inbox, heartbeat_s, lease_s)
         self.outbox = self._connection.outbox
 
-    def start(self) -> None:
-        """Start the thread; it connects in the background."""
+    def start(self, updates_on: str = "") -> None:
+        """Start the thread; it connects in the background. `updates_on`: as in `HelloMessage`."""
+        self._registration.updates_on = updates_on
         self._connection.start()
 
     def close(self, timeout_s: float = 5.0) -> None:

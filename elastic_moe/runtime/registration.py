@@ -21,6 +21,7 @@ class Registration:
         entered: generation that it entered last.
         progress: returns (step in the making, collectives begun and completed).
         address: at which other workers try their links to it, as in `Member`.
+        updates_on: as in `HelloMessage`.
     """
 
     token: str
@@ -32,6 +33,7 @@ class Registration:
     entered: int = 0
     progress: Callable[[], tuple[int, int]] = lambda: (0, 0)
     address: tuple[str, int] = ("", 0)
+    updates_on: str = ""
 
     def hello(self, newest: msg.ViewMessage | None, lapsed: bool) -> msg.HelloMessage:
         """Everything that a coordinator without memory must know of this worker."""
@@ -48,6 +50,7 @@ class Registration:
             lapsed=lapsed,
             address=self.address,
             sources=sources_digest(),
+            updates_on=self.updates_on,
         )
 
     def heartbeat(self, generation: int) -> msg.HeartbeatMessage:

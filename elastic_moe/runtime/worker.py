@@ -298,7 +298,8 @@ def run_worker(
     client = CoordinatorClient(
         find, token, worker, node, os.getpid(), elastic.slots_per_worker, elastic.heartbeat_s, elastic.lease_s
     )
-    client.start()
+    on_gpu = config.device != "cpu" and elastic.state_on == "device" and torch.cuda.is_available()
+    client.start("cuda" if on_gpu else "cpu")
     try:
         return Worker(config, prepared, client, token).run()
     finally:

@@ -22,7 +22,7 @@ Duties of every backend:
 - *Devices.* A backend takes tensors on any device that it is registered for. Copies to host memory are the backend's
   own.
 
-Source for NCCL's behaviour: its source at tag v2.29.7-1 (`init.cc`, `device/prims_simple.h`); not run here.
+Source for NCCL's behaviour: its source at tag v2.29.7-1 (`init.cc`, `device/prims_simple.h`).
 """
 
 from __future__ import annotations

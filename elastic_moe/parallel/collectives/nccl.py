@@ -19,8 +19,8 @@ What NCCL does at an end (source, v2.28.9-1), and what follows:
 - The kernels of an aborted rank leave as if they were done, and their peers may then complete with wrong bytes (see
   "Garbage after an abort" in `backend.py`).
 
-Run so far over a stand-in for NCCL only (`tests/unit/parallel/fake_nccl.py`); `scripts/benchmarks/gpu_nccl.py` checks
-it on a GPU.
+Run on one GPU with NCCL 2.28.9, by ranks that share it (`scripts/benchmarks/gpu_nccl.py`), and over a stand-in for NCCL
+(`tests/unit/parallel/fake_nccl.py`). Not run: several GPUs, whose ranks map each other's memory.
 """
 
 from __future__ import annotations

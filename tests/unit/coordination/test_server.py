@@ -92,6 +92,21 @@ def test_a_newcomer_with_other_sources_is_turned_away_with_a_sentence(served: Se
         assert isinstance(decode_from_coordinator(served.connect(welcome).readline()), msg.WelcomeMessage)
 
 
+def test_a_newcomer_that_updates_its_state_on_another_device_is_turned_away(served: Served) -> None:
+    def hello(worker: str, device: str, view: View | None = None) -> bytes:
+        return encode(msg.HelloMessage("secret", worker, "n7", 1, sources="same", updates_on=device, view=view))
+
+    assert isinstance(decode_from_coordinator(served.connect(hello("a", "cuda")).readline()), msg.WelcomeMessage)
+    (line,) = served.connect(hello("b", "cpu")).readlines()
+    assert decode_from_coordinator(line) == msg.EvictedMessage(
+        "node n7 updates its state on cpu, and the run's workers on cuda: with workers of both kinds, set "
+        "elastic.state_on=host"
+    )
+    view = View(4, (Member("c", "n7", 1),))
+    for welcome in (hello("a", "cuda"), hello("d", "cuda"), hello("e", ""), hello("c", "cpu", view)):
+        assert isinstance(decode_from_coordinator(served.connect(welcome).readline()), msg.WelcomeMessage)
+
+
 def test_a_wrong_token_is_turned_away(served: Served) -> None:
     lines = served.connect(encode(msg.HelloMessage("guess", "w", "n", 1))).readlines()
     assert [decode_from_coordinator(line) for line in lines] == [msg.EvictedMessage("wrong token")]

@@ -1,0 +1,42 @@
+"""What keeps a newcomer out: it would not compute as the run's workers do. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from elastic_moe.control.messages import HelloMessage
+
+Facts = tuple[str, str]  # digest of the sources, and kind of the device on which state is updated; "" if not known
+
+
+def facts_of(hello: HelloMessage) -> Facts:
+    """What a worker says of itself."""
+    return hello.sources, hello.updates_on
+
+
+def objection(hello: HelloMessage, others: Collection[Facts]) -> str:
+    """Why a worker must not register; "" if it may.
+
+    With other sources it would fail together with those who are there, for what workers tell one another has no
+    version. On another kind of device updates round otherwise, so the copies of a unit would differ. Whoever may have
+    state is let in.
+
+    Args:
+        hello: its first message.
+        others: facts of the run's other workers.
+    """
+    sources = {known for known, _ in others if known}
+    devices = {known for _, known in others if known}
+    if hello.view is not None:
+        return ""
+    if hello.sources and sources and hello.sources not in sources:
+        return (
+            f"the files of elastic_moe on node {hello.node} are not those that the run's workers have started with: "
+            "put them back, or stop the run and resume it with the new ones"
+        )
+    if hello.updates_on and devices and hello.updates_on not in devices:
+        return (
+            f"node {hello.node} updates its state on {hello.updates_on}, and the run's workers on "
+            f"{', '.join(sorted(devices))}: with workers of both kinds, set elastic.state_on=host"
+        )
+    return ""

@@ -13,7 +13,7 @@ import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import pytest
@@ -117,12 +117,19 @@ def _work_inside(config: TrainConfig, address: tuple[str, int], prepared: Any, w
     LocalRun.work(config, address, prepared, worker, node)
 
 
+class Namespaces(Protocol):
+    """Namespaces for workers, and the address of the host that they reach."""
+
+    names: list[str]
+    host: str
+
+
 class NetworkRun(LocalRun):
     """A run whose workers are in the namespaces of a network, one in each."""
 
     work = staticmethod(_work_inside)
 
-    def __init__(self, config: TrainConfig, workers: int, network: Network) -> None:
+    def __init__(self, config: TrainConfig, workers: int, network: Namespaces) -> None:
         self.network = network
         super().__init__(config, workers, host=network.host)
 

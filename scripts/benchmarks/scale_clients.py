@@ -71,6 +71,7 @@ class _Workers:
     async def _kill(self, worker: int, timeout_s: float) -> float | None:
         closed_s = time.monotonic()
         self._writers.pop(worker).transport.abort()
+        await asyncio.sleep(0)  # in which the loop closes the connection, as a kernel does at once
         for other, writer in self._writers.items():
             writer.write(encode(SuspectMessage(self._generation[other], "Connection closed by peer")))
         while time.monotonic() < closed_s + timeout_s:

@@ -15,7 +15,9 @@ Legend: L MoE layers, E experts, R ranks, P slots of all ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,8 @@ from elastic_moe.plan.placement.replicas import EMPTY, sort_slots
 from elastic_moe.plan.values import LOST, Placement, Topology
 from elastic_moe.types import View
 
+_WORTH_THREADS = 24_000  # slots of all layers, from which on they are planned in several threads
+_MOST_THREADS = 8  # other workers of the machine plan at the same time
 _MIN_SPEED = 1e-3  # of the fastest rank's speed; slower ranks are planned for with this speed
 
 
@@ -94,7 +98,8 @@ def plan_placement(
     expert_LP = np.full((num_layers, len(rank_P)), EMPTY, dtype=np.int64)
     home_LE = np.full((num_layers, num_experts), LOST, dtype=np.int64)
     time_L = np.empty(num_layers)
-    for layer in range(num_layers):
+
+    def plan(layer: int) -> None:
         load_E = _integer_loads(load_LE[layer])
         resident_ER = np.zeros((num_experts, len(slots)), dtype=np.bool_)
         if previous is not None:
@@ -113,10 +118,24 @@ def plan_placement(
             previous is not None and not np.array_equal(previous.rank_of_slot, rank_P),
             num_experts if home_moves is None else home_moves,
         )
+
+    _for_each(num_layers, plan, num_layers * len(rank_P) >= _WORTH_THREADS)
     sort_slots(expert_LP, home_LE, start_R)
     return Placement(
         expert_LP.astype(np.int32), rank_P.astype(np.int32), home_LE.astype(np.int32), node_R.astype(np.int32), time_L
     )
+
+
+def _for_each(number: int, plan: Callable[[int], None], in_threads: bool) -> None:
+    """Plan every layer. Layers know nothing of one another, and planning one leaves the interpreter to others."""
+    threads = min(number, len(os.sched_getaffinity(0)), _MOST_THREADS)
+    if not in_threads or threads < 2:
+        for layer in range(number):
+            plan(layer)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="plan") as pool:
+        for _ in pool.map(plan, range(number)):
+            pass
 
 
 def _speed_shares(speeds: Sequence[float], slots_R: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_moe.errors import UserError
-from elastic_moe.plan.placement import EMPTY, LOST, Placement, Topology, default_slots, plan_placement
+from elastic_moe.plan.placement import EMPTY, LOST, Placement, Topology, default_slots, placement, plan_placement
 from elastic_moe.plan.split import split_tokens
 from elastic_moe.types import Member, View
 
@@ -212,3 +212,18 @@ def test_default_slots() -> None:
     assert default_slots(16, _view((0, False), (0, False), (0, False)), 1, 6) == [6, 6, 6]
     with pytest.raises(UserError, match="slots_per_worker"):
         default_slots(16, _view((0, False), (0, False)), 1, 7)
+
+
+def test_threads_change_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_LE = np.random.default_rng(3).pareto(1.5, (24, 32)) * 1000
+    topology, slots = Topology(tuple(f"n{r // 4}" for r in range(16)), (1.0,) * 16), [3] * 16
+    plans = []
+    for worth in (10**9, 1):
+        monkeypatch.setattr(placement, "_WORTH_THREADS", worth)
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+        first = plan_placement(load_LE, topology, slots)
+        plans.append((first, plan_placement(load_LE[::-1], topology, slots, first, home_moves=1)))
+    for one, other in zip(*plans, strict=True):
+        assert np.array_equal(one.expert_of_slot, other.expert_of_slot)
+        assert np.array_equal(one.home, other.home)
+        assert np.array_equal(one.time_L, other.time_L)

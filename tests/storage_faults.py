@@ -1,4 +1,4 @@
-"""A storage that fails as storage does: it errors, hangs, is full, or says that files are absent.
+"""A storage that fails as storage does: it errors, hangs, is slow or full, or says that files are absent.
 
 It lies below `Storage`, as a file system of pyarrow over a local directory. A control file names the fault, so a test
 changes it for all processes of a run at once.
@@ -16,10 +16,11 @@ from pyarrow import fs as pafs
 
 from elastic_moe.checkpoint import storage as storage_module
 
-FAULTS = ("error", "hang", "full", "absent")
+FAULTS = ("error", "hang", "slow", "full", "absent")
 READS = ("open_input_stream", "open_input_file", "get_file_info", "get_file_info_selector")
 WRITES = ("open_output_stream", "move", "create_dir", "delete_file", "delete_dir")
 POLL_S = 0.02
+SLOW_S = 3.0  # of each call of a slow storage
 
 
 class FaultyHandler(pafs.FSSpecHandler):
@@ -48,6 +49,8 @@ class FaultyHandler(pafs.FSSpecHandler):
     def _fail(self, kind: str, name: str) -> None:
         while (fault := fault_in(self._control)) == f"hang {kind}":
             time.sleep(POLL_S)
+        if fault == f"slow {kind}":
+            time.sleep(SLOW_S)
         if fault == f"error {kind}":
             raise OSError(errno.EIO, f"the storage fails at {name}")
         if fault == f"full {kind}":

@@ -73,6 +73,25 @@ def test_a_resume_waits_for_storage_that_cannot_be_read(tmp_path: Path, fault: s
         assert [(event["source"], event["step"]) for event in entered] == [("initialisation", 0), ("checkpoint", 10)]
 
 
+def test_a_resume_may_take_longer_than_the_hang_limit(tmp_path: Path) -> None:
+    """Every look at the storage takes three seconds, every file too: the main threads wait, and are not hung."""
+    hang_timeout_s = 8.0
+    with FaultyRun(config_of(tmp_path, 10), 3) as run:
+        run.wait_end()
+        before = run.losses()
+    set_fault(tmp_path / "control", "slow read")
+    with FaultyRun(config_of(tmp_path, 15, hang_timeout_s=hang_timeout_s), 3) as run:
+        run.wait_step(12)
+        set_fault(tmp_path / "control", "")
+        run.wait_end()
+        assert run.losses()[:10] == before
+        events = run.events()
+        (entered,) = [event for event in events if event["event"] == "entered" and event["source"] == "checkpoint"]
+        assert (entered["step"], entered["lost_steps"]) == (10, 0)
+        assert entered["reconfigure_s"] > hang_timeout_s
+        assert not {event["event"] for event in events} & {"worker_evicted", "worker_lost", "suspect", "pause"}
+
+
 @pytest.mark.parametrize("fault", ["error write", "hang write", "full write"])
 def test_training_goes_on_while_nothing_can_be_written_and_the_end_waits(tmp_path: Path, fault: str) -> None:
     set_fault(tmp_path / "control", fault)

@@ -20,7 +20,7 @@ FAULTS = ("error", "hang", "slow", "full", "absent")
 READS = ("open_input_stream", "open_input_file", "get_file_info", "get_file_info_selector")
 WRITES = ("open_output_stream", "move", "create_dir", "delete_file", "delete_dir")
 POLL_S = 0.02
-SLOW_S = 3.0  # of each call of a slow storage
+SLOW_S = 1.5  # of each call of a slow storage
 
 
 class FaultyHandler(pafs.FSSpecHandler):

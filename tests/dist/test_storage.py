@@ -74,7 +74,7 @@ def test_a_resume_waits_for_storage_that_cannot_be_read(tmp_path: Path, fault: s
 
 
 def test_a_resume_may_take_longer_than_the_hang_limit(tmp_path: Path) -> None:
-    """Every look at the storage takes three seconds, every file too: the main threads wait, and are not hung."""
+    """Every look at the storage takes a second and a half, every file too: the main threads wait, and are not hung."""
     hang_timeout_s = 8.0
     with FaultyRun(config_of(tmp_path, 10), 3) as run:
         run.wait_end()

@@ -24,6 +24,6 @@ say "compiling the planner, if its sources have changed"
 "$PYTHON" -m elastic_moe.plan.warm
 failed=0
 "$PYTHON" -m pytest -m "unit or golden or chaos" -n auto --maxprocesses 8 || failed=1
-"$PYTHON" -m pytest -m dist -n 2 --dist loadfile || failed=1
+"$PYTHON" -m pytest -m dist -n 3 --dist loadfile || failed=1
 "$PYTHON" -m pytest -m "ray or gpu" -n 2 --dist worksteal || failed=1
 exit $failed

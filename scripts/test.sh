@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests in the repository's own environment; arguments go to pytest.
-#   scripts/test.sh                  all, two at a time
+#   scripts/test.sh                  all, two or three at a time
 #   scripts/test.sh --fast           about a minute: no Ray, no process groups, on all cores
 #   scripts/test.sh tests/dist -x    some of them, up to the first failure
 #   scripts/test.sh -m chaos         one tier: unit, golden, chaos, dist, ray or gpu

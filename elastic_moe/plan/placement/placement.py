@@ -96,8 +96,7 @@ def plan_placement(
     round_robin_R = _round_robin(node_R)
     max_homes_R = np.minimum(slots_R, -(-num_experts * slots_R // slots_R.sum()))
     expert_LP = np.full((num_layers, len(rank_P)), EMPTY, dtype=np.int64)
-    home_LE = np.full((num_layers, num_experts), LOST, dtype=np.int64)
-    time_L = np.empty(num_layers)
+    home_LE, time_L = np.full((num_layers, num_experts), LOST, dtype=np.int64), np.empty(num_layers)
 
     def plan(layer: int) -> None:
         load_E = _integer_loads(load_LE[layer])

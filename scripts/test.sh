@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests in the repository's own environment; arguments go to pytest.
-#   scripts/test.sh                  all, two or three at a time
+#   scripts/test.sh                  all, two at a time
 #   scripts/test.sh --fast           about a minute: no Ray, no process groups, on all cores
 #   scripts/test.sh tests/dist -x    some of them, up to the first failure
 #   scripts/test.sh -m chaos         one tier: unit, golden, chaos, dist, ray or gpu
@@ -24,6 +24,6 @@ say "compiling the planner, if its sources have changed"
 "$PYTHON" -m elastic_moe.plan.warm
 failed=0
 "$PYTHON" -m pytest -m "unit or golden or chaos" -n auto --maxprocesses 8 || failed=1
-"$PYTHON" -m pytest -m dist -n 3 --dist loadfile || failed=1
+"$PYTHON" -m pytest -m dist -n 2 --dist loadfile || failed=1
 "$PYTHON" -m pytest -m "ray or gpu" -n 2 --dist worksteal || failed=1
 exit $failed

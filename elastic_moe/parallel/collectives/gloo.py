@@ -31,7 +31,6 @@ import torch
 import torch.distributed as dist
 
 from elastic_moe.parallel.collectives.backend import (
-    SLICE_S,
     AllGather,
     AllReduce,
     AllToAll,
@@ -41,6 +40,7 @@ from elastic_moe.parallel.collectives.backend import (
     Operation,
     Reduction,
 )
+from elastic_moe.parallel.collectives.forming import in_thread
 from elastic_moe.parallel.collectives.store import GroupStore, Rendezvous
 
 OPERATION_TIMEOUT_S = 3600.0  # peers may be slow for good reasons; hangs are the coordinator's business
@@ -74,30 +74,9 @@ class GlooBackend:
         free_abandoned()
 
     def form(self, member: GroupMember, rendezvous: Rendezvous) -> None:
-        """Connect to all members in a thread, so that an abort need not wait for a connection's timeout.
-
-        The thread is no daemon: the interpreter must not end while native code is going to return into it.
-        """
-        done = threading.Event()
-        result: list[dist.ProcessGroupGloo | RuntimeError | OSError] = []
-
-        def run() -> None:
-            try:
-                group = self._connect(member, rendezvous)
-                if group is not None:
-                    result.append(group)
-            except (RuntimeError, OSError) as error:
-                result.append(error)
-            finally:
-                done.set()
-
-        threading.Thread(target=run, name="group-form", daemon=False).start()
-        while not done.wait(SLICE_S):
-            self._check_aborted()
-        self._check_aborted()
-        formed = result.pop()
-        if isinstance(formed, RuntimeError | OSError):
-            raise BackendError(str(formed)) from formed
+        """Connect to all members in a thread, so that an abort need not wait for a connection's timeout."""
+        formed = in_thread(lambda: self._connect(member, rendezvous), "group-form", self._check_aborted)
+        assert formed is not None, "only an abort gives none"
         formed.set_timeout(timedelta(seconds=OPERATION_TIMEOUT_S))
         self._group = formed
 

@@ -46,6 +46,7 @@ from elastic_moe.parallel.collectives.backend import (
     Operation,
     Reduction,
 )
+from elastic_moe.parallel.collectives.forming import in_thread
 from elastic_moe.parallel.collectives.group import BACKENDS
 from elastic_moe.parallel.collectives.nccl_library import NcclLibrary
 from elastic_moe.parallel.collectives.nccl_work import CudaStream, NcclWork, prepare
@@ -185,25 +186,7 @@ class NcclBackend:
         """
         if member.world_size == 1:
             return library.unique_id()
-        result: list[bytes | Exception] = []
-        done = threading.Event()
-
-        def run() -> None:
-            try:
-                result.append(self._spread(library, member, rendezvous))
-            except (RuntimeError, OSError) as error:
-                result.append(error)
-            finally:
-                done.set()
-
-        threading.Thread(target=run, name="nccl-form", daemon=False).start()
-        while not done.wait(SLICE_S):
-            self._check_aborted()
-        self._check_aborted()
-        found = result.pop()
-        if isinstance(found, Exception):
-            raise BackendError(str(found)) from found
-        return found
+        return in_thread(lambda: self._spread(library, member, rendezvous), "nccl-form", self._check_aborted)
 
     def _spread(self, library: NcclLibrary, member: GroupMember, rendezvous: Rendezvous) -> bytes:
         """The store's values are handed out when the last member has asked; rank 0 asks for a word of rank 1."""

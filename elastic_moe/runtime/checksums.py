@@ -42,13 +42,11 @@ def checksums(states: Sequence[UnitState]) -> NDArray[np.uint64]:
 
 def _sum_on_device(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """`_sum` as a scalar int64 tensor on the values' device: sums of int64 wrap around as those of uint64 do."""
-    words = values.contiguous().view(torch.int32)
-    even = len(words) & ~1
-    low, high = words[0:even:2].to(torch.int64) & 0xFFFFFFFF, words[1:even:2].to(torch.int64) << 32
-    pairs = torch.nn.functional.pad(low | high, (0, -(even // 2) % PERIOD))
-    total = (pairs.view(-1, PERIOD).sum(dim=0) * weights).sum()
-    if even != len(words):
-        total = total + (words[even:].to(torch.int64) & 0xFFFFFFFF)[0] * weights[-1]
+    even = len(values) & ~1
+    words = values[:even].clone().view(torch.int64)  # a new vector begins at a whole word
+    total = (torch.nn.functional.pad(words, (0, -len(words) % PERIOD)).view(-1, PERIOD).sum(dim=0) * weights).sum()
+    if even != len(values):
+        total = total + (values[even:].view(torch.int32).to(torch.int64) & 0xFFFFFFFF)[0] * weights[-1]
     return total
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control import events as ev
@@ -26,6 +27,14 @@ from elastic_moe.coordination.rendezvous import RendezvousServer
 TICK_S = 0.1
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Connection:
+    """One worker's connection. `view`: the last one that it took."""
+
+    writer: asyncio.StreamWriter
+    view: msg.ViewMessage | None = None
 
 
 class ControlServer:
@@ -54,8 +63,7 @@ class ControlServer:
         self._host, self._gate = host, Gate(token)
         self._listener = ListenerThread("control-server", host, self._serve, self._tick, TICK_S)
         self._membership = Membership(config, target, self, on_record, on_event, on_shard, restarted)
-        self._writers: dict[str, asyncio.StreamWriter] = {}
-        self._views: dict[str, msg.ViewMessage] = {}  # worker -> the last one that its connection took
+        self._connections: dict[str, _Connection] = {}  # by worker
         self._rendezvous = RendezvousServer(host, token)
 
     # --- called from any thread ---
@@ -95,21 +103,20 @@ class ControlServer:
         is_view = isinstance(message, msg.ViewMessage)
         lines: dict[int, bytes] = {}  # by the identity of the view before
         for worker in workers:
-            writer = self._writers.get(worker)
-            if writer is None or writer.is_closing():
+            connection = self._connections.get(worker)
+            if connection is None or connection.writer.is_closing():
                 continue
-            before = self._views.get(worker) if is_view else None
+            before = connection.view if is_view else None
             if id(before) not in lines:
                 change = change_between(before, message) if is_view and before is not None else None
                 lines[id(before)] = encode(change or message)
-            writer.write(lines[id(before)])
+            connection.writer.write(lines[id(before)])
             if is_view:
-                self._views[worker] = message
+                connection.view = message
 
     def disconnect(self, worker: str) -> None:
-        self._views.pop(worker, None)
-        if (writer := self._writers.pop(worker, None)) is not None:
-            writer.close()
+        if (connection := self._connections.pop(worker, None)) is not None:
+            connection.writer.close()
 
     # --- the server's thread ---
 
@@ -122,16 +129,14 @@ class ControlServer:
         if hello is None:
             return
         worker = hello.worker
-        self._writers[worker] = writer
-        self._views.pop(worker, None)
+        self._connections[worker] = connection = _Connection(writer)
         self._receive(worker, hello)
         try:
             while line := await lines.line():
                 self._receive(worker, decode_from_worker(line))
         finally:
-            if self._writers.get(worker) is writer:
-                del self._writers[worker]
-                self._views.pop(worker, None)
+            if self._connections.get(worker) is connection:
+                del self._connections[worker]
                 if not self._listener.closing:
                     self._guard(lambda: self._membership.observe(ev.Closed(worker)))
 

@@ -18,6 +18,7 @@ os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
 import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray._private.state import actors
 from ray.exceptions import AsyncioActorExit
 from ray.train import BackendConfig, Result
 from ray.train.backend import Backend
@@ -39,13 +40,14 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from elastic_moe.actors.link import CoordinatorLink, this_node
-from elastic_moe.actors.worker_group import ElasticWorkerGroup, WorkerExit
+from elastic_moe.actors.worker_group import ElasticWorkerGroup, ElasticWorkerGroups, WorkerExit, worker_id
 from elastic_moe.errors import Diverged, Evicted, UserError, reason_of
 
 POLL_S = 0.25  # between two polls of the workers; the coordinator hears of a death earlier, by the closed connection
 END_GRACE_S = 60.0  # after the end of the run, train functions are waited for so long
 EVICTED_GRACE_S = 10.0  # an evicted worker that has not ended by itself is killed after so long
 COORDINATOR_SILENT_S = 300.0
+UNWATCHED = "it ended while the run had no Ray Train controller"
 ASK_AGAIN_S = 5.0  # a coordinator that was just lost may not have heard that the run is given up
 NOT_USED = (DatasetsCallback, WorkingDirectorySetupCallback, PlacementGroupCleanerCallback)
 
@@ -77,8 +79,6 @@ class ElasticController(TrainController):
         **stock: the arguments of `TrainController`.
     """
 
-    worker_group_cls = ElasticWorkerGroup
-
     def __init__(self, *, coordinator: str, last_save_s: float, **stock: Any) -> None:
         self._link, self._last_save_s = CoordinatorLink(coordinator), last_save_s
         self._error: TrainingFailedError | None = None  # the first one that ends the run
@@ -87,6 +87,8 @@ class ElasticController(TrainController):
         self._raised = 0  # train functions that raised since the last committed step
         self._over_since_s: float | None = None
         self._evicted_since_s: dict[str, float] = {}
+        self._unknown: set[str] = set()  # members that are not of the group, at the last look
+        self.worker_group_cls: Any = ElasticWorkerGroups(coordinator)
         super().__init__(**stock)
         self._health_check_interval_s = POLL_S
 
@@ -124,6 +126,7 @@ class ElasticController(TrainController):
             self._step_seen, self._raised = status.get("step", -1), 0
             group.progressed()
         failure = self._report_ended(group) or self._failure(group, status)
+        self._report_unknown(group, status)
         self._kill_evicted(group, status)
         return failure
 
@@ -167,6 +170,18 @@ class ElasticController(TrainController):
                     failure = failure or _as_failure(ended)  # of the program: every replacement would end the same way
         return failure
 
+    def _report_unknown(self, group: ElasticWorkerGroup, status: dict[str, Any]) -> None:
+        """Report members that ended while there was no controller: the coordinator only knows that they are silent."""
+        members = {member[0]: member for member in status.get("members", ())}
+        unknown = members.keys() - {worker_id(worker) for worker in group.get_workers()}
+        for worker in unknown & self._unknown:  # a new worker is a member before it is of the group
+            if actors(worker).get("State") == "DEAD":
+                _, node, pid = members[worker][:3]
+                self._link.submit(
+                    {"event": "worker_lost", "worker": worker, "node": node, "pid": pid, "reason": UNWATCHED}
+                )
+        self._unknown = unknown
+
     def _failure(self, group: ElasticWorkerGroup, status: dict[str, Any]) -> TrainingFailedError | None:
         if status.get("phase") == "failed":
             return ControllerError(RuntimeError(status.get("reason") or "the coordinator gave the run up"))
@@ -199,6 +214,7 @@ class ElasticTrainer(DataParallelTrainer):
 
     def __init__(self, train_loop_per_worker: Any, *, coordinator: str, last_save_s: float, **stock: Any) -> None:
         self._coordinator, self._last_save_s = coordinator, last_save_s
+        self.controller: Any = None  # the actor, once it was started
         super().__init__(train_loop_per_worker, backend_config=ElasticBackendConfig(), **stock)
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
@@ -214,8 +230,8 @@ class ElasticTrainer(DataParallelTrainer):
             label_selector=this_node(),
             runtime_env={"env_vars": env_vars},
         )(ElasticController)
-        controller = controller_cls.remote(
+        self.controller = controller_cls.remote(
             coordinator=self._coordinator, last_save_s=self._last_save_s, **controller_init_kwargs
         )
-        ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
+        ray.get(self.controller.run.remote())
+        return ray.get(self.controller.get_result.remote())

@@ -1,7 +1,7 @@
-"""The coordinator actor: `coordination.coordinator` with a watcher of Ray's nodes.
+"""The coordinator actor: `coordination.coordinator` with a watcher of Ray's nodes and one of the run's driver.
 
 Ray restarts it when it dies. The workers go on training meanwhile, find its new address and register again. Its records
-are in the run directory.
+are in the run directory. It is detached, so it outlives its driver, and then ends the run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import ray
 
+from elastic_moe.actors.driver_watcher import DriverWatcher, end_run, is_dead
+from elastic_moe.actors.link import LAST_SAVE_MARGIN_S
 from elastic_moe.actors.node_watcher import NodeWatcher
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.coordinator import RunCoordinator
@@ -25,18 +27,19 @@ class Coordinator:
         token: shared secret of the run.
         target: number of workers to start with.
         host: address to listen on, reachable from every worker.
-        watch_nodes: poll Ray for draining and dead nodes.
     """
 
-    def __init__(
-        self, config: TrainConfig, token: str, target: int, host: str = "127.0.0.1", watch_nodes: bool = True
-    ) -> None:
+    def __init__(self, config: TrainConfig, token: str, target: int, host: str = "127.0.0.1") -> None:
         self._token = token
-        restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)
-        self._run = RunCoordinator(config, token, target, host, restarted)
-        self._watcher = NodeWatcher(self.submit, config.elastic.drain_deadline_s) if watch_nodes else None
-        if self._watcher is not None:
-            self._watcher.start()
+        context = ray.get_runtime_context()
+        self._run = RunCoordinator(config, token, target, host, bool(context.was_current_actor_reconstructed))
+        self._nodes = NodeWatcher(self.submit, config.elastic.drain_deadline_s)
+        self._nodes.start()
+        patience_s = config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S
+        job, name = context.get_job_id(), context.get_actor_name()
+        assert name is not None, "a coordinator has a name"
+        self._driver = DriverWatcher(name, self._run, patience_s, lambda: is_dead(job), end_run)
+        self._driver.start()
 
     def address(self) -> tuple[str, int]:
         """Host and port where workers connect."""
@@ -64,6 +67,6 @@ class Coordinator:
 
     def close(self) -> None:
         """Complete what was reported and end; the actor can be killed then."""
-        if self._watcher is not None:
-            self._watcher.close()
+        self._driver.close()
+        self._nodes.close()
         self._run.close()

@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import RayError
 from tqdm import tqdm
 
 from elastic_moe.actors.cluster import max_workers, ray_session, resources_per_worker, start_workers
@@ -27,9 +27,20 @@ from elastic_moe.actors.controller import ElasticTrainer
 from elastic_moe.actors.coordinator import Coordinator
 from elastic_moe.actors.fit import fit
 from elastic_moe.actors.identify import begin, changes, fingerprint_of
-from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, Finder, actor_name, fetch_token, this_node
+from elastic_moe.actors.kept import end_all
+from elastic_moe.actors.link import (
+    LAST_SAVE_MARGIN_S,
+    NAMESPACE,
+    OVER,
+    CoordinatorLink,
+    Finder,
+    actor_name,
+    fetch_token,
+    this_node,
+)
 from elastic_moe.actors.outcome import Ended, conclude
 from elastic_moe.actors.stop import Stop, signals
+from elastic_moe.actors.take_over import take_over
 from elastic_moe.checkpoint.storage import probe, set_timeout
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.lease import Lease, lost, own
@@ -48,9 +59,7 @@ from elastic_moe.saved import with_tokenizer
 POLL_S = 0.2
 ASK_AGAIN_S = 5.0  # between two requests to stop: a coordinator that was just lost may not have heard the first
 CLOSE_TIMEOUT_S = 60.0
-OVER = ("finished", "failed")
 STOPPING = "stopping: waiting for the final checkpoint (once more to end at once)"
-LAST_SAVE_MARGIN_S = 30.0  # beyond the time for which the coordinator itself waits for the save of a run that fails
 
 
 def launch(config: TrainConfig, raw_yaml: str) -> int:
@@ -90,16 +99,20 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
     config.seal()
     resume, new = config.run.resume == "auto", fingerprint_of(config, prepared)
     changed = changes(found, new) if resume else ()
-    if not resume:
-        _clear(found)
-    begin(found, resume, new, changed, raw_yaml)
-    tokenizer.save(run_dir / TOKENIZER)
-    tracker = Tracker(config.tracking, run_dir, asdict(config) | {"units": units()}, os.environ)
-    try:
-        with ray_session(config), signals() as stop:
-            return _Driver(config, prepared, tracker, stop, leases).run()
-    finally:
-        tracker.close()
+    with ray_session(config), signals() as stop:
+        if take_over(found):
+            found = look(config)
+            check_start(config, found)
+        if not resume:
+            _clear(found)
+        identity = begin(found, resume, new, changed, raw_yaml)
+        tokenizer.save(run_dir / TOKENIZER)
+        tracker = Tracker(config.tracking, run_dir, asdict(config) | {"units": units()}, os.environ)
+        try:
+            name = actor_name(identity.run, identity.run_dir)
+            return _Driver(name, config, prepared, tracker, stop, leases).run()
+        finally:
+            tracker.close()
 
 
 def _check_device(config: TrainConfig) -> None:
@@ -152,8 +165,8 @@ def train_function(settings: dict[str, Any]) -> dict[str, Any]:
 def start_coordinator(config: TrainConfig, name: str, token: str) -> Any:
     """Start the coordinator actor on this node. Ray restarts it when it dies, and repeats unanswered calls.
 
-    A hard condition on the node costs nothing, since the actor ends with the driver anyway. Nodes that joined a moment
-    ago ignore a soft one (`NodeAffinitySchedulingStrategy`), and the coordinator would be lost with such a node.
+    It has to be on this node, where the run directory is. It is detached: it outlives this process, and then ends the
+    run (`actors/driver_watcher.py`).
     """
     host = ray.util.get_node_ip_address() if config.cluster.kind == "address" else "127.0.0.1"
     actor = (
@@ -161,6 +174,7 @@ def start_coordinator(config: TrainConfig, name: str, token: str) -> Any:
         .options(
             name=name,
             namespace=NAMESPACE,
+            lifetime="detached",
             num_cpus=0,
             max_restarts=-1,
             max_task_retries=-1,
@@ -196,8 +210,9 @@ def make_trainer(config: TrainConfig, prepared: Prepared, name: str) -> ElasticT
 
 @dataclass
 class _Driver:
-    """The driver's part of one run."""
+    """The driver's part of one run, whose coordinator actor has this name."""
 
+    name: str
     config: TrainConfig
     prepared: Prepared
     tracker: Tracker
@@ -206,17 +221,17 @@ class _Driver:
     error: BaseException | None = None
     last_step: int = 0
     status: dict[str, Any] = field(default_factory=dict)
+    trainer: ElasticTrainer | None = None
 
     def __post_init__(self) -> None:
         self._events = Tail(Path(self.config.run.dir) / EVENTS)
         self._shown = len(self._events.lines())  # a resumed run has shown these before
 
     def run(self) -> int:
-        name, token = actor_name(secrets.token_hex(4)), secrets.token_hex(16)
-        coordinator = start_coordinator(self.config, name, token)
-        training = threading.Thread(target=self._fit, args=(name,), name="ray-train", daemon=True)
+        coordinator = start_coordinator(self.config, self.name, secrets.token_hex(16))
+        training = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         training.start()
-        link = CoordinatorLink(name)
+        link = CoordinatorLink(self.name)
         asked_s, interrupted = -ASK_AGAIN_S, False
         try:
             with tqdm(total=self.config.run.steps, unit="step", dynamic_ncols=True, disable=None) as bar:
@@ -243,19 +258,26 @@ class _Driver:
             ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
             print(f"the coordinator did not end cleanly: {error}", file=sys.stderr)
+        if self.trainer is not None and self.trainer.controller is not None:
+            ray.kill(self.trainer.controller)  # where it still runs, it would start workers again
+        end_all(self.name)
         ray.kill(coordinator)
         return conclude(Ended(self.config, self.stop, self.error, self.status))
 
-    def _fit(self, name: str) -> None:
+    def _fit(self) -> None:
+        def make() -> ElasticTrainer:
+            self.trainer = make_trainer(self.config, self.prepared, self.name)
+            return self.trainer
+
         try:
-            fit(lambda: make_trainer(self.config, self.prepared, name), CoordinatorLink(name))
+            fit(make, CoordinatorLink(self.name))
         except Exception as error:  # noqa: BLE001 - the main thread reports it
             self.error = error
 
     def _save_last(self, link: CoordinatorLink) -> None:
         """After an error that the coordinator has not heard of: let the members save their state before all ends."""
-        if self.error is None or isinstance(self.error, ActorDiedError):
-            return  # the controller's death was that of its workers, see `fit`
+        if self.error is None:
+            return
         deadline_s = time.monotonic() + self.config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S
         link.forget()
         link.submit({"event": "fail", "reason": reason_of(self.error)})

@@ -51,7 +51,7 @@ def changes(found: Found, new: dict[str, Any]) -> tuple[str, ...]:
     return comparison.changed
 
 
-def begin(found: Found, resume: bool, new: dict[str, Any], changed: tuple[str, ...], raw_yaml: str) -> None:
+def begin(found: Found, resume: bool, new: dict[str, Any], changed: tuple[str, ...], raw_yaml: str) -> RunIdentity:
     """Write the identity and the configuration of a start; earlier configurations are kept.
 
     Args:
@@ -60,6 +60,9 @@ def begin(found: Found, resume: bool, new: dict[str, Any], changed: tuple[str, .
         new: fingerprint of the start.
         changed: what the start changes, told and recorded here.
         raw_yaml: the configuration as the user gave it.
+
+    Returns:
+        The run's identity.
     """
     run_dir = found.run_dir
     known = max(filter(None, (found.own, found.of_root)), key=lambda one: one.timeline, default=None)
@@ -82,6 +85,7 @@ def begin(found: Found, resume: bool, new: dict[str, Any], changed: tuple[str, .
         recorder = Recorder(run_dir)
         recorder.event({"event": "run_changed", "step": recorder.last_step, "changes": list(changed)})
         recorder.close()
+    return identity
 
 
 def _sweep(found: Found, run: str) -> None:

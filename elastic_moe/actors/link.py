@@ -6,6 +6,7 @@ anew after every lost connection. Ray repeats calls over a restart (`max_task_re
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -17,15 +18,17 @@ from ray._raylet import RAY_NODE_ID_KEY  # pyright: ignore[reportAttributeAccess
 from ray.exceptions import RayError
 
 NAMESPACE = "elastic_moe"
+OVER = ("finished", "failed")  # phases of a run that has ended
+LAST_SAVE_MARGIN_S = 30.0  # beyond the time for which the coordinator itself waits for the last save
 FIND_TIMEOUT_S = 3.0
 TOKEN_TIMEOUT_S, RETRY_S = 120.0, 0.2  # for a coordinator that Ray is just starting again
 
 logger = logging.getLogger(__name__)
 
 
-def actor_name(run_id: str) -> str:
-    """Name of a run's coordinator actor."""
-    return f"elastic_moe:{run_id}"
+def actor_name(run_id: str, run_dir: str = "") -> str:
+    """Name of a run's coordinator actor. Copies of a run directory are runs of their own."""
+    return f"elastic_moe:{run_id}" + (f":{hashlib.sha256(run_dir.encode()).hexdigest()[:8]}" if run_dir else "")
 
 
 def this_node() -> dict[str, str]:

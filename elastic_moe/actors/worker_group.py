@@ -3,7 +3,7 @@
 Stock Ray Train (2.60, v2) starts all workers in one placement group and restarts all of them when one fails. Here every
 worker has a slot with a placement group of one bundle. A missing worker therefore blocks nothing, and its pending
 placement group is demand that an autoscaler sees. A thread fills each slot. It makes the calls of the stock start-up,
-in the same order.
+in the same order. Workers are detached (`actors/kept.py`), so a group finds those of a group whose controller has died.
 
 The file uses internals of ray.train.v2, which `tests/ray/test_ray_contract.py` holds. Their source is
 ray/train/v2/_internal/execution/worker_group.
@@ -12,8 +12,6 @@ ray/train/v2/_internal/execution/worker_group.
 from __future__ import annotations
 
 import logging
-import threading
-import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,20 +19,20 @@ import ray
 from ray.exceptions import ActorUnavailableError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.checkpoint.report_handler import ReportCallbackHandler
-from ray.train.v2._internal.execution.worker_group import ReplicaGroup, WorkerGroup, WorkerGroupPollStatus
-from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupPollStatus
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.train.v2._internal.execution.worker_group.state import (
-    WorkerGroupContext,
     WorkerGroupState,
     WorkerGroupStateBuilder,
     _shutdown_workers,
 )
 from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2._internal.util import time_monotonic
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import remove_placement_group
 
-READY_POLL_S = 1.0  # a thread that waits for its placement group checks this often whether it was cancelled
+from elastic_moe.actors.kept import end_actor, placements, worker_names
+from elastic_moe.actors.worker_start import WorkerStart, running_workers
+
 HUNG_WORKER_S = 30.0  # an actor without an answer to a health check for so long is dead; its peers gave it up before
 MAX_BACKOFF_S = 10.0
 UNAVAILABLE_S = 3.0  # an actor that Ray cannot reach for so short a time is not dead; the coordinator may still hear it
@@ -81,60 +79,6 @@ def worker_id(worker: Worker) -> str:
     return worker.actor._actor_id.hex()
 
 
-class WorkerStart(threading.Thread):
-    """One attempt to fill one slot: placement group, actor, train context, train function.
-
-    Attributes:
-        placement: the placement group, once it was asked for.
-        worker: the running worker, once it runs.
-        error: the error that ended the attempt.
-    """
-
-    def __init__(self, group: ElasticWorkerGroup, index: int) -> None:
-        super().__init__(name=f"worker-start-{index}", daemon=True)
-        self._group, self._index = group, index
-        self._cancelled = threading.Event()
-        self.placement: DefaultPlacementGroupHandle | None = None
-        self.worker: Worker | None = None
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        group, context = self._group, self._group.get_worker_group_context()
-        try:
-            name = f"{group.run_id}-{uuid.uuid4().hex}"
-            pending = placement_group([group.get_resources_per_worker()], strategy="SPREAD", name=name)
-            self.placement = DefaultPlacementGroupHandle(pending)
-            while not self._cancelled.is_set() and not pending.wait(READY_POLL_S):
-                pass
-            if not self._cancelled.is_set():
-                (worker,) = group._create_workers(
-                    1,
-                    pending,
-                    context.resources_per_worker,
-                    starting_world_rank=self._index,
-                    world_size=context.num_workers,
-                    replica_group_size=1,
-                )
-                group._init_train_context([worker], None)  # type: ignore[arg-type] # replica groups have no sync actor
-                callbacks: Any = group._replica_group_callbacks
-                replica_group = ReplicaGroup([worker], context.resources_per_worker, callbacks)
-                replica_group.start_training(context)
-                self.worker = worker
-        except Exception as error:  # noqa: BLE001 - the group reports it and tries the slot again
-            self.error = error
-        if self._cancelled.is_set():
-            self._release()
-
-    def cancel(self) -> None:
-        """Return the placement group to Ray, which also ends an actor on it."""
-        self._cancelled.set()
-        self._release()
-
-    def _release(self) -> None:
-        if self.placement is not None:
-            self.placement.shutdown()
-
-
 @dataclass
 class _Slot:
     """Room for one worker: empty, being filled, or with a running worker."""
@@ -150,14 +94,15 @@ class ElasticWorkerGroup(WorkerGroup):
 
     `ray.train.report` is a barrier over a fixed set of ranks, so the callbacks that serve it are left out.
 
-    Attributes:
-        run_id: id of the Ray Train run; the names of the placement groups begin with it.
+    Args:
+        coordinator: name of the coordinator actor; the names of workers and placement groups begin with it.
+        **stock: the arguments of `WorkerGroup`.
     """
 
-    def __init__(self, train_run_context: Any, worker_group_context: WorkerGroupContext, callbacks: Any = None) -> None:
+    def __init__(self, *, coordinator: str, callbacks: Any = None, **stock: Any) -> None:
         kept = [callback for callback in callbacks or [] if not isinstance(callback, ReportCallbackHandler)]
-        super().__init__(train_run_context, worker_group_context, kept)
-        self.run_id: str = train_run_context.run_id
+        super().__init__(callbacks=kept, **stock)
+        self.coordinator = coordinator
 
     def _start_impl(self, worker_group_state_builder: WorkerGroupStateBuilder) -> None:
         self._assert_inactive()
@@ -168,7 +113,27 @@ class ElasticWorkerGroup(WorkerGroup):
         self.filling = True
         self.last_start_error: Exception | None = None
         self._worker_group_state = WorkerGroupState(time_monotonic(), None, [], None)  # type: ignore[arg-type]
+        self._adopt()
         self.fill_slots()
+
+    def _adopt(self) -> None:
+        """Take over the workers that train already: their controller has died. What else it left is returned to Ray."""
+        names, room = worker_names(self.coordinator), placements(self.coordinator)
+        trains = running_workers(names, self.get_resources_per_worker(), HUNG_WORKER_S)
+        slots = iter(enumerate(self._slots))
+        for name, worker in trains.items():
+            if name not in room or (found := next(slots, None)) is None:
+                continue
+            index, slot = found
+            slot.start = WorkerStart(self, self.coordinator, index)
+            slot.worker = slot.start.adopt(worker, room.pop(name))
+            names.remove(name)
+        for name in names:
+            end_actor(name)
+        for placement in room.values():
+            remove_placement_group(placement)
+        if taken := len(trains):
+            logger.info("%d workers of a controller that died train on", taken)
 
     def fill_slots(self) -> None:
         """Accept the workers that have started since, and begin to fill empty slots. Never waits."""
@@ -177,7 +142,7 @@ class ElasticWorkerGroup(WorkerGroup):
             if slot.start is not None and slot.worker is None and not slot.start.is_alive():
                 self._accept(slot, slot.start, now_s)
             if slot.start is None and self.filling and now_s >= slot.retry_at_s:
-                slot.start = WorkerStart(self, index)
+                slot.start = WorkerStart(self, self.coordinator, index)
                 slot.start.start()
         self._set_workers([slot.worker for slot in self._slots if slot.worker is not None])
 
@@ -270,3 +235,20 @@ class ElasticWorkerGroup(WorkerGroup):
         self._world_rank_to_ongoing_poll = {
             i: pending[id(worker)] for i, worker in enumerate(workers) if id(worker) in pending
         }
+
+
+@dataclass(frozen=True)
+class ElasticWorkerGroups:
+    """Makes the worker groups of one run, as the class `WorkerGroup` makes stock ones.
+
+    Attributes:
+        coordinator: name of the run's coordinator actor.
+    """
+
+    coordinator: str
+
+    def create(self, **stock: Any) -> ElasticWorkerGroup:
+        """A group that has been started; see `WorkerGroup.create`."""
+        group = ElasticWorkerGroup(coordinator=self.coordinator, **stock)
+        group._start()
+        return group

@@ -31,8 +31,8 @@ def finish(state: State, now_s: float, config: ElasticConfig) -> RuleResult | No
     if state.phase == RUNNING and state.failing:
         state, commands = begin_hold(state, state.view_workers, state.failing, now_s, config)
         return state, commands, state.failing
-    if state.phase == WAITING and is_saving(state, now_s):
-        return None
+    if state.phase == WAITING and (is_saving(state, now_s) or (state.view is None and now_s < state.fence_s)):
+        return None  # in the second case the members of a coordinator before this one may still come, with their state
     if state.stopping and state.phase == WAITING:
         return _end(state, FINISHED, state.reason)
     if state.failing:

@@ -25,7 +25,7 @@ from elastic_moe.run_dir import EVENTS, METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECT_STORE_BYTES = 80 << 20
-WORKER, COORDINATOR, CONTROLLER = "ray::RayTrainWorker", "ray::Coordinator", "ray::ElasticController"
+WORKER, COORDINATOR, CONTROLLER = "ray::ElasticWorker", "ray::Coordinator", "ray::ElasticController"
 STORAGE_TIMEOUT_S = 5.0  # a stalled storage is left behind after so long
 ATTEMPTS = 5  # to start a cluster on a busy machine
 END_S = 30.0  # for processes that end by themselves

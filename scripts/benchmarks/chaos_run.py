@@ -127,7 +127,6 @@ class ChaosRun:
                 if (code := cluster.exit_code()) is not None:
                     if code == 0 or self.starts > sum(f["kind"] in FATAL for f in self.caused) or self.starts == STARTS:
                         return code
-                    wait_gone((WORKER, COORDINATOR, CONTROLLER))
                     self._start(cluster)
                 step = self._step()
                 if due and step >= due[0]["step"]:

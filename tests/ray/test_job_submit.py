@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import json
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from elastic_moe.actors.driver_watcher import REASON
 from elastic_moe.metrics.jsonl import read_jsonl
 from tests.patience import until
 from tests.ray.test_stop import ENDLESS, wait_steps
@@ -30,8 +30,26 @@ def drivers(run: Path) -> list[psutil.Process]:
     return found
 
 
+def coordinators(head: Any) -> list[psutil.Process]:
+    """The coordinators' processes on this cluster."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if (
+                process.cmdline()[:1] == ["ray::Coordinator"]
+                and process.environ()["RAY_TMPDIR"] == head.env["RAY_TMPDIR"]
+            ):
+                found.append(process)
+    return found
+
+
+def last_step(run: Path) -> int:
+    return int(read_jsonl(run / "metrics.jsonl")[-1]["step"])
+
+
 @pytest.mark.timeout(900)
-def test_a_submitted_job_goes_on_after_its_driver_has_died(head: Any, tiny: list[str], tmp_path: Path) -> None:
+def test_a_submitted_job_loses_no_step_although_its_driver_dies(head: Any, tiny: list[str], tmp_path: Path) -> None:
+    """The second time, the coordinator dies with it, and the job is submitted again while the workers still save."""
     del head.env["PYTHONPATH"]  # the job's working directory is what brings the package to the driver and the workers
     head.start("--num-cpus=2", "--include-dashboard=true", PYTHONSAFEPATH="")
     run, package = tmp_path / "run", tmp_path / "job"
@@ -40,21 +58,52 @@ def test_a_submitted_job_goes_on_after_its_driver_has_died(head: Any, tiny: list
         (package / name).symlink_to(ROOT / name)
     submit = ["ray", "job", "submit", f"--address={head.dashboard}", f"--working-dir={package}"]
     train = [sys.executable, "-m", "elastic_moe.train", "cluster=address", "cluster.workers=2", *tiny]
-    train += ["checkpoint.every_steps=3"]
-    begun = head.call(*submit, "--no-wait", "--", *train, ENDLESS, timeout_s=400)
-    assert begun.returncode == 0, begun.stdout + begun.stderr
-    wait_steps(run, 8)
-    (driver,) = drivers(run)
-    os.kill(driver.pid, signal.SIGKILL)
-    until(lambda: not drivers(run), "the driver's end", 60.0)
+    train += ["checkpoint.every_steps=0", "run.resume=auto"]
+    for again in (False, True):
+        at = last_step(run) if again else 0
+        begun = head.call(*submit, "--no-wait", "--", *train, ENDLESS, timeout_s=400)
+        assert begun.returncode == 0, begun.stdout + begun.stderr
+        wait_steps(run, at + 8)
+        killed = drivers(run) + (coordinators(head) if again else [])
+        assert len(killed) == 1 + again
+        for process in killed:
+            process.kill()
+        psutil.wait_procs(killed, timeout=60)
+        if not again:
+            until(lambda: not coordinators(head), "the end of what outlived the driver", 120.0)
+            assert finished(run) == [REASON]
 
-    saved = max(int(path.parent.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*/manifest.json"))
-    assert saved >= 6
-    done = head.call(*submit, "--", *train, "run.resume=auto", f"run.steps={saved + 20}", timeout_s=400)
+    steps = last_step(run) + 100
+    done = head.call(*submit, "--", *train, f"run.steps={steps}", timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
-    assert [record["step"] for record in read_jsonl(run / "metrics.jsonl")] == list(range(1, saved + 21))
+    assert [record["step"] for record in read_jsonl(run / "metrics.jsonl")] == list(range(1, last_step(run) + 1))
+    assert last_step(run) >= steps, "more where the workers trained on meanwhile"
     entered = [event for event in read_jsonl(run / "events.jsonl") if event["event"] == "entered"]
-    (resumed,) = [event for event in entered if event["source"] == "checkpoint"]
-    assert resumed["step"] >= saved, "the workers may have saved once more before Ray ended them"
-    assert resumed["lost_steps"] <= 3, "no more than since the newest checkpoint"
+    resumed = [event["lost_steps"] for event in entered if event["source"] == "checkpoint"]
+    assert resumed == [0, 0], "no death costs a step"
+
+
+def finished(run: Path) -> list[str]:
+    return [event["reason"] for event in read_jsonl(run / "events.jsonl") if event["event"] == "finished"]
+
+
+@pytest.mark.timeout(600)
+def test_ray_job_stop_without_patience_still_saves_the_last_step(head: Any, tiny: list[str], tmp_path: Path) -> None:
+    """Ray kills the driver at once after its SIGTERM. The workers save, and end."""
+    run = tmp_path / "run"
+    head.start("--num-cpus=2", "--include-dashboard=true")
+    hasty = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "0"}})
+    address = f"--address={head.dashboard}"
+    submit = ["ray", "job", "submit", address, f"--runtime-env-json={hasty}", "--submission-id=first", "--no-wait"]
+    train = [sys.executable, "-m", "elastic_moe.train", "cluster=address", "cluster.workers=2", *tiny]
+    begun = head.call(*submit, "--", *train, "checkpoint.every_steps=0", ENDLESS)
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    wait_steps(run, 5)
+    assert coordinators(head)
+    stopped = head.call("ray", "job", "stop", address, "first")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    until(lambda: not coordinators(head), "the end of the run", 120.0)
+    (manifest,) = run.glob("checkpoints/step_*/manifest.json")
+    assert json.loads(manifest.read_text())["step"] == last_step(run)
+    assert finished(run) in (["SIGTERM"], [REASON])

@@ -29,8 +29,10 @@ from ray.train.v2._internal.execution.worker_group import ReplicaGroup, WorkerGr
 from ray.train.v2._internal.execution.worker_group.poll import PollTask, WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupContext, WorkerGroupState, _shutdown_workers
 from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, RayTrainWorker, Worker
+from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup
 
 from elastic_moe.actors.controller import NOT_USED
 
@@ -69,12 +71,18 @@ SIGNATURES: list[tuple[Callable[..., Any], list[str]]] = [
             "replica_group_size",
         ],
     ),
+    (WorkerGroup._start, ["self"]),
+    (WorkerGroup._get_worker_runtime_env, ["custom_runtime_env"]),
+    (WorkerGroup._assign_worker_ranks, ["workers", "starting_world_rank", "world_size", "replica_group_size"]),
+    (bundle_to_remote_args, ["bundle"]),
     (WorkerGroup._init_train_context, ["self", "workers", "sync_actor"]),
     (WorkerGroup._poll_workers_and_collect_errors, ["self", "timeout"]),
     (WorkerGroup.poll_status, ["self", "timeout"]),
     (WorkerGroup._clear_state, ["self"]),
     (ReplicaGroup.__init__, ["self", "workers", "resources_per_worker", "callbacks"]),
     (ReplicaGroup.start_training, ["self", "worker_group_context"]),
+    (RayTrainWorker.__init__, ["self"]),
+    (RayTrainWorker.get_metadata, ["self"]),
     (RayTrainWorker.run_train_fn, ["self", "train_fn_ref"]),
     (RayTrainWorker.poll_status, ["self"]),
     (_shutdown_workers, ["workers", "patience_s"]),
@@ -185,6 +193,19 @@ def test_variables_of_the_environment_are_read_by_ray() -> None:
 def test_the_logger_that_is_quieted_exists() -> None:
     name = "ray._private.authentication.authentication_token_setup"
     assert importlib.import_module(name).logger.name == name
+
+
+def test_what_the_group_replaces_of_the_stock_creation_of_workers() -> None:
+    source = inspect.getsource(WorkerGroup._create_workers)
+    for call in ("bundle_to_remote_args", "_get_worker_runtime_env", "get_metadata.remote", "_assign_worker_ranks"):
+        assert f"{call}(" in source, call
+
+
+def test_what_ends_and_finds_detached_actors() -> None:
+    """A dead driver is a job that Ray calls dead; a placement group is made again of its id."""
+    assert '"IsDead"' in inspect.getsource(ray._private.state.GlobalState.job_table)
+    assert "get_actor_name" in dir(ray.runtime_context.RuntimeContext)
+    assert PlacementGroup(ray.PlacementGroupID.nil()).id.is_nil()
 
 
 def test_what_the_trainer_replaces_of_stock_start_up() -> None:

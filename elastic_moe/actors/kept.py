@@ -1,0 +1,117 @@
+"""Workers that outlive the process that started them: their names, who finds them again, and how they end.
+
+Ray ends what a dead process owned, 50 ms after a SIGTERM. The workers and their placement groups are therefore detached
+(Ray: "Named actors", "Actor lifetimes"): nobody owns them. A controller that takes another one's place finds them by
+their names. They end in one of four ways: the controller ends them; the driver, when it is done; the coordinator, once
+their state is saved, when the driver has died; or they end themselves, when nobody collects what they have trained.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from elastic_moe.actors.link import NAMESPACE
+
+CHECKS = 20
+
+logger = logging.getLogger(__name__)
+
+
+def new_name(coordinator: str) -> str:
+    """A name for a worker of this coordinator's run and for its placement group."""
+    return f"{_prefix(coordinator)}{uuid.uuid4().hex}"
+
+
+def worker_names(coordinator: str) -> list[str]:
+    """Names of the run's workers that Ray knows: those that live, and those that are being started."""
+    named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+    prefix = _prefix(coordinator)
+    return sorted(e["name"] for e in named if e["namespace"] == NAMESPACE and e["name"].startswith(prefix))
+
+
+def placements(coordinator: str) -> dict[str, PlacementGroup]:
+    """The run's placement groups by name, pending ones too."""
+    prefix = _prefix(coordinator)
+    return {
+        entry["name"]: PlacementGroup(ray.PlacementGroupID(bytes.fromhex(identity)))
+        for identity, entry in placement_group_table().items()
+        if entry["name"].startswith(prefix) and entry["state"] != "REMOVED"
+    }
+
+
+def end_all(coordinator: str) -> None:
+    """End every worker of a run, and return every placement group to Ray. Nothing is saved here."""
+    for name in worker_names(coordinator):
+        end_actor(name)
+    for placement in placements(coordinator).values():
+        with suppress(ValueError, RayError):  # it was removed in the meantime
+            remove_placement_group(placement)
+
+
+def end_actor(name: str) -> None:
+    """End one named actor of a run at once. The placement group of a worker stays."""
+    with suppress(ValueError, RayError):  # it ended in the meantime
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+
+
+def _prefix(coordinator: str) -> str:
+    return f"{coordinator}/"
+
+
+class ElasticWorker(RayTrainWorker):
+    """Ray Train's worker, which ends itself where it does not train and no controller asks for it any more.
+
+    Attributes:
+        uncollected_s: it waits for a question for so many seconds, and looks `CHECKS` times meanwhile.
+    """
+
+    uncollected_s = 180.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked_s = time.monotonic()
+        threading.Thread(target=self._watch, name="uncollected", daemon=True).start()
+
+    def poll_status(self) -> WorkerStatus:
+        """The state of the train function; the controller asks for it again and again."""
+        self._asked_s = time.monotonic()
+        return super().poll_status()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(self.uncollected_s / CHECKS)
+            if _trains():
+                self._asked_s = time.monotonic()
+            elif (silent_s := time.monotonic() - self._asked_s) > self.uncollected_s:
+                logger.warning("nobody asked for this worker for %.0f s, and it does not train: it ends", silent_s)
+                try:
+                    if (placement := get_current_placement_group()) is not None:
+                        remove_placement_group(placement)
+                finally:
+                    os._exit(0)
+
+
+def _trains() -> bool:
+    """Whether a train function runs in this process."""
+    try:
+        return get_train_context().execution_context.training_thread_runner.is_running()
+    except RuntimeError:  # there was none yet
+        return False

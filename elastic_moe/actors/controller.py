@@ -99,6 +99,7 @@ class ElasticController(TrainController):
         group = self._worker_group
         assert isinstance(group, ElasticWorkerGroup)
         status = self._link.poll()
+        group.limit = status.get("limit") or group.limit
         try:
             error = await self._supervise(group, status)
         except AsyncioActorExit:

@@ -97,12 +97,15 @@ class ElasticWorkerGroup(WorkerGroup):
     Args:
         coordinator: name of the coordinator actor; the names of workers and placement groups begin with it.
         **stock: the arguments of `WorkerGroup`.
+
+    Attributes:
+        limit: so many slots at most are filled.
     """
 
     def __init__(self, *, coordinator: str, callbacks: Any = None, **stock: Any) -> None:
         kept = [callback for callback in callbacks or [] if not isinstance(callback, ReportCallbackHandler)]
         super().__init__(callbacks=kept, **stock)
-        self.coordinator = coordinator
+        self.coordinator, self.limit = coordinator, self._worker_group_context.num_workers
 
     def _start_impl(self, worker_group_state_builder: WorkerGroupStateBuilder) -> None:
         self._assert_inactive()
@@ -138,12 +141,17 @@ class ElasticWorkerGroup(WorkerGroup):
     def fill_slots(self) -> None:
         """Accept the workers that have started since, and begin to fill empty slots. Never waits."""
         now_s = time_monotonic()
+        surplus = sum(slot.start is not None for slot in self._slots) - self.limit
         for index, slot in enumerate(self._slots):
+            if surplus > 0 and slot.start is not None and slot.start.worker is None:
+                slot.start.cancel()  # its demand is withdrawn; a worker that runs is drained by the coordinator
+                slot.start, surplus = None, surplus - 1
             if slot.start is not None and slot.worker is None and not slot.start.is_alive():
                 self._accept(slot, slot.start, now_s)
-            if slot.start is None and self.filling and now_s >= slot.retry_at_s:
+            if slot.start is None and self.filling and surplus < 0 and now_s >= slot.retry_at_s:
                 slot.start = WorkerStart(self, self.coordinator, index)
                 slot.start.start()
+                surplus += 1
         self._set_workers([slot.worker for slot in self._slots if slot.worker is not None])
 
     def poll_status(self, timeout: float | None = None) -> WorkerGroupPollStatus:

@@ -37,7 +37,8 @@ def finish(state: State, now_s: float, config: ElasticConfig) -> RuleResult | No
         return _end(state, FINISHED, state.reason)
     if state.failing:
         return _end(state, FAILED, state.failing)
-    if state.phase == WAITING and state.waiting_s is not None and now_s - state.waiting_s > config.wait_below_min_s:
+    waiting_s = None if state.paused or state.phase != WAITING else state.waiting_s
+    if waiting_s is not None and now_s - waiting_s > config.wait_below_min_s:
         reason = f"{state.reason} for {config.wait_below_min_s:g} s (elastic.min_workers={config.min_workers})"
         return _end(state, FAILED, reason)
     return None

@@ -161,6 +161,29 @@ class Fail:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint of the newest step should be written."""
+
+    reason: str = "checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The run should go on with at most so many workers."""
+
+    workers: int
+    reason: str = "scale"
+
+
+@dataclass(frozen=True, slots=True)
+class SetPaused:
+    """The run should make no step, with its state saved and kept; or it should go on."""
+
+    paused: bool
+    reason: str = "pause"
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -181,6 +204,9 @@ Event = (
     | Drain
     | Stop
     | Fail
+    | Checkpoint
+    | Scale
+    | SetPaused
     | Tick
 )
 

@@ -13,6 +13,7 @@ from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.adoption import ADOPTION_GAP, adopt, is_adoptable
 from elastic_moe.control.doubt import note_death, open_views
 from elastic_moe.control.events import (
+    Checkpoint,
     Closed,
     Command,
     Drain,
@@ -35,6 +36,8 @@ from elastic_moe.control.events import (
     Ready,
     Release,
     Save,
+    Scale,
+    SetPaused,
     Stop,
     StopAll,
     Suspect,
@@ -45,6 +48,7 @@ from elastic_moe.control.frozen import replace
 from elastic_moe.control.heartbeats import STALL_S, awaited, one_of_many, take_heartbeats
 from elastic_moe.control.holds import end_soon, hold_s, take_held
 from elastic_moe.control.links import ask_witnesses, take_links
+from elastic_moe.control.operator import Wish, take_wish
 from elastic_moe.control.rules import apply_rules
 from elastic_moe.control.state import FINISHING, RUNNING, WAITING, State, WorkerRecord
 from elastic_moe.types import Member
@@ -80,7 +84,7 @@ def transition(
     state = _forgive_stall(state, now_s)
     if isinstance(event, Heartbeat) and event.worker in state.records and not awaited(state, event.worker):
         return take_heartbeats(state, {event.worker: (event, now_s)}), (), ""  # the tick sees to the rest
-    if not isinstance(event, Hello | Closed | Lost | NodeLost | Drain | Stop | Fail | Tick):
+    if not isinstance(event, Hello | Closed | Lost | NodeLost | Drain | Stop | Fail | Wish | Tick):
         if event.worker not in state.records:
             return state, (), f"{type(event).__name__} of unknown worker {event.worker}"
         state = state.with_record(event.worker, last_heard_s=now_s, missing=False)
@@ -169,6 +173,8 @@ def _observe(state: State, event: Event, now_s: float, config: ElasticConfig) ->
             if state.failing or state.over:
                 return state, []
             return end_soon(replace(state, failing=reason), now_s, config), []
+        case Checkpoint() | Scale() | SetPaused():
+            return take_wish(state, event, now_s, config)
         case Tick():
             nodes = {n: until_s for n, until_s in state.draining_nodes.items() if now_s < until_s}
             return replace(state, draining_nodes=nodes, open_views=open_views(state, now_s, config)), []

@@ -17,10 +17,14 @@ from elastic_moe.control.messages import (
 )
 from elastic_moe.control.requests import (
     REQUEST_NAMES,
+    CheckpointRequest,
     DrainRequest,
     FailRequest,
     NodeLostRequest,
+    PauseRequest,
     Request,
+    ResumeRequest,
+    ScaleRequest,
     StopRequest,
     WorkerLostRequest,
 )
@@ -79,3 +83,9 @@ def event_of_request(request: Request) -> ev.Event:
             return ev.Stop(reason)
         case FailRequest():
             return ev.Fail(reason)
+        case CheckpointRequest():
+            return ev.Checkpoint(reason)
+        case ScaleRequest(workers):
+            return ev.Scale(workers, reason)
+        case PauseRequest() | ResumeRequest():
+            return ev.SetPaused(isinstance(request, PauseRequest), reason)

@@ -1,4 +1,4 @@
-"""Requests to the coordinator by others than workers (driver, controller, watcher of nodes), as frozen values."""
+"""Requests to the coordinator by others than workers (driver, controller, operator), as frozen values."""
 
 from __future__ import annotations
 
@@ -48,7 +48,46 @@ class StopRequest:
     reason: str = ""
 
 
-Request = DrainRequest | WorkerLostRequest | NodeLostRequest | StopRequest | FailRequest
+@dataclass(frozen=True, slots=True)
+class CheckpointRequest:
+    """A checkpoint of the newest step should be written."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleRequest:
+    """The run should go on with at most so many workers. More than before are asked of Ray, fewer are drained."""
+
+    workers: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PauseRequest:
+    """The run should make no step until it is resumed. Its workers save their state and keep it."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeRequest:
+    """A paused run should go on."""
+
+    reason: str = ""
+
+
+Request = (
+    DrainRequest
+    | WorkerLostRequest
+    | NodeLostRequest
+    | StopRequest
+    | FailRequest
+    | CheckpointRequest
+    | ScaleRequest
+    | PauseRequest
+    | ResumeRequest
+)
 
 REQUESTS: Mapping[str, type[Request]] = {
     "drain": DrainRequest,
@@ -56,5 +95,9 @@ REQUESTS: Mapping[str, type[Request]] = {
     "node_lost": NodeLostRequest,
     "stop": StopRequest,
     "fail": FailRequest,
+    "checkpoint": CheckpointRequest,
+    "scale": ScaleRequest,
+    "pause": PauseRequest,
+    "resume": ResumeRequest,
 }
 REQUEST_NAMES: Mapping[type, str] = {cls: name for name, cls in REQUESTS.items()}

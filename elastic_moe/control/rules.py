@@ -32,6 +32,7 @@ from elastic_moe.control.links import (
     wait_for_links,
     watch_members,
 )
+from elastic_moe.control.operator import obey
 from elastic_moe.control.state import RUNNING, WAITING, State
 from elastic_moe.types import Member, View
 
@@ -49,7 +50,8 @@ def apply_rules(state: State, now_s: float, config: ElasticConfig) -> RuleResult
     state, hung = remove_hung(state, now_s, config)
     state, asked = ask_joiners(state, _candidates(state, now_s) if state.view is not None else [], now_s)
     state, watched = watch_members(state, now_s, config)
-    commands = in_doubt + hung + asked + watched
+    state, obeyed = obey(state, now_s, config)
+    commands = in_doubt + hung + asked + watched + obeyed
     for rule in (finish, _start, _survive, _resume, _reform, _retreat, _plan):
         result = rule(state, now_s, config)
         if result is not None:
@@ -65,7 +67,7 @@ def apply_rules(state: State, now_s: float, config: ElasticConfig) -> RuleResult
 
 def _start(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
     """Publish the first view: once the target number is ready, or after `START_GRACE_S` with enough workers."""
-    if state.view is not None or state.phase != WAITING:
+    if state.view is not None or state.phase != WAITING or state.paused:
         return None
     if state.waiting_s is None:
         state = replace(state, waiting_s=now_s)
@@ -100,7 +102,7 @@ def _survive(state: State, now_s: float, config: ElasticConfig) -> RuleResult | 
 
 def _resume(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
     """End a pause once survivors and newcomers together are enough."""
-    if state.view is None or state.phase != WAITING or state.failing:
+    if state.view is None or state.phase != WAITING or state.failing or state.paused:
         return None
     workers = (*state.view_workers, *_joiners(state, now_s))
     leaving = [w for w in workers if leaves_soon(state.records[w], now_s)]
@@ -326,4 +328,4 @@ def min_workers(config: ElasticConfig) -> int:
 
 def max_workers(state: State, config: ElasticConfig) -> int:
     """Largest number of members that a view may have."""
-    return max(config.max_workers or state.target, min_workers(config))
+    return max(state.limit or config.max_workers or state.target, min_workers(config))

@@ -172,6 +172,8 @@ class State:
         failing: the run ends as failed for this reason once they have reported; "" if it does not.
         draining_nodes: nodes that take no new workers, with the time until which this holds.
         stopping: a stop was asked for.
+        limit: largest number of workers that an operator asked for; 0 if none did.
+        paused: an operator asked for a pause.
         finishing_s: time at which the first member finished.
         step: newest committed step that a worker has reported.
         ticked_s: time of the newest event.
@@ -206,6 +208,8 @@ class State:
     failing: str = ""
     draining_nodes: Mapping[str, float] = field(default_factory=dict[str, float])
     stopping: bool = False
+    limit: int = 0
+    paused: bool = False
     finishing_s: float | None = None
     step: int = 0
     ticked_s: float | None = None

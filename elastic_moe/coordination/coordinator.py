@@ -17,10 +17,11 @@ from elastic_moe.coordination.identity import IdentityFiles
 from elastic_moe.coordination.membership import RunStatus
 from elastic_moe.coordination.records import StepRecords
 from elastic_moe.coordination.server import ControlServer
+from elastic_moe.coordination.wishes import Wishes
 from elastic_moe.metrics.recorder import Recorder
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.state.units import build_units
-from elastic_moe.run_dir import checkpoint_root
+from elastic_moe.run_dir import OPERATOR, checkpoint_root
 
 DURABLE = ("checkpoint", "initialisation")  # sources of a view's state that may be older than the newest record
 
@@ -70,6 +71,9 @@ class RunCoordinator:
         )
         self.address = self._server.start()
         self._closed = False
+        self._wishes = Wishes(run_dir / OPERATOR, self._recorder)
+        for wish in self._wishes.known(restarted):
+            self._server.submit(wish)
 
     def submit(self, request: Mapping[str, Any]) -> None:
         """Take a request, see `control.codec.decode_request`; after `close` it has no effect.
@@ -79,6 +83,7 @@ class RunCoordinator:
         """
         value = decode_request(request)
         if not self._closed:
+            self._wishes.note(value)
             self._server.submit(value)
 
     def status(self) -> RunStatus:

@@ -58,6 +58,8 @@ class RunStatus(TypedDict):
         members: worker, node, pid and draining flag of the newest view's members, in rank order.
         entered: every active member has entered the newest view.
         evicted: evicted workers whose process is not known to be gone.
+        limit: largest number of workers that an operator asked for; 0 if none did.
+        paused: an operator asked for a pause.
     """
 
     step: int
@@ -72,6 +74,8 @@ class RunStatus(TypedDict):
     members: list[list[Any]]
     entered: bool
     evicted: list[str]
+    limit: int
+    paused: bool
 
 
 class Membership:
@@ -211,6 +215,8 @@ class Membership:
             "members": [[m.worker, m.node, m.pid, m.draining] for m in view.members] if view else [],
             "entered": state.all_entered,
             "evicted": [w for w in self._evicted if self._is_given_up(w)],
+            "limit": state.limit,
+            "paused": state.paused,
         }
 
     def _is_given_up(self, worker: str) -> bool:

@@ -24,6 +24,8 @@ def format_event(event: dict[str, Any]) -> str | None:
             return f"{step}: the worker with process id {event.get('pid')} is back, with its state"
         case "worker_set_aside" | "members_in_doubt" | "node_backoff" | "planner_compiles":
             return f"{step}: {_short(event.get('reason', ''))}"
+        case "resume" | "scale" | "checkpoint_asked":
+            return f"{step}: {event['event'].replace('_', ' ')}: {_short(event.get('reason', ''))}"
         case "pause":
             return f"{step}: waiting: {_short(event.get('reason', ''))}"
         case "checkpoint_failed":

@@ -38,6 +38,7 @@ from elastic_moe.actors.link import (
     fetch_token,
     this_node,
 )
+from elastic_moe.actors.operate import announced
 from elastic_moe.actors.outcome import Ended, conclude
 from elastic_moe.actors.stop import Stop, signals
 from elastic_moe.actors.take_over import take_over
@@ -110,7 +111,8 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
         tracker = Tracker(config.tracking, run_dir, asdict(config) | {"units": units()}, os.environ)
         try:
             name = actor_name(identity.run, identity.run_dir)
-            return _Driver(name, config, prepared, tracker, stop, leases).run()
+            with announced(run_dir):
+                return _Driver(name, config, prepared, tracker, stop, leases).run()
         finally:
             tracker.close()
 

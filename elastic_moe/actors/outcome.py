@@ -50,7 +50,8 @@ def conclude(run: Ended) -> int:
     if complete:
         _summarise(run.config, records, read_jsonl(run_dir / EVENTS))
     unsaved = _why_unsaved(root, step) if step else ""
-    if unsaved and run.error is None and (complete or run.stop.count == 1):
+    asked = run.error is None and run.status.get("phase") == "finished"  # to stop, by an operator or a signal
+    if unsaved and run.error is None and (complete or run.stop.count == 1 or asked):
         raise StorageFailed(
             f"the state after step {step} is not saved in checkpoint.dir={root}: {unsaved}; the checkpoint before it, "
             "if there is one, is what a resume continues from."
@@ -62,6 +63,9 @@ def conclude(run: Ended) -> int:
         told = f" ({saved})" if unsaved else ""
         print(f"stopped after step {step} of {steps}{told}; go on with run.resume=auto")
         return SIGNALLED + run.stop.signum
+    if asked:
+        print(f"stopped after step {step} of {steps}: {run.status['reason']}; go on with run.resume=auto")
+        return 0
     cause = _cause(run.error)
     known = cause or run.status.get("reason") or "the run ended early"
     print("; ".join(filter(None, (f"failed after step {step} of {steps}: {known}", saved))), file=sys.stderr)

@@ -1,0 +1,142 @@
+"""The operator's side of a run that goes on: find its coordinator from any machine of the cluster, ask and tell.
+
+The driver leaves the address of its Ray cluster in the run directory (`live.json`). The coordinator actor's name is
+made of the run's id, so nothing else is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group_table
+
+from elastic_moe.actors.link import NAMESPACE, actor_name
+from elastic_moe.checkpoint.identity import read_identity
+from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
+from elastic_moe.errors import UserError
+from elastic_moe.run_dir import LIVE
+
+ANSWER_S = 30.0
+CONNECT_S = 5.0
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """A run that goes on.
+
+    Attributes:
+        coordinator: its coordinator actor.
+        name: the actor's name.
+    """
+
+    coordinator: Any
+    name: str
+
+    def status(self) -> dict[str, Any]:
+        """The coordinator's status.
+
+        Raises:
+            UserError: it does not answer.
+        """
+        return self._ask("status")
+
+    def submit(self, request: dict[str, Any]) -> None:
+        """Hand a request over; see `control.requests`.
+
+        Raises:
+            UserError: the coordinator does not answer.
+        """
+        self._ask("submit", request)
+
+    def pending(self) -> int:
+        """Number of workers for which Ray has no room yet."""
+        table = placement_group_table().values()
+        return sum(e["name"].startswith(f"{self.name}/") and e["state"] in ("PENDING", "RESCHEDULING") for e in table)
+
+    def hosts(self) -> dict[str, tuple[str, str]]:
+        """Host name and address of every node, by its id."""
+        return {node["NodeID"]: (node["NodeManagerHostname"], node["NodeManagerAddress"]) for node in ray.nodes()}
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        try:
+            return ray.get(getattr(self.coordinator, method).remote(*arguments), timeout=ANSWER_S)
+        except (RayError, TimeoutError) as error:
+            raise UserError(f"the run's coordinator did not answer: {type(error).__name__}") from error
+
+
+@contextmanager
+def announced(run_dir: Path) -> Iterator[None]:
+    """While this lasts, `live_run` finds this run, whose Ray this process is connected to."""
+    path = run_dir / LIVE
+    new = path.with_name(f".{path.name}.tmp")
+    new.write_text(json.dumps({"ray": ray.get_runtime_context().gcs_address}))
+    new.replace(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def live_run(run_dir: Path, address: str = "") -> Iterator[LiveRun]:
+    """Connect to the cluster of a run, and to its coordinator.
+
+    Args:
+        run_dir: the run directory.
+        address: of the Ray cluster; by default the one in `live.json`, in RAY_ADDRESS, or the one of this machine.
+
+    Raises:
+        UserError: this is no run directory, no cluster answers, or the run does not go on there.
+    """
+    try:
+        identity = read_identity(Storage(str(run_dir)))
+    except (OSError, CorruptCheckpoint) as error:
+        raise UserError(f"{run_dir} cannot be read as a run directory: {error}") from error
+    if identity is None or not identity.run:
+        raise UserError(f"{run_dir} is not the directory of a run")
+    address = address or _announced_address(run_dir) or os.environ.get("RAY_ADDRESS") or "auto"
+    _probe(address)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Ray cluster answers at {address}: give --address, or set RAY_ADDRESS") from error
+    try:
+        name = actor_name(identity.run, identity.run_dir)
+        try:
+            yield LiveRun(ray.get_actor(name, namespace=NAMESPACE), name)
+        except ValueError as error:
+            raise UserError(f"the run in {run_dir} does not go on in the Ray cluster at {address}") from error
+    finally:
+        ray.shutdown()
+
+
+def _announced_address(run_dir: Path) -> str:
+    try:
+        return str(json.loads((run_dir / LIVE).read_text())["ray"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _probe(address: str) -> None:
+    """Find out soon that nobody listens: Ray itself tries for a long time."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error}): the run has ended, or give --address"
+        ) from error

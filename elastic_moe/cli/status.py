@@ -1,0 +1,82 @@
+"""Shows how a run is doing: `elastic-moe status RUN [--watch]`.
+
+The figures are from the files of the run directory. Members and what is missing come from the run's coordinator, where
+the run goes on and its Ray cluster can be reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from elastic_moe.actors.operate import LiveRun, live_run
+from elastic_moe.errors import UserError
+from elastic_moe.metrics.jsonl import Tail
+from elastic_moe.metrics.status_view import render
+from elastic_moe.run_dir import CONFIG, EVENTS, METRICS
+from elastic_moe.saved import read_config
+
+CLEAR = "\x1b[H\x1b[2J"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="elastic-moe status", description="Show how a run is doing.")
+    parser.add_argument("run", help="the run directory")
+    parser.add_argument("--address", default="", help="of the Ray cluster; by default the one that the run told")
+    parser.add_argument("--watch", action="store_true", help="show it again and again until Ctrl-C or the run's end")
+    parser.add_argument("--every", metavar="S", type=float, default=2.0, help="seconds between two views: 2")
+    parser.add_argument("--json", action="store_true", help="print the coordinator's status as JSON")
+    options = parser.parse_args(arguments)
+    run = Path(options.run).expanduser().absolute()
+    try:
+        if not (run / CONFIG).is_file():
+            raise UserError(f"{options.run} is not the directory of a run")
+        with ExitStack() as stack:
+            live = _connect(stack, run, options.address)
+            if options.json:
+                print(json.dumps(live.status() if live else None))
+                return 0
+            _show(run, live, options.every if options.watch else 0.0)
+    except KeyboardInterrupt:
+        return 0
+    except (UserError, OSError) as error:
+        print(f"elastic_moe: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _connect(stack: ExitStack, run: Path, address: str) -> LiveRun | None:
+    """The run's coordinator, if it can be reached; else why not is told."""
+    try:
+        return stack.enter_context(live_run(run, address))
+    except UserError as error:
+        print(f"elastic_moe: note: {error}", file=sys.stderr)
+        return None
+
+
+def _show(run: Path, live: LiveRun | None, every_s: float) -> None:
+    """Print the view; with `every_s` again after so many seconds, until the run ends."""
+    records, events, steps = Tail(run / METRICS), Tail(run / EVENTS), read_config(run).run.steps
+    while True:
+        status = None
+        if live is not None:
+            try:
+                status = live.status()
+            except UserError:  # it has ended since
+                live = None
+        hosts, pending = (live.hosts(), live.pending()) if live is not None else ({}, 0)
+        view = render(records.lines(), events.lines(), steps, status, hosts, pending, time.time())
+        print(f"{CLEAR if every_s and sys.stdout.isatty() else ''}{view}", flush=True)
+        if not every_s or live is None:
+            return
+        time.sleep(every_s)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

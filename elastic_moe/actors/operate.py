@@ -115,9 +115,10 @@ def live_run(run_dir: Path, address: str = "") -> Iterator[LiveRun]:
     try:
         name = actor_name(identity.run, identity.run_dir)
         try:
-            yield LiveRun(ray.get_actor(name, namespace=NAMESPACE), name)
+            coordinator = ray.get_actor(name, namespace=NAMESPACE)
         except ValueError as error:
             raise UserError(f"the run in {run_dir} does not go on in the Ray cluster at {address}") from error
+        yield LiveRun(coordinator, name)
     finally:
         ray.shutdown()
 

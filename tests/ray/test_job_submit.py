@@ -43,6 +43,10 @@ def coordinators(head: Any) -> list[psutil.Process]:
     return found
 
 
+def saved_steps(run: Path) -> list[int]:
+    return [int(path.parent.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*/manifest.json")]
+
+
 def last_step(run: Path) -> int:
     return int(read_jsonl(run / "metrics.jsonl")[-1]["step"])
 

@@ -72,7 +72,8 @@ class RunIdentity:
         """
         try:
             forks = tuple((int(timeline), int(step)) for timeline, step in meta.get("forks", ()))
-            fingerprint = dict(meta.get("fingerprint") or {})
+            fingerprint: dict[str, Any] = dict(meta.get("fingerprint") or {})
+            _ = {**fingerprint.get("keys", {})}, {*fingerprint.get("shape", ())}
             return cls(str(meta.get("run", "")), int(meta.get("timeline", 1)), forks, 0, "", fingerprint)
         except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise CorruptCheckpoint(f"manifest has a damaged identity: {error}") from error
@@ -96,7 +97,7 @@ class RunIdentity:
                 raise CorruptCheckpoint(f"{RUN} does not match its checksum")
             known = cls.of_meta(body)
             return replace(known, first_checkpoint=int(body["first_checkpoint"]), run_dir=str(body["run_dir"]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise CorruptCheckpoint(f"{RUN} cannot be read: {error}") from error
 
 

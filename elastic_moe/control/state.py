@@ -229,6 +229,10 @@ class State:
         """Whether the worker is a member of the newest view."""
         return self.view is not None and self.view.rank_of(worker) is not None
 
+    def may_bear_state(self, worker: str) -> bool:
+        """Whether a living worker is in a view, or has entered one."""
+        return self.in_view(worker) or self.records[worker].bears_state
+
     def with_record(self, worker: str, **changes: Any) -> State:
         """The state with one worker's record changed; unchanged if there is no such worker."""
         if worker not in self.records:

@@ -21,7 +21,7 @@ class WorkerRecord:
         ready_s: time at which it became ready; None before.
         last_heard_s: time of its last message.
         last_progress: newest (generation, step, progress) of its main thread.
-        last_progress_s: time at which `last_progress` last grew.
+        last_progress_s: time at which `last_progress` last changed.
         drain_s: deadline for its end; None if it may stay.
         hold_s: time from which the run does not count on it any more, some time before the deadline.
         closed_s: time at which its connection closed; None while it is connected.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_moe.config.pace import pace
@@ -26,6 +26,7 @@ def _members(*numbers: int) -> list[Member]:
     return [Member(f"w{n}", f"n{n // 4}", n) for n in numbers]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 30), unique=True), st.lists(st.integers(0, 40), unique=True), st.booleans(), st.booleans()
 )
@@ -73,6 +74,7 @@ def test_a_change_without_members_that_the_view_does_not_have_is_refused() -> No
         changed(_message(3, _members(*range(7))), change)
 
 
+@settings(deadline=None)
 @given(st.lists(st.frozensets(st.integers(0, 12), min_size=6), min_size=2, max_size=6), st.data())
 def test_changes_that_are_lost_repeated_or_out_of_order_give_the_right_view_or_none(
     members: list[frozenset[int]], data: st.DataObject

@@ -304,3 +304,20 @@ def test_a_hold_is_waited_for_like_a_view_and_is_not_one() -> None:
     inbox.begin_view(view(6, "w").view, aborted.append)
     assert len(aborted) == 2, "the view ended the save, and no save ends the view"
     assert inbox.wait_view(5) == view(6, "w", planned=False)
+
+
+def test_how_a_view_was_entered_is_told_again_and_first_until_the_coordinator_has_surely_read_it() -> None:
+    outbox = Outbox(lambda: None)
+    entered, record = msg.EnteredMessage(4, {"source": "checkpoint", "step": 6}), msg.RecordMessage({"step": 7})
+    before_s = time.monotonic()
+    for message in (record, entered):
+        outbox.add(message)
+    outbox.mark_sent(2)
+    outbox.forget_entered(before_s)
+    assert outbox.resent() == encode(entered) + encode(record)
+    outbox.forget_entered(time.monotonic() + 1)
+    assert outbox.resent() == encode(record)
+    for message in (entered, msg.EnteredMessage(5)):
+        outbox.add(message)
+    outbox.mark_sent(2)
+    assert outbox.resent() == encode(record), "the newest view was entered as others say"

@@ -34,6 +34,7 @@ class RunIdentity:
         first_checkpoint: step of the first complete checkpoint; 0 while there has been none.
         run_dir: the run directory at the newest start.
         fingerprint: see `config.fingerprint`; empty where it is not known.
+        forked_in: generation that began the present timeline; 0 if none of the newest start has.
     """
 
     run: str
@@ -42,16 +43,22 @@ class RunIdentity:
     first_checkpoint: int = 0
     run_dir: str = ""
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    forked_in: int = 0
 
     @classmethod
     def new(cls, run_dir: str, fingerprint: Mapping[str, Any] | None = None) -> RunIdentity:
         """The identity of a run that begins."""
         return cls(uuid.uuid4().hex, run_dir=run_dir, fingerprint=dict(fingerprint or {}))
 
-    def forked(self, step: int) -> RunIdentity:
-        """The identity after the run went back to this step: a new timeline begins there."""
+    def forked(self, step: int, generation: int) -> RunIdentity:
+        """The identity after the run went back to this step in this generation: a new timeline begins there."""
         timeline = self.timeline + 1
-        return replace(self, timeline=timeline, forks=(*self.forks, (timeline, step)))
+        return replace(self, timeline=timeline, forks=(*self.forks, (timeline, step)), forked_in=generation)
+
+    @property
+    def last_fork(self) -> tuple[int, int]:
+        """The generation of the newest start that went back last, and to which step; (0, 0) if none has."""
+        return (self.forked_in, self.forks[-1][1]) if self.forked_in and self.forks else (0, 0)
 
     def holds(self, timeline: int, step: int) -> bool:
         """Whether a step that a timeline committed belongs to the present history."""
@@ -72,7 +79,8 @@ class RunIdentity:
         """
         try:
             forks = tuple((int(timeline), int(step)) for timeline, step in meta.get("forks", ()))
-            fingerprint = dict(meta.get("fingerprint") or {})
+            fingerprint: dict[str, Any] = dict(meta.get("fingerprint") or {})
+            _ = {**fingerprint.get("keys", {})}, {*fingerprint.get("shape", ())}
             return cls(str(meta.get("run", "")), int(meta.get("timeline", 1)), forks, 0, "", fingerprint)
         except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise CorruptCheckpoint(f"manifest has a damaged identity: {error}") from error
@@ -95,8 +103,9 @@ class RunIdentity:
             if body["format"] != FORMAT or checksum != _checksum(body):
                 raise CorruptCheckpoint(f"{RUN} does not match its checksum")
             known = cls.of_meta(body)
-            return replace(known, first_checkpoint=int(body["first_checkpoint"]), run_dir=str(body["run_dir"]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            first, forked_in = int(body["first_checkpoint"]), int(body.get("forked_in", 0))
+            return replace(known, first_checkpoint=first, run_dir=str(body["run_dir"]), forked_in=forked_in)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise CorruptCheckpoint(f"{RUN} cannot be read: {error}") from error
 
 

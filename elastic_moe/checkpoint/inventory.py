@@ -57,7 +57,6 @@ def list_checkpoints(root: str, verify: bool = False) -> Iterator[Entry]:
             manifest = load_manifest(root, step)
             if verify:
                 verify_alone(manifest)
-            RunIdentity.of_meta(manifest.meta)
         except RetiredCheckpoint:
             continue
         except FileNotFoundError:

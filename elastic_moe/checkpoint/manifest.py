@@ -111,6 +111,8 @@ class Manifest:
                 raise CorruptCheckpoint("manifest does not match its checksum")
             shards = tuple(ShardInfo.from_dict(shard) for shard in body["shards"])
             manifest = cls(root_uri, int(body["step"]), shards, body["meta"])
+            if not 0 <= manifest.step < 2**62:
+                raise ValueError(f"its step is {manifest.step}")
             if not 0 <= manifest.skipped_batches < 2**32:
                 raise ValueError(f"{SKIPPED_BATCHES} is {manifest.skipped_batches}")
             return manifest

@@ -85,6 +85,7 @@ def _read_manifest(storage: Storage, root_uri: str, step: int) -> Manifest:
     manifest = Manifest.from_bytes(root_uri, persistent(lambda: storage.read(f"{step_dir(step)}/{MANIFEST}")))
     if manifest.step != step:
         raise CorruptCheckpoint(f"manifest in {step_dir(step)} is of step {manifest.step}")
+    RunIdentity.of_meta(manifest.meta)  # its types are checked once, here
     return manifest
 
 
@@ -132,7 +133,7 @@ def verify_shards(manifest: Manifest, rank: int = 0, world_size: int = 1, activi
     for shard in sorted(manifest.shards, key=lambda shard: (-shard.bytes, shard.file))[rank::world_size]:
         name = f"{manifest.directory}/{shard.file}"
         try:
-            found = persistent(lambda name=name: storage.sha256(name))
+            found = persistent(lambda name=name, size=shard.bytes: storage.sha256(name, size))
         except FileNotFoundError as error:
             raise _damaged(storage, manifest, f"{storage.path(name)} is missing") from error
         if found != shard.sha256:

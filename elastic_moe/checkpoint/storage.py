@@ -8,7 +8,6 @@ before its error is raised. It can also hang, so every operation runs in a threa
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -21,13 +20,14 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from elastic_moe.checkpoint.bounded import Activity, bounded
+from elastic_moe.checkpoint.local_file import PIECE, in_pieces, is_regular, write_file
 from elastic_moe.errors import UserError
 
 ATTEMPTS = 3
 PAUSE_S = 0.2
 TIMEOUT_S = 60.0  # set by `set_timeout`: an operation that does not get on by one piece within this is left behind
-PIECE = 1 << 23  # bytes that are read, hashed or written at once, while other threads run
-_SYNC_BYTES = 1 << 26  # a local file is synced so often: one sync at the end could take longer than the time-out
+MAX_WHOLE = 1 << 28  # bytes of a manifest or an identity; those of 1,000 ranks and 20,000 units have a few million
+_READ_BYTES = 1 << 20  # of a file that is read whole
 _FLUSH_BYTES = 1 << 25  # of an object are copied and on their way at once
 _PUT_BYTES = 4 << 20  # a smaller object is written by one request
 _S3_REQUESTS = 6  # requests without an answer that fit into the time-out; the client tries each one three times
@@ -94,22 +94,32 @@ class Storage:
         """As `write`, with the file's bytes in parts, which are not copied."""
         path = self.path(name)
         if self._local:
-            self._bounded(lambda activity: _write_local(path, parts, activity))
+            self._bounded(lambda activity: write_file(path, parts, activity))
         else:
             small = sum(map(len, parts)) < _PUT_BYTES
             filesystem = _for_one_request(self._place) if small else self._fs
             self._bounded(lambda activity: _write_object(filesystem, path, parts, activity))
 
     def read(self, name: str) -> bytes:
-        """Read a whole file.
+        """Read a whole file of at most `MAX_WHOLE` bytes.
 
         Raises:
             FileNotFoundError: there is no such file.
+            CorruptCheckpoint: it is larger, or no regular file.
         """
+        path = self.path(name)
 
-        def action(_: Activity) -> bytes:
-            with self._fs.open_input_stream(self.path(name)) as stream:
-                return stream.read()
+        def action(activity: Activity) -> bytes:
+            if self._local and not is_regular(path):
+                raise CorruptCheckpoint(f"{path} is no file")
+            content = bytearray()
+            with self._fs.open_input_stream(path) as stream:
+                while piece := stream.read(_READ_BYTES):
+                    content += piece
+                    if len(content) > MAX_WHOLE:
+                        raise CorruptCheckpoint(f"{path} has more than {MAX_WHOLE} bytes")
+                    activity.moved(len(piece))
+            return bytes(content)
 
         return self._bounded(action)
 
@@ -145,12 +155,22 @@ class Storage:
         """Sizes in bytes of the files directly in a directory, by name; empty if there is none."""
         return {info.base_name: info.size for info in self._list(self.path(name)) if info.type == pafs.FileType.File}
 
-    def sha256(self, name: str) -> str:
-        """SHA-256 checksum of a file, which is read in pieces."""
+    def sha256(self, name: str, size: int) -> str:
+        """SHA-256 checksum of a file of so many bytes, which is read in pieces.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CorruptCheckpoint: it has another size, or is no regular file.
+        """
+        path = self.path(name)
 
         def action(activity: Activity) -> str:
+            if self._local and not is_regular(path):
+                raise CorruptCheckpoint(f"{path} is no file")
             digest = hashlib.sha256()
-            with self._fs.open_input_file(self.path(name)) as stream:
+            with self._fs.open_input_file(path) as stream:
+                if stream.size() != size:
+                    raise CorruptCheckpoint(f"{path} has {stream.size()} bytes, not {size}")
                 buffer = memoryview(bytearray(max(1, min(PIECE, stream.size()))))
                 while count := stream.readinto(buffer):
                     digest.update(buffer[:count])
@@ -273,38 +293,6 @@ def persistent(action: Callable[[], T], attempts: int = ATTEMPTS, pause_s: float
     raise AssertionError("attempts must be positive")
 
 
-def in_pieces(parts: Iterable[memoryview]) -> Iterable[memoryview]:
-    """The bytes of some buffers, in views of at most `PIECE` bytes."""
-    for part in parts:
-        for start in range(0, len(part), PIECE):
-            yield part[start : start + PIECE]
-
-
-def _write_local(path: str, parts: Sequence[memoryview], activity: Activity) -> None:
-    parent = os.path.dirname(path)
-    os.makedirs(parent, exist_ok=True)
-    temporary = f"{parent}/.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "wb", buffering=0) as file:
-            unsynced = 0
-            for piece in in_pieces(parts):
-                written = 0
-                while written < len(piece):
-                    written += file.write(piece[written:])
-                unsynced += len(piece)
-                if unsynced >= _SYNC_BYTES:
-                    os.fsync(file.fileno())
-                    unsynced = 0
-                activity.moved(len(piece))
-        _sync(temporary)
-        activity.moved(0)
-        os.replace(temporary, path)
-        _sync(parent)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def _write_object(filesystem: pafs.FileSystem, path: str, parts: Sequence[memoryview], activity: Activity) -> None:
     """Put an object.
 
@@ -320,11 +308,3 @@ def _write_object(filesystem: pafs.FileSystem, path: str, parts: Sequence[memory
                 stream.flush()
                 waiting = 0
             activity.moved_bytes += len(piece)
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

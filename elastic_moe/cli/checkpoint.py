@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.checkpoint.identity import RunIdentity
 from elastic_moe.checkpoint.inventory import ABANDONED, COMPLETE, DAMAGED, UNFINISHED, differences, list_checkpoints
 from elastic_moe.checkpoint.reader import load_manifest
 from elastic_moe.checkpoint.writer import remove
@@ -46,11 +47,11 @@ def show(root: str, verify: bool) -> int:
         manifest, identity = entry.manifest, entry.identity
         damaged += entry.state == DAMAGED
         written = "" if manifest is None else manifest.meta.get("time")
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written)) if isinstance(written, float) else ""
+        when = _local_time(written) if isinstance(written, float) else ""
         size = "" if manifest is None else f"{manifest.bytes / GIB:.3f}"
         state = entry.state + (f": {entry.reason}" if entry.reason and entry.state != COMPLETE else "")
         timeline = "" if manifest is None else identity.timeline
-        print(f"{entry.step:>10}  {when:19}  {size:>9}  {timeline:>8}  {identity.run[:8]:8}  {state}")
+        _print(f"{entry.step:>10}  {when:19}  {size:>9}  {timeline:>8}  {identity.run[:8]:8}  {state}")
     return 1 if verify and damaged else 0
 
 
@@ -63,7 +64,7 @@ def diff(one: str, other: str) -> int:
             raise UserError(f"{given} is no checkpoint: its name is not like step_00000100.")
         manifests.append(load_manifest(*found))
     for line in differences(manifests[0], manifests[1], _keys):
-        print(line)
+        _print(line)
     return 0
 
 
@@ -81,8 +82,21 @@ def prune(root: str, yes: bool) -> int:
     return 0
 
 
+def _local_time(written_s: float) -> str:
+    """Date and time of so many seconds since the Unix epoch; "" where there is no such date."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written_s))
+    except (ValueError, OverflowError, OSError):
+        return ""
+
+
+def _print(line: str) -> None:
+    """Print a line with text of a file, which may have characters that no output can encode."""
+    print(line.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
+
+
 def _keys(meta: dict[str, Any]) -> dict[str, Any]:
-    known = meta.get("fingerprint") or {}
+    known = RunIdentity.of_meta(meta).fingerprint
     digests = {key: value for key, value in known.items() if isinstance(value, str)}
     return {"seed": meta.get("seed")} | digests | dict(known.get("keys", {}))
 

@@ -18,7 +18,7 @@ from elastic_moe.config.schema import ElasticConfig
 from elastic_moe.control.events import Command, Disconnect, Evict, LogEvent
 from elastic_moe.control.frozen import replace
 from elastic_moe.control.links import is_refused
-from elastic_moe.control.state import FINISHING, RUNNING, Backoff, State
+from elastic_moe.control.state import FINISHING, RUNNING, Backoff, State, WorkerRecord
 from elastic_moe.types import View
 
 CLOSED_GRACE_S = 1.0  # a living worker whose connection was cut has registered again within this
@@ -189,9 +189,15 @@ def _hung(state: State, now_s: float, config: ElasticConfig) -> list[str]:
     workers = state.view_workers
     if state.phase != RUNNING or not workers:
         return []
-    progress = [state.records[w].last_progress for w in workers]
-    least = min(progress)
-    if least == max(progress):
+    points = [_point(state.records[w]) for w in workers]
+    least = min(points)
+    if least == max(points):
         return []
-    last = [state.records[w] for w in workers if state.records[w].last_progress == least]
+    last = [state.records[w] for w, point in zip(workers, points, strict=True) if point == least]
     return [record.member.worker for record in last if now_s - record.last_progress_s > config.hang_timeout_s]
+
+
+def _point(record: WorkerRecord) -> tuple[int, int, int]:
+    """How far a member has come, comparable with the others. Until it has entered its view, its step may still fall."""
+    generation, step, progress = record.last_progress
+    return generation, step if record.entered >= generation else -1, progress

@@ -63,10 +63,13 @@ def take_heartbeats(state: State, heard: Mapping[str, tuple[Heartbeat, float]]) 
 
     The cost is one copy of the table of workers for all of them, whatever the rules cost.
     """
-    records = dict(state.records)
+    records, works = dict(state.records), False
     for worker, (event, now_s) in heard.items():
         record, progress = records[worker], (event.generation, event.step, event.progress)
-        grew = progress > record.last_progress
+        generation, before, _ = record.last_progress
+        # The step falls where a view goes back to a checkpoint. Heartbeats come in order, so any change is progress.
+        grew = event.generation >= generation and progress != record.last_progress
+        works = works or (event.generation == generation == record.entered and 0 < before < event.step)
         records[worker] = replace(
             record,
             last_heard_s=now_s,
@@ -76,4 +79,4 @@ def take_heartbeats(state: State, heard: Mapping[str, tuple[Heartbeat, float]]) 
         )
     state = replace(state, records=records)
     step = max((event.step for event, _ in heard.values()), default=0) - 1
-    return replace(state, step=step, reforms=0) if step > state.step else state
+    return replace(state, step=max(state.step, step), reforms=0) if works or step > state.step else state

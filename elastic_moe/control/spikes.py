@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 WINDOW = 128  # steps
 SIGMAS = 6.0
 FEWEST = WINDOW // 2  # steps before which nothing is a spike
-ROLLBACKS = 3  # times that a run may go back without `FEWEST` good steps in between
+ROLLBACKS = 3  # times that a run may go back without coming `FEWEST` steps beyond its latest spike
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,26 @@ class SpikeGuard:
 
     def clear(self) -> None:
         self._seen.clear()
+
+
+class RollbackCount:
+    """How often a run has gone back because of spikes without getting on since.
+
+    Steps that are only made again do not count: with rare checkpoints they are many, however hopeless the run is.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._spiked = 0, -1
+
+    def after_update(self, step: int) -> None:
+        """A step was committed with its update."""
+        if step >= self._spiked + FEWEST:
+            self._count = 0
+
+    def after_spike(self, step: int) -> bool:
+        """A step was a spike, and the run is to go back. Returns whether it still may."""
+        self._count, self._spiked = self._count + 1, max(self._spiked, step)
+        return self._count <= ROLLBACKS
 
 
 def _exceeds(value: float, before: tuple[float, ...]) -> bool:

@@ -21,7 +21,7 @@ class WorkerRecord:
         ready_s: time at which it became ready; None before.
         last_heard_s: time of its last message.
         last_progress: newest (generation, step, progress) of its main thread.
-        last_progress_s: time at which `last_progress` last grew.
+        last_progress_s: time at which `last_progress` last changed.
         drain_s: deadline for its end; None if it may stay.
         hold_s: time from which the run does not count on it any more, some time before the deadline.
         closed_s: time at which its connection closed; None while it is connected.
@@ -232,6 +232,10 @@ class State:
     def in_view(self, worker: str) -> bool:
         """Whether the worker is a member of the newest view."""
         return self.view is not None and self.view.rank_of(worker) is not None
+
+    def may_bear_state(self, worker: str) -> bool:
+        """Whether a living worker is in a view, or has entered one."""
+        return self.in_view(worker) or self.records[worker].bears_state
 
     def with_record(self, worker: str, **changes: Any) -> State:
         """The state with one worker's record changed; unchanged if there is no such worker."""

@@ -28,13 +28,15 @@ def changed(before: ViewMessage | None, change: ViewChangeMessage) -> ViewMessag
     """The view that `change_between` was made for.
 
     Raises:
-        ValueError: `before` is not the view that it was made from.
+        ValueError: `before` is not the view that it was made from, as far as that can be seen.
     """
     if before is None or before.view.generation != change.base:
         raise ValueError(
             f"generation {change.generation} is told as a change of {change.base}, which is not known here"
         )
     gone = set(change.removed)
+    if not gone <= set(range(before.view.world_size)):
+        raise ValueError(f"generation {change.generation} lacks ranks that generation {change.base} does not have")
     kept = tuple(member for rank, member in enumerate(before.view.members) if rank not in gone)
     view = View(change.generation, kept + change.added)
     return ViewMessage(view, change.planned, change.reason, change.store, change.hold)

@@ -49,7 +49,7 @@ class CheckpointCommitter:
     ) -> None:
         self._root, self._keep, self._units, self._meta = root, keep, tuple(unit_names), dict(meta)
         self._report, self._identity = report, identity
-        self._forked = (0, 0)  # generation that went back last, and to which step
+        self._forked = identity.identity.last_fork  # generation that went back last, and to which step
         self._shards = PendingShards()
         self._jobs: queue.Queue[tuple[int, Callable[[], None]] | None] = queue.Queue()  # step, work
         self._thread = threading.Thread(target=self._run, name="checkpoint-committer", daemon=True)
@@ -131,7 +131,7 @@ class CheckpointCommitter:
             abandoned = [later for later in list_steps(Storage(self._root)) if later > step]
             if not abandoned and not lost_steps:
                 return
-            self._identity.change(self._identity.identity.forked(step))
+            self._identity.change(self._identity.identity.forked(step, generation))
             timeline = self._identity.identity.timeline
             event = {"event": "timeline", "generation": generation, "step": step, "timeline": timeline}
             self._report(event | {"abandoned": abandoned})

@@ -47,10 +47,12 @@ class RunCoordinator:
         set_timeout(config.checkpoint.timeout_s)
         self._recorder = Recorder(run_dir)
         self._records = StepRecords(run_dir, self._recorder)
-        self._rolled_back = -1  # generation that rolled back last
         units = build_units(param_specs(config.model), config.model.max_unit_elements)
         root = checkpoint_root(config)
         self._identity = IdentityFiles.open(run_dir, root)
+        if not restarted:
+            self._identity.begin_start()
+        self._rolled_back = self._identity.identity.last_fork  # generation that did so last, and to which step
         self._checkpoints = CheckpointCommitter(
             root,
             config.checkpoint.keep,
@@ -114,9 +116,9 @@ class RunCoordinator:
 
     def _roll_back_to(self, generation: int, step: int) -> None:
         """Set aside all records after this step, because the state of this generation came from storage."""
-        if generation == self._rolled_back:
+        if (generation, step) == self._rolled_back:
             return  # a second report of the same generation may come after its first new record
-        self._rolled_back = generation
+        self._rolled_back = generation, step
         dropped = self._records.roll_back_to(step, self._identity.identity.timeline)
         self._checkpoints.roll_back_to(step, generation, dropped)
         if dropped:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from elastic_moe.checkpoint.identity import RunIdentity, read_identity, write_identity
@@ -45,6 +47,12 @@ class IdentityFiles:
     def identity(self) -> RunIdentity:
         """The present identity; safe to read from any thread."""
         return self._identity
+
+    def begin_start(self) -> None:
+        """The run is started: its generations are counted anew. What cannot be written now is written later."""
+        if self._identity.forked_in:
+            with suppress(OSError):
+                self.change(replace(self._identity, forked_in=0))
 
     def change(self, identity: RunIdentity) -> None:
         """Take a new identity, and write it.

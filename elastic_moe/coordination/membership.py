@@ -119,15 +119,33 @@ class Membership:
 
     def refusal(self, hello: msg.HelloMessage) -> str:
         """Why a worker must not register, which is told once for each node; "" if it may."""
-        living = [worker for worker in self._state.records if worker != hello.worker and worker in self._facts]
-        reason = objection(hello, [self._facts[worker] for worker in living])
-        if not reason:
+        if hello.view is not None:
             return ""
-        if hello.node not in self._refused:
-            self._refused.add(hello.node)
-            line = ev.LogEvent("worker_set_aside", hello.worker, hello.node, hello.pid, reason)
-            self._log.command(self._state, self._step, line)
+        living = [worker for worker in self._state.records if worker != hello.worker and worker in self._facts]
+        bearers = [worker for worker in living if self._state.may_bear_state(worker)]
+        facts = facts_of(hello)
+        reason = objection(hello.node, facts, [self._facts[worker] for worker in bearers or living])
+        if reason:
+            self._tell_refused(hello.worker, hello.node, hello.pid, reason)
         return reason
+
+    def _check_newcomers(self) -> None:
+        """Turn newcomers away that registered before those who bear the state, and do not fit to them.
+
+        A coordinator that was restarted may hear of the newcomers first.
+        """
+        bearers = [self._facts[w] for w in self._state.records if w in self._facts and self._state.may_bear_state(w)]
+        for worker in [w for w in self._facts if w in self._state.records and not self._state.may_bear_state(w)]:
+            member = self._state.records[worker].member
+            if reason := objection(member.node, self._facts[worker], bearers):
+                self._tell_refused(worker, member.node, member.pid, reason)
+                self._carry_out(ev.Evict(worker, reason))
+                self.observe(ev.Left(worker))
+
+    def _tell_refused(self, worker: str, node: str, pid: int, reason: str) -> None:
+        if node not in self._refused:
+            self._refused.add(node)
+            self._log.command(self._state, self._step, ev.LogEvent("worker_set_aside", worker, node, pid, reason))
 
     def receive(self, worker: str, message: msg.WorkerMessage) -> None:
         """Take in a message of a worker."""
@@ -150,6 +168,8 @@ class Membership:
                     self._answer(worker, message.sent_s)
                 if isinstance(message, msg.HelloMessage):
                     self._registered(worker, facts_of(message))
+                    if message.view is not None:
+                        self._check_newcomers()
                 if isinstance(message, msg.EnteredMessage):
                     self._log.entered(self._state, self._step, worker, message.generation, message.info or {})
 

@@ -14,29 +14,29 @@ def facts_of(hello: HelloMessage) -> Facts:
     return hello.sources, hello.updates_on
 
 
-def objection(hello: HelloMessage, others: Collection[Facts]) -> str:
-    """Why a worker must not register; "" if it may.
+def objection(node: str, facts: Facts, others: Collection[Facts]) -> str:
+    """Why a worker that brings no state must not be in the run; "" if it may.
 
     With other sources it would fail together with those who are there, for what workers tell one another has no
     version. On another kind of device updates round otherwise, so the copies of a unit would differ. Whoever may have
-    state is let in.
+    state is let in, and is not asked about here.
 
     Args:
-        hello: its first message.
+        node: where it is.
+        facts: what it says of itself.
         others: facts of the run's other workers.
     """
+    source, device = facts
     sources = {known for known, _ in others if known}
     devices = {known for _, known in others if known}
-    if hello.view is not None:
-        return ""
-    if hello.sources and sources and hello.sources not in sources:
+    if source and sources and source not in sources:
         return (
-            f"the files of elastic_moe on node {hello.node} are not those that the run's workers have started with: "
+            f"the files of elastic_moe on node {node} are not those that the run's workers have started with: "
             "put them back, or stop the run and resume it with the new ones"
         )
-    if hello.updates_on and devices and hello.updates_on not in devices:
+    if device and devices and device not in devices:
         return (
-            f"node {hello.node} updates its state on {hello.updates_on}, and the run's workers on "
+            f"node {node} updates its state on {device}, and the run's workers on "
             f"{', '.join(sorted(devices))}: with workers of both kinds, set elastic.state_on=host"
         )
     return ""

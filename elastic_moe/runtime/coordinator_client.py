@@ -300,6 +300,7 @@ class ConnectionThread:
         self._inbox.receive(message)
         if isinstance(message, msg.AliveMessage):
             self.outbox.forget_recorded(message.recorded)
+            self.outbox.forget_entered(message.sent_s)
         return isinstance(message, msg.ProbeMessage)
 
 

@@ -16,6 +16,7 @@ from elastic_moe.control.codec import encode
 from elastic_moe.control.messages import (
     AliveMessage,
     CoordinatorMessage,
+    EnteredMessage,
     EvictedMessage,
     FinishedMessage,
     PauseMessage,
@@ -193,7 +194,8 @@ class Outbox:
 
     A coordinator that died may never have read its last messages. Records are therefore kept after they were sent,
     until the coordinator says that they are in the run's files. The last shard reports are kept too, and so are the
-    worker's `finished` and its last `suspect`. The receiver drops those that it has.
+    worker's `finished` and its last `suspect`, and how it entered a view, until a later heartbeat was answered. The
+    latter comes first, since it may take the records of later steps away. The receiver drops those that it has.
 
     Args:
         wake: called after a message was added.
@@ -206,6 +208,8 @@ class Outbox:
         self._records: deque[tuple[int, bytes]] = deque(maxlen=MAX_SENT)  # (step, line)
         self._shards: deque[bytes] = deque(maxlen=RECENT)
         self._last: dict[type, bytes] = {}
+        self._entered = b""  # the line, and when it was sent
+        self._entered_s = 0.0
         self._empty = threading.Event()
         self._empty.set()
 
@@ -230,7 +234,8 @@ class Outbox:
     def resent(self) -> bytes:
         """Messages that were sent on an older connection and may have been lost with it."""
         with self._lock:
-            return b"".join([*(line for _, line in self._records), *self._shards, *self._last.values()])
+            records = [line for _, line in self._records]
+            return b"".join([self._entered, *records, *self._shards, *self._last.values()])
 
     def waiting(self) -> list[bytes]:
         """Messages that were not sent yet."""
@@ -248,6 +253,9 @@ class Outbox:
                     self._shards.append(line)
                 elif isinstance(message, FinishedMessage | SuspectMessage):
                     self._last[type(message)] = line
+                elif isinstance(message, EnteredMessage):
+                    self._entered = b"" if message.info is None else line  # a hello tells the rest
+                    self._entered_s = time.monotonic()
             if not self._waiting:
                 self._empty.set()
 
@@ -257,6 +265,12 @@ class Outbox:
             kept = [] if step is None else [(at, line) for at, line in self._records if at > step]
             if len(kept) < len(self._records):
                 self._records = deque(kept, maxlen=MAX_SENT)
+
+    def forget_entered(self, heard_s: float) -> None:
+        """The coordinator has read all that was sent before this time."""
+        with self._lock:
+            if heard_s > self._entered_s:
+                self._entered = b""
 
     def abandon(self) -> None:
         """Nobody sends any more: end every wait."""

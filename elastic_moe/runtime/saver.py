@@ -1,8 +1,9 @@
 """Decides when a worker's part of a checkpoint is due, and sees to it that the last one is complete.
 
 A checkpoint is due at every `checkpoint.every_steps`-th step, at the last step, and after the step whose vote has a
-wish for one. A rank wishes for one when the coordinator asks for it, and when `checkpoint.every_minutes` have passed on
-its clock. The sum of the wishes is the same on every rank, so all ranks save the same step.
+wish for one. A rank wishes for one when the coordinator asks for it, when `checkpoint.every_minutes` have passed on
+its clock, and when the run has left data out (`optim.spike=rollback`): only checkpoints tell a resumed run of that. The
+sum of the wishes is the same on every rank, so all ranks save the same step.
 """
 
 from __future__ import annotations
@@ -70,19 +71,20 @@ class Saver:
         self._asked, self._clock = asked, clock
         self._saved_step = self._answered = -1
         self._saved_s: float | None = None  # None before the first view
+        self._skipped = 0  # batches left out, as far as this rank need not see to it that they are saved
 
     def begin_view(self) -> None:
         """A view is entered, perhaps at an earlier step than the last checkpoint."""
         self._saved_step = min(self._saved_step, self._local.committed)
         self._answered = min(self._answered, self._local.committed)
         if self._saved_s is None:
-            self._saved_s = self._clock()
+            self._saved_s, self._skipped = self._clock(), self._local.position.skipped
 
     def wishes(self) -> bool:
         """Whether this rank wishes for a checkpoint of the step in flight."""
         every_s = 60 * self._config.checkpoint.every_minutes
         too_long = 0 < every_s <= self._clock() - (self._saved_s or 0.0)
-        return too_long or self._asked() > self._answered
+        return too_long or self._asked() > self._answered or self._local.position.skipped != self._skipped
 
     def save_if_due(self, context: GenerationContext, wished: bool) -> None:
         """Save the committed step if that is due. `wished`: a rank wished for it in the step's vote."""
@@ -165,7 +167,7 @@ class Saver:
         step, generation = self._local.committed, share.generation
         tag, skipped = f"g{generation:05d}-r{share.rank:05d}", self._local.position.skipped
         self._writer.save(step, tag, share.held, share.units, generation, skipped)
-        self._saved_step, self._saved_s = step, self._clock()
+        self._saved_step, self._saved_s, self._skipped = step, self._clock(), skipped
         self._answered = max(self._asked(), step)  # this state, or a later one, is all there is
 
 

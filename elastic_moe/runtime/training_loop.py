@@ -11,7 +11,7 @@ from typing import NoReturn
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.nonfinite import NonFiniteCount
 from elastic_moe.control.rebalance import Rebalancer
-from elastic_moe.control.spikes import FEWEST, ROLLBACKS
+from elastic_moe.control.spikes import ROLLBACKS, RollbackCount
 from elastic_moe.control.vote import VoteResult, Wishes
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import Diverged, FaultyWorker, GoesBack, GroupAborted, StateUnclear
@@ -55,7 +55,7 @@ class TrainingLoop:
         self._nonfinite = NonFiniteCount()
         self._repaired = 0  # steps in which copies of this worker were wrong
         self._unclear = 0  # times that nobody could tell a right copy
-        self._rollbacks = self._good_steps = 0  # since the last run of `FEWEST` steps without a spike; steps since one
+        self._rollbacks = RollbackCount()
 
     def train(
         self,
@@ -121,9 +121,7 @@ class TrainingLoop:
         workers = [member.worker for member in members]
         self._nonfinite = count = self._nonfinite.after(skipped, workers, len(view.active_ranks))
         if not skipped:
-            self._good_steps += 1
-            if self._good_steps >= FEWEST:
-                self._rollbacks = 0
+            self._rollbacks.after_update(self._local.committed)
             return
         vote = self._local.vote
         spike = vote is not None and vote.spike
@@ -145,8 +143,7 @@ class TrainingLoop:
     def _go_back(self) -> NoReturn:
         """Leave this generation, so that the next one goes on from a checkpoint, with the data after the spike."""
         what = f"the loss or the gradient of step {self._local.committed} is far above those before"
-        self._rollbacks, self._good_steps = self._rollbacks + 1, 0
-        if self._rollbacks > ROLLBACKS:
+        if not self._rollbacks.after_spike(self._local.committed):
             raise Diverged(
                 f"{what}, as {ROLLBACKS} times before, after which the run went back to a checkpoint; the run has "
                 "diverged: go on from an earlier checkpoint with a lower optim.lr."

@@ -171,3 +171,16 @@ def test_without_a_checkpoint_the_run_goes_on_without_the_update(tmp_path: Path)
         assert _told(run) == [(SPIKE, 1)]
         assert _went_back(run) == []
         assert [record["step"] for record in run.records() if record["skipped"]] == [SPIKE]
+
+
+def test_a_run_that_makes_many_steps_again_has_nobody_that_hangs(tmp_path: Path) -> None:
+    """The steps that its members report fall on the way back. That is no standstill, however long they stay low."""
+    config = _back_config(tmp_path, steps=100_000)
+    elastic = replace(config.elastic, hang_timeout_s=6.0)
+    with _run(replace(config, elastic=elastic), 2, pause_s=0.35) as run:
+        (run.dir / HURRY).touch()
+        back = run.wait("the way back", lambda s: s["generation"] > 1 and s["entered"])
+        (run.dir / HURRY).unlink()
+        run.wait_step(SPIKE + 2)  # at least 40 steps, which take longer than anybody may stand still
+        assert run.coordinator.status()["generation"] == back["generation"], run.events()[-5:]
+        _stop(run)

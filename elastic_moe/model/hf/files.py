@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from elastic_moe.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MAX_JSON = 1 << 28  # bytes; the index of a model of 100,000 tensors has some ten million
 FLOATS = {"F64", "F32", "F16", "BF16"}
 INTEGERS = {"I64", "I32", "I16", "U8"}
 
@@ -40,7 +41,12 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is not one, or cannot be read.
     """
     try:
+        _require_file(path)
+        if path.stat().st_size > MAX_JSON:
+            raise UserError(f"{path} has {path.stat().st_size} bytes, more than any such file.")
         content = json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -104,11 +110,22 @@ def opened(path: Path) -> Iterator[Any]:
     Raises:
         UserError: it cannot be read.
     """
+    _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {_first_line(error)}.") from error
+
+
+def _require_file(path: Path) -> None:
+    """Check that there is a file and nothing else: to open a pipe would hang, and a device may have no end.
+
+    Raises:
+        UserError: there is something else.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file.")
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from elastic_moe.checkpoint import inventory as inventory_module
+from elastic_moe.checkpoint import local_file
 from elastic_moe.checkpoint import reader as reader_module
 from elastic_moe.checkpoint import storage as storage_module
 from elastic_moe.checkpoint.manifest import MANIFEST, SKIPPED_BATCHES, Manifest
@@ -175,7 +176,7 @@ def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage_module, "_sync", full)
+        patch.setattr(local_file, "_sync", full)
         with pytest.raises(OSError, match="No space left"):
             write_shard(str(tmp_path), 1, "r0", state_of(1, UNITS))
     assert len(calls) == storage_module.ATTEMPTS

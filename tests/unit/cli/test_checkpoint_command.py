@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
         )
         write_manifest(str(tmp_path), step, [shard], identity.meta() | {"time": 1e9})
     write_shard(str(tmp_path), 40, "r0", {"a/weight": torch.ones(4)})
-    write_identity(Storage(str(tmp_path)), identity.forked(20))
+    write_identity(Storage(str(tmp_path)), identity.forked(20, 2))
     return tmp_path
 
 

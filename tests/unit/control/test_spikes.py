@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 
-from elastic_moe.control.spikes import FEWEST, SIGMAS, WINDOW, DataPosition, SpikeGuard
+from elastic_moe.control.spikes import FEWEST, ROLLBACKS, SIGMAS, WINDOW, DataPosition, RollbackCount, SpikeGuard
 
 
 def _guard(values: list[tuple[float, float]]) -> SpikeGuard:
@@ -72,3 +72,20 @@ def test_a_run_that_goes_back_leaves_out_the_batches_up_to_the_spikes() -> None:
 def test_one_rank_that_knows_of_the_spike_is_enough() -> None:
     knows, does_not = DataPosition(5).after_spike(200), DataPosition(5)
     assert DataPosition.agreed([does_not, knows, does_not]) == knows
+
+
+def test_a_run_that_comes_no_further_than_its_spike_ends_however_many_steps_it_makes_again() -> None:
+    count = RollbackCount()
+    for _ in range(ROLLBACKS):
+        for step in range(1, 10 * FEWEST):
+            count.after_update(step)
+        assert count.after_spike(10 * FEWEST)
+    assert not count.after_spike(9 * FEWEST)
+
+
+def test_a_run_that_gets_on_may_go_back_again() -> None:
+    count = RollbackCount()
+    for spiked in range(100, 1000, 100):
+        for step in range(spiked - 50, spiked + FEWEST + 1):
+            count.after_update(step)
+        assert count.after_spike(spiked + FEWEST + 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_moe.config.pace import pace
@@ -24,6 +26,7 @@ def _members(*numbers: int) -> list[Member]:
     return [Member(f"w{n}", f"n{n // 4}", n) for n in numbers]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 30), unique=True), st.lists(st.integers(0, 40), unique=True), st.booleans(), st.booleans()
 )
@@ -62,6 +65,33 @@ def test_a_change_of_another_view_is_refused() -> None:
     for wrong in (None, _message(2, _members(*range(8))), after):
         with pytest.raises(ValueError, match="generation 4 is told as a change of 3"):
             changed(wrong, change)
+
+
+def test_a_change_without_members_that_the_view_does_not_have_is_refused() -> None:
+    change = change_between(_message(3, _members(*range(8))), _message(4, _members(*range(7))))
+    assert change is not None
+    with pytest.raises(ValueError, match="does not have"):
+        changed(_message(3, _members(*range(7))), change)
+
+
+@settings(deadline=None)
+@given(st.lists(st.frozensets(st.integers(0, 12), min_size=6), min_size=2, max_size=6), st.data())
+def test_changes_that_are_lost_repeated_or_out_of_order_give_the_right_view_or_none(
+    members: list[frozenset[int]], data: st.DataObject
+) -> None:
+    views = [_message(2 * i + 1, _members(*sorted(numbers))) for i, numbers in enumerate(members)]
+    told = [change_between(before, after) or after for before, after in pairwise(views)]
+    known: ViewMessage | None = views[0]
+    for i in data.draw(st.lists(st.integers(0, len(told) - 1), max_size=8)):
+        message = told[i]
+        if isinstance(message, ViewMessage):
+            known = message
+            continue
+        try:
+            known = changed(known, message)
+        except ValueError:
+            known = None  # a new connection, which begins with no view
+        assert known is None or known == views[i + 1]
 
 
 def test_the_pace_follows_the_number_of_members() -> None:

@@ -65,7 +65,9 @@ def test_going_back_deletes_nothing_until_the_new_timeline_has_passed(tmp_path: 
     found = find_latest(root)
     assert found is not None
     assert found.step == 20
-    committer = CheckpointCommitter(root, 2, ["a"], {}, events.append, _identity(tmp_path))
+    files = _identity(tmp_path)
+    files.begin_start()
+    committer = CheckpointCommitter(root, 2, ["a"], {}, events.append, files)
     committer.add(_write(root, 25, ["a"], "r0"))
     committer.close()
     if lost == "run.json":
@@ -147,3 +149,43 @@ def test_shards_that_are_written_again_complete_a_checkpoint_whose_manifest_fail
     committer.add(report)
     committer.close()
     assert [event["event"] for event in events] == ["checkpoint_failed", "checkpoint"]
+
+
+def test_shards_that_a_timeline_left_behind_complete_nothing_when_they_are_told_to_a_restarted_coordinator(
+    tmp_path: Path,
+) -> None:
+    """Workers repeat their last reports. The checkpoint would count as one of the new timeline, with its old state."""
+    root = str(tmp_path)
+    committer = CheckpointCommitter(root, 9, ["a", "b"], {}, lambda _: None, _identity(tmp_path))
+    whole = [_write(root, 10, ["a", "b"], "r0")]
+    left = [_write(root, 20, ["a"], "r0"), _write(root, 20, ["b"], "r1")]
+    committer.add(whole[0])
+    committer.add(left[0])
+    committer.roll_back_to(10, 5, 3)
+    committer.close()
+    committer = CheckpointCommitter(root, 9, ["a", "b"], {}, lambda _: None, _identity(tmp_path))
+    for report in whole + left:
+        committer.add(report)
+    new = _write(root, 15, ["a", "b"], "r0") | {"generation": 5}
+    committer.add(new)
+    committer.close()
+    found = find_latest(root)
+    assert found is not None
+    assert found.step == 15
+    assert not (tmp_path / "step_00000020" / "manifest.json").exists()
+
+
+def test_generations_of_an_earlier_start_tell_nothing_about_those_of_a_new_one(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    committer = CheckpointCommitter(root, 9, ["a"], {}, lambda _: None, _identity(tmp_path))
+    committer.roll_back_to(10, 5, 3)
+    committer.close()
+    files = _identity(tmp_path)
+    files.begin_start()
+    for identity in (files, _identity(tmp_path)):  # of this coordinator, and of one after it
+        committer = CheckpointCommitter(root, 9, ["a"], {}, lambda _: None, identity)
+        committer.add(_write(root, 20, ["a"], "r0"))
+        committer.close()
+        found = find_latest(root)
+        assert found is not None
+        assert found.step == 20

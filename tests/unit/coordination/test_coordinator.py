@@ -100,3 +100,24 @@ def test_records_come_from_memory_if_it_has_them_all(tmp_path: Path, monkeypatch
     assert _steps(records.since(4)) == [5, 6, 7]
     assert records.since(7) == []
     recorder.close()
+
+
+def _life(tmp_path: Path, restarted: bool) -> RunCoordinator:
+    config = TrainConfig(run=RunConfig(dir=str(tmp_path), steps=5), model=ModelConfig(num_layers=1))
+    return RunCoordinator(config, "token", 1, restarted=restarted)
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_restarted_coordinator_knows_that_the_run_has_gone_back_and_a_new_start_counts_anew(
+    tmp_path: Path, restarted: bool
+) -> None:
+    """How a view was entered is told again where a coordinator may have died before it read that."""
+    first = _life(tmp_path, False)
+    _add(first, 1, 2, 3, 4)
+    first._on_event(_entered("checkpoint", 2, 2))
+    _add(first, 3)
+    first.close()
+    second = _life(tmp_path, restarted)
+    second._on_event(_entered("checkpoint", 2, 2))
+    assert _steps(second.records_since(0)) == ([1, 2, 3] if restarted else [1, 2])
+    second.close()

@@ -22,14 +22,15 @@ STORE = ("127.0.0.1", 7)
 class Run:
     """A membership with connections that record."""
 
-    def __init__(self, target: int, **elastic: Any) -> None:
+    def __init__(self, target: int, restarted: bool = False, **elastic: Any) -> None:
         self.sent: list[tuple[str, msg.CoordinatorMessage]] = []
         self.closed: list[str] = []
         self.records: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.shards: list[dict[str, Any]] = []
         config = TrainConfig(elastic=ElasticConfig(**elastic), run=RunConfig(steps=10))
-        self.membership = Membership(config, target, self, self.records.append, self.events.append, self.shards.append)
+        sinks = (self.records.append, self.events.append, self.shards.append)
+        self.membership = Membership(config, target, self, *sinks, restarted)
 
     @property
     def store_address(self) -> tuple[str, int]:
@@ -260,3 +261,37 @@ def test_the_time_until_a_view_is_entered_counts_from_its_publication_or_from_th
     log.entered(state, 0, "a", 3, {})
     assert lines[-1]["total_s"] == (2.0 if published else 12.0)
     assert lines[-1]["time"] == 5.0
+
+
+def _hello(worker: str, sources: str, device: str, view: View | None = None) -> msg.HelloMessage:
+    entered = view.generation if view is not None else 0
+    return msg.HelloMessage(
+        "token", worker, f"n-{worker}", 1, ready=True, view=view, entered=entered, sources=sources, updates_on=device
+    )
+
+
+@pytest.mark.parametrize("odd", [("new", "cpu"), ("old", "cuda")])
+def test_newcomers_that_a_new_coordinator_hears_first_must_fit_to_the_old_members(odd: tuple[str, str]) -> None:
+    run = Run(2, restarted=True)
+    view = View(7, (Member("a", "n-a", 1), Member("b", "n-b", 1)))
+    hellos = [_hello("x", *odd), _hello("y", "", ""), _hello("a", "old", "cpu", view), _hello("b", "old", "cpu", view)]
+    for hello in hellos:
+        assert not run.membership.refusal(hello)
+        run.membership.receive(hello.worker, hello)
+    (evicted,) = run.to("x", msg.EvictedMessage)
+    assert "node n-x" in evicted.reason
+    assert run.closed == ["x"]
+    assert [event["worker"] for event in run.events if event["event"] == "worker_set_aside"] == ["x"]
+    assert list(run.membership._state.records) == ["y", "a", "b"]
+    assert run.membership.refusal(_hello("z", *odd)), "the next one"
+    assert not run.membership.refusal(_hello("z", "old", "cpu"))
+
+
+def test_newcomers_that_fit_to_others_without_state_but_not_to_the_members_are_refused() -> None:
+    run = Run(3, restarted=True)
+    view = View(7, (Member("a", "n-a", 1),))
+    for hello in (_hello("a", "old", "cpu", view), _hello("b", "new", "cpu", View(3, (Member("b", "n-b", 1),)))):
+        run.membership.receive(hello.worker, hello)  # both may bear state
+    assert not run.membership.refusal(_hello("c", "new", "cpu"))
+    run.membership.observe(ev.Lost("b"))
+    assert run.membership.refusal(_hello("c", "new", "cpu"))

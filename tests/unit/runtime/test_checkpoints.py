@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from elastic_moe.checkpoint import local_file
 from elastic_moe.checkpoint import storage as storage_module
 from elastic_moe.checkpoint.reader import load_manifest, read_units
 from elastic_moe.checkpoint.writer import write_manifest
@@ -96,7 +97,7 @@ def test_a_failed_write_is_an_event_and_the_next_one_succeeds(
 
     monkeypatch.setattr(storage_module.time, "sleep", lambda _: None)
     with monkeypatch.context() as patch:
-        patch.setattr(storage_module, "_sync", full)
+        patch.setattr(local_file, "_sync", full)
         writer.save(7, "r0", held(), OWNED, 1)
         assert not writer.wait_written(7, PATIENCE_S)
         writer.save(7, "r0", held(), OWNED, 2)

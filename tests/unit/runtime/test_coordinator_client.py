@@ -14,6 +14,7 @@ import pytest
 
 from elastic_moe.control import messages as msg
 from elastic_moe.control.codec import decode_from_worker, encode
+from elastic_moe.control.view_changes import change_between
 from elastic_moe.errors import CoordinatorLost, Evicted
 from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
@@ -71,6 +72,27 @@ def test_nonsense_of_a_coordinator_makes_a_new_connection(listener: socket.socke
         assert isinstance(decode_from_worker(lines.readline()), msg.HelloMessage)
         again.sendall(encode(view(1, "w")))
         assert client.wait_view(0) == view(1, "w")
+
+
+@pytest.mark.parametrize("sent", [(1, 3), (1, 2, 2), (2,), (1, 3, 2)])
+def test_a_change_of_a_view_that_the_connection_did_not_bring_makes_a_new_connection(
+    listener: socket.socket, client: CoordinatorClient, sent: tuple[int, ...]
+) -> None:
+    """Lost, repeated, or out of order: no view is formed of it, and the coordinator tells the whole one."""
+    views = {1: view(1, "w", *"abcdef"), 2: view(2, "w", *"abcde"), 3: view(3, "w", *"abcd")}
+    changes = {number: change_between(views[number - 1], views[number]) for number in (2, 3)}
+    client.start()
+    first, _ = listener.accept()
+    with first:
+        for number in sent:
+            first.sendall(encode(changes.get(number) or views[number]))
+        again, _ = listener.accept()
+    with again, again.makefile("rb") as lines:
+        hello = decode_from_worker(lines.readline())
+        assert isinstance(hello, msg.HelloMessage)
+        assert hello.view == {(1, 3): views[1].view, (1, 2, 2): views[2].view, (2,): None}.get(sent, views[1].view)
+        again.sendall(encode(views[3]))
+        assert client.wait_view(2) == views[3]
 
 
 def test_an_unexpected_error_of_find_does_not_end_the_thread(listener: socket.socket) -> None:
@@ -282,3 +304,20 @@ def test_a_hold_is_waited_for_like_a_view_and_is_not_one() -> None:
     inbox.begin_view(view(6, "w").view, aborted.append)
     assert len(aborted) == 2, "the view ended the save, and no save ends the view"
     assert inbox.wait_view(5) == view(6, "w", planned=False)
+
+
+def test_how_a_view_was_entered_is_told_again_and_first_until_the_coordinator_has_surely_read_it() -> None:
+    outbox = Outbox(lambda: None)
+    entered, record = msg.EnteredMessage(4, {"source": "checkpoint", "step": 6}), msg.RecordMessage({"step": 7})
+    before_s = time.monotonic()
+    for message in (record, entered):
+        outbox.add(message)
+    outbox.mark_sent(2)
+    outbox.forget_entered(before_s)
+    assert outbox.resent() == encode(entered) + encode(record)
+    outbox.forget_entered(time.monotonic() + 1)
+    assert outbox.resent() == encode(record)
+    for message in (entered, msg.EnteredMessage(5)):
+        outbox.add(message)
+    outbox.mark_sent(2)
+    assert outbox.resent() == encode(record), "the newest view was entered as others say"

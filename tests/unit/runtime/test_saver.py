@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 
 from elastic_moe.config.schema import CheckpointConfig, TrainConfig
+from elastic_moe.control.spikes import DataPosition
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.saver import Saver
 
@@ -15,9 +16,9 @@ from elastic_moe.runtime.saver import Saver
 class Rank:
     """A saver whose clock, state and coordinator the test sets; `saved` has the steps that it saved."""
 
-    def __init__(self, **checkpoint: Any) -> None:
+    def __init__(self, skipped: int = 0, **checkpoint: Any) -> None:
         self.now_s, self.asked, self.saved = 1000.0, -1, list[int]()
-        self.local = LocalState(committed=0)
+        self.local = LocalState(committed=0, position=DataPosition(skipped))
         config = TrainConfig(checkpoint=CheckpointConfig(**checkpoint))
         writer = cast(Any, SimpleNamespace(save=lambda step, *_: self.saved.append(step)))
         reporter = cast(Any, None)
@@ -93,3 +94,20 @@ def test_a_step_is_saved_once_in_a_view() -> None:
     rank.steps(4)
     rank.saver.save(rank.context)
     assert rank.saved == [4]
+
+
+def test_that_data_was_left_out_is_saved_at_once() -> None:
+    """A run that is resumed before the next checkpoint is due would compute the data again that led to a spike."""
+    rank = Rank(every_steps=100)
+    rank.steps(3)
+    assert rank.saved == []
+    rank.local.committed, rank.local.position = 0, DataPosition(skipped=3)
+    rank.saver.begin_view()
+    rank.steps(4)
+    assert rank.saved == [1]
+
+
+def test_data_that_was_left_out_before_a_start_is_no_reason_to_save() -> None:
+    rank = Rank(every_steps=100, skipped=7)
+    rank.steps(4)
+    assert rank.saved == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import shutil
@@ -16,7 +17,8 @@ import torch
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.data.tokenizer import BpeTokenizer
 from elastic_moe.errors import UserError
-from elastic_moe.model.hf.checkpoint import INDEX, write_checkpoint
+from elastic_moe.model.hf.checkpoint import INDEX, HFCheckpoint, write_checkpoint
+from elastic_moe.model.hf.files import MAX_JSON
 from elastic_moe.model.params import param_specs
 from elastic_moe.saved import open_model
 
@@ -176,3 +178,22 @@ def test_the_index_names_files_beside_it_only(origin: Path, tmp_path: Path, name
     (directory / INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError, match="which is no safetensors file beside it"):
         read(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "model-00001-of-00004.safetensors"])
+def test_what_is_no_file_is_a_sentence(origin: Path, tmp_path: Path, name: str) -> None:
+    """To open a pipe would wait for ever, and a device has no end."""
+    for number, put in enumerate((os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"))):
+        directory = tmp_path / str(number)
+        shutil.copytree(origin, directory)
+        (directory / name).unlink()
+        put(directory / name)
+        with pytest.raises(UserError, match=f"{name} is no file"):
+            HFCheckpoint(directory, ModelConfig())
+
+
+def test_a_list_of_files_without_an_end_is_a_sentence(origin: Path, tmp_path: Path) -> None:
+    shutil.copytree(origin, tmp_path / "hf")
+    os.truncate(tmp_path / "hf" / INDEX, MAX_JSON + 1)
+    with pytest.raises(UserError, match="more than any such file"):
+        open_model(str(tmp_path / "hf"))

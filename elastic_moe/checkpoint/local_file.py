@@ -1,0 +1,77 @@
+"""Files of a local file system: written atomically, and opened only if they are files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from elastic_moe.checkpoint.bounded import Activity
+
+PIECE = 1 << 23  # bytes that are read, hashed or written at once, while other threads run
+_SYNC_BYTES = 1 << 26  # a file is synced so often: one sync at the end could take longer than the time-out
+
+
+def in_pieces(parts: Iterable[memoryview]) -> Iterable[memoryview]:
+    """The bytes of some buffers, in views of at most `PIECE` bytes."""
+    for part in parts:
+        for start in range(0, len(part), PIECE):
+            yield part[start : start + PIECE]
+
+
+def is_regular(path: str) -> bool:
+    """Whether a path leads to a file. To open a pipe would hang, and a device may have no end.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        OSError: nothing can be known now.
+    """
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
+
+
+def write_file(path: str, parts: Sequence[memoryview], activity: Activity) -> None:
+    """Write a file under a temporary name, sync it to disk and rename it, so its name never shows a partial file.
+
+    Args:
+        path: of the file; its directory is made.
+        parts: the file's bytes, which are not copied.
+        activity: told of the bytes that are written.
+    """
+    parent = os.path.dirname(path)
+    os.makedirs(parent, exist_ok=True)
+    temporary = f"{parent}/.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            unsynced = 0
+            for piece in in_pieces(parts):
+                written = 0
+                while written < len(piece):
+                    written += file.write(piece[written:])
+                unsynced += len(piece)
+                if unsynced >= _SYNC_BYTES:
+                    os.fsync(file.fileno())
+                    unsynced = 0
+                activity.moved(len(piece))
+        _sync(temporary)
+        activity.moved(0)
+        os.replace(temporary, path)
+        _sync(parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -41,7 +41,7 @@ from elastic_moe.actors.link import (
 from elastic_moe.actors.operate import announced
 from elastic_moe.actors.outcome import Ended, conclude
 from elastic_moe.actors.stop import Stop, signals
-from elastic_moe.actors.take_over import take_over
+from elastic_moe.actors.take_over import TAKES_OVER, take_over
 from elastic_moe.checkpoint.storage import probe, set_timeout
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.lease import Lease, lost, own
@@ -234,7 +234,7 @@ class _Driver:
         training = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         training.start()
         link = CoordinatorLink(self.name)
-        asked_s, interrupted = -ASK_AGAIN_S, False
+        asked_s, interrupted, taken = -ASK_AGAIN_S, False, ""
         try:
             with tqdm(total=self.config.run.steps, unit="step", dynamic_ncols=True, disable=None) as bar:
                 while training.is_alive():
@@ -253,11 +253,14 @@ class _Driver:
             interrupted = True
         except Exception as error:  # noqa: BLE001 - of this display: the run is not to end unsaved
             self.error = error
+        if taken and link.poll().get("reason") == TAKES_OVER:  # on this cluster: it lets coordinator and workers save
+            return conclude(Ended(self.config, self.stop, self.error, self.status))
         try:
             if not interrupted:
                 self._save_last(link)
                 self.status = ray.get(coordinator.status.remote(), timeout=CLOSE_TIMEOUT_S)
-            ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)
+            if not taken:  # else it would write into directories that another start owns
+                ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
             print(f"the coordinator did not end cleanly: {error}", file=sys.stderr)
         if self.trainer is not None and self.trainer.controller is not None:

@@ -79,7 +79,10 @@ def begin(found: Found, resume: bool, new: dict[str, Any], changed: tuple[str, .
         IdentityFiles(run_dir, found.root, identity).change(identity)
     except OSError as error:
         raise UserError(f"checkpoint.dir={found.root} cannot be written: {error}") from error
-    _write_config(run_dir, raw_yaml)
+    try:
+        _write_config(run_dir, raw_yaml)
+    except OSError as error:
+        raise UserError(f"run.dir={run_dir} cannot keep the configuration: {error}") from error
     if changed:
         print(f"elastic_moe: note: this start changes the run: {'; '.join(changed)}", file=sys.stderr)
         recorder = Recorder(run_dir)
@@ -127,7 +130,7 @@ def _write_config(run_dir: Path, raw_yaml: str) -> None:
     current = run_dir / CONFIG
     if current.is_file() and not any(kept.iterdir()):
         (kept / "0000.yaml").write_bytes(current.read_bytes())  # of a version that kept only the newest
-    number = max((int(path.stem) for path in kept.glob("[0-9]*.yaml") if path.stem.isdigit()), default=0) + 1
+    number = max((int(path.stem) for path in kept.glob("[0-9]*.yaml") if path.stem.isdecimal()), default=0) + 1
     for path in (kept / f"{number:04d}.yaml", current):
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(raw_yaml)

@@ -15,6 +15,7 @@ from elastic_moe.actors.link import NAMESPACE, OVER, CoordinatorLink, actor_name
 from elastic_moe.coordination.start import Found
 from elastic_moe.errors import UserError
 
+TAKES_OVER = "another start of the run takes over"
 PATIENCE_S = 600.0  # for workers that save; the coordinator bounds it too, see `DriverWatcher`
 SILENT_S = 120.0  # a coordinator without an answer for so long is not started again: its node is gone
 ALONE_S = 30.0  # after the end of the run, for the coordinator of a dead driver to end all by itself
@@ -45,7 +46,7 @@ def take_over(found: Found) -> bool:
     told = f"they save their state first, which is waited for at most {PATIENCE_S:.0f} s"
     print(f"elastic_moe: note: the coordinator and workers of an earlier start still live: {told}", file=sys.stderr)
     link = CoordinatorLink(name)
-    link.submit({"event": "stop", "reason": "another start of the run takes over"})
+    link.submit({"event": "stop", "reason": TAKES_OVER})
 
     def over() -> bool:
         return not _exists(name) or link.poll().get("phase") in OVER or link.silent_s > SILENT_S

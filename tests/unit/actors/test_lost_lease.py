@@ -1,4 +1,4 @@
-"""A driver whose directory another process has taken over ends its run at once, and asks for nothing more."""
+"""A driver whose directory another process has taken over ends its run, and writes nothing more."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from elastic_moe.actors import driver
 from elastic_moe.actors.outcome import Ended
 from elastic_moe.actors.stop import Stop
+from elastic_moe.actors.take_over import TAKES_OVER
 from elastic_moe.config.schema import RunConfig, TrainConfig
 from elastic_moe.coordination.lease import Lease, lost
 
@@ -26,14 +27,17 @@ class Bar:
         pass
 
 
-def test_the_run_ends_without_a_save_and_tells_which_directory_was_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("on_this_cluster", [False, True])
+def test_nothing_more_is_written_and_it_is_told_which_directory_was_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_this_cluster: bool
 ) -> None:
+    """Where the other start is on this cluster, it lets coordinator and workers save: they are left to it."""
     held, taken = Lease(str(tmp_path / "run"), "run.dir"), Lease(str(tmp_path / "root"), "checkpoint.dir")
     shown, submitted, ended, killed = list[int](), list[Any](), list[str](), list[Any]()
     trains, concluded = threading.Event(), list[Ended]()
-    close = SimpleNamespace(remote=lambda: "closed")
-    coordinator = SimpleNamespace(close=close)
+    closed, status = list[int](), {"reason": TAKES_OVER if on_this_cluster else "join"}
+    coordinator = SimpleNamespace(close=SimpleNamespace(remote=lambda: closed.append(1)))
+    link = SimpleNamespace(submit=submitted.append, poll=lambda: status)
 
     def show(*_: Any) -> None:
         shown.append(1)
@@ -44,7 +48,7 @@ def test_the_run_ends_without_a_save_and_tells_which_directory_was_taken(
         return 1
 
     monkeypatch.setattr(driver, "start_coordinator", lambda *_: coordinator)
-    monkeypatch.setattr(driver, "CoordinatorLink", lambda _: SimpleNamespace(submit=submitted.append))
+    monkeypatch.setattr(driver, "CoordinatorLink", lambda _: link)
     monkeypatch.setattr(driver, "ray", SimpleNamespace(get=lambda value, timeout: value, kill=killed.append))
     monkeypatch.setattr(driver, "tqdm", lambda **_: Bar())
     monkeypatch.setattr(driver, "end_all", ended.append)
@@ -60,7 +64,8 @@ def test_the_run_ends_without_a_save_and_tells_which_directory_was_taken(
         trains.set()
     assert len(shown) == 2, "it goes on while it holds both, and no longer"
     assert submitted == [], "no save is asked for in a directory of another process"
-    assert (ended, killed) == (["name"], [coordinator])
+    assert (ended, killed) == (([], []) if on_this_cluster else (["name"], [coordinator]))
+    assert closed == [], "a coordinator that closes completes and removes checkpoints"
     assert f"another process has taken over checkpoint.dir={tmp_path}/root" in str(concluded[0].error)
 
 

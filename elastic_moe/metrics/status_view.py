@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from elastic_moe.metrics.format_event import format_event, format_loss
@@ -69,11 +71,11 @@ def _state(live: Mapping[str, Any] | None, events: Sequence[Mapping[str, Any]]) 
 
 
 def _left(records: Sequence[Mapping[str, Any]], steps: int, now_s: float, live: Mapping[str, Any] | None) -> str:
-    """The time left, from the pace of the last steps."""
+    """The time left, from the pace of the last steps; a pause among them is no pace."""
     recent = records[-RATE_STEPS:]
     if live is None or live["phase"] != "running" or len(recent) < 2:
         return ""
-    took_s = (recent[-1]["time"] - recent[0]["time"]) / (len(recent) - 1)
+    took_s = median(after["time"] - before["time"] for before, after in pairwise(recent))
     return f", {_ago(took_s * (steps - int(recent[-1]['step'])))} left"
 
 

@@ -79,7 +79,6 @@ def test_a_job_is_scaled_paused_drained_stopped_and_resumed_and_no_step_is_done_
     shown = operator.call("status")
     assert shown.returncode == 0, shown.stderr
     assert "2 workers, at most 2 workers" in shown.stdout
-    assert "scale: asked for by elastic-moe ctl: at most 2 workers" in shown.stdout
 
     assert "the run has ended" in operator.ask("stop")
     until(lambda: not drivers(run) and not coordinators(head), "the end of the job", 200.0)

@@ -179,6 +179,17 @@ class Group:
         """Return once every rank has entered."""
         self.all_reduce(torch.zeros(1, device=HOST))
 
+    def attest(self) -> None:
+        """Return once every rank has said that all operations it has waited for on this group ended without an abort.
+
+        Only then do the bytes that the group's operations brought prove anything: see "Garbage after an abort" in
+        `backend.py`. Whatever they brought may enter the training state only after it.
+
+        Raises:
+            GroupAborted: this rank, or another one, has been aborted: what arrived may be anything.
+        """
+        self.barrier()  # over the host's backend; a rank that was aborted, or whose operation failed, never enters it
+
     def close(self) -> None:
         """Release the group and its subgroups. Never blocks; the caller may use its tensors again."""
         for backend in self._backends.values():

@@ -1,4 +1,4 @@
-"""Transfers whose bytes prove nothing: what they brought joins the state only once all ranks have said theirs ended well.
+"""Transfers whose bytes prove nothing: they are state only once all ranks have said that theirs ended well.
 
 The group is a stand-in for one over NCCL, where a rank that is aborted lets its peers complete with wrong bytes.
 """

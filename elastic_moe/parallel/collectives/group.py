@@ -1,8 +1,8 @@
 """Collectives as the rest of the package sees them: `Group`, one per generation, and `Pending`, an operation under way.
 
 `Group` gives every operation to the backend of its tensors' device, counts operations for the heartbeats, and raises
-`GroupAborted` when the generation is over or a peer is lost. The bytes are the backends' business (`backend.py`). A
-further backend is one file, and one line in `BACKENDS`.
+`GroupAborted` when the generation is over or a peer is lost. The bytes are the backends' business (`backend.py`). One
+that only some members can use is added by `use`, once all have agreed on it (`choice.py`).
 """
 
 from __future__ import annotations

@@ -23,6 +23,10 @@ class GroupAborted(RuntimeError):
     """A collective of this generation cannot complete: a peer died or a newer view was published."""
 
 
+class FormingFailed(GroupAborted):
+    """A group could not be formed, and not because its generation is over."""
+
+
 class StateUnclear(GroupAborted):
     """Copies of a unit differ and nobody can tell the right one: all drop theirs, and the run goes back.
 

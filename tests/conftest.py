@@ -179,7 +179,7 @@ def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     Ray keeps connections of its own until the interpreter ends, so descriptors are not counted for tests of the tier
     ray.
     """
-    if any(map(request.node.get_closest_marker, ("dist", "golden"))):
+    if any(map(request.node.get_closest_marker, ("dist", "golden", "gpu"))):
         from tests.processes import serve
 
         serve()  # before it is looked what is here: the servers last as long as this process does

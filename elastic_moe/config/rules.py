@@ -30,6 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "elastic.state_on": ("device", "host"),
     "optim.spike": ("off", "skip", "rollback", "stop"),
     "cluster.kind": ("local", "simulated", "address"),
+    "cluster.collectives": ("auto", "gloo", "nccl"),
     "tracking.wandb": ("auto", "online", "offline", "off"),
 }
 
@@ -103,6 +104,8 @@ def check_rules(config: TrainConfig) -> list[str]:
         raise UserError(
             "optim.spike=rollback goes back to checkpoints: set checkpoint.every_steps or checkpoint.every_minutes."
         )
+    if config.cluster.collectives == "nccl" and config.device == "cpu":
+        raise UserError("cluster.collectives=nccl is for GPUs and device is cpu: set device=cuda, or collectives=auto.")
     return _notes(config)
 
 

@@ -22,7 +22,7 @@ def format_event(event: dict[str, Any]) -> str | None:
             return f"{step}: {_short(event['reason'])}"
         case "worker_readmitted":
             return f"{step}: the worker with process id {event.get('pid')} is back, with its state"
-        case "worker_set_aside" | "members_in_doubt" | "node_backoff" | "planner_compiles":
+        case "worker_set_aside" | "members_in_doubt" | "node_backoff" | "planner_compiles" | "collectives":
             return f"{step}: {_short(event.get('reason', ''))}"
         case "resume" | "scale" | "checkpoint_asked":
             return f"{step}: {event['event'].replace('_', ' ')}: {_short(event.get('reason', ''))}"

@@ -223,7 +223,8 @@ class Reconfigurer:
         """Bring the state at the committed `step` to its new owners; collective.
 
         `local.holdings` has the old state and the new one until every rank has confirmed that it has its own, so a
-        death on the way loses nothing.
+        death on the way loses nothing. The new one joins only after all ranks have said that their transfers ended
+        without an abort: a rank that is aborted may let its peers complete with wrong bytes.
 
         Returns:
             This rank's new state, and the bytes that it received.
@@ -235,6 +236,8 @@ class Reconfigurer:
         device = self._state_device(group)
         moved = _transfer(group, self._units, transfers, known, device)
         new = HeldState.build(self._units, ownership.role(group.rank), known, device)
+        if transfers:
+            group.attest()
         self._confirm(group, new, step)
         return new, moved
 

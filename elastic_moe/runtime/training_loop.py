@@ -204,21 +204,24 @@ class TrainingLoop:
             self._evaluate(context)
         self._saver.confirm(context)
         if not stopped and self._config.run.sample_tokens:
+            text = None
             try:
-                self._sample(context)
+                text = self._sample(context)
             except GroupAborted:
                 raise
             except Exception as error:  # noqa: BLE001 - all is saved: a text is not worth the run
                 self._reporter.event("sample_failed", self._local.committed, reason=f"{type(error).__name__}: {error}")
-            context.group.barrier()
+            context.group.attest()
+            if text is not None and context.leads:
+                self._reporter.event("sample", self._local.committed, text=text)
 
-    def _sample(self, context: GenerationContext) -> None:
+    def _sample(self, context: GenerationContext) -> str:
+        """The prompt, and on the first active rank what the model makes of it; collective."""
         config = self._config
         tokenizer = load_tokenizer(self._tokenizer_path)
         prompt = tokenizer.encode(config.run.sample_prompt)
         tokens = self._evaluator.sample(context, prompt, config.run.sample_tokens, config.data.seq_len, config.seed)
-        if context.leads:
-            self._reporter.event("sample", self._local.committed, text=tokenizer.decode(tokens))
+        return tokenizer.decode(tokens)
 
 
 class Rebalance:

@@ -28,6 +28,7 @@ from elastic_moe.model.residual.connections import warm_up_kernels
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.parallel.collectives.backend import GroupMember
+from elastic_moe.parallel.collectives.choice import GpuCollectives
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.collectives.store import Rendezvous
 from elastic_moe.parallel.expert_parallel import ExpertParallel
@@ -72,6 +73,7 @@ class Worker:
             mixed_precision="bf16" if config.precision == "bf16" else "no",
         )
         self._device = accelerator.device
+        self._gpu_collectives, self._told = GpuCollectives(config.cluster.collectives, self._device), ""
         specs = param_specs(config.model)
         self._units = build_units(specs, config.model.max_unit_elements)
         self._model = Transformer(config.model, None).to(self._device)
@@ -156,10 +158,16 @@ class Worker:
                 ended = self._run_generation(message, rank)
             except GroupAborted as error:
                 self._client.suspect(generation, str(error))  # of a hold, it is stale
+                self._check_gpu()
                 continue
             if ended:
                 return ended
         return "released"
+
+    def _check_gpu(self) -> None:
+        """Raises what CUDA says if this process has lost its GPU: no later call to it succeeds, so the worker ends."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).query()
 
     def _fault(self, step: int, phase: str) -> None:
         self._faults.at(self._rank, step, phase)
@@ -170,6 +178,7 @@ class Worker:
         started = time.perf_counter()
         group = self._join(message, rank, abort)
         try:
+            self._choose_collectives(view, group)
             formed_s = time.perf_counter() - started
             context, rebalance, result = self._enter(view, group)
             self._report_entry(context, result, formed_s, time.perf_counter() - started)
@@ -193,6 +202,13 @@ class Worker:
         member = GroupMember(view.generation, rank, view.world_size)
         rendezvous = Rendezvous(*message.store, self._token, self._config.elastic.form_timeout_s)
         return Group(member, rendezvous, abort, completed, device=self._device)
+
+    def _choose_collectives(self, view: View, group: Group) -> None:
+        """Take NCCL for tensors on GPUs where all members can; collective. One line tells when that changes."""
+        sentence = self._gpu_collectives.join(group)
+        if sentence not in ("", self._told) and group.rank == view.active_ranks[0]:
+            self._reporter.event("collectives", self._local.committed, reason=sentence)
+        self._told = sentence or self._told
 
     def _hold(self, message: ViewMessage, rank: int) -> None:
         """Save the committed step together with the other members of a hold, if they have all of its state."""

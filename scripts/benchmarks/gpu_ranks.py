@@ -222,7 +222,7 @@ def loop(seat: Seat, generation: int, rank: int, world: int, operation: str, num
     """Operations one after the other until the group ends; says "looping" once three have completed.
 
     Returns what ended it and how long after the signal (None: before it), how many operations completed, how many of
-    these with wrong bytes, and whether the GPU and the state on it are as before.
+    these with wrong bytes, how many of those all ranks attested, and whether the GPU and the state on it are as before.
     """
     state = seat.kept.setdefault("state", torch.randn(1_000_000, device=seat.device))
     kept = state.cpu()
@@ -230,7 +230,7 @@ def loop(seat: Seat, generation: int, rank: int, world: int, operation: str, num
     sent = torch.empty(sum(splits), device=seat.device)
     base = 1000.0 * torch.arange(world, dtype=sent.dtype, device=seat.device).repeat_interleave(splits[0])
     out = torch.empty_like(sent)
-    completed, wrong, samples = 0, 0, list[float]()
+    completed, wrong, attested, samples = 0, 0, 0, list[float]()
     reason, raised_s = "", 0.0
     group = seat.form(generation, rank, world)
     try:
@@ -247,8 +247,9 @@ def loop(seat: Seat, generation: int, rank: int, world: int, operation: str, num
             different = out[out != expected]
             completed += 1
             if different.numel():
-                wrong += 1
-                samples = [float(different.numel()), *different.unique()[:5].tolist()]
+                wrong, samples = wrong + 1, [float(different.numel()), *different.unique()[:5].tolist()]
+                group.attest()
+                attested += 1
             if completed == 3:
                 seat.note("looping")
     except GroupAborted as error:
@@ -260,6 +261,7 @@ def loop(seat: Seat, generation: int, rank: int, world: int, operation: str, num
         "reason": reason[:300],
         "completed": completed,
         "wrong": wrong,
+        "wrong_attested": attested,
         "wrong_values": samples,  # their number, and some of them
         "ends_left": _ends_left(),
         "gpu_ok": healthy(seat),

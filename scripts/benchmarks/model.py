@@ -32,7 +32,7 @@ SHAPES = {
     "qwen3-64": ("qwen3_moe", 512, 64, 256, 6),
     "qwen3-128-narrow": ("qwen3_moe", 512, 128, 96, 8),
 }
-BATCH, SEQ_LEN = 2, 512
+SEQ_LEN = 512
 
 
 def oracle(family: str, hidden: int, experts: int, width: int, chosen: int) -> Any:
@@ -96,7 +96,9 @@ def compare(first: Step, second: Step, rounds: int) -> dict[str, Any]:
     }
 
 
-def against_transformers(name: str, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
+def against_transformers(
+    name: str, dtype: torch.dtype, device: torch.device, batch: int, rounds: int
+) -> dict[str, Any]:
     """Theirs over ours: above 1 means that ours is faster."""
     family, hidden, experts, width, chosen = SHAPES[name]
     theirs = oracle(family, hidden, experts, width, chosen)
@@ -107,12 +109,12 @@ def against_transformers(name: str, dtype: torch.dtype, device: torch.device, ro
     if family == "deepseek_v3":
         theirs.model.layers[0].mlp.gate.e_score_correction_bias.data = torch.zeros(experts, device=device)
     x = (
-        torch.randn((BATCH, SEQ_LEN, hidden), generator=torch.Generator().manual_seed(0))
+        torch.randn((batch, SEQ_LEN, hidden), generator=torch.Generator().manual_seed(0))
         .to(device, dtype)
         .requires_grad_()
     )
-    tokens = torch.zeros((BATCH, SEQ_LEN), dtype=torch.int64, device=device)
-    positions = torch.arange(SEQ_LEN, device=device)[None].expand(BATCH, -1)
+    tokens = torch.zeros((batch, SEQ_LEN), dtype=torch.int64, device=device)
+    positions = torch.arange(SEQ_LEN, device=device)[None].expand(batch, -1)
     rotary = theirs.model.rotary_emb(x, positions)
     block = model.layers[0]
 
@@ -138,7 +140,9 @@ def against_transformers(name: str, dtype: torch.dtype, device: torch.device, ro
     }  # fmt: skip
 
 
-def mhc_cost(hidden: int, dtype: torch.dtype, device: torch.device, fused: str, rounds: int) -> dict[str, Any]:
+def mhc_cost(
+    hidden: int, dtype: torch.dtype, device: torch.device, fused: str, batch: int, rounds: int
+) -> dict[str, Any]:
     """mHC over the plain residual, for two whole layers of latent attention and experts at this width."""
     steps = []
     for residual in ("plain", "mhc"):
@@ -152,12 +156,12 @@ def mhc_cost(hidden: int, dtype: torch.dtype, device: torch.device, fused: str, 
         model = Transformer(cfg, local)
         model.initialize(0)
         model, local = model.to(device=device, dtype=dtype), local.to(device=device, dtype=dtype)
-        shape = (BATCH, SEQ_LEN, hidden) if residual == "plain" else (BATCH, SEQ_LEN, cfg.num_streams, hidden)
+        shape = (batch, SEQ_LEN, hidden) if residual == "plain" else (batch, SEQ_LEN, cfg.num_streams, hidden)
         local.direct = True
         for parameter in local.parameters():
             parameter.grad = torch.zeros_like(parameter)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
-        tokens = torch.zeros((BATCH, SEQ_LEN), dtype=torch.int64, device=device)
+        tokens = torch.zeros((batch, SEQ_LEN), dtype=torch.int64, device=device)
 
         def forward(
             t: torch.Tensor,
@@ -181,6 +185,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="blocks whose name contains this, or mhc")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="as many as a CPU worker has by default")
+    parser.add_argument("--sequences", type=int, default=2, help=f"of {SEQ_LEN} tokens")
+    parser.add_argument("--fused", default="off,compile", help="forms of mHC's kernels")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rounds = 2 if options.quick else options.rounds
@@ -191,21 +197,22 @@ def main() -> int:
         for name in SHAPES:
             for dtype in (torch.float32, torch.bfloat16):
                 if options.only in name:
-                    blocks.append(against_transformers(name, dtype, device, rounds))
+                    blocks.append(against_transformers(name, dtype, device, options.sequences, rounds))
                     found = blocks[-1]
                     common.say(f"{name} {found['dtype']}: ours is {found['ratio_median']:.2f} times as fast")
         if options.only in ("", "mhc"):
             for hidden in (1024,) if options.quick else (1024, 2048):
                 for dtype in (torch.float32, torch.bfloat16):
-                    for fused in ("off", "compile"):
-                        costs.append(mhc_cost(hidden, dtype, device, fused, rounds))
+                    for fused in options.fused.split(","):
+                        costs.append(mhc_cost(hidden, dtype, device, fused, options.sequences, rounds))
                         found = costs[-1]
                         common.say(
                             f"mHC at {hidden}, {found['dtype']}, {fused}: {found['ratio_median']:.3f} times plain"
                         )
         machine = common.machine() | {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
         return {
-            "benchmark": "model", "machine": machine, "threads": torch.get_num_threads(), "tokens": BATCH * SEQ_LEN,
+            "benchmark": "model", "machine": machine, "threads": torch.get_num_threads(),
+            "tokens": options.sequences * SEQ_LEN,
             "theirs_over_ours": blocks, "mhc_over_plain": costs,
         }  # fmt: skip
 

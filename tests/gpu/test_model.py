@@ -20,6 +20,9 @@ from tests.local_run import tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
+# Gradients far below it are rounding: streams that are equal at the start, and a norm behind them, leave the learned
+# readout none (5e-7; changing weights in the last bit changes it by 70 %). The smallest of the others is 7e-3.
+SMALL = 1e-3
 
 
 def _families() -> dict[str, ModelConfig]:
@@ -31,7 +34,9 @@ def _families() -> dict[str, ModelConfig]:
         "mla": replace(model, **mla),
         "mla_mhc": replace(model, **mla, residual="mhc"),
         "mla_mhc_eager": replace(model, **mla, residual="mhc", fused="off"),
-        "v4": replace(deepseek(replace(tiny, model=model)).model, hidden_size=64),
+        # Many heads of the indexer: an entry that all of them score 0 ties with others, and which of them a GPU chooses
+        # is not what a CPU does.
+        "v4": replace(deepseek(replace(tiny, model=model)).model, hidden_size=64, index_heads=16),
     }
 
 
@@ -69,9 +74,8 @@ def test_a_gpu_computes_what_the_cpu_does(family: str, precision: str) -> None:
     assert grads.keys() == wanted.keys()
     if exact:  # in bf16 a near tie of two experts may go the other way
         for name, grad in wanted.items():
-            scale = float(grad.abs().max())
-            if scale > 0:
-                torch.testing.assert_close(grads[name] / scale, grad / scale, rtol=0, atol=2e-3, msg=name)
+            scale = max(float(grad.abs().max()), SMALL)
+            torch.testing.assert_close(grads[name] / scale, grad / scale, rtol=0, atol=2e-3, msg=name)
 
 
 @pytest.mark.parametrize("counts", [[64, 0, 192, 16], [1, 2, 3, 250], [0, 0, 0, 7]])

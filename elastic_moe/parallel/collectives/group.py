@@ -1,8 +1,8 @@
 """Collectives as the rest of the package sees them: `Group`, one per generation, and `Pending`, an operation under way.
 
 `Group` gives every operation to the backend of its tensors' device, counts operations for the heartbeats, and raises
-`GroupAborted` when the generation is over or a peer is lost. The bytes are the backends' business (`backend.py`). A
-further backend is one file, and one line in `BACKENDS`.
+`GroupAborted` when the generation is over or a peer is lost. The bytes are the backends' business (`backend.py`). One
+that only some members can use is added by `use`, once all have agreed on it (`choice.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from elastic_moe.errors import GroupAborted
+from elastic_moe.errors import FormingFailed, GroupAborted
 from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.parallel.collectives.backend import (
     SLICE_S,
@@ -81,7 +81,8 @@ class Group:
         completed: operations of this group that have completed.
 
     Raises:
-        GroupAborted: the generation ended, or a member could not be reached, while the group was formed.
+        FormingFailed: a member could not be reached.
+        GroupAborted: the generation ended while the group was formed.
     """
 
     def __init__(
@@ -104,23 +105,37 @@ class Group:
         self._failure: str | None = None
         self._backends = {kind: backends[kind]() for kind in dict.fromkeys(("cpu", device.type)) if kind in backends}
         abort.check()
-        try:
-            self._form()
-        except GroupAborted:
-            self.close()
-            raise
+        self._form()
 
-    def _form(self) -> None:
-        """Connect the backends, the host's first."""
+    def use(self, kind: str, make: Callable[[], CollectiveBackend[Any]]) -> None:
+        """Give tensors on devices of a type a backend of their own, in later subgroups too; collective.
+
+        Args:
+            kind: of device, such as "cuda".
+            make: of the backend.
+
+        Raises:
+            FormingFailed: it could not be formed; the group is closed.
+            GroupAborted: the generation ended meanwhile; the group is closed.
+        """
+        assert kind not in self._backends, "its tensors have a backend"
+        self._make = {**self._make, kind: make}
+        self._backends[kind] = make()
+        self._form(kind)
+
+    def _form(self, only: str = "") -> None:
+        """Connect the backends, the host's first, or one of them. The group is closed where that fails."""
         if self.world_size == 1:
             return
-        for backend in self._backends.values():
-            self._abort.add_callback(backend.abort)
-            try:
-                backend.form(self._member, self._rendezvous)
-            except BackendError as error:
-                self._abort.check()
-                raise GroupAborted(f"forming generation {self.generation}: {error}") from error
+        try:
+            for kind, backend in self._backends.items():
+                if only in ("", kind):
+                    self._abort.add_callback(backend.abort)
+                    backend.form(self._member, self._rendezvous)
+        except BackendError as error:
+            self.close()
+            self._abort.check()
+            raise FormingFailed(f"forming generation {self.generation}: {error}") from error
 
     def subgroup(self, name: str, ranks: Sequence[int]) -> Group:
         """A group of some of the members, among them this one; it is closed with this group.
@@ -179,6 +194,17 @@ class Group:
         """Return once every rank has entered."""
         self.all_reduce(torch.zeros(1, device=HOST))
 
+    def attest(self) -> None:
+        """Return once every rank has said that all operations it has waited for on this group ended without an abort.
+
+        Only then do the bytes that the group's operations brought prove anything: see "Garbage after an abort" in
+        `backend.py`. Whatever they brought may enter the training state only after it.
+
+        Raises:
+            GroupAborted: this rank, or another one, has been aborted: what arrived may be anything.
+        """
+        self.barrier()  # over the host's backend; a rank that was aborted, or whose operation failed, never enters it
+
     def close(self) -> None:
         """Release the group and its subgroups. Never blocks; the caller may use its tensors again."""
         for backend in self._backends.values():
@@ -209,21 +235,17 @@ class Group:
             try:
                 while not pending.backend.poll(pending.work, SLICE_S):
                     if self._abort.is_set:
-                        self._end()
+                        self._fail(None)
             except BackendError as error:
                 self._fail(error)
         self._activity[0] += 1
         self.completed += 1
 
-    def _fail(self, error: BackendError) -> NoReturn:
-        """Report a failed operation, or the abort that made it fail."""
+    def _fail(self, error: BackendError | None) -> NoReturn:
+        """Report a failed operation. If the generation is over, report that instead, and let go of everything."""
         if self._abort.is_set:
-            self._end()
+            self._failure = str(self._abort.reason)
+            self.close()
+            raise GroupAborted(self._abort.reason)
         self._failure = f"collective failed: {error}"
         raise GroupAborted(self._failure) from error
-
-    def _end(self) -> NoReturn:
-        """Let go of everything at once, for the generation is over."""
-        self._failure = str(self._abort.reason)
-        self.close()
-        raise GroupAborted(self._abort.reason)

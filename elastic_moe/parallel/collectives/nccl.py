@@ -1,6 +1,6 @@
 """Collectives over NCCL, for tensors on the GPU: one non-blocking communicator per group, thrown away with it.
 
-Not among `Group`'s backends by default: pass `backends=NCCL_BACKENDS`. See `CollectiveBackend` for the contract.
+`choice.py` adds it to a `Group` where all members can use it. See `CollectiveBackend` for the contract.
 
 Who may call NCCL when:
 - The main thread marks with `_inside` that it is in NCCL or polls it. There it looks at the abort flag every
@@ -19,8 +19,9 @@ What NCCL does at an end (source, v2.28.9-1), and what follows:
 - The kernels of an aborted rank leave as if they were done, and their peers may then complete with wrong bytes (see
   "Garbage after an abort" in `backend.py`).
 
-Run on one GPU with NCCL 2.28.9, by ranks that share it (`scripts/benchmarks/gpu_nccl.py`), and over a stand-in for NCCL
-(`tests/unit/parallel/fake_nccl.py`). Not run: several GPUs, whose ranks map each other's memory.
+Run on one GPU with NCCL 2.28.9, by ranks that share it (`scripts/benchmarks/gpu_nccl.py`, and whole runs in
+`tests/gpu/test_run.py`), and over a stand-in for NCCL (`tests/unit/parallel/fake_nccl.py`). Not run: several GPUs,
+whose ranks map each other's memory.
 """
 
 from __future__ import annotations

@@ -41,6 +41,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed"),
     ({"precision": "fp16"}, "precision"),
     ({"device": "tpu"}, "device"),
+    ({"cluster.collectives": "mpi"}, "cluster.collectives"),
+    ({"cluster.collectives": "nccl", "device": "cpu"}, "cluster.collectives"),
     ({"optim.lr": "high"}, "optim.lr"),
     ({"optim.lr": float("nan")}, "optim.lr"),
     ({"optim.lr": 0}, "optim.lr"),

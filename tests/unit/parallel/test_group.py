@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from elastic_moe.errors import GroupAborted
+from elastic_moe.errors import FormingFailed, GroupAborted
 from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.parallel.collectives.backend import AllToAll, BackendError, GroupMember, Operation
 from elastic_moe.parallel.collectives.group import Group
@@ -200,3 +200,39 @@ def test_the_signal_runs_each_callback_once() -> None:
     abort.add_callback(lambda: calls.append("late"))
     assert calls == ["early", "late"]
     assert abort.reason == "first"
+
+
+def test_a_backend_that_is_added_takes_its_devices_tensors_in_later_subgroups_too() -> None:
+    host, abort, made = FakeBackend(), AbortSignal(), list[FakeBackend]()
+
+    def make() -> FakeBackend:
+        made.append(FakeBackend())
+        return made[-1]
+
+    group = _group(host, abort, device=torch.device("meta"))
+    group.use("meta", make)
+    assert made[0].calls == host.calls == ["form g7/ 1/3"], "the host's is formed once"
+    on_device = torch.zeros(3, device="meta")
+    group.all_reduce(on_device)
+    group.barrier()
+    group.subgroup("part", [1, 2]).all_reduce(on_device)
+    assert [[operation.device.type for operation in backend.operations] for backend in made] == [["meta"], ["meta"]]
+    assert [operation.device.type for operation in host.operations] == ["cpu"]
+    assert made[1].calls[0].startswith("form g7/part:1-2")
+    abort.set("over")
+    assert [backend.calls[-1] for backend in made] == ["abort"] * 2
+    group.close()
+    assert [backend.calls[-1] for backend in made] == ["release"] * 2
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+def test_a_backend_that_cannot_be_added_closes_the_group(aborted: bool) -> None:
+    host, abort = FakeBackend(), AbortSignal()
+    group = _group(host, abort)
+    other = FakeBackend("form")
+    if aborted:
+        abort.set("a newer view")
+    expected = (GroupAborted, "a newer view") if aborted else (FormingFailed, "forming generation 7: form broke")
+    with pytest.raises(expected[0], match=expected[1]):
+        group.use("meta", lambda: other)
+    assert host.calls[-1] == other.calls[-1] == "release"

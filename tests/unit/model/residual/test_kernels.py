@@ -45,3 +45,12 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
         form.write(x, x[:, 0], out[1], out[2])
+
+
+def test_the_choice_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocked on a CPU; Triton's on a GPU, where they compile in seconds."""
+    cpu, gpu, form = torch.device("cpu"), torch.device("cuda", 0), EagerKernels()
+    monkeypatch.setattr(kernels_module, "triton_kernels", lambda: form)
+    assert isinstance(kernels_module.choose_kernels("auto", cpu), kernels_module.BlockedKernels)
+    assert kernels_module.choose_kernels("auto", gpu) is form
+    assert kernels_module.choose_kernels("off", gpu) is not form

@@ -40,9 +40,13 @@ def kernels() -> Kernels:
     return TritonKernels()
 
 
-@pytest.mark.parametrize(("tokens", "n", "width", "dtype"), [
+CASES = [
     (5, 4, 40, torch.float32), (33, 2, 130, torch.float32), (17, 4, 64, torch.bfloat16), (1, 4, 1100, torch.float32),
-])  # fmt: skip
+]  # fmt: skip
+LARGE = [(2048, 4, 2560, torch.float32), (2048, 4, 2560, torch.bfloat16)] if DEVICE == "cuda" else []
+
+
+@pytest.mark.parametrize(("tokens", "n", "width", "dtype"), [*CASES, *LARGE])
 def test_equals_plain_torch(kernels: Kernels, tokens: int, n: int, width: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(tokens)
     k = 2 * n + n * n

@@ -22,6 +22,7 @@ from scripts.benchmarks.chaos_cluster import (
     Json,
     adopt_orphans,
     descendants,
+    events,
     records,
     send,
 )
@@ -72,8 +73,8 @@ class Rows:
         ended = name in ("driver", "everything")
         if ended:
             self._wait("the driver's end", lambda: self._cluster.exit_code() is not None)
-            from_s = time.time()
             self.start()
+            from_s = self._wait("another start's first view", lambda: self._resumed_s(started_s))
         same = before["generation"] if name in IN_A_LATER_VIEW else -1
         first = self._wait(f"a step after the death of the {name}", lambda: self._first(from_s, same))
         done = [r["step"] for r in self._all() if r["time"] < first["time"]]
@@ -100,6 +101,11 @@ class Rows:
     def _kill_all(self) -> None:
         self._kill_driver()
         send([*descendants(COORDINATOR), *descendants(CONTROLLER), *self._cluster.workers()], signal.SIGKILL)
+
+    def _resumed_s(self, from_s: float) -> float | None:
+        """When a later start took its state from storage. What outlives a driver trains on until it has saved."""
+        entered = [e for e in events(self._dir) if e["event"] == "entered" and e["source"] == "checkpoint"]
+        return next((e["time"] for e in entered if e["time"] > from_s), None)
 
     def _first(self, from_s: float, generation: int) -> Json | None:
         """The first step after a time in another view than this one."""

@@ -20,11 +20,11 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import RayError
-from tqdm import tqdm
 
 from elastic_moe.actors.cluster import max_workers, ray_session, resources_per_worker, start_workers
 from elastic_moe.actors.controller import ElasticTrainer
 from elastic_moe.actors.coordinator import Coordinator
+from elastic_moe.actors.demand import demand
 from elastic_moe.actors.fit import fit
 from elastic_moe.actors.identify import begin, changes, fingerprint_of
 from elastic_moe.actors.kept import end_all
@@ -40,6 +40,7 @@ from elastic_moe.actors.link import (
 )
 from elastic_moe.actors.operate import announced
 from elastic_moe.actors.outcome import Ended, conclude
+from elastic_moe.actors.progress import Progress
 from elastic_moe.actors.stop import Stop, signals
 from elastic_moe.actors.take_over import TAKES_OVER, take_over
 from elastic_moe.checkpoint.storage import probe, set_timeout
@@ -49,7 +50,7 @@ from elastic_moe.coordination.start import Found, check_start, look
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import UserError, reason_of
-from elastic_moe.metrics.format_event import format_event, format_loss
+from elastic_moe.metrics.format_event import format_event
 from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.wandb import Tracker
@@ -236,19 +237,19 @@ class _Driver:
         link = CoordinatorLink(self.name)
         asked_s, interrupted, taken = -ASK_AGAIN_S, False, ""
         try:
-            with tqdm(total=self.config.run.steps, unit="step", dynamic_ncols=True, disable=None) as bar:
+            with Progress(self.config.run.steps, self.config.run.log_every_s, self._missing) as shown:
                 while training.is_alive():
                     if taken := lost(self.leases):
                         self.error = RuntimeError(f"{taken}; nothing more was written there")
                         raise KeyboardInterrupt
                     if self.stop.count and time.monotonic() - asked_s >= ASK_AGAIN_S:
                         if asked_s < 0:
-                            bar.write(STOPPING, file=sys.stderr)
+                            shown.line(STOPPING)
                         asked_s = time.monotonic()
                         link.submit({"event": "stop", "reason": signal.Signals(self.stop.signum).name})
-                    self._show(coordinator, link, bar)
+                    self._show(coordinator, link, shown)
                     training.join(POLL_S)
-                self._show(coordinator, link, bar)
+                self._show(coordinator, link, shown)
         except KeyboardInterrupt:
             interrupted = True
         except Exception as error:  # noqa: BLE001 - of this display: the run is not to end unsaved
@@ -289,13 +290,21 @@ class _Driver:
         while link.poll().get("phase") not in OVER and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
 
-    def _show(self, coordinator: Any, link: CoordinatorLink, bar: Any) -> None:
-        """Bring progress bar and tracker up to date. A coordinator that does not answer is asked again later."""
+    def _missing(self) -> str:
+        """What Ray lacks for the workers that are not there."""
+        try:
+            return demand(self.name, resources_per_worker(self.config.cluster)).sentence()
+        except Exception as error:  # noqa: BLE001 - a head that is busy or away must not end the run
+            return f"Ray does not tell what is missing ({reason_of(error)})"
+
+    def _show(self, coordinator: Any, link: CoordinatorLink, shown: Progress) -> None:
+        """Bring what is shown and the tracker up to date. A coordinator that does not answer is asked again later."""
         events = self._events.lines()
         for line in filter(None, map(format_event, events[self._shown :])):
-            bar.write(line, file=sys.stderr)
+            shown.line(line)
         self._shown = len(events)
         self.status = link.poll() or self.status
+        shown.status(self.status)
         try:
             records = ray.get(coordinator.records_since.remote(self.last_step), timeout=2)
         except (RayError, TimeoutError):
@@ -303,13 +312,7 @@ class _Driver:
         for record in records:
             self.tracker.log(record, int(record["step"]))
             self.last_step = int(record["step"])
-        if records:
-            last = records[-1]
-            bar.n = self.last_step
-            bar.set_postfix_str(
-                f"loss {format_loss(last['loss'])}  {last.get('tokens_per_s', 0):,.0f} tok/s  "
-                f"world {last.get('world_size', '?')}  gen {last.get('generation', '?')}"
-            )
+        shown.records(records)
 
 
 __all__ = ["launch", "make_trainer", "start_coordinator", "train_function"]

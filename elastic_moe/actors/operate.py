@@ -18,8 +18,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group_table
 
+from elastic_moe.actors.demand import pending_workers
 from elastic_moe.actors.link import NAMESPACE, actor_name
 from elastic_moe.checkpoint.identity import read_identity
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
@@ -60,8 +60,7 @@ class LiveRun:
 
     def pending(self) -> int:
         """Number of workers for which Ray has no room yet."""
-        table = placement_group_table().values()
-        return sum(e["name"].startswith(f"{self.name}/") and e["state"] in ("PENDING", "RESCHEDULING") for e in table)
+        return pending_workers(self.name)
 
     def hosts(self) -> dict[str, tuple[str, str]]:
         """Host name and address of every node, by its id."""

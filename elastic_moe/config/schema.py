@@ -191,6 +191,7 @@ class RunConfig(Sealed):
     eval_sequences: int = 64  # sequences of an evaluation
     sample_tokens: int = 64  # tokens of the sample text at the end; 0: no sample
     sample_prompt: str = "def "  # text that the sample continues
+    log_every_s: float = 30.0  # without a terminal: seconds between two lines about the progress; 0: none
     overwrite: bool = False  # allow starting anew in a run directory that has a run
 
 

@@ -42,12 +42,12 @@ def render(
     ]
     if last:
         pace = f", {last['tokens_per_s']:,.0f} tokens/s" if last.get("tokens_per_s") else ""
-        lines.append(f"loss        {format_loss(last.get('loss'))}{pace}, {_ago(now_s - last['time'])} ago")
+        lines.append(f"loss        {format_loss(last.get('loss'))}{pace}, {duration(now_s - last['time'])} ago")
     saved = next((event for event in reversed(events) if event["event"] == "checkpoint"), None)
     if saved:
         behind = step - saved["step"]
         lines.append(
-            f"checkpoint  step {saved['step']:,}, {behind or 'no'} steps behind, {_ago(now_s - saved['time'])} ago"
+            f"checkpoint  step {saved['step']:,}, {behind or 'no'} steps behind, {duration(now_s - saved['time'])} ago"
         )
     if live is not None:
         lines += _members(live, hosts)
@@ -76,7 +76,7 @@ def _left(records: Sequence[Mapping[str, Any]], steps: int, now_s: float, live: 
     if live is None or live["phase"] != "running" or len(recent) < 2:
         return ""
     took_s = median(after["time"] - before["time"] for before, after in pairwise(recent))
-    return f", {_ago(took_s * (steps - int(recent[-1]['step'])))} left"
+    return f", {duration(took_s * (steps - int(recent[-1]['step'])))} left"
 
 
 def _members(live: Mapping[str, Any], hosts: Mapping[str, tuple[str, str]]) -> list[str]:
@@ -91,7 +91,7 @@ def _members(live: Mapping[str, Any], hosts: Mapping[str, tuple[str, str]]) -> l
     return lines
 
 
-def _ago(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A duration in its two largest units."""
     whole = max(0, round(seconds))
     for size, name, smaller, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +52,7 @@ def test_a_job_is_scaled_paused_drained_stopped_and_resumed_and_no_step_is_done_
     operator = Operator(head, run)
     submit = ["ray", "job", "submit", f"--address={head.dashboard}"]
     train = [sys.executable, "-m", "elastic_moe.train", "cluster=address", "cluster.workers=2", *tiny]
-    train += ["elastic.max_workers=4", "checkpoint.every_steps=0", "run.resume=auto"]
+    train += ["elastic.max_workers=4", "checkpoint.every_steps=0", "run.resume=auto", "run.log_every_s=1"]
     begun = head.call(*submit, "--submission-id=first", "--no-wait", "--", *train, ENDLESS, timeout_s=400)
     assert begun.returncode == 0, begun.stdout + begun.stderr
     wait_steps(run, 5)
@@ -85,6 +87,7 @@ def test_a_job_is_scaled_paused_drained_stopped_and_resumed_and_no_step_is_done_
     logs = head.call("ray", "job", "logs", f"--address={head.dashboard}", "first").stdout
     stopped = last_step(run)
     assert f"stopped after step {stopped} of 1000000: asked for by elastic-moe ctl" in logs
+    assert re.search(r"step [\d,]+ of 1,000,000: loss \d+\.\d{4}, [\d,]+ tokens/s, 4 workers, .* left", logs)
     told = head.call("ray", "job", "status", f"--address={head.dashboard}", "first")
     assert "succeeded" in told.stdout, "a stopped run is no failed one"
     shown = operator.call("status")
@@ -96,3 +99,24 @@ def test_a_job_is_scaled_paused_drained_stopped_and_resumed_and_no_step_is_done_
     assert [record["step"] for record in read_jsonl(run / "metrics.jsonl")] == list(range(1, stopped + 4))
     entered = [event for event in read_jsonl(run / "events.jsonl") if event["event"] == "entered"]
     assert all(event["lost_steps"] == 0 for event in entered)
+
+
+@pytest.mark.timeout(400)
+def test_workers_that_no_node_can_hold_are_told(head: Any, tiny: list[str], tmp_path: Path) -> None:
+    head.start("--num-cpus=2")
+    command = [sys.executable, "-m", "elastic_moe.train", "cluster=address", f"cluster.address={head.address}", *tiny]
+    command += ["cluster.workers=2", "cluster.cpus_per_worker=64"]
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(command, env=head.env, cwd=head.root, stdout=log, stderr=log)
+    try:
+        until(lambda: "waiting for" in (tmp_path / "log").read_text(), "a word about it", 200.0)
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(200) == 128 + signal.SIGTERM
+    finally:
+        driver.kill()
+        driver.wait()
+    told = (tmp_path / "log").read_text()
+    assert (
+        "waiting for 10 s: waiting for workers; 0 workers are here; 2 more are asked of Ray, each with CPU 64" in told
+    )
+    assert "none of its 1 nodes is so large (at most CPU 2), only a new node helps" in told

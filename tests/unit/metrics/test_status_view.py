@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.metrics.status_view import _ago, render
+from elastic_moe.metrics.status_view import duration, render
 
 NOW_S = 1_000_000.0
 A, B, NODE, OTHER = "a" * 32, "b" * 32, "1" * 56, "2" * 56
@@ -76,4 +76,4 @@ def test_a_run_that_has_ended() -> None:
     ],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert _ago(seconds) == text
+    assert duration(seconds) == text

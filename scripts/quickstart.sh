@@ -14,6 +14,7 @@ for argument in "$@"; do
 done
 
 ensure_venv
+unset RAY_ADDRESS # on this machine, whatever cluster is near
 cd "$ROOT"
 if [ "$kill_step" -gt 0 ]; then
     say "training; the worker of rank 1 is killed after step $kill_step (--no-kill: undisturbed)"

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -21,6 +23,7 @@ from elastic_moe.config.schema import ClusterConfig, TrainConfig
 from elastic_moe.errors import UserError
 
 GIB = 1 << 30
+CONNECT_S = 5.0
 OBJECT_STORE_MIN_BYTES = 75 << 20  # Ray's lower bound
 
 
@@ -29,6 +32,28 @@ def start_workers(cluster: ClusterConfig) -> int:
     if cluster.kind == "simulated":
         return cluster.nodes * cluster.workers_per_node
     return cluster.workers
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The configuration with `cluster.kind=auto` decided: the cluster that is named, else an embedded one."""
+    cluster = config.cluster
+    if cluster.kind != "auto":
+        return config
+    address = cluster.address or os.environ.get("RAY_ADDRESS", "")
+    kind = "local" if address in ("", "local") else "address"
+    return replace(config, cluster=replace(cluster, kind=kind, address=address if kind == "address" else ""))
+
+
+def unreachable(address: str) -> str:
+    """Why nobody listens at HOST:PORT; "" if somebody does, or it is no such address. Ray itself tries for long."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return ""
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        return str(error)
+    return ""
 
 
 def max_workers(config: TrainConfig) -> int:
@@ -46,7 +71,7 @@ def resources_per_worker(cluster: ClusterConfig) -> dict[str, float]:
 
 @contextmanager
 def ray_session(config: TrainConfig) -> Iterator[Any]:
-    """Connect to, or start, the run's cluster. Yields the simulated `Cluster`, or None for the other kinds.
+    """Connect to, or start, the run's cluster, whose kind is not auto. Yields the simulated `Cluster`, or else None.
 
     Inside another session, as the jobs of a sweep are, that one's Ray is used and left running; this yields None.
 
@@ -81,7 +106,7 @@ def sweep_session(configs: Sequence[TrainConfig]) -> Iterator[None]:
     if len(configs) < 2 or any(config.cluster != configs[0].cluster for config in configs):
         yield
     else:
-        with ray_session(max(configs, key=max_workers)):
+        with ray_session(resolve(max(configs, key=max_workers))):
             yield
 
 
@@ -137,6 +162,10 @@ def _existing(cluster: ClusterConfig) -> Iterator[None]:
     address = cluster.address or os.environ.get("RAY_ADDRESS") or "auto"
     shipped = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "site-packages" in PACKAGE.parts
     runtime_env = {} if shipped else {"py_modules": [str(PACKAGE)]}
+    if reason := unreachable(address):
+        raise UserError(
+            f"cluster.address: no Ray cluster answers at {address} ({reason}); start one, or set RAY_ADDRESS"
+        )
     try:
         ray.init(
             address=address,

@@ -21,7 +21,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from elastic_moe.actors.cluster import max_workers, ray_session, resources_per_worker, start_workers
+from elastic_moe.actors.cluster import max_workers, ray_session, resolve, resources_per_worker, start_workers
 from elastic_moe.actors.controller import ElasticTrainer
 from elastic_moe.actors.coordinator import Coordinator
 from elastic_moe.actors.demand import demand
@@ -76,6 +76,7 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
         could be read, 130 after Ctrl-C, 143 after SIGTERM, else 1.
     """
     try:
+        config = resolve(config)
         config = replace(config, run=replace(config.run, dir=str(Path(config.run.dir).expanduser().absolute())))
         _check_device(config)
         set_timeout(config.checkpoint.timeout_s)

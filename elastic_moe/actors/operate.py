@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from elastic_moe.actors.cluster import unreachable
 from elastic_moe.actors.demand import pending_workers
 from elastic_moe.actors.link import NAMESPACE, actor_name
 from elastic_moe.checkpoint.identity import read_identity
@@ -27,7 +27,6 @@ from elastic_moe.errors import UserError
 from elastic_moe.run_dir import LIVE
 
 ANSWER_S = 30.0
-CONNECT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,8 @@ def live_run(run_dir: Path, address: str = "") -> Iterator[LiveRun]:
     if identity is None or not identity.run:
         raise UserError(f"{run_dir} is not the directory of a run")
     address = address or _announced_address(run_dir) or os.environ.get("RAY_ADDRESS") or "auto"
-    _probe(address)
+    if reason := unreachable(address):
+        raise UserError(f"no Ray cluster answers at {address} ({reason}): the run has ended, or give --address")
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
@@ -127,16 +127,3 @@ def _announced_address(run_dir: Path) -> str:
         return str(json.loads((run_dir / LIVE).read_text())["ray"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def _probe(address: str) -> None:
-    """Find out soon that nobody listens: Ray itself tries for a long time."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), CONNECT_S).close()
-    except OSError as error:
-        raise UserError(
-            f"no Ray cluster answers at {address} ({error}): the run has ended, or give --address"
-        ) from error

@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.schedule": ("cosine", "constant"),
     "elastic.state_on": ("device", "host"),
     "optim.spike": ("off", "skip", "rollback", "stop"),
-    "cluster.kind": ("local", "simulated", "address"),
+    "cluster.kind": ("auto", "local", "simulated", "address"),
     "cluster.collectives": ("auto", "gloo", "nccl"),
     "tracking.wandb": ("auto", "online", "offline", "off"),
 }

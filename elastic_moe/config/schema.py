@@ -197,14 +197,14 @@ class RunConfig(Sealed):
 
 @dataclass(kw_only=True)
 class ClusterConfig(Sealed):
-    kind: str = "local"  # Ray in this process, several Ray nodes in this machine, or an existing cluster
+    kind: str = "auto"  # auto: an existing cluster if one is named, else local, Ray in this process
     workers: int = 4  # local, address: workers to start with
     nodes: int = 2  # simulated: nodes to start with
     workers_per_node: int = 2  # simulated: workers on each node
     cpus_per_worker: float = 1.0  # CPU cores that Ray reserves for a worker
     gpus_per_worker: float = 0.0  # GPUs that Ray reserves for a worker
     collectives: str = "auto"  # library between GPUs; auto: NCCL if each worker has it and a GPU of its own, else gloo
-    address: str = ""  # address of the Ray cluster; "": RAY_ADDRESS
+    address: str = ""  # auto, address: address of the Ray cluster; "": RAY_ADDRESS
     object_store_gib: float = 0.1  # size of Ray's object store on a node that is started, in GiB
     worker_memory_gib: float = 74.5  # memory of a worker, in GiB; used by `elastic-moe describe` only
     dashboard: bool = False  # start Ray's dashboard

@@ -49,7 +49,7 @@ def skewed_corpus(directory: Path) -> Path:
 def piece(side: str, run_dir: Path, steps: int, workers: int, corpus: Path, final: int) -> None:
     """Train one side on to `steps`; the schedule is that of `final` steps."""
     command = [
-        sys.executable, "-m", "elastic_moe.train", f"run.dir={run_dir}", f"run.steps={steps}",
+        sys.executable, "-m", "elastic_moe.train", "cluster=local", f"run.dir={run_dir}", f"run.steps={steps}",
         "run.resume=auto", "seed=0",
         *MODEL, *SIDES[side], f"cluster.workers={workers}", "threads=1", "tracking.wandb=off", "run.sample_tokens=0",
         "checkpoint.every_steps=0", "run.eval_every_steps=0", "run.eval_sequences=8",

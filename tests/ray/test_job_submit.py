@@ -100,7 +100,7 @@ def test_ray_job_stop_without_patience_still_saves_the_last_step(head: Any, tiny
     hasty = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "0"}})
     address = f"--address={head.dashboard}"
     submit = ["ray", "job", "submit", address, f"--runtime-env-json={hasty}", "--submission-id=first", "--no-wait"]
-    train = [sys.executable, "-m", "elastic_moe.train", "cluster=address", "cluster.workers=2", *tiny]
+    train = [sys.executable, "-m", "elastic_moe.train", "cluster.workers=2", *tiny]  # cluster=auto: the job's
     begun = head.call(*submit, "--", *train, "checkpoint.every_steps=0", ENDLESS)
     assert begun.returncode == 0, begun.stdout + begun.stderr
     wait_steps(run, 5)

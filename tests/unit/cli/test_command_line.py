@@ -67,7 +67,7 @@ def launches(result: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def test_groups_are_shipped() -> None:
-    assert options("cluster") == ["address", "local", "simulated"]
+    assert options("cluster") == ["address", "auto", "local", "simulated"]
     assert {"tiny", "small"} <= set(options("model"))
 
 
@@ -90,7 +90,7 @@ def test_ray_address_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         ("foo.bar=1", "unknown key foo.bar."),
         ("+run.foo=1", "unknown key run.foo."),
         ("clustr=local", "unknown key clustr; did you mean cluster?"),
-        ("cluster=foo", "cluster has no option foo; it can be address, local, simulated."),
+        ("cluster=foo", "cluster has no option foo; it can be address, auto, local, simulated."),
         ("run.steps=abc", "run.steps: Value 'abc' of type 'str' could not be converted to Integer."),
         ("run.steps=0", "run.steps must be at least 1, not 0."),
     ],

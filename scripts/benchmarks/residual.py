@@ -32,7 +32,8 @@ def train(kind: str, seed: int, steps: int, root: Path, threads: int) -> dict[st
     """One run of the product. Returns its records."""
     run_dir = root / f"{kind}-{seed}"
     command = [
-        sys.executable, "-m", "elastic_moe.train", "cluster=local", f"run.dir={run_dir}", f"run.steps={steps}", f"seed={seed}",
+        sys.executable, "-m", "elastic_moe.train", "cluster=local", f"run.dir={run_dir}", f"run.steps={steps}",
+        f"seed={seed}",
         *MODEL, f"model.residual={kind}", "cluster.workers=1", f"threads={threads}", "tracking.wandb=off",
         "run.sample_tokens=0", "checkpoint.every_steps=0", "run.eval_every_steps=0", "run.eval_sequences=256",
         f"data.cache_dir={root / 'cache'}",

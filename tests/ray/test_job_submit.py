@@ -30,17 +30,25 @@ def drivers(run: Path) -> list[psutil.Process]:
     return found
 
 
-def coordinators(head: Any) -> list[psutil.Process]:
-    """The coordinators' processes on this cluster."""
+def processes(head: Any) -> list[psutil.Process]:
+    """The processes of this cluster."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if (
-                process.cmdline()[:1] == ["ray::Coordinator"]
-                and process.environ()["RAY_TMPDIR"] == head.env["RAY_TMPDIR"]
-            ):
+            if process.environ().get("RAY_TMPDIR") == head.env["RAY_TMPDIR"]:
                 found.append(process)
     return found
+
+
+def coordinators(head: Any) -> list[psutil.Process]:
+    """The coordinators' processes on this cluster."""
+    return [process for process in processes(head) if title(process) == "ray::Coordinator"]
+
+
+def title(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return process.cmdline()[0]
+    return ""
 
 
 def saved_steps(run: Path) -> list[int]:

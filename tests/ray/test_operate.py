@@ -14,7 +14,7 @@ import pytest
 
 from elastic_moe.metrics.jsonl import read_jsonl
 from tests.patience import until
-from tests.ray.test_job_submit import coordinators, drivers, last_step, saved_steps
+from tests.ray.test_job_submit import coordinators, drivers, last_step, processes, saved_steps
 from tests.ray.test_stop import ENDLESS, wait_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +99,31 @@ def test_a_job_is_scaled_paused_drained_stopped_and_resumed_and_no_step_is_done_
     assert [record["step"] for record in read_jsonl(run / "metrics.jsonl")] == list(range(1, stopped + 4))
     entered = [event for event in read_jsonl(run / "events.jsonl") if event["event"] == "entered"]
     assert all(event["lost_steps"] == 0 for event in entered)
+
+
+@pytest.mark.timeout(600)
+def test_the_state_is_saved_before_a_dead_head_ends_everything(head: Any, tiny: list[str], tmp_path: Path) -> None:
+    """Ray ends every process of a cluster whose GCS is away for a minute."""
+    run = tmp_path / "run"
+    head.start("--num-cpus=2")
+    command = [sys.executable, "-m", "elastic_moe.train", f"cluster.address={head.address}", *tiny, ENDLESS]
+    command += ["cluster.workers=2", "checkpoint.every_steps=0"]
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(command, env=head.env, cwd=head.root, stdout=log, stderr=log)
+    try:
+        wait_steps(run, 5)
+        (gcs,) = [process for process in processes(head) if process.name() == "gcs_server"]
+        gcs.kill()
+        at = last_step(run)
+        until(lambda: any(step >= at for step in saved_steps(run)), "a checkpoint", 60.0)
+        assert driver.wait(400) != 0
+        until(lambda: not coordinators(head), "the end of everything", 100.0)
+    finally:
+        driver.kill()
+        driver.wait()
+    asked = [event for event in read_jsonl(run / "events.jsonl") if event["event"] == "checkpoint_asked"]
+    assert len(asked) >= 2, "again and again"
+    assert max(saved_steps(run)) >= asked[1]["step"], "not only the first one was written"
 
 
 @pytest.mark.timeout(400)

@@ -265,10 +265,13 @@ class _Driver:
                 ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
             print(f"the coordinator did not end cleanly: {error}", file=sys.stderr)
-        if self.trainer is not None and self.trainer.controller is not None:
-            ray.kill(self.trainer.controller)  # where it still runs, it would start workers again
-        end_all(self.name)
-        ray.kill(coordinator)
+        try:
+            if self.trainer is not None and self.trainer.controller is not None:
+                ray.kill(self.trainer.controller)  # where it still runs, it would start workers again
+            end_all(self.name)
+            ray.kill(coordinator)
+        except Exception as error:  # noqa: BLE001 - Ray's head is away: the outcome is told all the same
+            print(f"what is left of the run in Ray could not be ended: {reason_of(error)}", file=sys.stderr)
         return conclude(Ended(self.config, self.stop, self.error, self.status))
 
     def _fit(self) -> None:

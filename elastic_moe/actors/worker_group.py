@@ -135,7 +135,7 @@ class ElasticWorkerGroup(WorkerGroup):
             end_actor(name)
         for placement in room.values():
             remove_placement_group(placement)
-        if taken := len(trains):
+        if taken := sum(slot.worker is not None for slot in self._slots):
             logger.info("%d workers of a controller that died train on", taken)
 
     def fill_slots(self) -> None:

@@ -37,7 +37,7 @@ def adopt(state: State, event: Hello, now_s: float, config: ElasticConfig) -> St
         state,
         unheard=unheard,
         phase=RUNNING,
-        reason="re-registered",
+        reason=state.reason if state.stopping else "re-registered",
         records=records,
         view=view,
         open_views=(*state.open_views, view),

@@ -18,10 +18,11 @@ from elastic_moe.coordination.membership import RunStatus
 from elastic_moe.coordination.records import StepRecords
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.coordination.wishes import Wishes
+from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.metrics.recorder import Recorder
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.state.units import build_units
-from elastic_moe.run_dir import OPERATOR, checkpoint_root
+from elastic_moe.run_dir import EVENTS, OPERATOR, checkpoint_root
 
 DURABLE = ("checkpoint", "initialisation")  # sources of a view's state that may be older than the newest record
 
@@ -52,6 +53,7 @@ class RunCoordinator:
         self._identity = IdentityFiles.open(run_dir, root)
         if not restarted:
             self._identity.begin_start()
+        self._entered = _last_entered(run_dir) if restarted else None  # generation entered last, and with which step
         self._rolled_back = self._identity.identity.last_fork  # generation that did so last, and to which step
         self._checkpoints = CheckpointCommitter(
             root,
@@ -112,6 +114,10 @@ class RunCoordinator:
             if event.get("source") in DURABLE:
                 self._roll_back_to(int(event["generation"]), step)
             event = event | {"lost_steps": lost}
+            entered = (int(event["generation"]), step)
+            if entered == self._entered:
+                return  # told again to a coordinator that was started again; steps were made since
+            self._entered = entered
         self._recorder.event(event)
 
     def _roll_back_to(self, generation: int, step: int) -> None:
@@ -124,3 +130,9 @@ class RunCoordinator:
         if dropped:
             event = {"event": "rolled_back", "generation": generation, "step": step, "lost_steps": dropped}
             self._recorder.event(event)
+
+
+def _last_entered(run_dir: Path) -> tuple[int, int] | None:
+    """Generation and step of the newest view whose entry is recorded."""
+    entered = [event for event in read_jsonl(run_dir / EVENTS) if event.get("event") == "entered"]
+    return (int(entered[-1]["generation"]), int(entered[-1]["step"])) if entered else None

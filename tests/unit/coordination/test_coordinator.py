@@ -48,7 +48,7 @@ def test_state_from_storage_drops_later_records_once(coordinator: RunCoordinator
     coordinator._on_event(_entered(source, 2, 2))  # another member's report of the same generation
     assert [record["loss"] for record in coordinator.records_since(2)] == [0.5]
     events = read_jsonl(tmp_path / EVENTS)
-    assert [event["event"] for event in events] == ["rolled_back", "entered", "entered"]
+    assert [event["event"] for event in events] == ["rolled_back", "entered"]
     assert (events[0]["generation"], events[0]["step"], events[0]["lost_steps"]) == (2, 2, 2)
 
 
@@ -121,3 +121,20 @@ def test_a_restarted_coordinator_knows_that_the_run_has_gone_back_and_a_new_star
     second._on_event(_entered("checkpoint", 2, 2))
     assert _steps(second.records_since(0)) == ([1, 2, 3] if restarted else [1, 2])
     second.close()
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_how_a_view_was_entered_counts_once_although_it_is_told_again(tmp_path: Path, read: bool) -> None:
+    """A worker repeats it to a coordinator that was started again, and steps were recorded since."""
+    first = _life(tmp_path, False)
+    _add(first, 1, 2)
+    if read:
+        first._on_event(_entered("peers", 3, 2))
+    first.close()
+    second = _life(tmp_path, True)
+    if read:
+        _add(second, 3, 4)
+    second._on_event(_entered("peers", 3, 2))
+    second.close()
+    told = [event for event in read_jsonl(tmp_path / "events.jsonl") if event["event"] == "entered"]
+    assert [event["lost_steps"] for event in told] == [0]

@@ -18,12 +18,14 @@ class Demand:
     """What is asked of Ray, and what it has.
 
     Attributes:
-        pending: workers for which there is no room.
+        asked: workers that Ray was asked for.
+        pending: those of them for which there is no room.
         need: resources of each.
         nodes: all resources of each living node.
         free: resources of the whole cluster that nobody uses.
     """
 
+    asked: int
     pending: int
     need: Resources
     nodes: Sequence[Resources]
@@ -31,6 +33,8 @@ class Demand:
 
     def sentence(self) -> str:
         """What is missing."""
+        if not self.asked:
+            return "none is asked of Ray yet: the Ray Train controller starts"
         if not self.pending:
             return "Ray has room for all others, and they start"
         wanted = ", ".join(f"{name} {amount:g}" for name, amount in self.need.items())
@@ -45,13 +49,19 @@ class Demand:
 def demand(coordinator: str, need: Resources) -> Demand:
     """The demand of the run with this coordinator, whose workers need these resources."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return Demand(pending_workers(coordinator), need, nodes, ray.available_resources())
+    states = _states(coordinator)
+    return Demand(len(states), sum(state in PENDING for state in states), need, nodes, ray.available_resources())
 
 
 def pending_workers(coordinator: str) -> int:
     """Number of the run's workers for which Ray has no room yet."""
+    return sum(state in PENDING for state in _states(coordinator))
+
+
+def _states(coordinator: str) -> list[str]:
+    """States of the run's placement groups: each is for one worker."""
     table: list[Any] = list(placement_group_table().values())
-    return sum(e["name"].startswith(f"{coordinator}/") and e["state"] in PENDING for e in table)
+    return [e["state"] for e in table if e["name"].startswith(f"{coordinator}/") and e["state"] != "REMOVED"]
 
 
 def _fits(need: Resources, has: Resources) -> bool:

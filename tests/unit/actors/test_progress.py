@@ -76,11 +76,12 @@ def test_a_pause_is_no_waiting(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_missing() -> None:
     need, node = {"CPU": 1.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 1.0}
-    assert Demand(0, need, [node], node).sentence() == "Ray has room for all others, and they start"
-    assert Demand(3, need, [node, node], node).sentence() == (
+    assert "controller starts" in Demand(0, 0, need, [node], node).sentence()
+    assert Demand(2, 0, need, [node], node).sentence() == "Ray has room for all others, and they start"
+    assert Demand(4, 3, need, [node, node], node).sentence() == (
         "3 more are asked of Ray, each with CPU 1, GPU 2: none of its 2 nodes is so large (at most CPU 8, GPU 1), "
         "only a new node helps"
     )
-    assert Demand(1, {"CPU": 1.0}, [node], {}).sentence() == (
+    assert Demand(1, 1, {"CPU": 1.0}, [node], {}).sentence() == (
         "1 more are asked of Ray, each with CPU 1: its 1 nodes are large enough, but others use them (free: CPU 0)"
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group_table
+
+from elastic_moe.actors.kept import placement_entries
 
 Resources = Mapping[str, float]
 PENDING = ("PENDING", "RESCHEDULING")
@@ -49,19 +49,14 @@ class Demand:
 def demand(coordinator: str, need: Resources) -> Demand:
     """The demand of the run with this coordinator, whose workers need these resources."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    states = _states(coordinator)
-    return Demand(len(states), sum(state in PENDING for state in states), need, nodes, ray.available_resources())
+    asked = placement_entries(coordinator)
+    pending = sum(entry["state"] in PENDING for entry in asked)
+    return Demand(len(asked), pending, need, nodes, ray.available_resources())
 
 
 def pending_workers(coordinator: str) -> int:
     """Number of the run's workers for which Ray has no room yet."""
-    return sum(state in PENDING for state in _states(coordinator))
-
-
-def _states(coordinator: str) -> list[str]:
-    """States of the run's placement groups: each is for one worker."""
-    table: list[Any] = list(placement_group_table().values())
-    return [e["state"] for e in table if e["name"].startswith(f"{coordinator}/") and e["state"] != "REMOVED"]
+    return sum(entry["state"] in PENDING for entry in placement_entries(coordinator))
 
 
 def _fits(need: Resources, has: Resources) -> bool:

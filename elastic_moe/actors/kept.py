@@ -47,14 +47,17 @@ def worker_names(coordinator: str) -> list[str]:
     return sorted(e["name"] for e in named if e["namespace"] == NAMESPACE and e["name"].startswith(prefix))
 
 
+def placement_entries(coordinator: str) -> list[dict[str, Any]]:
+    """What Ray tells of the run's placement groups: one for each worker that it was asked for, pending ones too."""
+    table: list[Any] = list(placement_group_table().values())
+    prefix = _prefix(coordinator)
+    return [entry for entry in table if entry["name"].startswith(prefix) and entry["state"] != "REMOVED"]
+
+
 def placements(coordinator: str) -> dict[str, PlacementGroup]:
     """The run's placement groups by name, pending ones too."""
-    prefix = _prefix(coordinator)
-    return {
-        entry["name"]: PlacementGroup(ray.PlacementGroupID(bytes.fromhex(identity)))
-        for identity, entry in placement_group_table().items()
-        if entry["name"].startswith(prefix) and entry["state"] != "REMOVED"
-    }
+    entries = placement_entries(coordinator)
+    return {e["name"]: PlacementGroup(ray.PlacementGroupID(bytes.fromhex(e["placement_group_id"]))) for e in entries}
 
 
 def end_all(coordinator: str) -> None:

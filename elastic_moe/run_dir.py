@@ -23,6 +23,8 @@ FAULTS = "faults"  # directory: one file per injected fault that has fired
 CHECKPOINTS = "checkpoints"  # directory: durable checkpoints, unless `checkpoint.dir` names another place
 RAY = ".ray"  # directory: state of Ray Train
 
+WITNESS = ".witness"  # in the checkpoint root: whoever reads its content sees the coordinator's storage
+
 DAMAGED = ".damaged"  # ending of the file that keeps the damaged lines of another one
 
 _STEP_DIR = re.compile(r"step_(\d{8,})")
@@ -36,6 +38,13 @@ def checkpoint_root(config: TrainConfig, run_dir: Path | None = None) -> str:
         run_dir: the run directory, where it has been moved since; `run.dir` by default.
     """
     return config.checkpoint.dir or str((run_dir or Path(config.run.dir)) / CHECKPOINTS)
+
+
+def local_path(place: str) -> Path | None:
+    """The path of a place on this machine's file systems; None for an object store."""
+    if "://" in place and not place.startswith("file://"):
+        return None
+    return Path(place.removeprefix("file://")).expanduser().absolute()
 
 
 def abandoned_metrics(timeline: int) -> str:

@@ -73,7 +73,7 @@ class LocalRun:
         self.dir = Path(config.run.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         self._prepared, self._nodes = prepared, nodes or workers
-        self.coordinator = RunCoordinator(self.config, "secret", workers, host)
+        self.coordinator = RunCoordinator(self.config, "secret", workers, host, prepared=prepared)
         self._address = self.coordinator.address
         self.processes: dict[str, Any] = {}
         for _ in range(workers):

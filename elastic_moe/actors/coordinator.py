@@ -17,6 +17,7 @@ from elastic_moe.actors.node_watcher import NodeWatcher
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.coordinator import RunCoordinator
 from elastic_moe.coordination.membership import RunStatus
+from elastic_moe.data.prepare import Prepared
 
 
 class Coordinator:
@@ -27,12 +28,14 @@ class Coordinator:
         token: shared secret of the run.
         target: number of workers to start with.
         host: address to listen on, reachable from every worker.
+        prepared: the corpus, for workers that do not see it.
     """
 
-    def __init__(self, config: TrainConfig, token: str, target: int, host: str = "127.0.0.1") -> None:
+    def __init__(self, config: TrainConfig, token: str, target: int, host: str, prepared: Prepared) -> None:
         self._token = token
         context = ray.get_runtime_context()
-        self._run = RunCoordinator(config, token, target, host, bool(context.was_current_actor_reconstructed))
+        restarted = bool(context.was_current_actor_reconstructed)
+        self._run = RunCoordinator(config, token, target, host, restarted, prepared)
         self._nodes = NodeWatcher(self.submit, config.elastic.drain_deadline_s)
         self._nodes.start()
         patience_s = config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S

@@ -55,7 +55,7 @@ from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.wandb import Tracker
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
-from elastic_moe.run_dir import EVENTS, EXPERTS, FAULTS, METRICS, RAY, REPORT, TOKENIZER, checkpoint_root
+from elastic_moe.run_dir import EVENTS, EXPERTS, FAULTS, METRICS, RAY, REPORT, TOKENIZER, checkpoint_root, local_path
 from elastic_moe.saved import with_tokenizer
 
 POLL_S = 0.2
@@ -77,7 +77,7 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
     """
     try:
         config = resolve(config)
-        config = replace(config, run=replace(config.run, dir=str(Path(config.run.dir).expanduser().absolute())))
+        config = _absolute(config)
         _check_device(config)
         set_timeout(config.checkpoint.timeout_s)
         check_start(config, look(config))
@@ -117,6 +117,14 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
                 return _Driver(name, config, prepared, tracker, stop, leases).run()
         finally:
             tracker.close()
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """The configuration with places that do not depend on the directory in which a process works."""
+    run_dir, root = Path(config.run.dir).expanduser().absolute(), config.checkpoint.dir
+    if root and (path := local_path(root)) is not None:
+        root = str(path)
+    return replace(config, run=replace(config.run, dir=str(run_dir)), checkpoint=replace(config.checkpoint, dir=root))
 
 
 def _check_device(config: TrainConfig) -> None:
@@ -166,7 +174,7 @@ def train_function(settings: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def start_coordinator(config: TrainConfig, name: str, token: str) -> Any:
+def start_coordinator(config: TrainConfig, name: str, token: str, prepared: Prepared) -> Any:
     """Start the coordinator actor on this node. Ray restarts it when it dies, and repeats unanswered calls.
 
     It has to be on this node, where the run directory is. It is detached: it outlives this process, and then ends the
@@ -185,7 +193,7 @@ def start_coordinator(config: TrainConfig, name: str, token: str) -> Any:
             max_concurrency=8,
             label_selector=this_node(),
         )
-        .remote(config, token, min(start_workers(config.cluster), max_workers(config)), host)
+        .remote(config, token, min(start_workers(config.cluster), max_workers(config)), host, prepared)
     )
     ray.get(actor.address.remote())
     return actor
@@ -232,7 +240,7 @@ class _Driver:
         self._shown = len(self._events.lines())  # a resumed run has shown these before
 
     def run(self) -> int:
-        coordinator = start_coordinator(self.config, self.name, secrets.token_hex(16))
+        coordinator = start_coordinator(self.config, self.name, secrets.token_hex(16), self.prepared)
         training = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         training.start()
         link = CoordinatorLink(self.name)

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from elastic_moe.checkpoint.bounded import Activity
@@ -37,7 +37,7 @@ def is_regular(path: str) -> bool:
         raise
 
 
-def write_file(path: str, parts: Sequence[memoryview], activity: Activity) -> None:
+def write_file(path: str, parts: Iterable[memoryview], activity: Activity) -> None:
     """Write a file under a temporary name, sync it to disk and rename it, so its name never shows a partial file.
 
     Args:

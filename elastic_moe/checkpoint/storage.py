@@ -21,6 +21,7 @@ from pyarrow import fs as pafs
 
 from elastic_moe.checkpoint.bounded import Activity, bounded
 from elastic_moe.checkpoint.local_file import PIECE, in_pieces, is_regular, write_file
+from elastic_moe.checkpoint.served import SCHEME, served_filesystem
 from elastic_moe.errors import UserError
 
 ATTEMPTS = 3
@@ -64,7 +65,7 @@ class Storage:
     """One checkpoint root. Every method is bounded in time.
 
     Args:
-        root_uri: a path, or a URI that pyarrow knows (file://, s3://, gs://, hdfs://).
+        root_uri: a path, a URI that pyarrow knows (file://, s3://, gs://, hdfs://), or run:// (`served.py`).
         activity: told of the bytes that are read and written, where the operations are part of a longer call.
 
     Raises:
@@ -245,6 +246,8 @@ def open_filesystem(root_uri: str) -> tuple[pafs.FileSystem, str]:
     """
     if "://" not in root_uri:
         return pafs.LocalFileSystem(), Path(root_uri).expanduser().absolute().as_posix()
+    if root_uri.startswith(SCHEME):
+        return served_filesystem(TIMEOUT_S), root_uri.removeprefix(SCHEME)
     try:
         filesystem, root = pafs.FileSystem.from_uri(root_uri)
     except pa.ArrowInvalid as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic_moe.types import Member, View
 
-VERSION = 7  # of the protocol; every change of a message raises it
+VERSION = 8  # of the protocol; every change of a message raises it
 
 JsonObject = Mapping[str, Any]
 
@@ -185,9 +185,18 @@ WorkerMessage = (
 
 @dataclass(frozen=True, slots=True)
 class WelcomeMessage:
-    """The worker is registered. `version`: the version of the protocol that the coordinator speaks."""
+    """The worker is registered.
+
+    Attributes:
+        version: version of the protocol that the coordinator speaks.
+        files: host and port of its file server; ("", 0) if it has none.
+        witness: content of the file `run_dir.WITNESS` in the checkpoint root, by which a worker knows that it sees it;
+            "" if the root is an object store.
+    """
 
     version: int = VERSION
+    files: tuple[str, int] = ("", 0)
+    witness: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,16 @@ from typing import Any
 from elastic_moe.checkpoint.storage import set_timeout
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.codec import decode_request
+from elastic_moe.control.messages import WelcomeMessage
 from elastic_moe.coordination.checkpoints import CheckpointCommitter
+from elastic_moe.coordination.file_server import FileServer
 from elastic_moe.coordination.identity import IdentityFiles
 from elastic_moe.coordination.membership import RunStatus
 from elastic_moe.coordination.records import StepRecords
+from elastic_moe.coordination.served_places import leave_witness, served_places
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.coordination.wishes import Wishes
+from elastic_moe.data.prepare import Prepared
 from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.metrics.recorder import Recorder
 from elastic_moe.model.params import param_specs
@@ -36,13 +40,20 @@ class RunCoordinator:
         target: number of workers to start with.
         host: address to listen on, reachable from every worker.
         restarted: another coordinator of this run was here before, and its workers may live.
+        prepared: the corpus, served to workers that do not see it.
 
     Attributes:
         address: host and port where workers connect.
     """
 
     def __init__(
-        self, config: TrainConfig, token: str, target: int, host: str = "127.0.0.1", restarted: bool = False
+        self,
+        config: TrainConfig,
+        token: str,
+        target: int,
+        host: str = "127.0.0.1",
+        restarted: bool = False,
+        prepared: Prepared | None = None,
     ) -> None:
         run_dir = Path(config.run.dir)
         set_timeout(config.checkpoint.timeout_s)
@@ -73,6 +84,8 @@ class RunCoordinator:
             on_shard=self._checkpoints.add,
             restarted=restarted,
         )
+        self._files = FileServer(host, token, served_places(config, prepared))
+        self._server.welcome = WelcomeMessage(files=self._files.start(), witness=leave_witness(root))
         self.address = self._server.start()
         self._closed = False
         self._wishes = Wishes(run_dir / OPERATOR, self._recorder)
@@ -104,6 +117,7 @@ class RunCoordinator:
             return
         self._closed = True
         self._server.close()
+        self._files.close()
         self._checkpoints.close()
         self._recorder.close()
 

@@ -24,7 +24,7 @@ from elastic_moe.checkpoint.storage import Storage, persistent
 from elastic_moe.coordination.claims import Claims
 from elastic_moe.coordination.owner import Owner, Taken, Watch, awake_s
 from elastic_moe.errors import UserError
-from elastic_moe.run_dir import LEASE
+from elastic_moe.run_dir import LEASE, local_path
 
 BEAT_S, TTL_S = 5.0, 30.0
 LOCK = f".{LEASE}.lock"
@@ -49,10 +49,8 @@ class Lease:
 
     def __init__(self, place: str, key: str) -> None:
         self._place, self._key = place, key
-        local = place.removeprefix("file://") if "://" not in place or place.startswith("file://") else ""
-        self._holder = (
-            LeaseFile(Path(local).expanduser(), Owner.here()) if local else Claims(place, Owner.here(), BEAT_S, TTL_S)
-        )
+        local, owner = local_path(place), Owner.here()
+        self._holder = LeaseFile(local, owner) if local else Claims(place, owner, BEAT_S, TTL_S)
         self.name = f"{key}={place}"
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, name="lease", daemon=True)

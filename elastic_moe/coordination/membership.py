@@ -37,6 +37,11 @@ class Connections(Protocol):
         """Host and port of the store through which groups form."""
         ...
 
+    @property
+    def welcome(self) -> msg.WelcomeMessage:
+        """What a worker is told when it has registered."""
+        ...
+
     def send(self, workers: Sequence[str], message: msg.CoordinatorMessage) -> None:
         """Send to those of the workers that are connected."""
         ...
@@ -262,7 +267,7 @@ class Membership:
                 workers = [m.worker for m in view.members]
                 send(workers, msg.ViewMessage(view, False, reason, self._connections.store_address, hold=True))
             case ev.Welcome(worker):
-                send((worker,), msg.WelcomeMessage())
+                send((worker,), self._connections.welcome)
             case ev.Probe(workers):
                 send(workers, msg.ProbeMessage())
             case ev.CheckLinks(workers, check, peers):

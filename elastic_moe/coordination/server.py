@@ -47,6 +47,9 @@ class ControlServer:
         host: address to listen on, and under which workers reach this process.
         on_record, on_event, on_shard: called in the server's thread, as `Membership` describes them.
         restarted: another coordinator of this run was here before.
+
+    Attributes:
+        welcome: what a worker is told when it has registered.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class ControlServer:
         on_shard: Sink = lambda _: None,
         restarted: bool = False,
     ) -> None:
+        self.welcome = msg.WelcomeMessage()
         self._host, self._gate = host, Gate(token)
         self._listener = ListenerThread("control-server", host, self._serve, self._tick, TICK_S)
         self._membership = Membership(config, target, self, on_record, on_event, on_shard, restarted)

@@ -13,13 +13,13 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from elastic_moe.config.schema import DataConfig
 from elastic_moe.data.corpus import Piece, SourceFile, ValidationSplit, list_files, piece_bytes, read_pieces
-from elastic_moe.data.shards import FORMAT, TokenShard, TokenShardWriter
+from elastic_moe.data.shards import FORMAT, TokenShard, TokenShardWriter, file_sha256, token_digest
 from elastic_moe.data.tokenizer import (
     TOKENIZER_FILE,
     BpeTokenizer,
@@ -36,12 +36,19 @@ _BATCH = 64  # pieces encoded at once
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Paths of a prepared corpus; can be sent between processes."""
+    """Paths of a prepared corpus; can be sent between processes.
+
+    Attributes:
+        train_path, val_path, tokenizer_path: files of one directory.
+        vocab_size: tokens that the tokenizer knows.
+        digest: of tokens and tokenizer, by which another machine knows whether it has the same corpus there.
+    """
 
     train_path: str
     val_path: str
     tokenizer_path: str
     vocab_size: int
+    digest: str = ""
 
     @property
     def train(self) -> TokenShard:
@@ -113,7 +120,18 @@ def _find(directory: Path) -> Prepared | None:
 
 
 def _prepared(directory: Path, vocab_size: int) -> Prepared:
-    return Prepared(str(directory / TRAIN), str(directory / VAL), str(directory / TOKENIZER_FILE), vocab_size)
+    paths = Prepared(str(directory / TRAIN), str(directory / VAL), str(directory / TOKENIZER_FILE), vocab_size)
+    return replace(paths, digest=digest_of(paths))
+
+
+def digest_of(prepared: Prepared) -> str:
+    """Digest of the tokens and the tokenizer at the paths of a prepared corpus; the checksums of its indexes count.
+
+    Raises:
+        OSError, ValueError, KeyError: there is no such corpus.
+    """
+    tokens, tokenizer = token_digest(prepared.train_path, prepared.val_path), file_sha256(Path(prepared.tokenizer_path))
+    return hashlib.sha256(f"{tokens} {tokenizer}".encode()).hexdigest()
 
 
 def _build(config: DataConfig, files: list[SourceFile], final: Path) -> Prepared:

@@ -136,6 +136,7 @@ EVENT_KINDS = (
     Event("members_in_doubt", "Members give no sign, and their state may be the last: the run waits for them."),
     Event("node_backoff", "Workers of a node die before they make a step: its next ones have to wait."),
     Event("planner_compiles", "A worker compiles the planner, which no process of its machine has done before."),
+    Event("files_served", "A worker does not see files of the coordinator's node, and gets them from there."),
     Event("collectives", "Tensors on GPUs travel over another library from now on; the sentence says which and why."),
     Event("worker_released", "A worker is no longer needed and may end."),
     Event("worker_left", "A released or drained worker has ended as planned."),

@@ -27,6 +27,7 @@ from elastic_moe.control.messages import (
     StopMessage,
     SuspectMessage,
     ViewMessage,
+    WelcomeMessage,
     WorkerMessage,
 )
 from elastic_moe.errors import CoordinatorLost, Evicted
@@ -52,6 +53,7 @@ class Inbox:
         generation: generation that the main thread lives in; 0 before the first.
         heard_s: monotonic time at which the newest heartbeat was sent that the coordinator has answered.
         recorded: the records of all steps up to this one are in the run's files; -1 if that is not known.
+        welcome: the newest one; None before the first.
     """
 
     def __init__(self, worker: str) -> None:
@@ -65,6 +67,7 @@ class Inbox:
         self.generation = 0
         self.heard_s = -math.inf
         self.recorded = -1
+        self.welcome: WelcomeMessage | None = None
         self._made_s = time.monotonic()
         self._unplanned = 0  # newest generation that must not wait for a step boundary
         self._paused = 0  # newest generation that was paused
@@ -97,6 +100,18 @@ class Inbox:
             if self.evicted:
                 raise Evicted(self.evicted)
             return None if self._released or self._closed else self._next(after_generation)
+
+    def wait_welcome(self, patience_s: float) -> None:
+        """Wait until the coordinator has registered this worker.
+
+        Raises:
+            Evicted, CoordinatorLost: as `wait_view`.
+        """
+        with self._changed:
+            while not self._changed.wait_for(lambda: self.evicted or self._closed or self.welcome, SLICE_S):
+                self.check_heard(patience_s)
+            if self.evicted:
+                raise Evicted(self.evicted)
 
     def check_heard(self, patience_s: float) -> None:
         """Return unless the coordinator was not heard for too long.
@@ -148,6 +163,8 @@ class Inbox:
             return
         with self._changed:
             match message:
+                case WelcomeMessage():
+                    self.welcome = message
                 case ViewMessage(view, hold=True):
                     self.hold = message
                 case ViewMessage(view, planned):

@@ -42,6 +42,7 @@ from elastic_moe.runtime.evaluate import Evaluator
 from elastic_moe.runtime.faults import Faults
 from elastic_moe.runtime.initial import InitialWeights
 from elastic_moe.runtime.local_state import LocalState
+from elastic_moe.runtime.places import localised
 from elastic_moe.runtime.reconfigure import Reconfigured, Reconfigurer
 from elastic_moe.runtime.reporter import Reporter
 from elastic_moe.runtime.saver import Saver
@@ -300,7 +301,7 @@ def run_worker(
         find: returns the coordinator's address, or None while there is no coordinator.
         token: shared secret of the run.
         node: fault domain of this process.
-        prepared: token shards and tokenizer, readable from this node.
+        prepared: token shards and tokenizer on the coordinator's node, see `places`.
         worker: unique id of this life of the process.
 
     Returns:
@@ -317,6 +318,8 @@ def run_worker(
     on_gpu = config.device != "cpu" and elastic.state_on == "device" and torch.cuda.is_available()
     client.start("cuda" if on_gpu else "cpu")
     try:
+        client.inbox.wait_welcome(elastic.hold_s)
+        config, prepared = localised(config, prepared, token, node, lambda: client.inbox.welcome, client.event)
         return Worker(config, prepared, client, token).run()
     finally:
         client.close()

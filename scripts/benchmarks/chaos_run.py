@@ -78,6 +78,28 @@ def wrong_losses(losses: list[float], undisturbed: list[float]) -> list[str]:
     return [f"the losses differ from the undisturbed run's from step {first + 1} on"]
 
 
+def avoidable_losses(found: list[Json], redundancy: int) -> list[str]:
+    """A complaint for each way back to storage for which too few members of the last view had gone.
+
+    Each unit has `redundancy` mirrors, so one more member must have gone, or all of a small view.
+    """
+    members: dict[int, list[str]] = {}
+    gone: set[str] = set()
+    last, wrong = 0, []
+    for event in found:
+        if event["event"] == "view_published":
+            members[event["generation"]] = event["members"]
+        elif event["event"] in ("worker_lost", "worker_evicted"):
+            gone.add(event["worker"])
+        elif event["event"] == "entered":
+            holders = members.get(last, [])
+            dead = len(gone.intersection(holders))
+            if event.get("lost_steps") and dead < min(redundancy + 1, len(holders)):
+                wrong.append(f"{event['lost_steps']} steps were lost although only {dead} of {len(holders)} had gone")
+            last = event["generation"]
+    return wrong
+
+
 class ChaosRun:
     """One run and what happened in it.
 
@@ -106,6 +128,7 @@ class ChaosRun:
             failed.append(f"exit code {code}")
         steps = self._settings["steps"]
         failed += wrong_records(self.run_dir, steps) + wrong_checkpoint(self.run_dir, steps)
+        failed += avoidable_losses(events(self.run_dir), self._settings["redundancy"])
         return {
             "seconds": round(time.monotonic() - started_s, 1),
             "starts": self.starts,

@@ -32,6 +32,8 @@ class Run:
         sinks = (self.records.append, self.events.append, self.shards.append)
         self.membership = Membership(config, target, self, *sinks, restarted)
 
+    welcome = msg.WelcomeMessage(files=("10.0.0.1", 5), witness="mark")
+
     @property
     def store_address(self) -> tuple[str, int]:
         return STORE
@@ -62,7 +64,7 @@ class Run:
 def test_a_view_is_sent_to_its_members_and_logged() -> None:
     run = Run(2)
     run.join("a", "b")
-    assert run.to("a", msg.WelcomeMessage) == [msg.WelcomeMessage(msg.VERSION)]
+    assert run.to("a", msg.WelcomeMessage) == [run.welcome]
     (view,) = run.to("b", msg.ViewMessage)
     assert [m.worker for m in view.view.members] == ["a", "b"]
     assert (view.planned, view.reason, view.store) == (True, "start", STORE)

@@ -1,0 +1,118 @@
+"""A run on three nodes that share no file system, with a kill, a join, a stop and a resume.
+
+Each node is a `ray start --block` in a mount namespace of its own, in which empty directories hide the run directory,
+the corpus, Ray's files and the user's copies. Skipped where this process may not mount.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from elastic_moe.metrics.jsonl import read_jsonl
+from elastic_moe.runtime.places import copies_dir
+from tests.patience import until
+from tests.ray.conftest import free_ports
+from tests.ray.test_stop import ENDLESS, PATIENCE_S, wait_steps
+
+MOUNT = "mount --make-rprivate / && for d in {hidden}; do mkdir -p $d && mount -t tmpfs none $d; done && exec {command}"
+
+
+def apart(command: list[str], *hidden: Path) -> list[str]:
+    """A command that runs in a mount namespace of its own, with empty directories in the place of these."""
+    directories = " ".join(shlex.quote(str(path)) for path in hidden)
+    return ["unshare", "--mount", "bash", "-c", MOUNT.format(hidden=directories, command=shlex.join(command))]
+
+
+@pytest.fixture
+def add_node(head: Any, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts a node of one CPU that shares no files."""
+    if subprocess.run(apart(["true"], tmp_path / "try"), capture_output=True).returncode:
+        pytest.skip("needs root and mount namespaces")
+    started: list[subprocess.Popen[str]] = []
+
+    def add() -> subprocess.Popen[str]:
+        (port,) = free_ports(1)
+        ray = str(Path(sys.executable).parent / "ray")
+        command = [
+            ray,
+            "start",
+            f"--address={head.address}",
+            "--num-cpus=1",
+            "--block",
+            "--object-store-memory=80000000",
+        ]
+        command += [f"--dashboard-agent-listen-port={port}", f"--node-ip-address={head.address.split(':')[0]}"]
+        hidden = (tmp_path, head.root / "ray", copies_dir())
+        with (head.root / f"node{len(started)}.log").open("w") as log:
+            started.append(subprocess.Popen(apart(command, *hidden), env=head.env, stdout=log, stderr=log, text=True))
+        return started[-1]
+
+    try:
+        yield add
+    finally:
+        for process in started:
+            with suppress(psutil.Error):
+                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                for each in family:
+                    with suppress(psutil.Error):
+                        each.kill()
+            process.wait(60)
+
+
+@pytest.mark.timeout(1200)
+def test_nodes_that_share_no_files_train_lose_no_step_and_resume(
+    head: Any, tiny: list[str], tmp_path: Path, add_node: Callable[[], Any]
+) -> None:
+    head.start()
+    for _ in range(3):
+        add_node()
+    run = tmp_path / "run"
+    train = [sys.executable, "-m", "elastic_moe.train", "cluster=address", f"cluster.address={head.address}", *tiny]
+    train += ["cluster.workers=3", "elastic.max_workers=4", "checkpoint.every_steps=10", "run.resume=auto"]
+    env = head.env | {"OMP_NUM_THREADS": "1"}
+
+    def served() -> list[dict[str, Any]]:
+        return [event for event in read_jsonl(run / "events.jsonl") if event["event"] == "files_served"]
+
+    def members() -> int:
+        return int(read_jsonl(run / "metrics.jsonl")[-1]["world_size"])
+
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen([*train, ENDLESS], env=env, stdout=log, stderr=log)
+    try:
+        wait_steps(run, 12, lambda: driver.poll() is None)
+        until(lambda: members() == 3, "three members", PATIENCE_S)
+        connected = [event for event in read_jsonl(run / "events.jsonl") if event["event"] == "worker_connected"]
+        os.kill(connected[0]["pid"], signal.SIGKILL)
+        add_node()
+        until(lambda: len(served()) >= 5 and members() == 4, "the replacement and the joiner", PATIENCE_S)
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(PATIENCE_S) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+    finally:
+        driver.kill()
+        driver.wait()
+    events, steps = read_jsonl(run / "events.jsonl"), [r["step"] for r in read_jsonl(run / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)), "no step is lost, and none is done twice"
+    assert all("checkpoint.dir and the corpus" in event["reason"] for event in served())
+    assert not [event for event in events if event["event"] == "checkpoint_failed"]
+    assert (run / "checkpoints" / f"step_{steps[-1]:08d}" / "manifest.json").is_file()
+
+    again = subprocess.run(
+        [*train, f"run.steps={len(steps) + 5}"], env=env, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    steps = [record["step"] for record in read_jsonl(run / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+    resumed = [e for e in read_jsonl(run / "events.jsonl") if e["event"] == "entered" and e["source"] == "checkpoint"]
+    assert [(e["step"], e["lost_steps"]) for e in resumed] == [(len(steps) - 5, 0)]

@@ -18,6 +18,7 @@ EVENTS = "events.jsonl"  # one line per event
 EXPERTS = "experts.jsonl"  # placements of the experts, and their loads
 OPERATOR = "operator.json"  # what an operator asked of the run that goes on
 LIVE = "live.json"  # where the run that goes on can be reached
+LOGS = "logs"  # directory: what the workers logged, a file for each
 REPORT = "report.html"  # the run as one page
 FAULTS = "faults"  # directory: one file per injected fault that has fired
 CHECKPOINTS = "checkpoints"  # directory: durable checkpoints, unless `checkpoint.dir` names another place

@@ -32,7 +32,7 @@ class Coordinator:
     """
 
     def __init__(self, config: TrainConfig, token: str, target: int, host: str, prepared: Prepared) -> None:
-        self._token = token
+        self._config, self._token = config, token
         context = ray.get_runtime_context()
         restarted = bool(context.was_current_actor_reconstructed)
         self._run = RunCoordinator(config, token, target, host, restarted, prepared)
@@ -63,6 +63,14 @@ class Coordinator:
     def status(self) -> RunStatus:
         """The state of the run."""
         return self._run.status()
+
+    def config(self) -> TrainConfig:
+        """The run's configuration."""
+        return self._config
+
+    def recent(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The last records and the last events."""
+        return self._run.recent()
 
     def records_since(self, step: int) -> list[dict[str, Any]]:
         """Records of steps after this one, in order."""

@@ -31,6 +31,14 @@ def actor_name(run_id: str, run_dir: str = "") -> str:
     return f"elastic_moe:{run_id}" + (f":{hashlib.sha256(run_dir.encode()).hexdigest()[:8]}" if run_dir else "")
 
 
+def name_of(run_dir: str) -> str:
+    """Name of the coordinator of the run that goes on in this directory; "" if Ray knows none."""
+    ending = actor_name("", run_dir).removeprefix(actor_name(""))
+    named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+    names = [entry["name"] for entry in named if entry["namespace"] == NAMESPACE]
+    return next((name for name in names if name.startswith(actor_name("")) and name.endswith(ending)), "")
+
+
 def this_node() -> dict[str, str]:
     """The label selector of an actor that has to be on the caller's node."""
     return {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}

@@ -1,7 +1,8 @@
 """The operator's side of a run that goes on: find its coordinator from any machine of the cluster, ask and tell.
 
 The driver leaves the address of its Ray cluster in the run directory (`live.json`). The coordinator actor's name is
-made of the run's id, so nothing else is needed.
+made of the run's id and of its directory's path. So the path alone finds the run, also on a machine that does not see
+the directory.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from ray.exceptions import RayError
 
 from elastic_moe.actors.cluster import unreachable
 from elastic_moe.actors.demand import pending_workers
-from elastic_moe.actors.link import NAMESPACE, actor_name
+from elastic_moe.actors.link import NAMESPACE, actor_name, name_of
 from elastic_moe.checkpoint.identity import read_identity
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
+from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
 from elastic_moe.run_dir import LIVE
 
@@ -48,6 +50,22 @@ class LiveRun:
             UserError: it does not answer.
         """
         return self._ask("status")
+
+    def config(self) -> TrainConfig:
+        """The run's configuration.
+
+        Raises:
+            UserError: the coordinator does not answer.
+        """
+        return self._ask("config")
+
+    def recent(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The run's last records and last events.
+
+        Raises:
+            UserError: the coordinator does not answer.
+        """
+        return self._ask("recent")
 
     def submit(self, request: dict[str, Any]) -> None:
         """Hand a request over; see `control.requests`.
@@ -91,35 +109,42 @@ def live_run(run_dir: Path, address: str = "") -> Iterator[LiveRun]:
     """Connect to the cluster of a run, and to its coordinator.
 
     Args:
-        run_dir: the run directory.
+        run_dir: the run directory, as a path on the coordinator's machine.
         address: of the Ray cluster; by default the one in `live.json`, in RAY_ADDRESS, or the one of this machine.
 
     Raises:
-        UserError: this is no run directory, no cluster answers, or the run does not go on there.
+        UserError: no cluster answers, or no run of this directory goes on there.
     """
     try:
         identity = read_identity(Storage(str(run_dir)))
     except (OSError, CorruptCheckpoint) as error:
         raise UserError(f"{run_dir} cannot be read as a run directory: {error}") from error
-    if identity is None or not identity.run:
-        raise UserError(f"{run_dir} is not the directory of a run")
+    known = actor_name(identity.run, identity.run_dir) if identity is not None and identity.run else ""
     address = address or _announced_address(run_dir) or os.environ.get("RAY_ADDRESS") or "auto"
+    where = "" if known else f"{run_dir} is not the directory of a run on this machine, and "
     if reason := unreachable(address):
-        raise UserError(f"no Ray cluster answers at {address} ({reason}): the run has ended, or give --address")
+        raise UserError(f"{where}no Ray cluster answers at {address} ({reason}): the run has ended, or give --address")
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"no Ray cluster answers at {address}: give --address, or set RAY_ADDRESS") from error
+        raise UserError(f"{where}no Ray cluster answers at {address}: give --address, or set RAY_ADDRESS") from error
     try:
-        name = actor_name(identity.run, identity.run_dir)
-        try:
-            coordinator = ray.get_actor(name, namespace=NAMESPACE)
-        except ValueError as error:
-            raise UserError(f"the run in {run_dir} does not go on in the Ray cluster at {address}") from error
-        yield LiveRun(coordinator, name)
+        names = [name for name in (known, name_of(str(run_dir))) if name]
+        live = next(filter(None, map(_live, names)), None)
+        if live is None:
+            raise UserError(f"{where}no run in {run_dir} goes on in the Ray cluster at {address}")
+        yield live
     finally:
         ray.shutdown()
+
+
+def _live(name: str) -> LiveRun | None:
+    """The run with this coordinator; None if there is none."""
+    try:
+        return LiveRun(ray.get_actor(name, namespace=NAMESPACE), name)
+    except ValueError:
+        return None
 
 
 def _announced_address(run_dir: Path) -> str:

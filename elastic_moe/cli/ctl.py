@@ -1,7 +1,7 @@
 """Steers a run that goes on: `elastic-moe ctl RUN checkpoint|scale|drain|pause|resume|stop`.
 
-It works from any machine of the run's Ray cluster that sees the run directory. It waits for the effect, and exits
-with 1 if that did not come in time: the run goes on trying.
+It works from any machine of the run's Ray cluster. It waits for the effect, and exits with 1 if that did not come in
+time: the run goes on trying.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ from typing import Any
 
 from elastic_moe.actors.link import OVER
 from elastic_moe.actors.operate import LiveRun, live_run
-from elastic_moe.checkpoint.reader import find_latest
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
-from elastic_moe.run_dir import checkpoint_root
-from elastic_moe.saved import read_config
 
 POLL_S = 0.5
 REASON = "asked for by elastic-moe ctl"
@@ -31,8 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with live_run(Path(options.run).expanduser().absolute(), options.address) as live:
-            config = read_config(Path(options.run).expanduser().absolute())
-            return _ask(live, config, options)
+            return _ask(live, options)
     except (UserError, OSError) as error:
         print(f"elastic_moe: {error}", file=sys.stderr)
         return 2
@@ -56,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _ask(live: LiveRun, config: TrainConfig, options: argparse.Namespace) -> int:
+def _ask(live: LiveRun, options: argparse.Namespace) -> int:
     """Ask for one thing, and wait until it is there."""
     before = live.status()
     if before["phase"] in OVER:
@@ -64,14 +60,14 @@ def _ask(live: LiveRun, config: TrainConfig, options: argparse.Namespace) -> int
     request: dict[str, Any] = {"event": options.action, "reason": REASON}
     match options.action:
         case "scale":
-            request["workers"] = _workers(options.workers, config)
+            request["workers"] = _workers(options.workers, live.config())
             effect = _scaled(live, options.workers)
         case "drain":
             found = members_of(options.who, before, live.hosts())
             request |= found[0] | {"deadline_s": options.deadline}
             effect = _gone(live, found[1])
         case "checkpoint":
-            effect = _saved(config, before["step"])
+            effect = _saved(live, before["step"])
         case "stop":
             effect = _stopped(live)
         case _:
@@ -147,12 +143,11 @@ def _gone(live: LiveRun, workers: frozenset[str]) -> Effect:
     return effect
 
 
-def _saved(config: TrainConfig, step: int) -> Effect:
-    root = checkpoint_root(config)
-
+def _saved(live: LiveRun, step: int) -> Effect:
     def effect() -> str:
-        newest = find_latest(root, verify=False)
-        return f"the checkpoint of step {newest.step} is complete" if newest and newest.step >= step else ""
+        _, events = live.recent()
+        saved = max((event["step"] for event in events if event["event"] == "checkpoint"), default=-1)
+        return f"the checkpoint of step {saved} is complete" if saved >= step else ""
 
     return effect
 

@@ -1,7 +1,7 @@
 """Shows how a run is doing: `elastic-moe status RUN [--watch]`.
 
-The figures are from the files of the run directory. Members and what is missing come from the run's coordinator, where
-the run goes on and its Ray cluster can be reached.
+The figures are from the files of the run directory, or from the run's coordinator on a machine that does not see them.
+Members and what is missing come from the coordinator, where the run goes on and its Ray cluster can be reached.
 """
 
 from __future__ import annotations
@@ -35,14 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run = Path(options.run).expanduser().absolute()
     try:
-        if not (run / CONFIG).is_file():
-            raise UserError(f"{options.run} is not the directory of a run")
+        here = (run / CONFIG).is_file()
         with ExitStack() as stack:
-            live = _connect(stack, run, options.address)
+            live = _connect(stack, run, options.address, here)
             if options.json:
                 print(json.dumps(live.status() if live else None))
                 return 0
-            _show(run, live, options.every if options.watch else 0.0)
+            _show(run, live, here, options.every if options.watch else 0.0)
     except KeyboardInterrupt:
         return 0
     except (UserError, OSError) as error:
@@ -51,18 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _connect(stack: ExitStack, run: Path, address: str) -> LiveRun | None:
-    """The run's coordinator, if it can be reached; else why not is told."""
+def _connect(stack: ExitStack, run: Path, address: str, here: bool) -> LiveRun | None:
+    """The run's coordinator, if it can be reached; else why not is told.
+
+    Raises:
+        UserError: it cannot, and the run directory is not on this machine either.
+    """
     try:
         return stack.enter_context(live_run(run, address))
     except UserError as error:
+        if not here:
+            raise
         print(f"elastic_moe: note: {error}", file=sys.stderr)
         return None
 
 
-def _show(run: Path, live: LiveRun | None, every_s: float) -> None:
-    """Print the view; with `every_s` again after so many seconds, until the run ends."""
-    records, events, steps = Tail(run / METRICS), Tail(run / EVENTS), read_config(run).run.steps
+def _show(run: Path, live: LiveRun | None, here: bool, every_s: float) -> None:
+    """Print the view; with `every_s` again after so many seconds, until the run ends.
+
+    Without the run's files, the coordinator tells the last records and events.
+    """
+    records, events = Tail(run / METRICS), Tail(run / EVENTS)
+    steps = (read_config(run) if here or live is None else live.config()).run.steps
     while True:
         status = None
         if live is not None:
@@ -71,7 +80,8 @@ def _show(run: Path, live: LiveRun | None, every_s: float) -> None:
             except UserError:  # it has ended since
                 live = None
         hosts, pending = (live.hosts(), live.pending()) if live is not None else ({}, 0)
-        view = render(records.lines(), events.lines(), steps, status, hosts, pending, time.time())
+        told = (records.lines(), events.lines()) if here or live is None else live.recent()
+        view = render(*told, steps, status, hosts, pending, time.time())
         print(f"{CLEAR if every_s and sys.stdout.isatty() else ''}{view}", flush=True)
         if not every_s or live is None:
             return

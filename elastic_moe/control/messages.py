@@ -14,6 +14,8 @@ from elastic_moe.types import Member, View
 
 VERSION = 8  # of the protocol; every change of a message raises it
 
+WORKER_LOG = "worker_log"  # the event of a line that goes to the worker's log in the run directory, not to the events
+
 JsonObject = Mapping[str, Any]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from elastic_moe.checkpoint.storage import set_timeout
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.codec import decode_request
-from elastic_moe.control.messages import WelcomeMessage
+from elastic_moe.control.messages import WORKER_LOG, WelcomeMessage
 from elastic_moe.coordination.checkpoints import CheckpointCommitter
 from elastic_moe.coordination.file_server import FileServer
 from elastic_moe.coordination.identity import IdentityFiles
@@ -21,13 +21,15 @@ from elastic_moe.coordination.records import StepRecords
 from elastic_moe.coordination.served_places import leave_witness, served_places
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.coordination.wishes import Wishes
+from elastic_moe.coordination.worker_logs import WorkerLogs
 from elastic_moe.data.prepare import Prepared
-from elastic_moe.metrics.jsonl import read_jsonl
+from elastic_moe.metrics.jsonl import last_lines, read_jsonl
 from elastic_moe.metrics.recorder import Recorder
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.state.units import build_units
-from elastic_moe.run_dir import EVENTS, OPERATOR, checkpoint_root
+from elastic_moe.run_dir import EVENTS, LOGS, METRICS, OPERATOR, checkpoint_root
 
+RECENT_BYTES = 1 << 16  # of each file, some hundred lines, for `status` from another machine
 DURABLE = ("checkpoint", "initialisation")  # sources of a view's state that may be older than the newest record
 
 
@@ -55,7 +57,7 @@ class RunCoordinator:
         restarted: bool = False,
         prepared: Prepared | None = None,
     ) -> None:
-        run_dir = Path(config.run.dir)
+        self._run_dir = run_dir = Path(config.run.dir)
         set_timeout(config.checkpoint.timeout_s)
         self._recorder = Recorder(run_dir)
         self._records = StepRecords(run_dir, self._recorder)
@@ -74,6 +76,7 @@ class RunCoordinator:
             self._recorder.event,
             self._identity,
         )
+        self._worker_logs = WorkerLogs(run_dir / LOGS)
         self._server = ControlServer(
             config,
             token,
@@ -111,6 +114,11 @@ class RunCoordinator:
         """Records of steps after this one, in order."""
         return self._records.since(step)
 
+    def recent(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The last records and the last events, for who does not see the run directory."""
+        found = [last_lines(self._run_dir / name, RECENT_BYTES) for name in (METRICS, EVENTS)]
+        return found[0], found[1]
+
     def close(self) -> None:
         """Cut the connections, complete the checkpoints reported so far, and close the run's files."""
         if self._closed:
@@ -122,6 +130,9 @@ class RunCoordinator:
         self._recorder.close()
 
     def _on_event(self, event: dict[str, Any]) -> None:
+        if event.get("event") == WORKER_LOG:
+            self._worker_logs.write(event)
+            return
         if event.get("event") == "entered":
             step = max(0, int(event["step"]))
             lost = max(0, int(event.get("lost_steps", 0)), self._recorder.last_step - step)

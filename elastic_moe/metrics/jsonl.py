@@ -118,6 +118,18 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return [value for _, value in _whole_lines(path.read_bytes())] if path.exists() else []
 
 
+def last_lines(path: str | Path, max_bytes: int) -> list[dict[str, Any]]:
+    """The whole lines in the last bytes of a file of JSON lines; none when there is no file."""
+    try:
+        with Path(path).open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - max_bytes)
+            file.seek(start)
+            data = file.read()
+    except FileNotFoundError:
+        return []
+    return [value for _, value in _whole_lines(data.partition(b"\n")[2] if start else data)]
+
+
 class Tail:
     """Reads a growing file of JSON lines. Each call reads only the new lines, so that frequent calls cost little."""
 

@@ -42,6 +42,7 @@ from elastic_moe.runtime.evaluate import Evaluator
 from elastic_moe.runtime.faults import Faults
 from elastic_moe.runtime.initial import InitialWeights
 from elastic_moe.runtime.local_state import LocalState
+from elastic_moe.runtime.log_handler import logging_to
 from elastic_moe.runtime.places import localised
 from elastic_moe.runtime.reconfigure import Reconfigured, Reconfigurer
 from elastic_moe.runtime.reporter import Reporter
@@ -137,9 +138,6 @@ class Worker:
         self._client.ready()
         try:
             return {"ended": self._generations(), "committed": self._local.committed}
-        except Exception as error:
-            self._client.left(f"{type(error).__name__}: {error}".splitlines()[0])
-            raise
         finally:
             self._writer.close()
 
@@ -318,8 +316,12 @@ def run_worker(
     on_gpu = config.device != "cpu" and elastic.state_on == "device" and torch.cuda.is_available()
     client.start("cuda" if on_gpu else "cpu")
     try:
-        client.inbox.wait_welcome(elastic.hold_s)
-        config, prepared = localised(config, prepared, token, node, lambda: client.inbox.welcome, client.event)
-        return Worker(config, prepared, client, token).run()
+        with logging_to(client.event, node):
+            client.inbox.wait_welcome(elastic.hold_s)
+            config, prepared = localised(config, prepared, token, node, lambda: client.inbox.welcome, client.event)
+            return Worker(config, prepared, client, token).run()
+    except Exception as error:
+        client.left(f"{type(error).__name__}: {error}".splitlines()[0])  # the last message: what follows does not count
+        raise
     finally:
         client.close()

@@ -87,7 +87,7 @@ def avoidable_losses(found: list[Json], redundancy: int) -> list[str]:
     gone: set[str] = set()
     last, wrong = 0, []
     for event in found:
-        if event["event"] == "view_published":
+        if event["event"] == "view":
             members[event["generation"]] = event["members"]
         elif event["event"] in ("worker_lost", "worker_evicted"):
             gone.add(event["worker"])

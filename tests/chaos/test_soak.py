@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.metrics.schema import EVENT_KINDS
 from scripts.benchmarks.chaos_faults import FATAL, WEIGHTS, schedule
 from scripts.benchmarks.chaos_run import avoidable_losses, wrong_checkpoint, wrong_losses, wrong_records
 
@@ -59,11 +60,12 @@ def test_a_run_without_a_checkpoint_is_found(tmp_path: Path) -> None:
 
 def test_a_way_back_to_storage_needs_the_death_of_all_copies() -> None:
     def told(lost: list[str]) -> list[dict[str, Any]]:
-        view = {"event": "view_published", "generation": 3, "members": ["a", "b", "c", "d"]}
+        view = {"event": "view", "generation": 3, "members": ["a", "b", "c", "d"]}
         deaths = [{"event": "worker_lost", "worker": worker} for worker in lost]
         back = {"event": "entered", "generation": 4, "lost_steps": 7}
         return [view, {"event": "entered", "generation": 3, "lost_steps": 0}, *deaths, back]
 
+    assert {event["event"] for event in told(["a"])} <= {kind.name for kind in EVENT_KINDS}
     assert not avoidable_losses(told(["a", "c"]), 1)
     assert avoidable_losses(told(["a", "c"]), 2) == ["7 steps were lost although only 2 of 4 had gone"]
     assert avoidable_losses(told(["x", "a"]), 1) == ["7 steps were lost although only 1 of 4 had gone"]

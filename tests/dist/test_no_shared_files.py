@@ -82,6 +82,8 @@ def test_nodes_that_share_no_files_train_save_and_resume(tmp_path: Path) -> None
         served = [e for e in events if e["event"] == "files_served"]
         assert len(served) == 4
         assert all("does not see checkpoint.dir and the corpus" in e["reason"] for e in served)
+        logs = "".join(path.read_text() for path in (run.dir / "logs").iterdir())
+        assert all(f"starts on node {node}" in logs for node in ("n0", "n1", "n2", "n7"))
         assert {10, 20, 30} <= {e["step"] for e in events if e["event"] == "checkpoint"}
         assert all(e["lost_steps"] == 0 for e in events if e["event"] == "entered")
     with ApartRun(config, 2) as resumed:

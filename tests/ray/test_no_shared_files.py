@@ -1,4 +1,4 @@
-"""A run on three nodes that share no file system, with a kill, a join, a stop and a resume.
+"""A run on three nodes that share no file system, with a kill, a join, a stop and a resume; with and without S3.
 
 Each node is a `ray start --block` in a mount namespace of its own, in which empty directories hide the run directory,
 the corpus, Ray's files and the user's copies. Skipped where this process may not mount.
@@ -24,6 +24,7 @@ from elastic_moe.runtime.places import copies_dir
 from tests.patience import until
 from tests.ray.conftest import free_ports
 from tests.ray.test_stop import ENDLESS, PATIENCE_S, wait_steps
+from tests.s3_server import BUCKET, CREDENTIALS, s3_server
 
 MOUNT = "mount --make-rprivate / && for d in {hidden}; do mkdir -p $d && mount -t tmpfs none $d; done && exec {command}"
 
@@ -70,9 +71,18 @@ def add_node(head: Any, tmp_path: Path) -> Iterator[Callable[[], subprocess.Pope
             process.wait(60)
 
 
+@pytest.fixture
+def bucket(head: Any, tmp_path: Path) -> Iterator[str]:
+    """A place in an object store that the cluster knows."""
+    with s3_server(tmp_path) as port:
+        head.env |= CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+        yield f"s3://{BUCKET}/run"
+
+
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("store", ["the coordinator's node", "S3"])
 def test_nodes_that_share_no_files_train_lose_no_step_and_resume(
-    head: Any, tiny: list[str], tmp_path: Path, add_node: Callable[[], Any]
+    head: Any, tiny: list[str], tmp_path: Path, bucket: str, add_node: Callable[[], Any], store: str
 ) -> None:
     head.start()
     for _ in range(3):
@@ -80,6 +90,8 @@ def test_nodes_that_share_no_files_train_lose_no_step_and_resume(
     run = tmp_path / "run"
     train = [sys.executable, "-m", "elastic_moe.train", "cluster=address", f"cluster.address={head.address}", *tiny]
     train += ["cluster.workers=3", "elastic.max_workers=4", "checkpoint.every_steps=10", "run.resume=auto"]
+    train += [f"checkpoint.dir={bucket}"] if store == "S3" else []
+    lacking = "does not see the corpus" if store == "S3" else "does not see checkpoint.dir and the corpus"
     env = head.env | {"OMP_NUM_THREADS": "1"}
 
     def served() -> list[dict[str, Any]]:
@@ -104,9 +116,10 @@ def test_nodes_that_share_no_files_train_lose_no_step_and_resume(
         driver.wait()
     events, steps = read_jsonl(run / "events.jsonl"), [r["step"] for r in read_jsonl(run / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1)), "no step is lost, and none is done twice"
-    assert all("checkpoint.dir and the corpus" in event["reason"] for event in served())
+    assert all(lacking in event["reason"] for event in served())
     assert not [event for event in events if event["event"] == "checkpoint_failed"]
-    assert (run / "checkpoints" / f"step_{steps[-1]:08d}" / "manifest.json").is_file()
+    assert max(event["step"] for event in events if event["event"] == "checkpoint") == steps[-1]
+    assert (run / "checkpoints").exists() == (store != "S3")
 
     again = subprocess.run(
         [*train, f"run.steps={len(steps) + 5}"], env=env, capture_output=True, text=True, timeout=PATIENCE_S

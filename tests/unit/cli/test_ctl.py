@@ -38,7 +38,10 @@ def test_a_name_of_nobody_or_of_several_is_refused_with_those_there_are(who: str
         ctl.members_of(who, STATUS, HOSTS)
 
 
-def test_no_run_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_run_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert ctl.main([str(tmp_path), "pause"]) == 2
     assert "is not the directory of a run" in capsys.readouterr().err
     assert status.main([str(tmp_path)]) == 2

@@ -66,7 +66,7 @@ class RunCoordinator:
         self._identity = IdentityFiles.open(run_dir, root)
         if not restarted:
             self._identity.begin_start()
-        self._entered = _last_entered(run_dir) if restarted else None  # generation entered last, and with which step
+        self._entered = _last_entered(run_dir) if restarted else 0  # the generation that was entered last
         self._rolled_back = self._identity.identity.last_fork  # generation that did so last, and to which step
         self._checkpoints = CheckpointCommitter(
             root,
@@ -134,15 +134,16 @@ class RunCoordinator:
             self._worker_logs.write(event)
             return
         if event.get("event") == "entered":
-            step = max(0, int(event["step"]))
-            lost = max(0, int(event.get("lost_steps", 0)), self._recorder.last_step - step)
-            if event.get("source") in DURABLE:
-                self._roll_back_to(int(event["generation"]), step)
-            event = event | {"lost_steps": lost}
-            entered = (int(event["generation"]), step)
-            if entered == self._entered:
+            generation, step = int(event["generation"]), max(0, int(event["step"]))
+            if generation <= self._entered:
                 return  # told again to a coordinator that was started again; steps were made since
-            self._entered = entered
+            self._entered = generation
+            behind = self._recorder.last_step - step
+            lost = max(0, int(event.get("lost_steps", 0)), behind)
+            # The dead may have been one step ahead, which is made again. Peers that are further behind had been cut off.
+            if behind > 1 or event.get("source") in DURABLE:
+                self._roll_back_to(generation, step)
+            event = event | {"lost_steps": lost}
         self._recorder.event(event)
 
     def _roll_back_to(self, generation: int, step: int) -> None:
@@ -157,7 +158,7 @@ class RunCoordinator:
             self._recorder.event(event)
 
 
-def _last_entered(run_dir: Path) -> tuple[int, int] | None:
-    """Generation and step of the newest view whose entry is recorded."""
+def _last_entered(run_dir: Path) -> int:
+    """Generation of the newest view whose entry is recorded."""
     entered = [event for event in read_jsonl(run_dir / EVENTS) if event.get("event") == "entered"]
-    return (int(entered[-1]["generation"]), int(entered[-1]["step"])) if entered else None
+    return int(entered[-1]["generation"]) if entered else 0

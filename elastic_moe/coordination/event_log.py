@@ -34,7 +34,9 @@ class EventLog:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sink, self._clock, self._monotonic = sink, clock, monotonic
-        self._published_s = monotonic()  # an adopted view: the coordinator before this one published it
+        self._made_s = monotonic()
+        self._views: dict[int, tuple[View, float]] = {}  # not entered yet: by generation, with its time
+        self._entered = 0  # the newest generation that was entered
 
     def command(self, state: State, step: int, line: LogEvent) -> None:
         """A line that the membership machine asks for."""
@@ -47,7 +49,7 @@ class EventLog:
 
     def view_published(self, state: State, step: int, view: View, planned: bool, reason: str) -> None:
         """A new view: its kind, its size and its members. The time until it is entered counts from here."""
-        self._published_s = self._monotonic()
+        self._views[view.generation] = view, self._monotonic()
         self._write(
             state,
             step,
@@ -63,17 +65,22 @@ class EventLog:
     def entered(self, state: State, step: int, worker: str, generation: int, info: Mapping[str, Any]) -> None:
         """A member has entered a view. The first active rank gives the view's only line.
 
-        The same rank sends the view's records on the same connection, so the line comes before them.
+        The same rank sends the view's records on the same connection, so the line comes before them. The next view may
+        have been published meanwhile: the members of a planned one enter the view before it first, and this line is
+        what tells of a way back to storage. A line that is told again, after that of a later view, does not count.
         """
-        view = state.view
-        if view is None or view.generation != generation or not view.active_ranks:
+        view, published_s = self._views.get(generation, (state.view, self._made_s))  # else an adopted one
+        if view is None or view.generation != generation or generation <= self._entered or not view.active_ranks:
             return
         if view.members[view.active_ranks[0]].worker != worker:
             return
+        self._entered = generation
+        self._views = {later: known for later, known in self._views.items() if later > generation}
         duration = {
             "event": "entered",
+            "generation": generation,
             "world_size": len(view.active_ranks),
-            "total_s": self._monotonic() - self._published_s,
+            "total_s": self._monotonic() - published_s,
         }
         self._write(state, step, duration | _identity(state, worker) | dict(info))
 

@@ -66,6 +66,17 @@ def test_a_second_roll_back_of_a_later_generation_counts(coordinator: RunCoordin
     assert coordinator.records_since(0) == []
 
 
+def test_members_that_are_behind_the_records_begin_a_new_timeline(coordinator: RunCoordinator) -> None:
+    """Those with the newest state died, and others who had been cut off came back: the run went back to peers."""
+    _add(coordinator, 1, 2, 3, 4)
+    coordinator._on_event(_entered("peers", 2, 2))
+    assert _steps(coordinator.records_since(0)) == [1, 2]
+    coordinator._on_event(_entered("peers", 2, 2))
+    _add(coordinator, 3)
+    coordinator._on_event(_entered("peers", 3, 3))
+    assert _steps(coordinator.records_since(0)) == [1, 2, 3]
+
+
 def test_requests_reach_the_membership(coordinator: RunCoordinator) -> None:
     with pytest.raises(ValueError, match="'explode'"):
         coordinator.submit({"event": "explode"})

@@ -85,13 +85,19 @@ def test_only_the_first_active_rank_gives_the_line_that_the_view_is_entered() ->
     assert run.membership.status()["entered"]
 
 
-def test_a_late_report_of_an_older_view_gives_no_line() -> None:
+def test_a_late_report_of_an_older_view_gives_its_line_once() -> None:
+    """It may be the only one that tells that the run went back to storage. The next view goes on from there."""
     run = Run(2)
     run.join("a", "b")
     run.membership.observe(ev.Lost("b"))
-    run.membership.receive("a", msg.EnteredMessage(1, {"source": "peers"}))
-    assert "entered" not in run.names()
+    late = msg.EnteredMessage(1, {"source": "checkpoint", "step": 5})
+    run.membership.receive("a", late)
     assert not run.membership.status()["entered"]
+    run.membership.receive("a", msg.EnteredMessage(2, {"source": "peers", "step": 5}))
+    run.membership.receive("a", late)  # on a new connection
+    lines = [event for event in run.events if event["event"] == "entered"]
+    assert [(e["generation"], e["source"], e["world_size"]) for e in lines] == [(1, "checkpoint", 2), (2, "peers", 1)]
+    assert run.membership.status()["entered"]
 
 
 def test_an_evicted_worker_is_told_and_cut_and_listed_until_its_process_is_gone() -> None:

@@ -140,7 +140,7 @@ class RunCoordinator:
             self._entered = generation
             behind = self._recorder.last_step - step
             lost = max(0, int(event.get("lost_steps", 0)), behind)
-            # The dead may have been one step ahead, which is made again. Peers that are further behind had been cut off.
+            # The dead may have been one step ahead, which is made again. Peers further behind had been cut off.
             if behind > 1 or event.get("source") in DURABLE:
                 self._roll_back_to(generation, step)
             event = event | {"lost_steps": lost}

@@ -1,4 +1,4 @@
-"""The coordinator actor: `coordination.coordinator` with a watcher of Ray's nodes and one of the run's driver.
+"""The coordinator actor: `coordination.coordinator` with watchers of Ray's nodes and of the run's driver, and metrics.
 
 Ray restarts it when it dies. The workers go on training meanwhile, find its new address and register again. Its records
 are in the run directory. It is detached, so it outlives its driver, and then ends the run.
@@ -11,8 +11,10 @@ from typing import Any
 
 import ray
 
+from elastic_moe.actors.cluster import max_workers
 from elastic_moe.actors.driver_watcher import DriverWatcher, end_run, is_dead
-from elastic_moe.actors.link import LAST_SAVE_MARGIN_S
+from elastic_moe.actors.link import LAST_SAVE_MARGIN_S, train_names
+from elastic_moe.actors.metrics import RunExporter
 from elastic_moe.actors.node_watcher import NodeWatcher
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.coordinator import RunCoordinator
@@ -32,12 +34,15 @@ class Coordinator:
     def __init__(self, config: TrainConfig, token: str, target: int, host: str = "127.0.0.1") -> None:
         self._token = token
         context = ray.get_runtime_context()
-        self._run = RunCoordinator(config, token, target, host, bool(context.was_current_actor_reconstructed))
+        job, name = context.get_job_id(), context.get_actor_name()
+        assert name is not None, "a coordinator has a name"
+        self._metrics = RunExporter(config.run.dir, train_names(name, config.run.dir), max_workers(config))
+        restarted = bool(context.was_current_actor_reconstructed)
+        self._run = RunCoordinator(config, token, target, host, restarted, self._metrics)
+        self._metrics.begin(self._run.status)
         self._nodes = NodeWatcher(self.submit, config.elastic.drain_deadline_s)
         self._nodes.start()
         patience_s = config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S
-        job, name = context.get_job_id(), context.get_actor_name()
-        assert name is not None, "a coordinator has a name"
         self._driver = DriverWatcher(name, self._run, patience_s, lambda: is_dead(job), end_run)
         self._driver.start()
 
@@ -70,3 +75,4 @@ class Coordinator:
         self._driver.close()
         self._nodes.close()
         self._run.close()
+        self._metrics.close()

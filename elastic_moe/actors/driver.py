@@ -37,7 +37,9 @@ from elastic_moe.actors.link import (
     actor_name,
     fetch_token,
     this_node,
+    train_names,
 )
+from elastic_moe.actors.metrics import WorkerExporter
 from elastic_moe.actors.operate import announced
 from elastic_moe.actors.outcome import Ended, conclude
 from elastic_moe.actors.progress import Progress
@@ -151,19 +153,17 @@ def _clear(found: Found) -> None:
 
 def train_function(settings: dict[str, Any]) -> dict[str, Any]:
     """The train function of every Ray Train worker. Its id is its actor's, by which the controller names it too."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
     from elastic_moe.runtime.worker import run_worker
 
+    config, find = settings["config"], settings["find"]
     context = ray.get_runtime_context()
     worker = context.get_actor_id()
     assert worker is not None, "a train function runs in an actor"
-    return run_worker(
-        settings["config"],
-        settings["find"],
-        fetch_token(settings["find"].name),
-        context.get_node_id(),
-        settings["prepared"],
-        worker,
-    )
+    rank = get_train_context().get_world_rank()
+    with WorkerExporter(train_names(find.name, config.run.dir), rank, worker):
+        return run_worker(config, find, fetch_token(find.name), context.get_node_id(), settings["prepared"], worker)
 
 
 def start_coordinator(config: TrainConfig, name: str, token: str) -> Any:
@@ -198,17 +198,19 @@ def make_trainer(config: TrainConfig, prepared: Prepared, name: str) -> ElasticT
     """
     from ray.train import RunConfig, ScalingConfig
 
+    names = train_names(name, config.run.dir)
     return ElasticTrainer(
         train_function,
         train_loop_config={"config": config, "find": Finder(name), "prepared": prepared},
         coordinator=name,
+        names=names,
         last_save_s=config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S,
         scaling_config=ScalingConfig(
             num_workers=max_workers(config),
             use_gpu=config.cluster.gpus_per_worker > 0,
             resources_per_worker=resources_per_worker(config.cluster),
         ),
-        run_config=RunConfig(name="ray", storage_path=str(Path(config.run.dir) / RAY)),
+        run_config=RunConfig(name=names.name, storage_path=str(Path(config.run.dir) / RAY)),
     )
 
 

@@ -19,7 +19,7 @@ from elastic_moe.coordination.records import StepRecords
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.coordination.wishes import Wishes
 from elastic_moe.metrics.jsonl import read_jsonl
-from elastic_moe.metrics.recorder import Recorder
+from elastic_moe.metrics.recorder import Listener, Recorder
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import EVENTS, OPERATOR, checkpoint_root
@@ -36,17 +36,24 @@ class RunCoordinator:
         target: number of workers to start with.
         host: address to listen on, reachable from every worker.
         restarted: another coordinator of this run was here before, and its workers may live.
+        listener: gets a copy of what is written to the run's files.
 
     Attributes:
         address: host and port where workers connect.
     """
 
     def __init__(
-        self, config: TrainConfig, token: str, target: int, host: str = "127.0.0.1", restarted: bool = False
+        self,
+        config: TrainConfig,
+        token: str,
+        target: int,
+        host: str = "127.0.0.1",
+        restarted: bool = False,
+        listener: Listener | None = None,
     ) -> None:
         run_dir = Path(config.run.dir)
         set_timeout(config.checkpoint.timeout_s)
-        self._recorder = Recorder(run_dir)
+        self._recorder = Recorder(run_dir, listener=listener)
         self._records = StepRecords(run_dir, self._recorder)
         units = build_units(param_specs(config.model), config.model.max_unit_elements)
         root = checkpoint_root(config)

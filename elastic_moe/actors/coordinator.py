@@ -7,6 +7,7 @@ are in the run directory. It is detached, so it outlives its driver, and then en
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from elastic_moe.actors.node_watcher import NodeWatcher
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.coordinator import RunCoordinator
 from elastic_moe.coordination.membership import RunStatus
+from elastic_moe.run_log import logging_of_run
 
 
 class Coordinator:
@@ -36,7 +38,10 @@ class Coordinator:
         context = ray.get_runtime_context()
         job, name = context.get_job_id(), context.get_actor_name()
         assert name is not None, "a coordinator has a name"
-        self._metrics = RunExporter(config.run.dir, train_names(name, config.run.dir), max_workers(config))
+        names = train_names(name, config.run.dir)
+        self._log = ExitStack()
+        self._log.enter_context(logging_of_run(config.run.log_format, names.name, self._where))
+        self._metrics = RunExporter(config.run.dir, names, max_workers(config))
         restarted = bool(context.was_current_actor_reconstructed)
         self._run = RunCoordinator(config, token, target, host, restarted, self._metrics)
         self._metrics.begin(self._run.status)
@@ -45,6 +50,12 @@ class Coordinator:
         patience_s = config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S
         self._driver = DriverWatcher(name, self._run, patience_s, lambda: is_dead(job), end_run)
         self._driver.start()
+
+    def _where(self) -> tuple[int, int]:
+        """Generation and step, for a line of the log; (0, 0) while this is being made."""
+        run: RunCoordinator | None = getattr(self, "_run", None)
+        status = run.status() if run is not None else None
+        return (status["generation"], status["step"]) if status else (0, 0)
 
     def address(self) -> tuple[str, int]:
         """Host and port where workers connect."""
@@ -76,3 +87,4 @@ class Coordinator:
         self._nodes.close()
         self._run.close()
         self._metrics.close()
+        self._log.close()

@@ -60,7 +60,7 @@ class RunCoordinator:
         self._identity = IdentityFiles.open(run_dir, root)
         if not restarted:
             self._identity.begin_start()
-        self._entered = _last_entered(run_dir) if restarted else None  # generation entered last, and with which step
+        self._entered = _last(run_dir, "entered") if restarted else None  # generation entered last, and with which step
         self._rolled_back = self._identity.identity.last_fork  # generation that did so last, and to which step
         self._checkpoints = CheckpointCommitter(
             root,
@@ -69,6 +69,7 @@ class RunCoordinator:
             {"seed": config.seed, "steps": config.run.steps},
             self._recorder.event,
             self._identity,
+            (_last(run_dir, "checkpoint") if restarted else None) or (0, 0),
         )
         self._server = ControlServer(
             config,
@@ -139,7 +140,7 @@ class RunCoordinator:
             self._recorder.event(event)
 
 
-def _last_entered(run_dir: Path) -> tuple[int, int] | None:
-    """Generation and step of the newest view whose entry is recorded."""
-    entered = [event for event in read_jsonl(run_dir / EVENTS) if event.get("event") == "entered"]
-    return (int(entered[-1]["generation"]), int(entered[-1]["step"])) if entered else None
+def _last(run_dir: Path, kind: str) -> tuple[int, int] | None:
+    """Generation and step of the newest event of this kind that is recorded."""
+    found = [event for event in read_jsonl(run_dir / EVENTS) if event.get("event") == kind]
+    return (int(found[-1].get("generation", 0)), int(found[-1]["step"])) if found else None

@@ -34,6 +34,7 @@ from elastic_moe.parallel.collectives.store import Rendezvous
 from elastic_moe.parallel.expert_parallel import ExpertParallel
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import FAULTS, checkpoint_root
+from elastic_moe.run_log import logging_of_run
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.checkpoints import ShardWriter
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
@@ -292,6 +293,7 @@ def run_worker(
     node: str,
     prepared: Prepared,
     worker: str,
+    run: str = "",
 ) -> dict[str, int | str]:
     """Be one worker of a run until it ends. Ray Train's workers call it, and so do plain processes without Ray.
 
@@ -302,6 +304,7 @@ def run_worker(
         node: fault domain of this process.
         prepared: token shards and tokenizer, readable from this node.
         worker: unique id of this life of the process.
+        run: name of the run in its log; "": that of its directory.
 
     Returns:
         `committed`: last committed step; `ended`: "finished", "stopped" or "released".
@@ -316,7 +319,14 @@ def run_worker(
     )
     on_gpu = config.device != "cpu" and elastic.state_on == "device" and torch.cuda.is_available()
     client.start("cuda" if on_gpu else "cpu")
+    made: list[Worker] = []
+
+    def where() -> tuple[int, int]:
+        return client.inbox.generation, max(0, made[0]._local.committed) if made else 0
+
     try:
-        return Worker(config, prepared, client, token).run()
+        with logging_of_run(config.run.log_format, run or Path(config.run.dir).name, where):
+            made.append(Worker(config, prepared, client, token))
+            return made[0].run()
     finally:
         client.close()

@@ -29,9 +29,12 @@ from tests.ray.test_operate import Operator
 from tests.ray.test_stop import ENDLESS, wait_steps
 
 PATIENCE_S = 240.0
-FETCH = (
-    "import sys, ray; from elastic_moe.actors.link import NAMESPACE, fetch_token; {}; print(fetch_token(sys.argv[1]))"
-)
+FETCH = """
+import ray
+from elastic_moe.actors.link import NAMESPACE, fetch_token
+ray.init(address={!r}, namespace=NAMESPACE, log_to_driver=False)
+print(fetch_token({!r}))
+"""
 
 
 def until(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
@@ -75,6 +78,7 @@ def watched(head: Any, tiny: list[str], tmp_path: Path) -> Iterator[Watched]:
     run = tmp_path / "a run"
     head.start("--num-cpus=2", "--include-dashboard=true", RAY_metrics_report_interval_ms="1000")
     command = [sys.executable, "-m", "elastic_moe.train", *tiny, "cluster=address", "cluster.workers=2", ENDLESS]
+    command += ["run.log_format=json", "run.log_every_s=1"]
     command += [f"run.dir={run}", "checkpoint.every_steps=20", "run.eval_every_steps=20", "balance.log_every_steps=5"]
     with (tmp_path / "training.log").open("wb") as log:
         training = subprocess.Popen(
@@ -99,7 +103,7 @@ def unanswered(server: Prometheus) -> list[str]:
     return [query for query in queries() if not any(math.isfinite(value) for _, value in server.ask(query))]
 
 
-@pytest.mark.skipif(program() is None, reason="no Prometheus: apt-get install prometheus, or run .ci/run as root")
+@pytest.mark.skipif(program() is None, reason="no Prometheus: .ci/run unpacks one where apt has it")
 @pytest.mark.timeout(900)
 def test_prometheus_and_the_dashboard_know_the_run(watched: Watched, tmp_path: Path) -> None:
     head, run = watched.head, watched.run
@@ -114,9 +118,10 @@ def test_prometheus_and_the_dashboard_know_the_run(watched: Watched, tmp_path: P
         check_ray_shows_the_workers(watched, first, killed)
         check_a_pause(watched, server)
         check_another_coordinator_counts_nothing_twice(watched, server)
-    assert "stop" in Operator(head, run).ask("stop")
+    assert Operator(head, run).ask("stop").startswith("the run has ended after step")
     until(lambda: watched.training.poll() is not None, "the end of the run")
     assert watched.training.returncode == 0
+    check_the_log(watched, (tmp_path / "training.log").read_text())
     until(lambda: watched.shown()[0]["status"] == "FINISHED", "Ray says that it is finished")
     assert set(watched.workers().values()) == {"DEAD"}
 
@@ -134,6 +139,19 @@ def check_ray_shows_the_workers(watched: Watched, first: set[int], killed: int) 
     assert len(token) == 32
     assert token not in text
     assert watched.names.id in text
+
+
+def check_the_log(watched: Watched, text: str) -> None:
+    """Every line is an object, of the driver and of what the killed worker's death made the others say."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
+        assert {"time", "level", "run", "generation", "step", "message"} <= line.keys()
+        assert line["run"] == watched.names.name
+    kinds = {line.get("event"): line for line in lines}
+    assert {"progress", "worker_lost", "entered", "evaluated", "pause"} <= kinds.keys()
+    assert (kinds["worker_lost"]["level"], kinds["progress"]["level"]) == ("warning", "info")
+    assert kinds["progress"]["step"] > 0 < kinds["progress"]["generation"]
+    assert kinds["progress"]["tokens_per_s"] > 0
 
 
 def check_a_pause(watched: Watched, server: Prometheus) -> None:

@@ -263,4 +263,5 @@ def test_what_the_trainer_replaces_of_stock_start_up() -> None:
     source = inspect.getsource(DataParallelTrainer._initialize_and_run_controller)
     assert "get_env_vars_to_propagate()" in source
     assert isinstance(get_env_vars_to_propagate(), dict)
-    assert {DatasetsCallback, WorkingDirectorySetupCallback, PlacementGroupCleanerCallback} == set(NOT_USED)
+    replaced = {DatasetsCallback, WorkingDirectorySetupCallback, PlacementGroupCleanerCallback, StateManagerCallback}
+    assert replaced == set(NOT_USED)

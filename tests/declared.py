@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jsonschema import Draft202012Validator  # Ray depends on it
 
+from elastic_moe.metrics.json_schema import json_schema
 from elastic_moe.metrics.jsonl import read_jsonl
-from elastic_moe.metrics.schema import json_schema
 from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
 
 

@@ -23,7 +23,9 @@ from ray.exceptions import AsyncioActorExit
 from ray.train import BackendConfig, Result
 from ray.train.backend import Backend
 from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
+from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import RayTrainCallback  # pyright: ignore[reportPrivateImportUsage]
 from ray.train.v2._internal.execution.controller import TrainController
@@ -35,11 +37,14 @@ from ray.train.v2._internal.execution.controller.state import (
     ShuttingDownState,
     TrainControllerState,
 )
+from ray.train.v2._internal.metrics.base import EnumMetric
 from ray.train.v2._internal.util import time_monotonic
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from elastic_moe.actors.link import CoordinatorLink, this_node
+from elastic_moe.actors.link import CoordinatorLink, TrainNames, this_node
+from elastic_moe.actors.train_state import ShownRun
+from elastic_moe.actors.train_state import wanted as is_shown
 from elastic_moe.actors.worker_group import ElasticWorkerGroup, ElasticWorkerGroups, WorkerExit, worker_id
 from elastic_moe.errors import Diverged, Evicted, UserError, reason_of
 
@@ -49,7 +54,7 @@ EVICTED_GRACE_S = 10.0  # an evicted worker that has not ended by itself is kill
 COORDINATOR_SILENT_S = 300.0
 UNWATCHED = "it ended while the run had no Ray Train controller"
 ASK_AGAIN_S = 5.0  # a coordinator that was just lost may not have heard that the run is given up
-NOT_USED = (DatasetsCallback, WorkingDirectorySetupCallback, PlacementGroupCleanerCallback)
+NOT_USED = (DatasetsCallback, WorkingDirectorySetupCallback, PlacementGroupCleanerCallback, StateManagerCallback)
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +93,7 @@ class ElasticController(TrainController):
         self._over_since_s: float | None = None
         self._evicted_since_s: dict[str, float] = {}
         self._unknown: set[str] = set()  # members that are not of the group, at the last look
+        self._shown = [callback for callback in stock.get("callbacks") or () if isinstance(callback, ShownRun)]
         self.worker_group_cls: Any = ElasticWorkerGroups(coordinator)
         super().__init__(**stock)
         self._health_check_interval_s = POLL_S
@@ -112,6 +118,10 @@ class ElasticController(TrainController):
         if self._error is not None and time_monotonic() >= self._ask_s:
             self._ask_s = time_monotonic() + ASK_AGAIN_S
             self._link.submit({"event": "fail", "reason": reason_of(self._error)})
+        for shown in self._shown:
+            largest = group.get_worker_group_context().num_workers
+            shown.show(self._get_run_attempt_id(), group.get_workers(), largest, status)
+        self._repeat_metrics()
         next_state = self._next_state(group, status)
         return TrainControllerLoopIterationResult(
             run_attempt_id=self._get_run_attempt_id(),
@@ -130,6 +140,14 @@ class ElasticController(TrainController):
         self._report_unknown(group, status)
         self._kill_evicted(group, status)
         return failure
+
+    def _repeat_metrics(self) -> None:
+        """Tell Prometheus Ray Train's state of this controller again: Ray forgets a gauge that is set only once."""
+        for callback in self._callbacks:
+            if isinstance(callback, ControllerMetricsCallback):
+                for metric in callback._metrics.values():
+                    if isinstance(metric, EnumMetric) and (state := metric._current_value) is not None:
+                        metric._gauge.set(metric.RECORDED_VALUE, metric._get_tags(state))
 
     def _next_state(self, group: ElasticWorkerGroup, status: dict[str, Any]) -> TrainControllerState:
         if self._error is not None:
@@ -209,17 +227,22 @@ class ElasticTrainer(DataParallelTrainer):
     Args:
         train_loop_per_worker: see `DataParallelTrainer`.
         coordinator: name of the coordinator actor, which decides when the run is over.
+        names: of the run in Ray Train.
         last_save_s: when the run fails, its members get at most so long to save their state.
         **stock: the arguments of `DataParallelTrainer`.
     """
 
-    def __init__(self, train_loop_per_worker: Any, *, coordinator: str, last_save_s: float, **stock: Any) -> None:
+    def __init__(
+        self, train_loop_per_worker: Any, *, coordinator: str, names: TrainNames, last_save_s: float, **stock: Any
+    ) -> None:
         self._coordinator, self._last_save_s = coordinator, last_save_s
         self.controller: Any = None  # the actor, once it was started
         super().__init__(train_loop_per_worker, backend_config=ElasticBackendConfig(), **stock)
+        object.__setattr__(self.train_run_context, "run_id", names.id)  # frozen, and made anew for each trainer
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, NOT_USED)]
+        used = [callback for callback in super()._create_default_callbacks() if not isinstance(callback, NOT_USED)]
+        return [*used, ShownRun()] if is_shown() else used
 
     def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
         env_vars = get_env_vars_to_propagate() | {

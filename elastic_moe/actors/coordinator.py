@@ -1,4 +1,4 @@
-"""The coordinator actor: `coordination.coordinator` with a watcher of Ray's nodes and one of the run's driver.
+"""The coordinator actor: `coordination.coordinator` with watchers of Ray's nodes and of the run's driver, and metrics.
 
 Ray restarts it when it dies. The workers go on training meanwhile, find its new address and register again. Its records
 are in the run directory. It is detached, so it outlives its driver, and then ends the run.
@@ -7,17 +7,21 @@ are in the run directory. It is detached, so it outlives its driver, and then en
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import Any
 
 import ray
 
+from elastic_moe.actors.cluster import max_workers
 from elastic_moe.actors.driver_watcher import DriverWatcher, end_run, is_dead
-from elastic_moe.actors.link import LAST_SAVE_MARGIN_S
+from elastic_moe.actors.link import LAST_SAVE_MARGIN_S, train_names
+from elastic_moe.actors.metrics import RunExporter
 from elastic_moe.actors.node_watcher import NodeWatcher
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.coordinator import RunCoordinator
 from elastic_moe.coordination.membership import RunStatus
 from elastic_moe.data.prepare import Prepared
+from elastic_moe.run_log import logging_of_run
 
 
 class Coordinator:
@@ -34,15 +38,26 @@ class Coordinator:
     def __init__(self, config: TrainConfig, token: str, target: int, host: str, prepared: Prepared) -> None:
         self._config, self._token = config, token
         context = ray.get_runtime_context()
+        job, name = context.get_job_id(), context.get_actor_name()
+        assert name is not None, "a coordinator has a name"
+        names = train_names(name, config.run.dir)
+        self._log = ExitStack()
+        self._log.enter_context(logging_of_run(config.run.log_format, names.name, self._where))
+        self._metrics = RunExporter(config.run.dir, names, max_workers(config))
         restarted = bool(context.was_current_actor_reconstructed)
-        self._run = RunCoordinator(config, token, target, host, restarted, prepared)
+        self._run = RunCoordinator(config, token, target, host, restarted, prepared, self._metrics)
+        self._metrics.begin(self._run.status)
         self._nodes = NodeWatcher(self.submit, config.elastic.drain_deadline_s)
         self._nodes.start()
         patience_s = config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S
-        job, name = context.get_job_id(), context.get_actor_name()
-        assert name is not None, "a coordinator has a name"
         self._driver = DriverWatcher(name, self._run, patience_s, lambda: is_dead(job), end_run)
         self._driver.start()
+
+    def _where(self) -> tuple[int, int]:
+        """Generation and step, for a line of the log; (0, 0) while this is being made."""
+        run: RunCoordinator | None = getattr(self, "_run", None)
+        status = run.status() if run is not None else None
+        return (status["generation"], status["step"]) if status else (0, 0)
 
     def address(self) -> tuple[str, int]:
         """Host and port where workers connect."""
@@ -81,3 +96,5 @@ class Coordinator:
         self._driver.close()
         self._nodes.close()
         self._run.close()
+        self._metrics.close()
+        self._log.close()

@@ -37,7 +37,9 @@ from elastic_moe.actors.link import (
     actor_name,
     fetch_token,
     this_node,
+    train_names,
 )
+from elastic_moe.actors.metrics import WorkerExporter
 from elastic_moe.actors.operate import announced
 from elastic_moe.actors.outcome import Ended, conclude
 from elastic_moe.actors.progress import Progress
@@ -50,12 +52,12 @@ from elastic_moe.coordination.start import Found, check_start, look
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import UserError, reason_of
-from elastic_moe.metrics.format_event import format_event
 from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.wandb import Tracker
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
 from elastic_moe.run_dir import EVENTS, EXPERTS, FAULTS, METRICS, RAY, REPORT, TOKENIZER, checkpoint_root, local_path
+from elastic_moe.run_log import RunLog
 from elastic_moe.saved import with_tokenizer
 
 POLL_S = 0.2
@@ -159,19 +161,17 @@ def _clear(found: Found) -> None:
 
 def train_function(settings: dict[str, Any]) -> dict[str, Any]:
     """The train function of every Ray Train worker. Its id is its actor's, by which the controller names it too."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
     from elastic_moe.runtime.worker import run_worker
 
+    config, find = settings["config"], settings["find"]
     context = ray.get_runtime_context()
     worker = context.get_actor_id()
     assert worker is not None, "a train function runs in an actor"
-    return run_worker(
-        settings["config"],
-        settings["find"],
-        fetch_token(settings["find"].name),
-        context.get_node_id(),
-        settings["prepared"],
-        worker,
-    )
+    names, token = train_names(find.name, config.run.dir), fetch_token(find.name)
+    with WorkerExporter(names, get_train_context().get_world_rank(), worker):
+        return run_worker(config, find, token, context.get_node_id(), settings["prepared"], worker, names.name)
 
 
 def start_coordinator(config: TrainConfig, name: str, token: str, prepared: Prepared) -> Any:
@@ -206,17 +206,19 @@ def make_trainer(config: TrainConfig, prepared: Prepared, name: str) -> ElasticT
     """
     from ray.train import RunConfig, ScalingConfig
 
+    names = train_names(name, config.run.dir)
     return ElasticTrainer(
         train_function,
         train_loop_config={"config": config, "find": Finder(name), "prepared": prepared},
         coordinator=name,
+        names=names,
         last_save_s=config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S,
         scaling_config=ScalingConfig(
             num_workers=max_workers(config),
             use_gpu=config.cluster.gpus_per_worker > 0,
             resources_per_worker=resources_per_worker(config.cluster),
         ),
-        run_config=RunConfig(name="ray", storage_path=str(Path(config.run.dir) / RAY)),
+        run_config=RunConfig(name=names.name, storage_path=str(Path(config.run.dir) / RAY)),
     )
 
 
@@ -238,6 +240,7 @@ class _Driver:
     def __post_init__(self) -> None:
         self._events = Tail(Path(self.config.run.dir) / EVENTS)
         self._shown = len(self._events.lines())  # a resumed run has shown these before
+        self._log = RunLog(self.config.run.log_format, train_names(self.name, self.config.run.dir).name)
 
     def run(self) -> int:
         coordinator = start_coordinator(self.config, self.name, secrets.token_hex(16), self.prepared)
@@ -246,7 +249,8 @@ class _Driver:
         link = CoordinatorLink(self.name)
         asked_s, interrupted, taken = -ASK_AGAIN_S, False, ""
         try:
-            with Progress(self.config.run.steps, self.config.run.log_every_s, self._missing) as shown:
+            run = self.config.run
+            with Progress(run.steps, run.log_every_s, self._missing, log=self._log) as shown:
                 while training.is_alive():
                     if taken := lost(self.leases):
                         self.error = RuntimeError(f"{taken}; nothing more was written there")
@@ -264,7 +268,7 @@ class _Driver:
         except Exception as error:  # noqa: BLE001 - of this display: the run is not to end unsaved
             self.error = error
         if taken and link.poll().get("reason") == TAKES_OVER:  # on this cluster: it lets coordinator and workers save
-            return conclude(Ended(self.config, self.stop, self.error, self.status))
+            return conclude(Ended(self.config, self.stop, self.error, self.status, self._log))
         try:
             if not interrupted:
                 self._save_last(link)
@@ -272,15 +276,15 @@ class _Driver:
             if not taken:  # else it would write into directories that another start owns
                 ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
-            print(f"the coordinator did not end cleanly: {error}", file=sys.stderr)
+            self._log.tell(f"the coordinator did not end cleanly: {error}", "warning")
         try:
             if self.trainer is not None and self.trainer.controller is not None:
                 ray.kill(self.trainer.controller)  # where it still runs, it would start workers again
             end_all(self.name)
             ray.kill(coordinator)
         except Exception as error:  # noqa: BLE001 - Ray's head is away: the outcome is told all the same
-            print(f"what is left of the run in Ray could not be ended: {reason_of(error)}", file=sys.stderr)
-        return conclude(Ended(self.config, self.stop, self.error, self.status))
+            self._log.tell(f"what is left of the run in Ray could not be ended: {reason_of(error)}", "warning")
+        return conclude(Ended(self.config, self.stop, self.error, self.status, self._log))
 
     def _fit(self) -> None:
         def make() -> ElasticTrainer:
@@ -288,7 +292,7 @@ class _Driver:
             return self.trainer
 
         try:
-            fit(make, CoordinatorLink(self.name))
+            fit(make, CoordinatorLink(self.name), lambda text: self._log.tell(text, "warning"))
         except Exception as error:  # noqa: BLE001 - the main thread reports it
             self.error = error
 
@@ -312,8 +316,7 @@ class _Driver:
     def _show(self, coordinator: Any, link: CoordinatorLink, shown: Progress) -> None:
         """Bring what is shown and the tracker up to date. A coordinator that does not answer is asked again later."""
         events = self._events.lines()
-        for line in filter(None, map(format_event, events[self._shown :])):
-            shown.line(line)
+        shown.events(events[self._shown :])
         self._shown = len(events)
         self.status = link.poll() or self.status
         shown.status(self.status)

@@ -22,12 +22,17 @@ PATIENCE_S = 60.0  # for the coordinator's answer
 POLL_S = 0.05
 
 
-def fit(make: Callable[[], ElasticTrainer], link: CoordinatorLink) -> None:
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def fit(make: Callable[[], ElasticTrainer], link: CoordinatorLink, tell: Callable[[str], None] = _tell) -> None:
     """Train until the run is over.
 
     Args:
         make: makes a trainer; it is called again for every controller.
         link: to the run's coordinator, for this call alone.
+        tell: prints a line.
 
     Raises:
         ActorDiedError: `DEATHS` controllers have died without a step between them, or Ray has been shut down.
@@ -46,7 +51,7 @@ def fit(make: Callable[[], ElasticTrainer], link: CoordinatorLink) -> None:
             step = status.get("step", -1)
             if died >= DEATHS:
                 raise
-            print("the Ray Train controller died: the workers train on, and another one takes over", file=sys.stderr)
+            tell("the Ray Train controller died: the workers train on, and another one takes over")
 
 
 def _answer(link: CoordinatorLink) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,6 +23,7 @@ NAMESPACE = "elastic_moe"
 OVER = ("finished", "failed")  # phases of a run that has ended
 LAST_SAVE_MARGIN_S = 30.0  # beyond the time for which the coordinator itself waits for the last save
 FIND_TIMEOUT_S = 3.0
+MAX_READABLE = 80  # letters of a run directory's name that a run keeps in its name
 TOKEN_TIMEOUT_S, RETRY_S = 120.0, 0.2  # for a coordinator that Ray is just starting again
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,26 @@ def name_of(run_dir: str) -> str:
     named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
     names = [entry["name"] for entry in named if entry["namespace"] == NAMESPACE]
     return next((name for name in names if name.startswith(actor_name("")) and name.endswith(ending)), "")
+
+
+@dataclass(frozen=True)
+class TrainNames:
+    """How Ray Train knows a run: in its state, and in the tags of all metrics of the run.
+
+    Attributes:
+        name: of the run directory, with the first digits of the id.
+        id: the same for every driver and controller of the run: what goes on after one of them is the same run.
+    """
+
+    name: str
+    id: str
+
+
+def train_names(coordinator: str, run_dir: str) -> TrainNames:
+    """The names of the run with this coordinator. The name is also that of a directory and a part of addresses."""
+    run_id = coordinator.removeprefix("elastic_moe:").replace(":", "")
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(run_dir).name).strip("-.")[:MAX_READABLE]
+    return TrainNames("-".join(filter(None, (readable, run_id[:8]))), run_id)
 
 
 def this_node() -> dict[str, str]:

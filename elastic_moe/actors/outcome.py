@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from elastic_moe.errors import Diverged, StorageFailed, UserError
 from elastic_moe.metrics.format_event import format_loss
 from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.run_dir import EVENTS, METRICS, checkpoint_root
+from elastic_moe.run_log import TEXT, RunLog
 
 EXIT_FAILED = 1
 SIGNALLED = 128  # exit codes of runs that a signal has stopped begin here
@@ -28,12 +28,18 @@ class Ended:
         stop: the wish for an end, if any.
         error: the error that ended it, if any.
         status: newest status of the coordinator.
+        log: tells the lines.
     """
 
     config: TrainConfig
     stop: Stop
     error: BaseException | None
     status: dict[str, Any]
+    log: RunLog = field(default_factory=lambda: RunLog(TEXT, ""))
+
+    def tell(self, text: str, level: str = "info") -> None:
+        """Print a line; text goes to standard output."""
+        self.log.tell(text, level, print)
 
 
 def conclude(run: Ended) -> int:
@@ -48,7 +54,7 @@ def conclude(run: Ended) -> int:
     step = int(records[-1]["step"]) if records else 0
     complete = step >= steps and run.error is None
     if complete:
-        _summarise(run.config, records, read_jsonl(run_dir / EVENTS))
+        _summarise(run, records, read_jsonl(run_dir / EVENTS))
     unsaved = _why_unsaved(root, step) if step else ""
     asked = run.error is None and run.status.get("phase") == "finished"  # to stop, by an operator or a signal
     if unsaved and run.error is None and (complete or run.stop.count == 1 or asked):
@@ -61,14 +67,14 @@ def conclude(run: Ended) -> int:
     saved = f"the state after step {step} is {f'not saved: {unsaved}' if unsaved else 'saved'}" if step else ""
     if run.stop.count > 1 or (run.stop.count and not unsaved):
         told = f" ({saved})" if unsaved else ""
-        print(f"stopped after step {step} of {steps}{told}; go on with run.resume=auto")
+        run.tell(f"stopped after step {step} of {steps}{told}; go on with run.resume=auto")
         return SIGNALLED + run.stop.signum
     if asked:
-        print(f"stopped after step {step} of {steps}: {run.status['reason']}; go on with run.resume=auto")
+        run.tell(f"stopped after step {step} of {steps}: {run.status['reason']}; go on with run.resume=auto")
         return 0
     cause = _cause(run.error)
     known = cause or run.status.get("reason") or "the run ended early"
-    print("; ".join(filter(None, (f"failed after step {step} of {steps}: {known}", saved))), file=sys.stderr)
+    run.log.tell("; ".join(filter(None, (f"failed after step {step} of {steps}: {known}", saved))), "error")
     if isinstance(cause, UserError):
         raise cause
     return EXIT_FAILED
@@ -91,14 +97,14 @@ def _why_unsaved(root: str, step: int) -> str:
     return ""
 
 
-def _summarise(config: TrainConfig, records: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+def _summarise(run: Ended, records: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
     last = records[-1]
     generations = {record.get("generation") for record in records}
-    print(
+    run.tell(
         f"{last['step']} steps, loss {format_loss(last['loss'])}, {len(generations)} generation(s), "
-        f"last world size {last.get('world_size')}; {config.run.dir}"
+        f"last world size {last.get('world_size')}; {run.config.run.dir}"
     )
     for label, key in (("evaluated", "val_loss"), ("sample", "text")):
         found = [event[key] for event in events if event.get("event") == label and key in event]
         if found:
-            print(f"val_loss: {format_loss(found[-1])}" if key == "val_loss" else f"sample: {found[-1]}")
+            run.tell(f"val_loss: {format_loss(found[-1])}" if key == "val_loss" else f"sample: {found[-1]}")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-from elastic_moe.metrics.format_event import format_loss
+from elastic_moe.metrics.format_event import format_event, format_loss, level_of
 from elastic_moe.metrics.status_view import duration
+from elastic_moe.run_log import TEXT, RunLog
 
 FIRST_WAIT_S, MOST_WAIT_S = 10.0, 600.0  # waiting is told after so long, then after twice as long each time
+TOLD = ("loss", "lr", "tokens", "tokens_per_s", "step_s", "world_size")  # of a record, in a line about the progress
 RECENT = 50  # steps from which the time left is estimated
 
 
@@ -26,13 +28,20 @@ class Progress:
         every_s: seconds between two lines where there is no terminal; 0: none.
         missing: says what is missing while the run waits, as a sentence; it may ask Ray.
         clock: monotonic seconds.
+        log: tells the lines; with JSON there is no bar.
     """
 
     def __init__(
-        self, steps: int, every_s: float, missing: Callable[[], str], clock: Callable[[], float] = time.monotonic
+        self,
+        steps: int,
+        every_s: float,
+        missing: Callable[[], str],
+        clock: Callable[[], float] = time.monotonic,
+        log: RunLog | None = None,
     ) -> None:
         self._steps, self._every_s, self._missing, self._clock = steps, every_s, missing, clock
-        self._bar: Any = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None)
+        self._log = log or RunLog(TEXT, "")
+        self._bar: Any = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=self._log.is_json or None)
         self._told_s = clock()
         self._times: list[float] = []  # between the last steps, in seconds
         self._last_time_s = 0.0  # wall clock of the newest record
@@ -45,9 +54,15 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.close()
 
-    def line(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
-        self._bar.write(text, file=sys.stderr)
+    def line(self, text: str, level: str = "info", **values: Any) -> None:
+        """Print a line, above the bar if there is one; see `RunLog.tell`."""
+        self._log.tell(text, level, lambda line: self._bar.write(line, file=sys.stderr), **values)
+
+    def events(self, events: Iterable[dict[str, Any]]) -> None:
+        """Tell of those events that a person wants to know of."""
+        for event in events:
+            if (text := format_event(event)) is not None:
+                self.line(text, level_of(event), **event)
 
     def records(self, records: list[dict[str, Any]]) -> None:
         """Show new records of steps."""
@@ -60,13 +75,18 @@ class Progress:
         last = records[-1]
         step, speed = int(last["step"]), f"{last.get('tokens_per_s') or 0:,.0f} tokens/s"
         world = last.get("world_size", "?")
+        self._log.step, self._log.generation = step, int(last["generation"])
         self._bar.n = step
         self._bar.set_postfix_str(f"loss {format_loss(last['loss'])}  {speed}  world {world}  gen {last['generation']}")
         if self._bar.disable and self._every_s and self._clock() - self._told_s >= self._every_s:
             self._told_s = self._clock()
             left = f", {duration(median(self._times) * (self._steps - step))} left" if self._times else ""
             loss = format_loss(last["loss"])
-            self.line(f"step {step:,} of {self._steps:,}: loss {loss}, {speed}, {world} workers{left}")
+            told: dict[str, Any] = {
+                key: last.get(key) for key in ("loss", "tokens", "tokens_per_s", "step_s", "world_size", "lr")
+            }
+            text = f"step {step:,} of {self._steps:,}: loss {loss}, {speed}, {world} workers{left}"
+            self.line(text, event="progress", steps=self._steps, **told)
 
     def status(self, status: Mapping[str, Any]) -> None:
         """Tell of a run that waits: after ten seconds, and then more and more rarely."""
@@ -79,4 +99,5 @@ class Progress:
         if now_s - self._waits_since_s >= self._patience_s:
             self._patience_s += min(self._patience_s, MOST_WAIT_S)
             waited, here = duration(now_s - self._waits_since_s), f"{status['workers']} workers are here"
-            self.line(f"waiting for {waited}: {status['reason']}; {here}; {self._missing()}")
+            text = f"waiting for {waited}: {status['reason']}; {here}; {self._missing()}"
+            self.line(text, "warning", event="waiting", workers=status["workers"])

@@ -6,8 +6,8 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from elastic_moe.metrics.json_schema import json_schema
 from elastic_moe.metrics.markdown import markdown
-from elastic_moe.metrics.schema import json_schema
 from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
 
 

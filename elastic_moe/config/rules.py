@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
     "run.resume": ("never", "auto"),
+    "run.log_format": ("text", "json"),
     "model.attention": ("gqa", "mla", "csa"),
     "model.router_score": ("sigmoid", "sqrtsoftplus", "softmax"),
     "model.residual": ("plain", "hc", "mhc"),

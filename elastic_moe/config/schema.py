@@ -192,6 +192,7 @@ class RunConfig(Sealed):
     sample_tokens: int = 64  # tokens of the sample text at the end; 0: no sample
     sample_prompt: str = "def "  # text that the sample continues
     log_every_s: float = 30.0  # without a terminal: seconds between two lines about the progress; 0: none
+    log_format: str = "text"  # of the log's lines; json: one object a line, with level, run, generation and step
     overwrite: bool = False  # allow starting anew in a run directory that has a run
 
 

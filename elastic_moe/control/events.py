@@ -222,12 +222,13 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Send the view to `workers`."""
+    """Send the view to `workers`. `cause` is one of `causes.CAUSES`, or "" for a view that was published before."""
 
     view: View
     planned: bool
     reason: str
     workers: tuple[str, ...]
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)

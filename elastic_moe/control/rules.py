@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from elastic_moe.config.schema import ElasticConfig
+from elastic_moe.control import causes
 from elastic_moe.control.doubt import (
     newer_view_may_exist,
     no_other_group_commits,
@@ -79,7 +80,7 @@ def _start(state: State, now_s: float, config: ElasticConfig) -> RuleResult | No
     ready = ready[: max_workers(state, config)]
     if _lacking(state, ready, now_s, config):
         return state, [], ""
-    return _publish(state, [state.records[w].member for w in ready], True, "start", now_s)
+    return _publish(state, [state.records[w].member for w in ready], True, "start", now_s, causes.START)
 
 
 def _survive(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
@@ -90,17 +91,19 @@ def _survive(state: State, now_s: float, config: ElasticConfig) -> RuleResult | 
     reason = "lost " + ", ".join(dead)
     survivors = state.view_workers
     lacking = _lacking(state, survivors, now_s, config)
+    silent = [worker for worker in dead if worker in state.absent and state.absent[worker].silent]
+    cause = causes.EVICTION if len(silent) == len(dead) else causes.DEATH
     if not lacking:
-        return _publish(state, _members(state, survivors, config), False, reason, now_s)
+        return _publish(state, _members(state, survivors, config), False, reason, now_s, cause)
     reason += f"; {len(survivors)} left, waiting for {lacking}"
-    resumed = _resume(replace(state, phase=WAITING, reason=reason, waiting_s=now_s), now_s, config)
+    resumed = _resume(replace(state, phase=WAITING, reason=reason, waiting_s=now_s), now_s, config, cause)
     if resumed is not None:
         return resumed
     state, commands = begin_hold(state, survivors, reason, now_s, config)
     return state, commands, reason
 
 
-def _resume(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
+def _resume(state: State, now_s: float, config: ElasticConfig, cause: str = causes.PAUSE) -> RuleResult | None:
     """End a pause once survivors and newcomers together are enough."""
     if state.view is None or state.phase != WAITING or state.failing or state.paused:
         return None
@@ -110,7 +113,7 @@ def _resume(state: State, now_s: float, config: ElasticConfig) -> RuleResult | N
     staying = [w for w in workers if w not in leaving]
     if _lacking(state, staying, now_s, config) or waits_for_absent(state, workers, now_s, config):
         return None
-    return _publish(state, _members(state, workers, config), False, "enough workers again", now_s)
+    return _publish(state, _members(state, workers, config), False, "enough workers again", now_s, cause)
 
 
 def _reform(state: State, now_s: float, config: ElasticConfig) -> RuleResult | None:
@@ -122,16 +125,16 @@ def _reform(state: State, now_s: float, config: ElasticConfig) -> RuleResult | N
     if state.view is None or state.phase != RUNNING or newer_view_may_exist(state, now_s):
         return None
     records = [state.records[w] for w in state.view_workers]
-    reason, hung = "", False
+    reason, cause = "", causes.COLLECTIVE
     if state.suspected_s is not None:
         grace_s = min(REFORM_GRACE_S * 2.0**state.reforms, 10.0)
         answered = all(record.last_heard_s > state.suspected_s for record in records)
         reason = "a collective failed, all members live" if answered and now_s - state.suspected_s >= grace_s else ""
     elif state.adopted_s is not None and not state.all_entered and not any(record.missing for record in records):
         if now_s - state.adopted_s > ADOPTED_GRACE_S:
-            reason = "the coordinator was lost while a view was entered"
+            reason, cause = "the coordinator was lost while a view was entered", causes.COORDINATOR
     elif all(now_s - record.last_progress_s > config.hang_timeout_s for record in records):
-        reason, hung = f"nobody progressed for {config.hang_timeout_s:g} s", True
+        reason, cause = f"nobody progressed for {config.hang_timeout_s:g} s", causes.HANG
     if not reason:
         return None
     state, commands, answered = check_members(state, now_s)
@@ -152,7 +155,9 @@ def _reform(state: State, now_s: float, config: ElasticConfig) -> RuleResult | N
     reason += f", without {', '.join(left_out)}" if left_out else ""
     state = replace(state, reforms=0 if left_out else state.reforms + 1)
     members = _members(state, staying, config)
-    state, published, _ = _publish(state, members, False, reason, now_s, keep_progress=not hung, also=left_out)
+    state, published, _ = _publish(
+        state, members, False, reason, now_s, cause, keep_progress=cause != causes.HANG, also=left_out
+    )
     return state, commands + published, reason
 
 
@@ -211,13 +216,14 @@ def _plan(state: State, now_s: float, config: ElasticConfig) -> RuleResult | Non
     handing_over = [m.worker for m in members if m.draining]
     if tuple(members) == state.view.members or _lacking(state, active, now_s, config, handing_over):
         return None
-    causes = {
-        "join": bool(joiners),
-        "drain": any(m.draining for m in members),
-        "release": bool(handed_over),
+    reasons = {
+        causes.JOIN: bool(joiners),
+        causes.DRAIN: any(m.draining for m in members),
+        causes.RELEASE: bool(handed_over),
     }
-    reason = ", ".join(cause for cause, holds in causes.items() if holds)
-    state, commands, _ = _publish(state, members, True, reason, now_s)
+    present = [cause for cause, holds in reasons.items() if holds]
+    reason = ", ".join(present)
+    state, commands, _ = _publish(state, members, True, reason, now_s, causes.gravest(present))
     for worker in handed_over:
         member = state.records[worker].member
         commands += [LogEvent("worker_released", worker, member.node, member.pid, reason), Release(worker)]
@@ -231,6 +237,7 @@ def _publish(
     planned: bool,
     reason: str,
     now_s: float,
+    cause: str,
     keep_progress: bool = False,
     also: Sequence[str] = (),
 ) -> RuleResult:
@@ -240,8 +247,9 @@ def _publish(
         state: the state before.
         members: the new view's members, in rank order.
         planned: the view may wait for a step boundary.
-        reason: cause of the view.
+        reason: cause of the view, as a sentence.
         now_s: monotonic seconds.
+        cause: the same as one of `causes.CAUSES`.
         keep_progress: the view does not count as progress of its members, so a hung one is found without delay.
         also: workers outside the view whose collectives it ends.
     """
@@ -269,7 +277,7 @@ def _publish(
         saving=frozenset(),
         hold_save=None,
     )
-    return state, [Publish(view, planned, reason, tuple(recipients))], reason
+    return state, [Publish(view, planned, reason, tuple(recipients), cause)], reason
 
 
 def _members(state: State, workers: Sequence[str], config: ElasticConfig) -> list[Member]:

@@ -75,12 +75,14 @@ class Absent:
         incarnation: as in `WorkerRecord`.
         bears_state: as in `WorkerRecord`.
         since_s: time of its removal.
+        silent: it was removed with its connection open.
     """
 
     last_heard_s: float
     incarnation: int
     bears_state: bool
     since_s: float
+    silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,5 +258,6 @@ class State:
     def unproven(self, worker: str, now_s: float) -> State:
         """The state with a worker removed that may still live."""
         record = self.records[worker]
-        away = Absent(record.last_heard_s, record.incarnation, record.bears_state, now_s)
+        silent = record.closed_s is None
+        away = Absent(record.last_heard_s, record.incarnation, record.bears_state, now_s, silent)
         return replace(self.forgetting(worker), absent={**self.absent, worker: away})

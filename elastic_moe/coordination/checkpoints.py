@@ -36,6 +36,8 @@ class CheckpointCommitter:
         meta: written into every manifest.
         report: takes events; called in the committer's thread.
         identity: of the run; only the committer's thread changes it.
+        completed: generation and step of the newest checkpoint that a coordinator before this one has completed in the
+            same start of the run. Workers tell it and earlier ones again.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class CheckpointCommitter:
         meta: Mapping[str, Any],
         report: Callable[[dict[str, Any]], None],
         identity: IdentityFiles,
+        completed: tuple[int, int] = (0, 0),
     ) -> None:
         self._root, self._keep, self._units, self._meta = root, keep, tuple(unit_names), dict(meta)
-        self._report, self._identity = report, identity
+        self._report, self._identity, self._completed = report, identity, completed
         self._forked = identity.identity.last_fork  # generation that went back last, and to which step
         self._shards = PendingShards()
         self._jobs: queue.Queue[tuple[int, Callable[[], None]] | None] = queue.Queue()  # step, work
@@ -96,6 +99,8 @@ class CheckpointCommitter:
         forked_at, fork = self._forked
         if generation < forked_at and step > fork:
             return  # the run has gone back behind this step since
+        if generation <= self._completed[0] and step <= self._completed[1]:
+            return  # it is complete, or was retired since
         if step not in self._shards.pending:
             self._shards.expect(step, self._units)
         if not self._shards.add(step, shard, generation):

@@ -24,7 +24,7 @@ from elastic_moe.coordination.wishes import Wishes
 from elastic_moe.coordination.worker_logs import WorkerLogs
 from elastic_moe.data.prepare import Prepared
 from elastic_moe.metrics.jsonl import last_lines, read_jsonl
-from elastic_moe.metrics.recorder import Recorder
+from elastic_moe.metrics.recorder import Listener, Recorder
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import EVENTS, LOGS, METRICS, OPERATOR, checkpoint_root
@@ -43,6 +43,7 @@ class RunCoordinator:
         host: address to listen on, reachable from every worker.
         restarted: another coordinator of this run was here before, and its workers may live.
         prepared: the corpus, served to workers that do not see it.
+        listener: gets a copy of what is written to the run's files.
 
     Attributes:
         address: host and port where workers connect.
@@ -56,17 +57,18 @@ class RunCoordinator:
         host: str = "127.0.0.1",
         restarted: bool = False,
         prepared: Prepared | None = None,
+        listener: Listener | None = None,
     ) -> None:
         self._run_dir = run_dir = Path(config.run.dir)
         set_timeout(config.checkpoint.timeout_s)
-        self._recorder = Recorder(run_dir)
+        self._recorder = Recorder(run_dir, listener=listener)
         self._records = StepRecords(run_dir, self._recorder)
         units = build_units(param_specs(config.model), config.model.max_unit_elements)
         root = checkpoint_root(config)
         self._identity = IdentityFiles.open(run_dir, root)
         if not restarted:
             self._identity.begin_start()
-        self._entered = _last_entered(run_dir) if restarted else 0  # the generation that was entered last
+        self._entered = _last(run_dir, "entered")[0] if restarted else 0  # the generation that was entered last
         self._rolled_back = self._identity.identity.last_fork  # generation that did so last, and to which step
         self._checkpoints = CheckpointCommitter(
             root,
@@ -75,6 +77,7 @@ class RunCoordinator:
             {"seed": config.seed, "steps": config.run.steps},
             self._recorder.event,
             self._identity,
+            _last(run_dir, "checkpoint") if restarted else (0, 0),
         )
         self._worker_logs = WorkerLogs(run_dir / LOGS)
         self._server = ControlServer(
@@ -158,7 +161,7 @@ class RunCoordinator:
             self._recorder.event(event)
 
 
-def _last_entered(run_dir: Path) -> int:
-    """Generation of the newest view whose entry is recorded."""
-    entered = [event for event in read_jsonl(run_dir / EVENTS) if event.get("event") == "entered"]
-    return int(entered[-1]["generation"]) if entered else 0
+def _last(run_dir: Path, kind: str) -> tuple[int, int]:
+    """Generation and step of the newest event of this kind that is recorded; zeros if there is none."""
+    found = [event for event in read_jsonl(run_dir / EVENTS) if event.get("event") == kind]
+    return (int(found[-1].get("generation", 0)), int(found[-1]["step"])) if found else (0, 0)

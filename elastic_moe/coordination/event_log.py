@@ -47,8 +47,8 @@ class EventLog:
         """A line that a worker sends."""
         self._write(state, step, dict(event) | _identity(state, worker))
 
-    def view_published(self, state: State, step: int, view: View, planned: bool, reason: str) -> None:
-        """A new view: its kind, its size and its members. The time until it is entered counts from here."""
+    def view_published(self, state: State, step: int, view: View, planned: bool, reason: str, cause: str) -> None:
+        """A new view: its kind, its cause, its size and its members. The time until it is entered counts from here."""
         self._views[view.generation] = view, self._monotonic()
         self._write(
             state,
@@ -57,6 +57,7 @@ class EventLog:
                 "event": "view",
                 "planned": planned,
                 "reason": reason,
+                "cause": cause,
                 "world_size": len(view.active_ranks),
                 "members": [m.worker for m in view.members],
             },

@@ -256,11 +256,11 @@ class Membership:
     def _carry_out(self, command: ev.Command) -> None:
         send = self._connections.send
         match command:
-            case ev.Publish(view, planned, reason, workers):
+            case ev.Publish(view, planned, reason, workers, cause):
                 self._recorded = -1
                 send(workers, msg.ViewMessage(view, planned, reason, self._connections.store_address))
-                if reason != "re-registered":
-                    self._log.view_published(self._state, self._step, view, planned, reason)
+                if cause:  # else its member has only registered again
+                    self._log.view_published(self._state, self._step, view, planned, reason, cause)
             case ev.Pause(generation, workers, reason):
                 send(workers, msg.PauseMessage(generation, reason))
             case ev.Hold(view, reason):

@@ -5,6 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+_WARNINGS = (
+    *("worker_lost", "worker_evicted", "worker_set_aside", "members_in_doubt", "node_backoff", "pause"),
+    *("checkpoint_failed", "not_finite", "loss_spike", "state_repaired", "state_damaged", "worker_faulty"),
+    *("sample_failed", "rolled_back", "storage_unavailable"),
+)
+
 
 def format_event(event: dict[str, Any]) -> str | None:
     """One line about an event of events.jsonl, or None for an event of no interest."""
@@ -49,6 +55,14 @@ def format_event(event: dict[str, Any]) -> str | None:
             return f"{step}: validation loss {format_loss(event['val_loss'])}"
         case _:
             return None
+
+
+def level_of(event: dict[str, Any]) -> str:
+    """How grave an event is, in the terms of a log."""
+    name = event["event"]
+    if name in ("failed", "state_unclear"):
+        return "error"
+    return "warning" if name in _WARNINGS else "info"
 
 
 def format_loss(loss: float | None) -> str:

@@ -1,9 +1,10 @@
-"""The reference of a run's records in Markdown, made from the declarations in `schema.py`."""
+"""The reference of a run's records and metrics in Markdown, made from `schema.py` and `exported.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from elastic_moe.metrics.exported import GROUPS, RUN_ID, RUN_NAME
 from elastic_moe.metrics.schema import COMMON_KEYS, EVENT_KINDS, EXPERT_KINDS, STEP_KEYS, Event, Key
 from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
 
@@ -37,6 +38,28 @@ def _markdown() -> Iterator[str]:
     yield "Placements of the experts, and their loads. These records have the same common keys."
     yield ""
     yield from _kinds(EXPERT_KINDS)
+    yield from _exported()
+
+
+def _exported() -> Iterator[str]:
+    yield "## Metrics of a cluster"
+    yield ""
+    yield "What Ray exports of a run for Prometheus, declared in `exported.py`. The coordinator exports it, and each"
+    yield "worker its own memory. All have the tags of Ray Train's own metrics,"
+    yield f"`{RUN_NAME}` and `{RUN_ID}`, and those named here. Counters count each step and each event once,"
+    yield "also when the coordinator is started again. Of a histogram, Ray keeps the counts of the buckets: its"
+    yield "quantiles are right within a bucket, its sum is an estimate."
+    yield ""
+    for title, metrics in GROUPS.items():
+        yield f"{title}:"
+        yield ""
+        yield "| metric | kind | unit | tags | meaning |"
+        yield "|---|---|---|---|---|"
+        for metric in metrics:
+            values = f" ({', '.join(metric.values)})" if metric.values else ""
+            own = ", ".join(f"`{tag}`" for tag in metric.tags[2:])
+            yield f"| `{metric.series}` | {metric.kind} | {metric.unit} | {own}{values} | {metric.meaning} |"
+        yield ""
 
 
 def _kinds(kinds: Iterable[Event]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from elastic_moe.metrics.jsonl import JsonLines
 from elastic_moe.metrics.schema import EXPERT_KINDS
@@ -22,16 +22,27 @@ MAX_EARLY = 256  # steps that wait for a missing one before it is given up
 _ABOUT_EXPERTS = {kind.name for kind in EXPERT_KINDS}
 
 
+class Listener(Protocol):
+    """Gets a copy of what is written, each record and event once, in order. It neither waits nor raises."""
+
+    def record(self, record: Mapping[str, Any]) -> None: ...
+
+    def event(self, event: Mapping[str, Any]) -> None: ...
+
+
 class Recorder:
     """Writes a run's records. Safe to call from several threads.
 
     Args:
         run_dir: the run directory; its files are continued when they exist.
         clock: wall clock, seconds.
+        listener: gets a copy.
     """
 
-    def __init__(self, run_dir: str | Path, clock: Callable[[], float] = time.time) -> None:
-        self._clock, self._lock = clock, threading.Lock()
+    def __init__(
+        self, run_dir: str | Path, clock: Callable[[], float] = time.time, listener: Listener | None = None
+    ) -> None:
+        self._clock, self._lock, self._listener = clock, threading.Lock(), listener
         self._metrics = JsonLines(Path(run_dir) / METRICS, "step")
         self._events = JsonLines(Path(run_dir) / EVENTS)
         self._experts = JsonLines(Path(run_dir) / EXPERTS)
@@ -79,13 +90,18 @@ class Recorder:
                 self._safe_step = int(record["step"])
             self._last, self._next = record, self._next + 1
             written.append(record)
+            if self._listener is not None:
+                self._listener.record(record)
         return written
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Record an event; the time is added when it has none."""
         with self._lock:
             file = self._experts if event.get("event") in _ABOUT_EXPERTS else self._events
-            file.append({"time": self._clock()} | dict(event))
+            line = {"time": self._clock()} | dict(event)
+            file.append(line)
+            if self._listener is not None:
+                self._listener.event(line)
 
     def set_aside_after(self, step: int, timeline: int) -> int:
         """Move the records of later steps to a file of their own: the run has gone back to this step.

@@ -1,45 +1,16 @@
 """Every key of a run's records, declared once: metrics.jsonl, events.jsonl and experts.jsonl.
 
-The reference in README.md of this folder, the JSON schemas that a test applies to a real run, the titles in the report
-and the units that trackers are given are made from these declarations. A key that is written and not declared here
-fails that test.
+The reference in README.md of this folder, the JSON schemas that a test applies to a real run, the metrics of a cluster
+(`exported.py`), the titles in the report and the units that trackers are given are made from these declarations. A key
+that is written and not declared here fails that test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
-
-Json = dict[str, Any]
-
-_INT: Json = {"type": "integer"}
-_TYPES: dict[str, Json] = {  # name of a type -> JSON schema
-    "integer": _INT,
-    "number": {"type": "number"},
-    "number or null": {"type": ["number", "null"]},  # null: it was not finite
-    "string": {"type": "string"},
-    "boolean": {"type": "boolean"},
-    "list of strings": {"type": "array", "items": {"type": "string"}},
-    "list of integers": {"type": "array", "items": _INT},
-    "list of numbers": {"type": "array", "items": {"type": "number"}},
-    "list of [string, string]": {
-        "type": "array",
-        "items": {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2},
-    },
-    "[integer, integer]": {"type": "array", "items": _INT, "minItems": 2, "maxItems": 2},
-    "list of lists of integers": {"type": "array", "items": {"type": "array", "items": _INT}},
-    "list of [integer x 4]": {
-        "type": "array",
-        "items": {"type": "array", "items": _INT, "minItems": 4, "maxItems": 4},
-    },
-    "object of [number, number]": {
-        "type": "object",
-        "additionalProperties": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
-    },
-}
+from elastic_moe.control.causes import CAUSES
 
 
 @dataclass(frozen=True)
@@ -48,7 +19,7 @@ class Key:
 
     Attributes:
         name: as it stands in the file.
-        type: one of the types above, or "object" for a key that has keys of its own.
+        type: one of `json_schema.TYPES`, or "object" for a key that has keys of its own.
         unit: of the value; "" for a name, a text, an index or a ratio.
         meaning: one sentence.
         optional: whether a record may lack it.
@@ -157,6 +128,7 @@ EVENT_KINDS = (
         "The coordinator has published a membership.",
         (
             Key("planned", "boolean", "", "Whether the old view stays valid until the members agree at a vote."),
+            Key("cause", "string", "", f"The reason in one word: {', '.join(CAUSES)}.", True),
             Key("world_size", "integer", "", "Number of active ranks of the view."),
             Key("members", "list of strings", "", "Ids of its workers, by rank."),
         ),
@@ -314,35 +286,6 @@ EXPERT_KINDS = (
     ),
 )
 """The records of experts.jsonl; they have the keys of events."""
-
-
-def json_schema(file: str) -> Json:
-    """JSON schema of one record of a file.
-
-    Args:
-        file: one of the names METRICS, EVENTS and EXPERTS of `run_dir`.
-    """
-    if file == METRICS:
-        return _object(STEP_KEYS)
-    kinds = {EVENTS: EVENT_KINDS, EXPERTS: EXPERT_KINDS}[file]
-    return {"oneOf": [_event_schema(kind) for kind in kinds]}
-
-
-def _event_schema(kind: Event) -> Json:
-    own = {key.name for key in kind.keys}
-    schema = _object((*(key for key in COMMON_KEYS if key.name not in own), *kind.keys))
-    schema["properties"]["event"] = {"const": kind.name}
-    return schema
-
-
-def _object(keys: Iterable[Key]) -> Json:
-    keys = tuple(keys)
-    return {
-        "type": "object",
-        "properties": {key.name: _object(key.keys) if key.keys else _TYPES[key.type] for key in keys},
-        "required": [key.name for key in keys if not key.optional],
-        "additionalProperties": False,
-    }
 
 
 def units() -> Mapping[str, str]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from elastic_moe.control.messages import WORKER_LOG
+from elastic_moe.run_log import PACKAGE
 
 TEXT_CHARACTERS = 8192  # of one line, its traceback included
 BURST, PER_S = 100, 10.0  # lines
@@ -31,9 +32,13 @@ class CoordinatorHandler(logging.Handler):
     def __init__(self, tell: Callable[[dict[str, Any]], None], clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(logging.WARNING)
         self._tell, self._clock = tell, clock
+        self._last: logging.LogRecord | None = None
         self._allowed, self._counted_s, self._left_out = float(BURST), clock(), 0
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record is self._last:
+            return  # it has come up from another logger
+        self._last = record
         now_s = self._clock()
         self._allowed = min(BURST, self._allowed + PER_S * (now_s - self._counted_s))
         self._counted_s = now_s
@@ -60,8 +65,9 @@ def logging_to(tell: Callable[[dict[str, Any]], None], node: str) -> Iterator[No
         node: of this worker.
     """
     handler = CoordinatorHandler(tell)
-    root = logging.getLogger()
-    root.addHandler(handler)
+    loggers = logging.getLogger(), logging.getLogger(PACKAGE)  # what the package logs may not come up to the root
+    for each in loggers:
+        each.addHandler(handler)
     start = {"event": WORKER_LOG, "level": "INFO", "logger": __name__, "text": f"starts on node {node}"}
     tell(start)
     try:
@@ -71,4 +77,5 @@ def logging_to(tell: Callable[[dict[str, Any]], None], node: str) -> Iterator[No
         tell(start | {"level": "ERROR", "text": lines[-TEXT_CHARACTERS:].rstrip()})
         raise
     finally:
-        root.removeHandler(handler)
+        for each in loggers:
+            each.removeHandler(handler)

@@ -34,6 +34,7 @@ from elastic_moe.parallel.collectives.store import Rendezvous
 from elastic_moe.parallel.expert_parallel import ExpertParallel
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import FAULTS, checkpoint_root
+from elastic_moe.run_log import logging_of_run
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.checkpoints import ShardWriter
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
@@ -291,6 +292,7 @@ def run_worker(
     node: str,
     prepared: Prepared,
     worker: str,
+    run: str = "",
 ) -> dict[str, int | str]:
     """Be one worker of a run until it ends. Ray Train's workers call it, and so do plain processes without Ray.
 
@@ -301,6 +303,7 @@ def run_worker(
         node: fault domain of this process.
         prepared: token shards and tokenizer on the coordinator's node, see `places`.
         worker: unique id of this life of the process.
+        run: name of the run in its log; "": that of its directory.
 
     Returns:
         `committed`: last committed step; `ended`: "finished", "stopped" or "released".
@@ -315,11 +318,20 @@ def run_worker(
     )
     on_gpu = config.device != "cpu" and elastic.state_on == "device" and torch.cuda.is_available()
     client.start("cuda" if on_gpu else "cpu")
+    made: list[Worker] = []
+
+    def where() -> tuple[int, int]:
+        return client.inbox.generation, max(0, made[0]._local.committed) if made else 0
+
     try:
-        with logging_to(client.event, node):
+        with (
+            logging_of_run(config.run.log_format, run or Path(config.run.dir).name, where),
+            logging_to(client.event, node),
+        ):
             client.inbox.wait_welcome(elastic.hold_s)
             config, prepared = localised(config, prepared, token, node, lambda: client.inbox.welcome, client.event)
-            return Worker(config, prepared, client, token).run()
+            made.append(Worker(config, prepared, client, token))
+            return made[0].run()
     except Exception as error:
         client.left(f"{type(error).__name__}: {error}".splitlines()[0])  # the last message: what follows does not count
         raise

@@ -88,7 +88,7 @@ class World:
 
     def _carry_out(self, command: ev.Command) -> None:
         match command:
-            case ev.Publish(view, planned, _, recipients):
+            case ev.Publish(view, planned, _, recipients, _):
                 for worker in self._heard_by(recipients):
                     if view.rank_of(worker.name) is not None:
                         worker.newest = view

@@ -18,7 +18,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 
 from elastic_moe.actors.controller import ElasticTrainer
-from elastic_moe.actors.link import NAMESPACE, actor_name
+from elastic_moe.actors.link import NAMESPACE, TrainNames, actor_name
 from elastic_moe.actors.worker_group import classify_exit
 from elastic_moe.errors import UserError
 
@@ -78,9 +78,10 @@ class Run:
             _train,
             train_loop_config={"dir": str(self.root)},
             coordinator=actor_name("stub"),
+            names=TrainNames("stub", "stub"),
             last_save_s=self.last_save_s,
             scaling_config=ScalingConfig(num_workers=max_workers, resources_per_worker={"CPU": 1}),
-            run_config=RunConfig(name="ray", storage_path=str(self.root / "storage")),
+            run_config=RunConfig(name="stub", storage_path=str(self.root / "storage")),
         )
 
         def fit() -> None:

@@ -19,9 +19,12 @@ from ray._private.accelerators import RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VAR
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import RAY_NODE_ID_KEY
 from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
+from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.controller import TrainControllerLoopIterationResult
 from ray.train.v2._internal.execution.controller.state import ErroredState, ShuttingDownState
@@ -29,12 +32,19 @@ from ray.train.v2._internal.execution.worker_group import ReplicaGroup, WorkerGr
 from ray.train.v2._internal.execution.worker_group.poll import PollTask, WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupContext, WorkerGroupState, _shutdown_workers
 from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, RayTrainWorker, Worker
+from ray.train.v2._internal.metrics.base import RUN_ID_TAG_KEY, RUN_NAME_TAG_KEY, EnumMetric
+from ray.train.v2._internal.metrics.controller import ControllerMetrics
+from ray.train.v2._internal.metrics.worker import WORKER_ACTOR_ID_TAG_KEY, WORKER_WORLD_RANK_TAG_KEY
+from ray.train.v2._internal.state.state_manager import TrainStateManager
 from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.util.metrics import Metric
 from ray.util.placement_group import PlacementGroup
 
 from elastic_moe.actors.controller import NOT_USED
+from elastic_moe.metrics.exported import ACTOR, RANK, RUN_ID, RUN_NAME
+from scripts.grafana import CONTROLLER, STATE
 
 SIGNATURES: list[tuple[Callable[..., Any], list[str]]] = [
     (TrainController._step, ["self"]),
@@ -88,6 +98,19 @@ SIGNATURES: list[tuple[Callable[..., Any], list[str]]] = [
     (_shutdown_workers, ["workers", "patience_s"]),
     (DataParallelTrainer._initialize_and_run_controller, ["self", "controller_init_kwargs"]),
     (DataParallelTrainer._create_default_callbacks, ["self"]),
+    (StateManagerCallback.after_controller_start, ["self", "train_run_context"]),
+    (StateManagerCallback.after_controller_state_update, ["self", "previous_state", "current_state"]),
+    (
+        TrainStateManager.create_train_run_attempt,
+        ["self", "run_id", "attempt_id", "num_workers", "resources_per_worker"],
+    ),
+    (TrainStateManager.update_train_run_attempt_running, ["self", "run_id", "attempt_id", "workers"]),
+    (TrainStateManager.update_train_run_attempt_finished, ["self", "run_id", "attempt_id"]),
+    (TrainStateManager.update_train_run_attempt_errored, ["self", "run_id", "attempt_id", "status_detail"]),
+    (TrainStateManager._create_or_update_train_run, ["self", "run", "block"]),
+    (TrainStateManager._create_or_update_train_run_attempt, ["self", "run_attempt", "block"]),
+    (Metric._record, ["self", "value", "tags"]),
+    (EnumMetric._get_tags, ["self", "enum_value"]),
     (ControllerError.__init__, ["self", "controller_failure"]),
     (WorkerGroupError.__init__, ["self", "error_message", "worker_failures"]),
 ]
@@ -109,6 +132,10 @@ FIELDS: list[tuple[type, list[str]]] = [
     (WorkerGroupPollStatus, ["worker_statuses", "worker_rank_to_replica_group_rank"]),
     (WorkerStatus, ["running", "error", "training_report", "return_value", "preemption_info"]),
     (PollTask, ["start_time", "task"]),
+    (
+        TrainRunContext,
+        ["run_id", "run_config", "train_loop_config", "scaling_config", "backend_config", "dataset_config"],
+    ),
     (ActorMetadata, ["hostname", "node_id", "node_ip", "pid", "accelerator_ids"]),
     (
         TrainControllerLoopIterationResult,
@@ -148,6 +175,30 @@ def test_attributes_that_are_set_in_init() -> None:
         assert f"self.{name}" in controller, name
     assert TrainController.worker_group_cls is WorkerGroup
     assert "worker_group_cls.create(" in inspect.getsource(TrainController._start_worker_group)
+
+
+def test_tags_are_those_of_ray_train() -> None:
+    assert (RUN_NAME, RUN_ID, RANK, ACTOR) == (
+        RUN_NAME_TAG_KEY,
+        RUN_ID_TAG_KEY,
+        WORKER_WORLD_RANK_TAG_KEY,
+        WORKER_ACTOR_ID_TAG_KEY,
+    )
+    assert ControllerMetrics.CONTROLLER_STATE_TAG_KEY.removeprefix("ray_") == ControllerMetrics.CONTROLLER_STATE
+    assert (
+        f"ray_{ControllerMetrics.CONTROLLER_STATE}",
+        ControllerMetrics.CONTROLLER_STATE_TAG_KEY,
+    ) == (CONTROLLER, STATE)
+
+
+def test_attributes_of_the_state_of_train_runs() -> None:
+    manager = inspect.getsource(TrainStateManager.__init__)
+    for name in ("_state_actor", "_runs", "_run_attempts"):
+        assert f"self.{name}" in manager, name
+    assert "self._state_manager = " in inspect.getsource(StateManagerCallback.after_controller_start)
+    assert "self._metrics" in inspect.getsource(ControllerMetricsCallback.after_controller_start)
+    for name in ("_current_value", "_gauge"):
+        assert f"self.{name}" in inspect.getsource(EnumMetric.record), name
 
 
 def test_preemption_watcher_is_off_for_replica_groups() -> None:
@@ -212,4 +263,5 @@ def test_what_the_trainer_replaces_of_stock_start_up() -> None:
     source = inspect.getsource(DataParallelTrainer._initialize_and_run_controller)
     assert "get_env_vars_to_propagate()" in source
     assert isinstance(get_env_vars_to_propagate(), dict)
-    assert {DatasetsCallback, WorkingDirectorySetupCallback, PlacementGroupCleanerCallback} == set(NOT_USED)
+    replaced = {DatasetsCallback, WorkingDirectorySetupCallback, PlacementGroupCleanerCallback, StateManagerCallback}
+    assert replaced == set(NOT_USED)

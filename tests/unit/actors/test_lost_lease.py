@@ -50,7 +50,7 @@ def test_nothing_more_is_written_and_it_is_told_which_directory_was_taken(
     monkeypatch.setattr(driver, "start_coordinator", lambda *_: coordinator)
     monkeypatch.setattr(driver, "CoordinatorLink", lambda _: link)
     monkeypatch.setattr(driver, "ray", SimpleNamespace(get=lambda value, timeout: value, kill=killed.append))
-    monkeypatch.setattr(driver, "Progress", lambda *_: Bar())
+    monkeypatch.setattr(driver, "Progress", lambda *_, **__: Bar())
     monkeypatch.setattr(driver, "end_all", ended.append)
     monkeypatch.setattr(driver, "conclude", conclude)
     monkeypatch.setattr(driver, "POLL_S", 0.0)

@@ -48,6 +48,25 @@ def test_completes_and_retains(tmp_path: Path) -> None:
     assert _identity(tmp_path).identity.first_checkpoint == 10
 
 
+def test_reports_that_workers_repeat_to_a_restarted_coordinator_complete_nothing_again(tmp_path: Path) -> None:
+    """Else checkpoints that were retired since would count as failed, and those that are there twice."""
+    events: list[dict[str, Any]] = []
+    root = str(tmp_path)
+    shards = [_write(root, step, ["a"], "r0") for step in (10, 20, 30)]
+    committer = CheckpointCommitter(root, 1, ["a"], {}, events.append, _identity(tmp_path))
+    for shard in shards:
+        committer.add(shard)
+    committer.close()
+    assert _steps(tmp_path) == [30]
+    (newest,) = [(event["generation"], event["step"]) for event in events[-1:]]
+    events.clear()
+    committer = CheckpointCommitter(root, 1, ["a"], {}, events.append, _identity(tmp_path), newest)
+    for shard in (*shards, _write(root, 40, ["a"], "r0")):
+        committer.add(shard)
+    committer.close()
+    assert [(event["event"], event["step"]) for event in events] == [("checkpoint", 40)]
+
+
 @pytest.mark.parametrize("lost", ["nothing", "run.json", "a byte of run.json"])
 def test_going_back_deletes_nothing_until_the_new_timeline_has_passed(tmp_path: Path, lost: str) -> None:
     """Without run.json the history is read from the manifests, as soon as the new timeline has one."""

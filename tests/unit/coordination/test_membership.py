@@ -264,7 +264,7 @@ def test_the_time_until_a_view_is_entered_counts_from_its_publication_or_from_th
     log = EventLog(lines.append, clock=lambda: 5.0, monotonic=lambda: now_s[0])
     now_s[0] = 110.0
     if published:
-        log.view_published(state, 0, view, True, "start")
+        log.view_published(state, 0, view, True, "start", "start")
     now_s[0] = 112.0
     log.entered(state, 0, "a", 3, {})
     assert lines[-1]["total_s"] == (2.0 if published else 12.0)

@@ -10,6 +10,7 @@ import pytest
 
 from elastic_moe.coordination import worker_logs
 from elastic_moe.coordination.worker_logs import WorkerLogs
+from elastic_moe.run_log import logging_of_run
 from elastic_moe.runtime.log_handler import BURST, CoordinatorHandler, logging_to
 
 LINE = {"time": 0.0, "worker": "w1", "level": "WARNING", "logger": "some.module", "text": "words", "step": 7}
@@ -50,6 +51,8 @@ def test_warnings_of_the_whole_process_and_its_end_are_told() -> None:
         with logging_to(told.append, "n1"):
             logging.getLogger("any.library").warning("it is %d", 5)
             logging.getLogger("any.library").info("not this")
+            with logging_of_run("text", "run", lambda: (1, 2)):
+                logging.getLogger("elastic_moe.some").error("nor is this lost")
             raise RuntimeError("the end")
 
     with pytest.raises(RuntimeError, match="the end"):
@@ -58,10 +61,11 @@ def test_warnings_of_the_whole_process_and_its_end_are_told() -> None:
         ("INFO", "starts on node n1"),
         ("WARNING", "it is 5"),
     ]
-    assert told[2]["level"] == "ERROR"
-    assert "Traceback" in told[2]["text"]
-    assert "RuntimeError: the end" in told[2]["text"]
-    assert len(told) == 3
+    assert (told[2]["level"], told[2]["text"]) == ("ERROR", "nor is this lost")
+    assert told[3]["level"] == "ERROR"
+    assert "Traceback" in told[3]["text"]
+    assert "RuntimeError: the end" in told[3]["text"]
+    assert len(told) == 4
     assert not [handler for handler in logging.getLogger().handlers if isinstance(handler, CoordinatorHandler)]
 
 
@@ -70,9 +74,11 @@ def test_a_flood_is_counted_and_left_out() -> None:
     now = [0.0]
     handler = CoordinatorHandler(told.append, lambda: now[0])
     record = logging.LogRecord("x", logging.WARNING, "", 0, "again", None, None)
-    for _ in range(1000):
-        handler.emit(record)
+    for number in range(1000):
+        handler.emit(logging.makeLogRecord(vars(record) | {"msg": f"{number}"}))
     assert len(told) == BURST
     now[0] = 1.0
     handler.emit(record)
+    handler.emit(record)  # as a logger and its parent do
+    assert len(told) == BURST + 1
     assert told[-1]["text"] == f"({1000 - BURST} lines before this one were left out) again"

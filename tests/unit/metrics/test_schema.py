@@ -10,7 +10,8 @@ from jsonschema import Draft202012Validator
 
 from elastic_moe.cli.records import main
 from elastic_moe.metrics import schema
-from elastic_moe.metrics.schema import COMMON_KEYS, EVENT_KINDS, EXPERT_KINDS, STEP_KEYS, Key, json_schema, units
+from elastic_moe.metrics.json_schema import json_schema
+from elastic_moe.metrics.schema import COMMON_KEYS, EVENT_KINDS, EXPERT_KINDS, STEP_KEYS, Key, units
 from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
 
 STEP = {

@@ -18,7 +18,7 @@ from elastic_moe.control.spikes import FEWEST, SpikeGuard
 from elastic_moe.control.vote import VoteResult, Wishes
 from elastic_moe.data.shards import TokenShard, TokenShardWriter
 from elastic_moe.errors import GroupAborted
-from elastic_moe.metrics.schema import json_schema
+from elastic_moe.metrics.json_schema import json_schema
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.optim.schedule import lr_at

@@ -2,7 +2,7 @@
 
 It runs beside `ray start` on each node, and ends when the node is drained or Ray has ended there (exit code 0). Exit
 code 1: the notice came, and Ray did not accept the drain before the machine's end; or Ray never started. 2: bad input,
-or a machine of none of these clouds.
+or a machine of none of these clouds. `--now` is for hooks that are called at a machine's or container's end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from elastic_moe.actors.own_node import OwnNodes
 from elastic_moe.errors import UserError
 from elastic_moe.notices.clouds import clouds
 from elastic_moe.notices.metadata import LINK_LOCAL, MetadataClient
-from elastic_moe.notices.watch import DETECT_S, DONE, Patience, detect, watch
+from elastic_moe.notices.watch import DETECT_S, DONE, Patience, detect, drain_now, watch
 
 ENDPOINT = "ELASTIC_MOE_METADATA_ENDPOINT"
 PROVIDERS = ("auto", "aws", "gcp", "azure")
@@ -32,15 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     try:
-        if options.every <= 0:
-            raise UserError(f"--every must be above 0, not {options.every:g}")
+        for name in ("every", "detect", "now"):
+            if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
+                raise UserError(f"--{name} must be a number of seconds above 0, not {value:g}")
+        machine, patience = OwnNodes(options.address, options.node_id), Patience(every_s=options.every)
+        if options.now is not None:
+            return drain_now(machine, options.now, stopped, _say, patience)
         client = MetadataClient(options.endpoint or os.environ.get(ENDPOINT) or LINK_LOCAL)
         known = clouds(client, options.drain_on_rebalance)
         chosen = known.get(options.provider) or detect(known, stopped, _say, options.detect)
         if chosen is None:  # a signal came first
             return DONE
-        machine = OwnNodes(options.address, options.node_id)
-        return watch(chosen, machine, stopped, _say, Patience(every_s=options.every))
+        return watch(chosen, machine, stopped, _say, patience)
     except UserError as error:
         print(f"elastic_moe: {error}", file=sys.stderr)
         return 2
@@ -57,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--node-id", default="", help="the only Ray node to drain; by default all of this machine")
     parser.add_argument(
         "--drain-on-rebalance", action="store_true", help="take AWS's recommendation to replace a machine for a notice"
+    )
+    parser.add_argument(
+        "--now", metavar="S", type=float, help="ask no cloud: drain at once, and wait S seconds at most for Ray's end"
     )
     parser.add_argument(
         "--detect", metavar="S", type=float, default=DETECT_S, help=f"seconds to find the provider: {DETECT_S:g}"

@@ -142,6 +142,21 @@ class _Presence:
         return None
 
 
+def drain_now(machine: Machine, seconds: float, stopped: threading.Event, say: Say, patience: Patience) -> int:
+    """Drain the Ray nodes of this machine at once, and wait until they have ended. Returns the exit code."""
+    if not machine.nodes():
+        say("no Ray node runs on this machine; nothing is left to drain")
+        return DONE
+    notice = Notice("asked for on this machine", time.time() + seconds)
+    code = _drain(notice, machine, stopped, say, patience)
+    while code == DONE and machine.nodes() and time.time() < notice.deadline_s:
+        stopped.wait(TRY_AGAIN_S)
+        if stopped.is_set():
+            break
+    say("Ray still runs on this machine" if machine.nodes() else "Ray has ended on this machine")
+    return code
+
+
 def _drain(notice: Notice, machine: Machine, stopped: threading.Event, say: Say, patience: Patience) -> int:
     """Drain every Ray node of this machine once, until the machine's end. Returns the exit code."""
     left_s = notice.deadline_s - time.time()

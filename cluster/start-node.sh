@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Starts one Ray node on this machine and stays until it ends. A SIGTERM drains the node first: no step is lost.
+#   cluster/start-node.sh head [options of ray start]
+#   cluster/start-node.sh worker HEAD:PORT [options of ray start]         # waits for the head, ten minutes at most
+#   cluster/start-node.sh spot-worker HEAD:PORT [options of ray start]    # the same, and waits for the cloud's notice
+# elastic-moe and ray have to be on the PATH: activate the environment first.
+set -euo pipefail
+
+HEAD_WAIT_S=600
+: "${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S:=60}" # how long Ray waits for our workers after a SIGTERM
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
+
+usage() {
+    sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+}
+
+wait_for_head() {
+    local host=${1%:*} port=${1##*:} began=$SECONDS
+    until (exec 3<> "/dev/tcp/$host/$port") 2> /dev/null; do
+        if ((SECONDS - began > HEAD_WAIT_S)); then
+            echo "start-node: no head answered at $1 within $HEAD_WAIT_S s" >&2
+            exit 1
+        fi
+        ((SECONDS == began)) && echo "start-node: waiting for the head at $1, at most $HEAD_WAIT_S s"
+        sleep 1
+    done
+}
+
+role=${1:-}
+case $role in
+    head)
+        shift
+        exec ray start --head --block "$@"
+        ;;
+    worker | spot-worker)
+        [[ ${2:-} == *:* ]] || usage
+        address=$2
+        shift 2
+        wait_for_head "$address"
+        if [[ $role == spot-worker ]]; then
+            elastic-moe watch-notices --address "$address" &
+        fi
+        exec ray start --block --address="$address" "$@"
+        ;;
+    *) usage ;;
+esac

@@ -30,11 +30,13 @@ on_node() { # NODE ROLE [ARGUMENT...]: a step of its own, so that the loss of on
 
 driver=
 stopped=
+# shellcheck disable=SC2329 # a trap calls it
 end_nodes() {
     trap '' TERM INT
     kill -TERM "${steps[@]}" 2> /dev/null || true
     wait "${steps[@]}" 2> /dev/null || true
 }
+# shellcheck disable=SC2329 # a trap calls it
 stop_run() {
     stopped=yes
     [[ -z $driver ]] || kill -TERM "$driver" 2> /dev/null || true

@@ -20,6 +20,7 @@ from tests.patience import until
 from tests.ray.conftest import Head, free_ports
 
 STARTS_S = 240.0
+TRIES = 5
 
 
 @dataclass
@@ -38,21 +39,35 @@ class BlockingNode:
                         return found
         return None
 
+    def ready(self) -> bool:
+        return self.node() is not None and "runtime started" in self.log.read_text()
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
 
 def start_node(head: Head, name: str, **env: str) -> BlockingNode:
-    """Start a worker node of one CPU, and wait until it has. Two that start at once take each other's sockets."""
+    """Start a worker node of one CPU, and wait until it has. Two that start at once take each other's sockets.
+
+    Ray gives a node 30 s to start, whatever the load of the machine, so it is tried again.
+    """
+    for _ in range(TRIES):
+        node = _start(head, name, env)
+        until(lambda node=node: node.ended() or node.ready(), name, STARTS_S)
+        if not node.ended():
+            return node
+        assert "timed out during startup" in node.log.read_text(), node.log.read_text()
+    raise AssertionError(f"{name} did not start in {TRIES} tries")
+
+
+def _start(head: Head, name: str, env: dict[str, str]) -> BlockingNode:
     program = Path(sys.executable).parent / "ray"
     command = [program, "start", "--block", f"--address={head.address}", "--num-cpus=1"]
     command += ["--object-store-memory=80000000", f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
     log = head.root / f"{name}.log"
     with open(log, "wb") as output:
         process = subprocess.Popen(command, env=head.env | env, cwd=head.root, stdout=output, stderr=output)
-    started = BlockingNode(process, log)
-    until(
-        lambda: process.poll() is not None or (started.node() and "runtime started" in log.read_text()), name, STARTS_S
-    )
-    assert process.poll() is None, log.read_text()
-    return started
+    return BlockingNode(process, log)
 
 
 class RunOnNodes:

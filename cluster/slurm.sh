@@ -18,6 +18,8 @@ export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=$DRAIN_S # a node that Slurm preemp
 port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs of one node do not meet
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
+head_ip=$(getent ahostsv4 "$head" | awk 'NR == 1 { print $1 }') # the address at which the other nodes know it
+[[ -n $head_ip ]] || { echo "slurm.sh: the name $head of the first node has no address" >&2 && exit 1; }
 here=${SLURM_SUBMIT_DIR:-$PWD}
 
 steps=()
@@ -44,12 +46,13 @@ stop_run() {
 trap stop_run TERM INT
 trap end_nodes EXIT
 
-on_node "$head" head --port=$port --include-dashboard=false
+on_node "$head" head --node-ip-address="$head_ip" --port=$port --include-dashboard=false
 for node in "${nodes[@]:1}"; do
-    on_node "$node" worker "$head:$port"
+    on_node "$node" worker "$head_ip:$port"
 done
 
-elastic-moe train cluster=address "cluster.address=$head:$port" "cluster.workers=${#nodes[@]}" run.resume=auto "$@" &
+elastic-moe train cluster=address "cluster.address=$head_ip:$port" "cluster.workers=${#nodes[@]}" \
+    run.resume=auto "$@" &
 driver=$!
 code=0
 wait "$driver" || code=$?

@@ -51,6 +51,8 @@ for node in "${nodes[@]:1}"; do
     on_node "$node" worker "$head_ip:$port"
 done
 
+"$here/cluster/start-node.sh" wait "$head_ip:$port"
+[[ -z $stopped ]] || exit 143
 elastic-moe train cluster=address "cluster.address=$head_ip:$port" "cluster.workers=${#nodes[@]}" \
     run.resume=auto "$@" &
 driver=$!

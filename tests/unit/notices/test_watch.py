@@ -89,6 +89,14 @@ def test_a_drain_that_fails_is_tried_again() -> None:
     assert sum("not drained yet (the GCS is away)" in line for line in said) == 1
 
 
+def test_a_node_is_not_drained_again_while_another_one_is_tried() -> None:
+    machine = Nodes(ONE, TWO)
+    drain = machine.drain
+    machine.drain = lambda node, *rest: "busy" if node == TWO and machine.looks < 6 else drain(node, *rest)
+    code, _ = run(Script(notice()), machine)
+    assert (code, machine.drained) == (DONE, [ONE, TWO])
+
+
 @pytest.mark.parametrize("machine", [Nodes(ONE, refusals=10**9), Nodes()], ids=["refused", "no Ray"])
 def test_the_machines_end_is_the_end_of_trying(machine: Nodes) -> None:
     code, said = run(Script(notice(0.5)), machine)

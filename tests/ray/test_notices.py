@@ -58,6 +58,14 @@ def test_a_notice_of_the_cloud_is_a_planned_leave(head: Any, tiny: list[str], tm
         run.wait_size(WORKERS - 1)
         assert_left_as_planned(run)
         run.finish()
+    hooked = nodes[1].node()
+    assert hooked is not None
+    hook = [sys.executable, "-m", "elastic_moe", "watch-notices", "--now=60"]  # what the preStop hook of a pod calls
+    hook += [f"--address={head.address}", f"--node-id={hooked.node_id}"]
+    done = subprocess.run(hook, env=head.env, capture_output=True, text=True, timeout=ENDS_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("Ray has ended on this machine\n")
+    assert nodes[1].node() is None
 
 
 @pytest.mark.timeout(900)

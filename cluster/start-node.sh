@@ -45,7 +45,7 @@ run_node() {
             wait "$node" || code=$?
         done
         [[ -z $stopped ]] && ((SECONDS - began < EARLY_S && try < TRIES)) || exit "$code"
-        echo "start-node: the node ended after $((SECONDS - began)) s with code $code; starting it again ($try of $TRIES)"
+        echo "start-node: the node ended after $((SECONDS - began)) s with code $code; trying again ($try of $TRIES)"
     done
 }
 

@@ -1,7 +1,7 @@
 """What an answer of a cloud's metadata service says: a notice that this machine will be taken, or nothing. Pure.
 
 The forms are those of each provider's documentation:
-AWS, spot interruption notices: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html
+AWS, interruptions: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html
 GCP, preemption and host maintenance: https://cloud.google.com/compute/docs/instances/create-use-spot
 Azure, scheduled events: https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events
 """

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 CLUSTER = ROOT / "cluster"
 FILES = sorted(path for path in CLUSTER.iterdir() if path.is_file())
 CALL = re.compile(
-    r"(?:^|[\s;`(])(?:(elastic-moe)[ \t]+(?=[a-z-]+(?:[ \t]|$))|python -m elastic_moe\.train[ \t]+(?=[a-z]))"
+    r"(?:^|[\s;`(])(?:(elastic-moe)[ \t]+(?=[a-z][a-z-]*(?:[ \t]|$))|python -m elastic_moe\.train[ \t]+(?=[a-z]))"
 )
 PROSE = ("have", "and", "is", "needs", "shows")  # words that follow the program's name in a sentence
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from elastic_moe import __version__
 
-SUBCOMMANDS = {  # each is the module of this name in elastic_moe.cli
+SUBCOMMANDS = {  # each is the module of this name in elastic_moe.cli, with _ for -
     "train": "train a model on a cluster whose workers may come and go; -m runs a sweep",
     "status": "show how a run is doing, once or with --watch",
     "ctl": "steer a run that goes on: checkpoint, scale, drain, pause, resume, stop",
@@ -18,6 +18,7 @@ SUBCOMMANDS = {  # each is the module of this name in elastic_moe.cli
     "report": "draw a run as one page or one picture",
     "explain": "show which expert is on which rank, and why it moved",
     "checkpoint": "list, verify, compare and prune the checkpoints of a run",
+    "watch-notices": "drain this machine's Ray node when its cloud says that it will be taken",
     "records": "explain the keys of a run's records, or print their JSON schema",
 }
 
@@ -25,7 +26,7 @@ SUBCOMMANDS = {  # each is the module of this name in elastic_moe.cli
 def usage() -> str:
     """The help: each subcommand with one line."""
     lines = ["usage: elastic-moe SUBCOMMAND ...   (elastic-moe SUBCOMMAND --help shows its arguments)", ""]
-    lines += [f"  {name:<10} {meaning}" for name, meaning in SUBCOMMANDS.items()]
+    lines += [f"  {name:<13} {meaning}" for name, meaning in SUBCOMMANDS.items()]
     return "\n".join([*lines, "", "  --version  print the version"])
 
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"elastic-moe {given}; it can be {known}.", file=sys.stderr)
         return 2
     sys.argv[:] = [f"elastic-moe {name}", *rest]  # Hydra reads its arguments there
-    code: int = importlib.import_module(f"elastic_moe.cli.{name}").main()
+    code: int = importlib.import_module(f"elastic_moe.cli.{name.replace('-', '_')}").main()
     return code
 
 

@@ -1,4 +1,7 @@
-"""An autoscaler brings nodes because the trainer's missing workers are demand, and the run grows onto them.
+"""Ray's autoscaler, version 2, brings nodes because missing workers are demand, and takes idle nodes away again.
+
+The run grows onto new nodes, gives them up when it is told to shrink, gets others when it may grow, and leaves none
+busy when it ends.
 
 Ray's own `AutoscalingCluster` calls `ray stop`, which ends every Ray on the machine. So this test configures the fake
 nodes itself.
@@ -7,10 +10,12 @@ nodes itself.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,8 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from elastic_moe.metrics.jsonl import read_jsonl
 
 FEW, MANY = 2, 4
+IDLE_S = 15
+PATIENCE_S = 240.0
 
 
 def _cluster(address: str) -> dict[str, Any]:
@@ -32,7 +39,7 @@ def _cluster(address: str) -> dict[str, Any]:
         "file_mounts": {},
         "cluster_name": "fake",
         "max_workers": MANY,
-        "idle_timeout_minutes": 5,
+        "idle_timeout_minutes": IDLE_S / 60,
         "provider": {
             "type": "external",  # "fake_multinode" needs a file that Ray's wheel lacks
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
@@ -52,7 +59,7 @@ def _cluster(address: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(900)
-def test_a_run_grows_onto_nodes_that_its_demand_brings(
+def test_nodes_come_for_a_runs_demand_and_go_when_it_needs_them_no_more(
     head: Any, tiny: list[str], tmp_path: Path, until: Callable[..., None]
 ) -> None:
     config = tmp_path / "cluster.json"
@@ -69,7 +76,20 @@ def test_a_run_grows_onto_nodes_that_its_demand_brings(
     def status() -> str:
         return head.call("ray", "status", f"--address={head.address}").stdout
 
-    until(lambda: f"/{FEW}.0 CPU" in status(), f"{FEW} nodes", 240.0)
+    def nodes() -> int:
+        """Nodes of one CPU that live."""
+        found = re.search(r"/(\d+)\.0 CPU", status())
+        return int(found[1]) if found else 0
+
+    def scale(workers: int) -> None:
+        """Steer the run, and wait until it has so many workers."""
+        program = [sys.executable, "-m", "elastic_moe", "ctl", str(tmp_path / "run"), "--wait", str(PATIENCE_S)]
+        done = subprocess.run(
+            [*program, "scale", str(workers)], env=head.env, cwd=head.root, capture_output=True, text=True, timeout=400
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    until(lambda: nodes() == FEW, f"{FEW} nodes", PATIENCE_S)
     assert "(no resource demands)" in status()
     where = ["cluster=address", f"cluster.address={head.address}", f"cluster.workers={FEW}"]
     size = [f"elastic.min_workers={FEW}", f"elastic.max_workers={MANY}", "run.steps=100000"]
@@ -84,16 +104,32 @@ def test_a_run_grows_onto_nodes_that_its_demand_brings(
                 assert run.poll() is None, (tmp_path / "output").read_text()
                 return metrics.exists() and read_jsonl(metrics)[-1:] != [] and _sizes(metrics)[-1] == MANY
 
-            until(grown, f"a step with {MANY} workers", 240.0)
-            until(lambda: f"/{MANY}.0 CPU" in status(), f"{MANY} nodes", 240.0)
+            until(grown, f"a step with {MANY} workers", PATIENCE_S)
+            until(lambda: nodes() == MANY, f"{MANY} nodes", PATIENCE_S)
+            scale(FEW)
+            until(lambda: nodes() == FEW, "the end of nodes that are idle", PATIENCE_S)
+            assert "pending placement groups" not in status(), "no demand is left for workers that shall not be"
+            scale(MANY)
+            assert nodes() == MANY
             run.send_signal(signal.SIGINT)
             assert run.wait(240) == 128 + signal.SIGINT, (tmp_path / "output").read_text()
+            until(lambda: nodes() == FEW, "the end of nodes that no run uses", PATIENCE_S)
+            assert "(no resource demands)" in status()
         finally:
             run.kill()
             run.wait()
     sizes = _sizes(metrics)
-    assert sizes[0] == FEW
-    assert sizes == sorted(sizes), "the run only grows"
+    turns = [size for size, _ in groupby(sizes)]
+    lowest = len(turns) - turns[::-1].index(FEW) - 1  # where it has shrunk
+    highest = turns.index(MANY)
+    assert turns[0] == FEW
+    assert turns[: highest + 1] == sorted(turns[: highest + 1]), "it grows"
+    assert turns[highest : lowest + 1] == sorted(turns[highest : lowest + 1], reverse=True), "it shrinks"
+    assert turns[lowest:] == sorted(turns[lowest:]), "it grows again"
+    assert turns[-1] == MANY
+    assert [record["step"] for record in read_jsonl(metrics)] == list(range(1, len(sizes) + 1))
+    entered = [event for event in read_jsonl(tmp_path / "run" / "events.jsonl") if event["event"] == "entered"]
+    assert all(event["lost_steps"] == 0 for event in entered)
 
 
 def _sizes(metrics: Path) -> list[int]:

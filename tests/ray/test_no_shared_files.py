@@ -80,7 +80,7 @@ def bucket(head: Any, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("store", ["the coordinator's node", "S3"])
+@pytest.mark.parametrize("store", ["the coordinator's node", pytest.param("S3", marks=pytest.mark.long)])
 def test_nodes_that_share_no_files_train_lose_no_step_and_resume(
     head: Any, tiny: list[str], tmp_path: Path, bucket: str, add_node: Callable[[], Any], store: str
 ) -> None:

@@ -18,6 +18,7 @@ from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._private.accelerators import RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VAR
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import RAY_NODE_ID_KEY
+from ray.core.generated import autoscaler_pb2
 from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
 from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -43,6 +44,7 @@ from ray.util.metrics import Metric
 from ray.util.placement_group import PlacementGroup
 
 from elastic_moe.actors.controller import NOT_USED
+from elastic_moe.actors.own_node import GCS_FLAG, NODE_FLAG, REASON
 from elastic_moe.metrics.exported import ACTOR, RANK, RUN_ID, RUN_NAME
 from scripts.grafana import CONTROLLER, STATE
 
@@ -225,6 +227,16 @@ def test_worker_has_an_actor_id() -> None:
 
 def test_draining_nodes_and_drain_call() -> None:
     assert callable(ray._private.state.state.get_draining_nodes)
+
+
+def test_a_raylet_names_its_node_and_cluster_and_sigterm_drains() -> None:
+    """`actors/own_node.py` reads a raylet's command line; `cluster/` relies on what `ray start --block` does."""
+    source = inspect.getsource(ray._private.services.start_raylet)
+    assert f'f"{NODE_FLAG}{{node_id}}"' in source
+    assert f'f"{GCS_FLAG}{{gcs_address}}"' in source
+    assert ray._private.services.RAYLET_EXECUTABLE.endswith("/raylet")
+    assert "DRAIN_NODE_REASON_PREEMPTION" in inspect.getsource(ray._private.node.Node._drain_node_before_shutdown)
+    assert autoscaler_pb2.DrainNodeReason.Value(REASON) == 2
 
 
 def test_the_label_that_holds_an_actor_to_a_node() -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import jsonschema
 import pytest
-import yaml
 from hydra.core.config_store import ConfigStore
 
 from elastic_moe.cli.compose import check
@@ -185,14 +181,3 @@ def test_note_is_printed_once_and_the_run_goes_on(tmp_path: Path) -> None:
     result = run(tmp_path, "run.dir=out", "cluster.workers=1", "threads=0")
     assert result.returncode == 0
     assert result.stderr.count("elastic_moe: note: elastic.redundancy") == 1
-
-
-def test_cluster_examples_follow_rays_schema() -> None:
-    spec = importlib.util.find_spec("ray")
-    assert spec is not None
-    assert spec.origin is not None
-    schema = json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text())
-    examples = sorted((ROOT / "cluster").glob("*.yaml"))
-    assert examples
-    for example in examples:
-        jsonschema.validate(yaml.safe_load(example.read_text()), schema)

@@ -15,7 +15,7 @@ def test_help_lists_each_subcommand_on_one_line(capsys: pytest.CaptureFixture[st
     assert main(["-h"]) == main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, meaning in SUBCOMMANDS.items():
-        assert f"  {name:<10} {meaning}" in lines
+        assert f"  {name:<13} {meaning}" in lines
     assert max(map(len, lines)) <= 100
 
 

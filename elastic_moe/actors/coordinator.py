@@ -33,9 +33,12 @@ class Coordinator:
         target: number of workers to start with.
         host: address to listen on, reachable from every worker.
         prepared: the corpus, for workers that do not see it.
+        began_s: wall clock at the start of the run. Ray repeats it where it starts this actor again.
     """
 
-    def __init__(self, config: TrainConfig, token: str, target: int, host: str, prepared: Prepared) -> None:
+    def __init__(  # its arguments are the same in each of its lives
+        self, config: TrainConfig, token: str, target: int, host: str, prepared: Prepared, began_s: float
+    ) -> None:
         self._config, self._token = config, token
         context = ray.get_runtime_context()
         job, name = context.get_job_id(), context.get_actor_name()
@@ -45,7 +48,7 @@ class Coordinator:
         self._log.enter_context(logging_of_run(config.run.log_format, names.name, self._where))
         self._metrics = RunExporter(config.run.dir, names, max_workers(config))
         restarted = bool(context.was_current_actor_reconstructed)
-        self._run = RunCoordinator(config, token, target, host, restarted, prepared, self._metrics)
+        self._run = RunCoordinator(config, token, target, host, restarted, prepared, self._metrics, began_s)
         self._metrics.begin(self._run.status)
         self._nodes = NodeWatcher(self.submit, config.elastic.drain_deadline_s)
         self._nodes.start()

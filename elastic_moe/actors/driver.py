@@ -193,7 +193,7 @@ def start_coordinator(config: TrainConfig, name: str, token: str, prepared: Prep
             max_concurrency=8,
             label_selector=this_node(),
         )
-        .remote(config, token, min(start_workers(config.cluster), max_workers(config)), host, prepared)
+        .remote(config, token, min(start_workers(config.cluster), max_workers(config)), host, prepared, time.time())
     )
     ray.get(actor.address.remote())
     return actor

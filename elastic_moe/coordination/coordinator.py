@@ -44,6 +44,7 @@ class RunCoordinator:
         restarted: another coordinator of this run was here before, and its workers may live.
         prepared: the corpus, served to workers that do not see it.
         listener: gets a copy of what is written to the run's files.
+        began_s: wall clock of this node when the run was started last: generations are counted from there.
 
     Attributes:
         address: host and port where workers connect.
@@ -58,6 +59,7 @@ class RunCoordinator:
         restarted: bool = False,
         prepared: Prepared | None = None,
         listener: Listener | None = None,
+        began_s: float = 0.0,
     ) -> None:
         self._run_dir = run_dir = Path(config.run.dir)
         set_timeout(config.checkpoint.timeout_s)
@@ -68,7 +70,9 @@ class RunCoordinator:
         self._identity = IdentityFiles.open(run_dir, root)
         if not restarted:
             self._identity.begin_start()
-        self._entered = _last(run_dir, "entered")[0] if restarted else 0  # the generation that was entered last
+        self._entered = (
+            _last(run_dir, "entered", began_s)[0] if restarted else 0
+        )  # the generation that was entered last
         self._rolled_back = self._identity.identity.last_fork  # generation that did so last, and to which step
         self._checkpoints = CheckpointCommitter(
             root,
@@ -77,7 +81,7 @@ class RunCoordinator:
             {"seed": config.seed, "steps": config.run.steps},
             self._recorder.event,
             self._identity,
-            _last(run_dir, "checkpoint") if restarted else (0, 0),
+            _last(run_dir, "checkpoint", began_s) if restarted else (0, 0),
         )
         self._worker_logs = WorkerLogs(run_dir / LOGS)
         self._server = ControlServer(
@@ -161,7 +165,8 @@ class RunCoordinator:
             self._recorder.event(event)
 
 
-def _last(run_dir: Path, kind: str) -> tuple[int, int]:
-    """Generation and step of the newest event of this kind that is recorded; zeros if there is none."""
-    found = [event for event in read_jsonl(run_dir / EVENTS) if event.get("event") == kind]
+def _last(run_dir: Path, kind: str, since_s: float) -> tuple[int, int]:
+    """Generation and step of the newest event of this kind since then that is recorded; zeros if there is none."""
+    events = (event for event in read_jsonl(run_dir / EVENTS) if event.get("time", 0.0) >= since_s)
+    found = [event for event in events if event.get("event") == kind]
     return (int(found[-1].get("generation", 0)), int(found[-1]["step"])) if found else (0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,19 @@ def test_a_restarted_coordinator_knows_that_the_run_has_gone_back_and_a_new_star
     second = _life(tmp_path, restarted)
     second._on_event(_entered("checkpoint", 2, 2))
     assert _steps(second.records_since(0)) == ([1, 2, 3] if restarted else [1, 2])
+    second.close()
+
+
+def test_views_and_checkpoints_of_an_earlier_start_do_not_count_for_a_restarted_coordinator(tmp_path: Path) -> None:
+    """Generations are counted anew in each start, and the coordinator may die before the first view is entered."""
+    first = _life(tmp_path, False)
+    _add(first, 1, 2, 3, 4)
+    first._on_event(_entered("peers", 9, 4))
+    first.close()
+    config = TrainConfig(run=RunConfig(dir=str(tmp_path), steps=5), model=ModelConfig(num_layers=1))
+    second = RunCoordinator(config, "token", 1, restarted=True, began_s=time.time())
+    second._on_event(_entered("checkpoint", 1, 2))
+    assert _steps(second.records_since(0)) == [1, 2]
     second.close()
 
 

@@ -37,7 +37,7 @@ class Coordinator:
     """
 
     def __init__(  # its arguments are the same in each of its lives
-        self, config: TrainConfig, token: str, target: int, host: str, prepared: Prepared, began_s: float
+        self, config: TrainConfig, token: str, target: int, host: str, prepared: Prepared | None, began_s: float
     ) -> None:
         self._config, self._token = config, token
         context = ray.get_runtime_context()

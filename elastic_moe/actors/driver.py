@@ -174,7 +174,7 @@ def train_function(settings: dict[str, Any]) -> dict[str, Any]:
         return run_worker(config, find, token, context.get_node_id(), settings["prepared"], worker, names.name)
 
 
-def start_coordinator(config: TrainConfig, name: str, token: str, prepared: Prepared) -> Any:
+def start_coordinator(config: TrainConfig, name: str, token: str, prepared: Prepared | None = None) -> Any:
     """Start the coordinator actor on this node. Ray restarts it when it dies, and repeats unanswered calls.
 
     It has to be on this node, where the run directory is. It is detached: it outlives this process, and then ends the

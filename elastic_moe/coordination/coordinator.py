@@ -18,7 +18,7 @@ from elastic_moe.coordination.file_server import FileServer
 from elastic_moe.coordination.identity import IdentityFiles
 from elastic_moe.coordination.membership import RunStatus
 from elastic_moe.coordination.records import StepRecords
-from elastic_moe.coordination.served_places import leave_witness, served_places
+from elastic_moe.coordination.served_places import served_places, witness
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.coordination.wishes import Wishes
 from elastic_moe.coordination.worker_logs import WorkerLogs
@@ -70,9 +70,7 @@ class RunCoordinator:
         self._identity = IdentityFiles.open(run_dir, root)
         if not restarted:
             self._identity.begin_start()
-        self._entered = (
-            _last(run_dir, "entered", began_s)[0] if restarted else 0
-        )  # the generation that was entered last
+        self._entered = _last(run_dir, "entered", began_s)[0] if restarted else 0  # generation of the last entry
         self._rolled_back = self._identity.identity.last_fork  # generation that did so last, and to which step
         self._checkpoints = CheckpointCommitter(
             root,
@@ -95,7 +93,9 @@ class RunCoordinator:
             restarted=restarted,
         )
         self._files = FileServer(host, token, served_places(config, prepared))
-        self._server.welcome = WelcomeMessage(files=self._files.start(), witness=leave_witness(root))
+        self._server.welcome = WelcomeMessage(
+            files=self._files.start(), witness=witness(root, token, write=not restarted)
+        )
         self.address = self._server.start()
         self._closed = False
         self._wishes = Wishes(run_dir / OPERATOR, self._recorder)

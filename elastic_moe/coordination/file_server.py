@@ -27,13 +27,14 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from elastic_moe.checkpoint.bounded import Activity
-from elastic_moe.checkpoint.local_file import PIECE, is_regular, write_file
+from elastic_moe.checkpoint.local_file import is_regular, write_file
 from elastic_moe.checkpoint.served import ERRNO
 
 HELLO_TIMEOUT_S, SILENCE_S = 10.0, 60.0  # for the first request of a connection, and between two later bytes
-MAX_STRANGERS = 64  # connections that have not shown the token yet
+MAX_STRANGERS = 256  # connections that have not shown the token yet
 LINGER_S = 5.0  # for a peer that is still writing when it is refused
 JOIN_TIMEOUT_S = 5.0
+READ_BYTES = 1 << 20  # of a file that comes; each of a thousand connections may need a buffer
 _LINE_BYTES = 64  # of the length of a chunk
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
@@ -273,7 +274,7 @@ def _chunks(content: BufferedIOBase) -> Iterator[memoryview]:
     Raises:
         ConnectionError: it ended early, so the file is not published.
     """
-    buffer = memoryview(bytearray(PIECE))
+    buffer = memoryview(bytearray(READ_BYTES))
     while left := _chunk_length(content):
         while left:
             count = content.readinto(buffer[: min(left, len(buffer))])

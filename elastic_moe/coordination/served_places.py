@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import hashlib
 from pathlib import Path
 
 from elastic_moe.checkpoint.storage import Storage, persistent
@@ -26,16 +26,24 @@ def served_places(config: TrainConfig, prepared: Prepared | None) -> dict[str, P
     return places
 
 
-def leave_witness(root: str) -> str:
-    """Write a mark into a local checkpoint root, and return it; "" for an object store, which every node sees.
+def witness(root: str, token: str, write: bool) -> str:
+    """The mark in a local checkpoint root; "" for an object store, which every node sees.
+
+    It follows from the token, and does not tell it. So a coordinator that is started again needs no storage to know it.
+
+    Args:
+        root: the checkpoint root.
+        token: shared secret of the run.
+        write: write it too.
 
     Raises:
         OSError: it cannot be written.
     """
     if local_path(root) is None:
         return ""
-    mark = uuid.uuid4().hex
-    persistent(lambda: Storage(root).write(WITNESS, mark.encode()))
+    mark = hashlib.sha256(f"witness {token}".encode()).hexdigest()
+    if write:
+        persistent(lambda: Storage(root).write(WITNESS, mark.encode()))
     return mark
 
 

@@ -26,7 +26,15 @@ IDS = [path.name for path in FILES]
 
 def ray_reads(name: str) -> bool:
     """Whether the installed Ray has this variable: in its Python sources, or as a flag RAY_name of its C++ core."""
-    parts = (RAY / "_private", RAY / "autoscaler", RAY / "dashboard" / "modules" / "job", RAY / "scripts")
+    if (flag := name.removeprefix("RAY_")).islower():
+        return flag.encode() in (RAY / "_raylet.so").read_bytes()
+    parts = (
+        RAY / "_private",
+        RAY / "autoscaler",
+        RAY / "dashboard" / "modules" / "job",
+        RAY / "scripts",
+        RAY / "train",
+    )
     sources = (path for part in parts for path in sorted(part.rglob("*.py")))
     return any(re.search(rf"\b{name}\b", path.read_text()) for path in sources)
 

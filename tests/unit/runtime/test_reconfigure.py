@@ -95,6 +95,7 @@ def _agree(locals_R: list[LocalState], roles_RU: np.ndarray) -> list[tuple[np.nd
     return results
 
 
+@pytest.mark.timeout(900)  # half a minute where nothing else runs
 @pytest.mark.parametrize("num_ranks", SIZES)
 def test_agree_does_as_recover_says(num_ranks: int) -> None:
     seen = {True: 0, False: 0}

@@ -28,7 +28,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from elastic_moe.actors.link import NAMESPACE
+from elastic_moe.actors.link import NAMESPACE, named_actors
 
 CHECKS = 20
 
@@ -42,9 +42,7 @@ def new_name(coordinator: str) -> str:
 
 def worker_names(coordinator: str) -> list[str]:
     """Names of the run's workers that Ray knows: those that live, and those that are being started."""
-    named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
-    prefix = _prefix(coordinator)
-    return sorted(e["name"] for e in named if e["namespace"] == NAMESPACE and e["name"].startswith(prefix))
+    return named_actors(_prefix(coordinator))
 
 
 def placement_entries(coordinator: str) -> list[dict[str, Any]]:

@@ -37,9 +37,13 @@ def actor_name(run_id: str, run_dir: str = "") -> str:
 def name_of(run_dir: str) -> str:
     """Name of the coordinator of the run that goes on in this directory; "" if Ray knows none."""
     ending = actor_name("", run_dir).removeprefix(actor_name(""))
+    return next((name for name in named_actors(actor_name("")) if name.endswith(ending)), "")
+
+
+def named_actors(prefix: str) -> list[str]:
+    """Names of the actors that Ray knows, those that are being started too, and that begin so."""
     named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
-    names = [entry["name"] for entry in named if entry["namespace"] == NAMESPACE]
-    return next((name for name in names if name.startswith(actor_name("")) and name.endswith(ending)), "")
+    return sorted(e["name"] for e in named if e["namespace"] == NAMESPACE and e["name"].startswith(prefix))
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class TrainNames:
 
 def train_names(coordinator: str, run_dir: str) -> TrainNames:
     """The names of the run with this coordinator. The name is also that of a directory and a part of addresses."""
-    run_id = coordinator.removeprefix("elastic_moe:").replace(":", "")
+    run_id = coordinator.removeprefix(actor_name("")).replace(":", "")
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(run_dir).name).strip("-.")[:MAX_READABLE]
     return TrainNames("-".join(filter(None, (readable, run_id[:8]))), run_id)
 

@@ -82,9 +82,7 @@ class Progress:
             self._told_s = self._clock()
             left = f", {duration(median(self._times) * (self._steps - step))} left" if self._times else ""
             loss = format_loss(last["loss"])
-            told: dict[str, Any] = {
-                key: last.get(key) for key in ("loss", "tokens", "tokens_per_s", "step_s", "world_size", "lr")
-            }
+            told: dict[str, Any] = {key: last.get(key) for key in TOLD}
             text = f"step {step:,} of {self._steps:,}: loss {loss}, {speed}, {world} workers{left}"
             self.line(text, event="progress", steps=self._steps, **told)
 

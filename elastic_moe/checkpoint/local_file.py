@@ -1,13 +1,16 @@
-"""Files of a local file system: written atomically, and opened only if they are files."""
+"""Files of a local file system: written atomically, opened only if they are files, and locked among processes."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
+import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 from elastic_moe.checkpoint.bounded import Activity
 
@@ -67,6 +70,19 @@ def write_file(path: str, parts: Iterable[memoryview], activity: Activity) -> No
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def lock(file: IO[str], patience_s: float, poll_s: float) -> bool:
+    """Take the operating system's lock of an open file; it ends with the file. Returns whether it came in time."""
+    deadline_s = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(poll_s)
 
 
 def _sync(path: str) -> None:

@@ -70,7 +70,8 @@ class RunCoordinator:
         self._identity = IdentityFiles.open(run_dir, root)
         if not restarted:
             self._identity.begin_start()
-        self._entered = _last(run_dir, "entered", began_s)[0] if restarted else 0  # generation of the last entry
+        before = _last(run_dir, began_s) if restarted else {}
+        self._entered = before.get("entered", (0, 0))[0]  # generation of the last entry
         self._rolled_back = self._identity.identity.last_fork  # generation that did so last, and to which step
         self._checkpoints = CheckpointCommitter(
             root,
@@ -79,7 +80,7 @@ class RunCoordinator:
             {"seed": config.seed, "steps": config.run.steps},
             self._recorder.event,
             self._identity,
-            _last(run_dir, "checkpoint", began_s) if restarted else (0, 0),
+            before.get("checkpoint", (0, 0)),
         )
         self._worker_logs = WorkerLogs(run_dir / LOGS)
         self._server = ControlServer(
@@ -165,8 +166,8 @@ class RunCoordinator:
             self._recorder.event(event)
 
 
-def _last(run_dir: Path, kind: str, since_s: float) -> tuple[int, int]:
-    """Generation and step of the newest event of this kind since then that is recorded; zeros if there is none."""
+def _last(run_dir: Path, since_s: float) -> dict[str, tuple[int, int]]:
+    """Generation and step of the newest entry and of the newest checkpoint since then that are recorded, by event."""
     events = (event for event in read_jsonl(run_dir / EVENTS) if event.get("time", 0.0) >= since_s)
-    found = [event for event in events if event.get("event") == kind]
-    return (int(found[-1].get("generation", 0)), int(found[-1]["step"])) if found else (0, 0)
+    found = (event for event in events if event.get("event") in ("entered", "checkpoint"))
+    return {event["event"]: (int(event.get("generation", 0)), int(event["step"])) for event in found}

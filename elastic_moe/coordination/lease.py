@@ -10,9 +10,10 @@ succeed. On an object store each process has an object of its own, see `claims.p
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -20,6 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from elastic_moe.checkpoint.local_file import lock
 from elastic_moe.checkpoint.storage import Storage, persistent
 from elastic_moe.coordination.claims import Claims
 from elastic_moe.coordination.owner import Owner, Taken, Watch, awake_s
@@ -27,6 +29,7 @@ from elastic_moe.errors import UserError
 from elastic_moe.run_dir import LEASE, local_path
 
 BEAT_S, TTL_S = 5.0, 30.0
+LOCK_POLL_S = 0.01
 LOCK = f".{LEASE}.lock"
 
 logger = logging.getLogger(__name__)
@@ -158,15 +161,8 @@ class LeaseFile:
         """Make reading and writing one step, among all processes that see this directory."""
         self._directory.mkdir(parents=True, exist_ok=True)
         with (self._directory / LOCK).open("w") as file:
-            deadline_s = time.monotonic() + TTL_S
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline_s:
-                        raise
-                    time.sleep(0.01)
+            if not lock(file, TTL_S, LOCK_POLL_S):
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             yield
 
 

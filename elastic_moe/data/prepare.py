@@ -82,7 +82,7 @@ def prepare(config: DataConfig, cache_root: str | Path) -> Prepared:
     root = Path(cache_root).absolute()
     kind = config.tokenizer if config.tokenizer in ("bpe", "bytes") else "file"
     final = root / f"{kind}-{_key(config, files)}"
-    prepared = _find(final)
+    prepared = find_prepared(final)
     if prepared is None:
         prepared = _build(config, files, final)
     for path, key in ((prepared.train_path, "data.corpus"), (prepared.val_path, "data.val_fraction")):
@@ -105,7 +105,7 @@ def _key(config: DataConfig, files: list[SourceFile]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _find(directory: Path) -> Prepared | None:
+def find_prepared(directory: Path) -> Prepared | None:
     """The complete, undamaged result in this directory, if there is one."""
     if not directory.is_dir():
         return None
@@ -116,10 +116,15 @@ def _find(directory: Path) -> Prepared | None:
             return None
     except UserError:
         return None
-    return _prepared(directory, tokenizer.vocab_size)
+    return prepared_in(directory, tokenizer.vocab_size)
 
 
-def _prepared(directory: Path, vocab_size: int) -> Prepared:
+def prepared_in(directory: Path, vocab_size: int) -> Prepared:
+    """The paths of the result in this directory, which is taken for complete.
+
+    Raises:
+        OSError, ValueError, KeyError: there is none.
+    """
     paths = Prepared(str(directory / TRAIN), str(directory / VAL), str(directory / TOKENIZER_FILE), vocab_size)
     return replace(paths, digest=digest_of(paths))
 
@@ -146,7 +151,7 @@ def _build(config: DataConfig, files: list[SourceFile], final: Path) -> Prepared
         raise UserError(f"data.cache_dir: cannot prepare the corpus in {final.parent}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    prepared = _find(final)
+    prepared = find_prepared(final)
     assert prepared is not None, f"prepared corpus {final} does not verify"
     return prepared
 
@@ -184,7 +189,7 @@ def _publish(temporary: Path, final: Path) -> None:
     try:
         os.rename(temporary, final)
     except OSError:
-        if _find(final) is not None:
+        if find_prepared(final) is not None:
             return
         os.rename(final, final.with_name(f"{temporary.name}-damaged"))
         os.rename(temporary, final)

@@ -7,7 +7,6 @@ corpus, and of the model to begin with, in its user's cache folder. Workers of o
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,19 +14,19 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.checkpoint.local_file import lock
 from elastic_moe.checkpoint.served import SCHEME, connect_to
 from elastic_moe.checkpoint.storage import Storage, persistent
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.messages import WelcomeMessage
 from elastic_moe.coordination.served_places import CORPUS, MODEL, sees
-from elastic_moe.data.prepare import Prepared, digest_of
-from elastic_moe.data.shards import TokenShard
+from elastic_moe.data.prepare import Prepared, digest_of, find_prepared, prepared_in
 from elastic_moe.errors import UserError
 from elastic_moe.plan.compiled import cache_dir
 from elastic_moe.run_dir import CHECKPOINTS, checkpoint_root
@@ -70,10 +69,10 @@ def localised(
         config = replace(config, checkpoint=replace(config.checkpoint, dir=f"{SCHEME}{CHECKPOINTS}"))
         missing.append("checkpoint.dir")
     started_s, moved = time.monotonic(), 0
-    if _digest(prepared) != prepared.digest:
-        directory = copies_dir() / f"{CORPUS}-{prepared.digest[:16]}"
-        moved += fetch(CORPUS, directory, lambda copy: _check(_moved_to(prepared, copy)))
-        prepared = _moved_to(prepared, directory)
+    if _digest(prepared) != (digest := prepared.digest):
+        directory = copies_dir() / f"{CORPUS}-{digest[:16]}"
+        moved += fetch(CORPUS, directory, lambda copy: _check(copy, digest))
+        prepared = prepared_in(directory, prepared.vocab_size)
         missing.append("the corpus")
     if config.model.init_from and not Path(config.model.init_from).expanduser().is_dir():
         directory = copies_dir() / f"{MODEL}-{_listing_digest(MODEL)}"
@@ -141,19 +140,13 @@ def _copy(place: str, directory: Path) -> int:
 
 
 @contextmanager
-def _alone(directory: Path) -> Any:
+def _alone(directory: Path) -> Generator[None]:
     """Only one process of this node makes a copy; the others wait for it, as long as it lives."""
     with directory.with_name(f".{directory.name}.lock").open("w") as file:
-        waiting_s = told_s = time.monotonic()
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - told_s > TOLD_EVERY_S:
-                    told_s = time.monotonic()
-                    logger.warning("another worker of this node copies %s, for %.0f s", directory, told_s - waiting_s)
-            time.sleep(LOCK_POLL_S)
+        waiting_s = time.monotonic()
+        while not lock(file, TOLD_EVERY_S, LOCK_POLL_S):
+            waited_s = time.monotonic() - waiting_s
+            logger.warning("another worker of this node copies %s, for %.0f s", directory, waited_s)
         yield
 
 
@@ -169,20 +162,13 @@ def _digest(prepared: Prepared) -> str:
         return ""
 
 
-def _check(copy: Prepared) -> None:
-    """Compare a copy's checksums."""
-    if digest_of(copy) != copy.digest:
-        raise UserError(f"the corpus at {copy.train_path} is not the run's: another start has changed data.cache_dir")
-    for path in (copy.train_path, copy.val_path):
-        TokenShard.open(path)
-
-
-def _moved_to(prepared: Prepared, directory: Path) -> Prepared:
-    """The same corpus in another directory."""
-    paths: Mapping[str, str] = {
-        key: str(directory / Path(getattr(prepared, key)).name) for key in ("train_path", "val_path", "tokenizer_path")
-    }
-    return replace(prepared, **paths)
+def _check(copy: Path, digest: str) -> None:
+    """Compare a copy's checksums, and its digest with that of the run's corpus."""
+    found = find_prepared(copy)
+    if found is None or found.digest != digest:
+        raise UserError(
+            "the corpus that the coordinator serves is damaged, or another start has changed data.cache_dir"
+        )
 
 
 def _listing_digest(place: str) -> str:

@@ -6,14 +6,12 @@ from the cache.
 
 from __future__ import annotations
 
-import fcntl
 import sys
-import time
 from collections.abc import Callable
-from typing import IO
 
 import numpy as np
 
+from elastic_moe.checkpoint.local_file import lock
 from elastic_moe.plan.compiled import cache_dir
 from elastic_moe.plan.placement import Topology, plan_placement
 from elastic_moe.plan.split import split_tokens
@@ -34,8 +32,8 @@ def warm_up(tell: Callable[[str], None] = lambda _: None) -> None:
     if ready.exists():
         _run()
         return
-    with open(cache_dir() / "lock", "w") as lock:
-        _acquire(lock)
+    with open(cache_dir() / "lock", "w") as file:
+        lock(file, LOCK_S, POLL_S)
         if not ready.exists():
             tell(REASON)
         _run()
@@ -45,17 +43,6 @@ def warm_up(tell: Callable[[str], None] = lambda _: None) -> None:
 def _run() -> None:
     placement = plan_placement(np.ones((1, 4)), Topology(("a", "b"), (1.0, 1.0)), [3, 3])
     split_tokens(np.ones((2, 4), dtype=np.int64), placement, 0)
-
-
-def _acquire(lock: IO[str]) -> None:
-    """Take the lock, or wait for it at most `LOCK_S`."""
-    deadline_s = time.monotonic() + LOCK_S
-    while time.monotonic() < deadline_s:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(POLL_S)
 
 
 def main() -> None:

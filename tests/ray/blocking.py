@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from tests.ray.conftest import Head, free_ports
 
 STARTS_S = 240.0
 TRIES = 5
+Wrap = Callable[[list[str]], list[str]]
 
 
 @dataclass
@@ -46,13 +47,13 @@ class BlockingNode:
         return self.process.poll() is not None
 
 
-def start_node(head: Head, name: str, **env: str) -> BlockingNode:
+def start_node(head: Head, name: str, wrap: Wrap = lambda command: command, **env: str) -> BlockingNode:
     """Start a worker node of one CPU, and wait until it has. Two that start at once take each other's sockets.
 
-    Ray gives a node 30 s to start, whatever the load of the machine, so it is tried again.
+    Ray gives a node 30 s to start, whatever the load of the machine, so it is tried again. `wrap` changes its command.
     """
     for _ in range(TRIES):
-        node = _start(head, name, env)
+        node = _start(head, name, wrap, env)
         until(lambda node=node: node.ended() or node.ready(), name, STARTS_S)
         if not node.ended():
             return node
@@ -60,13 +61,13 @@ def start_node(head: Head, name: str, **env: str) -> BlockingNode:
     raise AssertionError(f"{name} did not start in {TRIES} tries")
 
 
-def _start(head: Head, name: str, env: dict[str, str]) -> BlockingNode:
-    program = Path(sys.executable).parent / "ray"
+def _start(head: Head, name: str, wrap: Wrap, env: dict[str, str]) -> BlockingNode:
+    program = str(Path(sys.executable).parent / "ray")
     command = [program, "start", "--block", f"--address={head.address}", "--num-cpus=1"]
     command += ["--object-store-memory=80000000", f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
     log = head.root / f"{name}.log"
     with open(log, "wb") as output:
-        process = subprocess.Popen(command, env=head.env | env, cwd=head.root, stdout=output, stderr=output)
+        process = subprocess.Popen(wrap(command), env=head.env | env, cwd=head.root, stdout=output, stderr=output)
     return BlockingNode(process, log)
 
 

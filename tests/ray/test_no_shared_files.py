@@ -6,23 +6,22 @@ the corpus, Ray's files and the user's copies. Skipped where this process may no
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.runtime.places import copies_dir
 from tests.patience import until
-from tests.ray.conftest import free_ports
+from tests.ray.blocking import BlockingNode, start_node
 from tests.ray.test_stop import ENDLESS, PATIENCE_S, wait_steps
 from tests.s3_server import BUCKET, CREDENTIALS, s3_server
 
@@ -36,39 +35,13 @@ def apart(command: list[str], *hidden: Path) -> list[str]:
 
 
 @pytest.fixture
-def add_node(head: Any, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+def add_node(head: Any, tmp_path: Path) -> Callable[[], BlockingNode]:
     """Starts a node of one CPU that shares no files."""
     if subprocess.run(apart(["true"], tmp_path / "try"), capture_output=True).returncode:
         pytest.skip("needs root and mount namespaces")
-    started: list[subprocess.Popen[str]] = []
-
-    def add() -> subprocess.Popen[str]:
-        (port,) = free_ports(1)
-        ray = str(Path(sys.executable).parent / "ray")
-        command = [
-            ray,
-            "start",
-            f"--address={head.address}",
-            "--num-cpus=1",
-            "--block",
-            "--object-store-memory=80000000",
-        ]
-        command += [f"--dashboard-agent-listen-port={port}", f"--node-ip-address={head.address.split(':')[0]}"]
-        hidden = (tmp_path, head.root / "ray", copies_dir())
-        with (head.root / f"node{len(started)}.log").open("w") as log:
-            started.append(subprocess.Popen(apart(command, *hidden), env=head.env, stdout=log, stderr=log, text=True))
-        return started[-1]
-
-    try:
-        yield add
-    finally:
-        for process in started:
-            with suppress(psutil.Error):
-                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-                for each in family:
-                    with suppress(psutil.Error):
-                        each.kill()
-            process.wait(60)
+    names = (f"node{number}" for number in itertools.count())
+    hidden = (tmp_path, head.root / "ray", copies_dir())
+    return lambda: start_node(head, next(names), lambda command: apart(command, *hidden))
 
 
 @pytest.fixture

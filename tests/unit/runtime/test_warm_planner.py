@@ -28,7 +28,7 @@ def test_the_first_process_says_that_it_compiles_and_later_ones_say_nothing(fres
 
 def test_one_that_waited_for_another_says_nothing(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(warm_planner, "_acquire", lambda _: (fresh / READY).touch())
+    monkeypatch.setattr(warm_planner, "lock", lambda *_: (fresh / READY).touch())
     warm_up(told.append)
     assert told == []
 

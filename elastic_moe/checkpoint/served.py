@@ -12,11 +12,12 @@ import http.client
 import io
 import json
 import os
-import select
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, NoReturn
+from multiprocessing.connection import wait
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -26,8 +27,10 @@ SCHEME = "run://"
 ERRNO = "X-Errno"  # header of an answer that a failed call of the operating system has caused
 PATIENCE_S = 30.0  # for a coordinator that is just started again
 PAUSE_S = 0.2
+MAX_LISTING, MAX_SENTENCE = 1 << 26, 1 << 12  # bytes of an answer that is no part of a file
 
 Address = tuple[str, int]
+T = TypeVar("T")
 Locate = Callable[[], Address | None]
 _source: list[tuple[Locate, str]] = []  # of this process, which works for one run
 
@@ -92,13 +95,25 @@ class FileClient:
         """Headers of a request."""
         return {"Authorization": f"Bearer {self._token}", **more}
 
-    def info(self, path: str, listing: bool = False) -> Any:
-        """What is at a path, as the server tells it; with `listing`, a list of what is in that directory."""
+    def info(self, path: str) -> pafs.FileInfo:
+        """What is at a path."""
+        return self._ask(path, "info", lambda found: _as_info(path, found))
+
+    def listing(self, path: str) -> list[pafs.FileInfo]:
+        """What is in a directory."""
+        return self._ask(path, "list", lambda found: [_as_info(f"{path}/{entry['name']}", entry) for entry in found])
+
+    def _ask(self, path: str, what: str, read: Callable[[Any], T]) -> T:
+        """The answer to a question, in JSON.
+
+        Raises:
+            OSError: there is none, or it is not what was asked for.
+        """
         connection = self.connect()
         try:
-            connection.request("GET", f"/{quote(path)}?{'list' if listing else 'info'}", headers=self.headers())
-            return json.loads(_content(connection.getresponse(), path))
-        except (http.client.HTTPException, ValueError) as error:
+            connection.request("GET", f"/{quote(path)}?{what}", headers=self.headers())
+            return read(json.loads(_content(connection.getresponse(), path, MAX_LISTING)))
+        except (http.client.HTTPException, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ConnectionError(f"the coordinator's node gave no answer about {path}: {error!r}") from error
         finally:
             connection.close()
@@ -117,23 +132,22 @@ class ServedFiles(pafs.FileSystemHandler):
         return path
 
     def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
-        return [_as_info(path, self._client.info(path)) for path in paths]
+        return [self._client.info(path) for path in paths]
 
     def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
         assert not selector.recursive
-        found = self._client.info(selector.base_dir, listing=True)
-        return [_as_info(f"{selector.base_dir}/{entry['name']}", entry) for entry in found]
+        return self._client.listing(selector.base_dir)
 
     def open_input_stream(self, path: str) -> pa.NativeFile:
         return self.open_input_file(path)
 
     def open_input_file(self, path: str) -> pa.NativeFile:
         found = self._client.info(path)
-        if found["kind"] == "none":
+        if found.type == pafs.FileType.NotFound:
             raise FileNotFoundError(f"{SCHEME}{path}")
-        if found["kind"] != "file":
+        if found.type != pafs.FileType.File:
             raise IsADirectoryError(f"{SCHEME}{path} is no file")
-        return pa.PythonFile(_Reader(self._client, path, found["size"]), mode="r")
+        return pa.PythonFile(_Reader(self._client, path, found.size), mode="r")
 
     def open_output_stream(self, path: str, metadata: Mapping[str, str]) -> pa.NativeFile:
         return pa.PythonFile(_Writer(self._client, path), mode="w")
@@ -175,9 +189,11 @@ class _Reader(io.RawIOBase):
         wanted = self._client.headers(Range=f"bytes={self._at}-{stop - 1}")
         try:
             self._connection.request("GET", f"/{quote(self._path)}", headers=wanted)
-            content = _content(self._connection.getresponse(), self._path)
-        except http.client.HTTPException as error:
+            content = _content(self._connection.getresponse(), self._path, stop - self._at)
+        except (http.client.HTTPException, ValueError) as error:
             raise ConnectionError(f"{SCHEME}{self._path} could not be read: {error!r}") from error
+        if len(content) != stop - self._at:
+            raise ConnectionError(f"{SCHEME}{self._path} came with {len(content)} bytes, not {stop - self._at}")
         self._at += len(content)
         return content
 
@@ -203,7 +219,7 @@ class _Writer(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         try:
-            if select.select([self._connection.sock], [], [], 0)[0]:
+            if wait([self._connection.sock], 0):
                 raise ConnectionError(f"{SCHEME}{self._path} could not be written")  # an answer before the end
             if len(data):
                 self._connection.send(b"%x\r\n" % len(data))
@@ -221,33 +237,38 @@ class _Writer(io.RawIOBase):
         try:
             if self._whole:
                 self._connection.send(b"0\r\n\r\n")
-                _content(self._connection.getresponse(), self._path)
-        except http.client.HTTPException as error:
+                _content(self._connection.getresponse(), self._path, MAX_SENTENCE)
+        except (http.client.HTTPException, ValueError) as error:
             raise ConnectionError(f"{SCHEME}{self._path} could not be written: {error!r}") from error
         finally:
             self._connection.close()
 
     def _raise_answer(self, error: OSError) -> NoReturn:
         """Raise what the server said before it closed the connection, such as that its disk is full."""
-        with suppress(http.client.HTTPException):
-            _content(self._connection.getresponse(), self._path)
+        with suppress(http.client.HTTPException, ValueError):
+            _content(self._connection.getresponse(), self._path, MAX_SENTENCE)
         raise error
 
 
-def _content(answer: http.client.HTTPResponse, path: str) -> bytes:
-    """The content of an answer.
+def _content(answer: http.client.HTTPResponse, path: str, most: int) -> bytes:
+    """The content of an answer, of which so many bytes are read at most.
 
     Raises:
         FileNotFoundError, OSError: the server says why there is none.
+        ValueError: the answer is damaged, or has more bytes.
     """
-    content = answer.read()
+    failed = answer.status >= http.HTTPStatus.BAD_REQUEST
+    content = answer.read(MAX_SENTENCE if failed else most)
     if answer.status == http.HTTPStatus.NOT_FOUND:
         raise FileNotFoundError(f"{SCHEME}{path}")
-    if answer.status >= http.HTTPStatus.BAD_REQUEST:
-        number = int(answer.headers.get(ERRNO) or 0)
+    if failed:
+        shown = answer.headers.get(ERRNO, "")
+        number = int(shown) if re.fullmatch(r"[0-9]{1,4}", shown) else 0
         said = content.decode(errors="replace") or answer.reason
         said = f"{SCHEME}{path} on the coordinator's node: {said}"
         raise OSError(number, os.strerror(number), said) if number else ConnectionError(said)
+    if answer.length:
+        raise ValueError(f"it has {len(content) + answer.length} bytes, of which {len(content)} came or were asked for")
     return content
 
 
@@ -256,4 +277,6 @@ def _as_info(path: str, found: Mapping[str, Any]) -> pafs.FileInfo:
     kind = kinds.get(str(found["kind"]), pafs.FileType.Unknown)
     if kind != pafs.FileType.File:
         return pafs.FileInfo(path, kind)
-    return pafs.FileInfo(path, kind, size=int(found["size"]), mtime_ns=int(found["changed_ns"]))
+    if (size := int(found["size"])) < 0:
+        raise ValueError(f"a file of {size} bytes")
+    return pafs.FileInfo(path, kind, size=size, mtime_ns=int(found["changed_ns"]))

@@ -9,6 +9,7 @@ storage are.
 from __future__ import annotations
 
 import hmac
+import io
 import json
 import logging
 import os
@@ -17,11 +18,10 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -29,13 +29,13 @@ from urllib.parse import unquote, urlsplit
 from elastic_moe.checkpoint.bounded import Activity
 from elastic_moe.checkpoint.local_file import is_regular, write_file
 from elastic_moe.checkpoint.served import ERRNO
+from elastic_moe.coordination.incoming import HELLO_TIMEOUT_S, Incoming, chunks
 
-HELLO_TIMEOUT_S, SILENCE_S = 10.0, 60.0  # for the first request of a connection, and between two later bytes
+SILENCE_S = 60.0  # between two bytes of a peer that has shown the token
 MAX_STRANGERS = 256  # connections that have not shown the token yet
 LINGER_S = 5.0  # for a peer that is still writing when it is refused
 JOIN_TIMEOUT_S = 5.0
-READ_BYTES = 1 << 20  # of a file that comes; each of a thousand connections may need a buffer
-_LINE_BYTES = 64  # of the length of a chunk
+LINGER_BYTES = 1 << 16
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
+        self.rfile.close()
+        self._incoming = Incoming(self.connection)
+        self.rfile = io.BufferedReader(self._incoming)
+        self._begun = False  # the answer to the present request
         self.server.arrived(self.connection)
 
     def finish(self) -> None:
@@ -171,7 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answered(self._put)
 
     def _answered(self, action: Any) -> None:
-        """Answer a request; every error is an answer too."""
+        """Answer a request; every error is an answer too, unless it comes when a part of the answer is on its way."""
+        self._begun = False
         try:
             self._admit()
             action()
@@ -182,6 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
         except TimeoutError:
             self.close_connection = True  # of the connection
         except OSError as error:
+            if self._begun:
+                raise
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, error.strerror or str(error), error.errno or 0)
 
     def _admit(self) -> None:
@@ -189,7 +196,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not hmac.compare_digest(shown, self.server.token):
             raise _Refused(HTTPStatus.UNAUTHORIZED, "wrong token")
         self.server.admitted(self.connection)
+        self._incoming.known = True
         self.connection.settimeout(SILENCE_S)
+
+    def end_headers(self) -> None:
+        self._begun = True
+        super().end_headers()
 
     def _refuse(self, status: HTTPStatus, sentence: str, number: int = 0) -> None:
         """Answer that a request failed. The connection ends, since parts of the request may be unread."""
@@ -211,14 +223,17 @@ class _Handler(BaseHTTPRequestHandler):
         deadline_s = time.monotonic() + LINGER_S
         try:
             self.connection.shutdown(socket.SHUT_WR)
-            while time.monotonic() < deadline_s and self.connection.recv(1 << 20):
+            while time.monotonic() < deadline_s and self.connection.recv(LINGER_BYTES):
                 pass
         except OSError:
             return  # it is gone
 
     def _target(self) -> tuple[Place, str, str]:
         """Place, path and query of a request."""
-        url = urlsplit(self.path)
+        try:
+            url = urlsplit(self.path)
+        except ValueError as error:
+            raise _Refused(HTTPStatus.BAD_REQUEST, str(error)) from error
         name, *parts = unquote(url.path).strip("/").split("/")
         place = self.server.places.get(name)
         if place is None or any(part in ("", ".", "..") or "\0" in part for part in parts):
@@ -264,40 +279,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(HTTPStatus.FORBIDDEN, "workers do not write there")
         if self.headers.get("Transfer-Encoding") != "chunked":
             raise _Refused(HTTPStatus.LENGTH_REQUIRED, "a file comes in chunks")
-        write_file(path, _chunks(self.rfile), Activity())
+        write_file(path, chunks(self.rfile), Activity())
         self._send_json({})
-
-
-def _chunks(content: BufferedIOBase) -> Iterator[memoryview]:
-    """The content of a request, in pieces as they arrive.
-
-    Raises:
-        ConnectionError: it ended early, so the file is not published.
-    """
-    buffer = memoryview(bytearray(READ_BYTES))
-    while left := _chunk_length(content):
-        while left:
-            count = content.readinto(buffer[: min(left, len(buffer))])
-            if not count:
-                raise ConnectionError("the content ended early")
-            left -= count
-            yield buffer[:count]
-        _line(content)
-    _line(content)
-
-
-def _chunk_length(content: BufferedIOBase) -> int:
-    line = _line(content)
-    if not re.fullmatch(rb"[0-9A-Fa-f]+", line):
-        raise ConnectionError("the content is damaged")
-    return int(line, 16)
-
-
-def _line(content: BufferedIOBase) -> bytes:
-    line = content.readline(_LINE_BYTES)
-    if not line.endswith(b"\n"):
-        raise ConnectionError("the content ended early")
-    return line.strip()
 
 
 def _described(path: Path) -> dict[str, Any]:

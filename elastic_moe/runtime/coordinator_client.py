@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import wait
 from typing import Any
 
 from elastic_moe.config.pace import pace
@@ -267,7 +267,7 @@ class ConnectionThread:
             if self._closed.is_set():
                 _close_after_reading(connection)
                 return
-            readable, _, _ = select.select([connection, self._wake_out], [], [], max(0.0, heartbeat_s - now_s))
+            readable = wait([connection, self._wake_out], max(0.0, heartbeat_s - now_s))
             if self._wake_out in readable:
                 self._wake_out.recv(4096)
             if connection in readable:

@@ -75,8 +75,9 @@ def localised(
         prepared = prepared_in(directory, prepared.vocab_size)
         missing.append("the corpus")
     if config.model.init_from and not Path(config.model.init_from).expanduser().is_dir():
-        directory = copies_dir() / f"{MODEL}-{_listing_digest(MODEL)}"
-        moved += fetch(MODEL, directory, lambda _: None)
+        listed = _listing_digest(MODEL)
+        directory = copies_dir() / f"{MODEL}-{listed}"
+        moved += fetch(MODEL, directory, lambda _: _check_unchanged(listed))
         config = replace(config, model=replace(config.model, init_from=str(directory)))
         missing.append("model.init_from")
     if missing:
@@ -171,7 +172,14 @@ def _check(copy: Path, digest: str) -> None:
         )
 
 
+def _check_unchanged(listed: str) -> None:
+    if _listing_digest(MODEL) != listed:
+        raise UserError("model.init_from was changed on the coordinator's node while this node copied it")
+
+
 def _listing_digest(place: str) -> str:
-    """Short digest of the names and sizes of the files at a served place."""
-    sizes = persistent(lambda: Storage(f"{SCHEME}{place}").sizes(""))
-    return hashlib.sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest()[:16]
+    """Short digest of the names, sizes and times of the files at a served place. Weights change without their size."""
+    storage = Storage(f"{SCHEME}{place}")
+    sizes, entries = persistent(lambda: (storage.sizes(""), storage.entries("")))
+    listing = [[entry.name, sizes.get(entry.name), entry.changed_s] for entry in entries if not entry.is_directory]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]

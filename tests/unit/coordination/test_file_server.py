@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import http.client
+import io
 import os
 import socket
 import threading
@@ -19,8 +20,12 @@ from elastic_moe.checkpoint import served, storage
 from elastic_moe.checkpoint.reader import newest_manifest, read_units, verify_shards
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, StorageUnavailable
 from elastic_moe.checkpoint.writer import write_manifest, write_shard
-from elastic_moe.coordination import file_server
+from elastic_moe.coordination import file_server, incoming
 from elastic_moe.coordination.file_server import MAX_STRANGERS, FileServer, Place
+from elastic_moe.coordination.incoming import HEAD_BYTES, Incoming
+from elastic_moe.errors import UserError
+from elastic_moe.runtime import places
+from tests.many_files import many_files
 
 TOKEN = "secret"
 ROOT = "run://checkpoints"
@@ -190,6 +195,121 @@ def test_strangers_do_not_keep_a_worker_out(address: list[tuple[str, int]]) -> N
     finally:
         for each in silent:
             each.close()
+
+
+def test_a_stranger_has_few_bytes_and_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = socket.socketpair()
+    sender = threading.Thread(target=lambda: there.sendall(bytes(HEAD_BYTES + 100)))
+    sender.start()
+    incoming_bytes = Incoming(here)
+    lines = io.BufferedReader(incoming_bytes)
+    assert len(lines.read()) == HEAD_BYTES
+    incoming_bytes.known = True
+    assert len(lines.read(100)) == 100, "the rest was not read before"
+    sender.join()
+
+    monkeypatch.setattr(incoming, "HELLO_TIMEOUT_S", 0.5)
+    slow, ended = io.BufferedReader(Incoming(here)), threading.Event()
+
+    def drip() -> None:
+        while not ended.wait(0.02):
+            there.send(b"a")
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    try:
+        assert len(slow.read()) < HEAD_BYTES
+    finally:
+        ended.set()
+        dripping.join()
+        here.close()
+        there.close()
+
+
+def test_a_disk_that_fails_midway_adds_nothing_to_a_file(
+    address: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer has begun, so a second one would be taken for bytes of the file."""
+
+    def fails(self: socket.socket, file: object, offset: int, count: int) -> int:
+        self.sendall(bytes(count - 40))
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(socket.socket, "sendfile", fails)
+    with pytest.raises(ConnectionError, match="25600 bytes, of which 25560 came"):
+        Storage("run://corpus").read("train.bin")
+
+
+FOUND = b'{"name": "x", "kind": "file", "size": 10, "changed_ns": 1}'
+
+
+def answer(body: bytes, length: int | None = None) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body) if length is None else length, body)
+
+
+@pytest.mark.parametrize(
+    ("info", "content"),
+    [
+        (answer(FOUND), answer(bytes(11))),
+        (answer(FOUND), answer(bytes(9))),
+        (answer(FOUND), answer(bytes(9), 10)),
+        (answer(FOUND), b"HTTP/1.1 500 no\r\nX-Errno: many\r\n\r\n" + bytes(1 << 20)),
+        (answer(FOUND), b"nonsense\r\n\r\n"),
+        (answer(FOUND.replace(b"10", b"-10")), b""),
+        (answer(FOUND.replace(b"10", b'"much"')), b""),
+        (answer(FOUND.replace(b"10", b"1" + b"0" * 30)), b""),
+        (answer(b"[" * 100_000), b""),
+        (answer(b"[1]"), b""),
+    ],
+)
+def test_a_server_that_lies_is_a_storage_that_fails(
+    address: list[tuple[str, int]], info: bytes, content: bytes
+) -> None:
+    """Never a file of other bytes, another error, or more memory than was asked for."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address[0] = listening.getsockname()
+        answers = iter([info, content])
+
+        def serve() -> None:
+            for each in answers:
+                if not each:
+                    return
+                with listening.accept()[0] as peer, peer.makefile("rb") as lines:
+                    while lines.readline().strip():
+                        pass
+                    peer.sendall(each)
+
+        serving = threading.Thread(target=serve)
+        serving.start()
+        with pytest.raises(ConnectionError, match="x"):
+            Storage("run://corpus").read("x")
+        serving.join()
+
+
+def test_a_worker_with_many_open_files_writes(address: list[tuple[str, int]], tmp_path: Path) -> None:
+    with many_files():
+        Storage(ROOT).write("some", b"12345")
+    assert (tmp_path / "root" / "some").read_bytes() == b"12345"
+
+
+def test_a_copied_model_is_that_of_now(address: list[tuple[str, int]], tmp_path: Path) -> None:
+    """Weights that were trained further have their old names and sizes. A change under the copy is told."""
+    weights = tmp_path / "model" / "weights"
+    weights.parent.mkdir()
+    weights.write_bytes(b"old")
+    server = FileServer("127.0.0.1", TOKEN, {places.MODEL: Place(str(weights.parent))})
+    address[0] = server.start()
+    try:
+        before = places._listing_digest(places.MODEL)
+        assert places._listing_digest(places.MODEL) == before
+        weights.write_bytes(b"new")
+        os.utime(weights, ns=(1, 1))
+        assert places._listing_digest(places.MODEL) != before
+        with pytest.raises(UserError, match="changed on the coordinator's node"):
+            places.fetch(places.MODEL, tmp_path / "copies" / "a", lambda _: places._check_unchanged(before))
+        assert not (tmp_path / "copies" / "a").exists()
+    finally:
+        server.close()
 
 
 def _free_port() -> int:

@@ -22,6 +22,7 @@ from elastic_moe.runtime.lease import Lease
 from elastic_moe.runtime.local_state import MAX_RECORDS, LocalState
 from elastic_moe.runtime.mailbox import RECENT, Inbox, Outbox
 from elastic_moe.types import Member, View
+from tests.many_files import many_files
 
 TIMEOUT_S = 60.0
 
@@ -93,6 +94,17 @@ def test_a_change_of_a_view_that_the_connection_did_not_bring_makes_a_new_connec
         assert hello.view == {(1, 3): views[1].view, (1, 2, 2): views[2].view, (2,): None}.get(sent, views[1].view)
         again.sendall(encode(views[3]))
         assert client.wait_view(2) == views[3]
+
+
+def test_a_worker_with_many_open_files_is_served(listener: socket.socket, client: CoordinatorClient) -> None:
+    """A thousand peers are a thousand sockets."""
+    with many_files():
+        client.start()
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(encode(view(1, "w")))
+            assert client.wait_view(0) == view(1, "w")
+            client.close(0.0)
 
 
 def test_an_unexpected_error_of_find_does_not_end_the_thread(listener: socket.socket) -> None:

@@ -130,31 +130,47 @@ def last_lines(path: str | Path, max_bytes: int) -> list[dict[str, Any]]:
     return [value for _, value in _whole_lines(data.partition(b"\n")[2] if start else data)]
 
 
-class Tail:
-    """Reads a growing file of JSON lines. Each call reads only the new lines, so that frequent calls cost little."""
+class LineReader:
+    """Reads what is new in a growing file of JSON lines, so that frequent calls cost little."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
         self._last = b""  # the line that ends at the offset
-        self._lines: list[dict[str, Any]] = []
 
-    def lines(self) -> list[dict[str, Any]]:
-        """All whole lines so far. A file that was cut or replaced is read from its beginning, also if it has grown
-        again.
+    def new_lines(self) -> tuple[list[dict[str, Any]], bool]:
+        """The whole lines since the last call, and whether the file is read from its beginning: it was cut or replaced,
+        also if it has grown again.
         """
         if not self._path.exists():
-            return []
+            return [], False
+        anew = False
         with self._path.open("rb") as file:
             file.seek(self._offset - len(self._last))
             if file.read(len(self._last)) != self._last:
-                self._offset, self._last, self._lines = 0, b"", []
+                self._offset, self._last, anew = 0, b"", True
                 file.seek(0)
             ended = file.read().rpartition(b"\n")
         new = ended[0] + ended[1]
-        if new:
-            self._offset += len(new)
-            self._last = new[new.rfind(b"\n", 0, -1) + 1 :]
-            self._lines += [value for _, value in _whole_lines(new)]
+        if not new:
+            return [], anew
+        self._offset += len(new)
+        self._last = new[new.rfind(b"\n", 0, -1) + 1 :]
+        return [value for _, value in _whole_lines(new)], anew
+
+
+class Tail:
+    """All lines of a growing file of JSON lines. Each call reads only the new ones."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = LineReader(path)
+        self._lines: list[dict[str, Any]] = []
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All whole lines so far. A file that was cut or replaced is read from its beginning."""
+        new, anew = self._file.new_lines()
+        if anew:
+            self._lines = []
+        self._lines += new
         return self._lines
 
 

@@ -10,8 +10,9 @@ from elastic_moe.errors import UserError
 from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
 
+OLD_STEP_KEYS = {"rows_between_nodes": "cross_node_rows"}
 _OLD_KEYS = {  # per file
-    METRICS: {"rows_between_nodes": "cross_node_rows"},
+    METRICS: OLD_STEP_KEYS,
     EVENTS: {},
     EXPERTS: {"why": "cause"},
 }
@@ -46,6 +47,16 @@ def read_expert_records(run_dir: str | Path) -> list[dict[str, Any]]:
     if not (Path(run_dir) / EXPERTS).exists():
         raise UserError(f"{run_dir}: there is no {EXPERTS}; is it the directory of a run (run.dir)?")
     return _read(run_dir, EXPERTS)
+
+
+def translated_event(event: Mapping[str, Any]) -> dict[str, Any]:
+    """An event of events.jsonl with the names of today."""
+    return _translated(event, _OLD_KEYS[EVENTS])
+
+
+def translated_expert_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of experts.jsonl with the names of today."""
+    return _translated(record, _OLD_KEYS[EXPERTS])
 
 
 def _read(run_dir: str | Path, file: str) -> list[dict[str, Any]]:

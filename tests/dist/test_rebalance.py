@@ -14,7 +14,7 @@ import pytest
 from elastic_moe.cli import explain
 from elastic_moe.config.schema import BalanceConfig, TrainConfig
 from elastic_moe.metrics.expert_history import HOME_CAME, read_history
-from elastic_moe.metrics.report.page import write_report
+from elastic_moe.metrics.report.run_data import RunReader
 from tests.dist.test_runtime import CORPUS, with_steps
 from tests.local_run import LocalRun, tiny_config
 
@@ -122,9 +122,12 @@ def test_explain_follows_the_experts(runs: dict[str, LocalRun], capsys: pytest.C
         capsys.readouterr()
         assert explain.main(wrong) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
-    page = write_report(run.dir).read_text()
-    assert page.count("data:image/png") == 2 * 3
-    assert "Changes of placement" in page
+    drawn = RunReader(run.dir).read()
+    assert drawn["experts"]["moved"] == [
+        sum(move.layer == layer and move.kind == HOME_CAME for placed in history for move in placed.moves)
+        for layer in range(2)
+    ]
+    assert drawn["decisions"]["rows"]
 
 
 @pytest.mark.parametrize("phase", ["transfer", "confirm"])

@@ -13,6 +13,8 @@ from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from elastic_moe.metrics.records import read_events, read_metrics
 
 LOST, LEFT, JOINED, RESUMED = "lost", "left", "joined", "resumed"  # kinds of marks
@@ -73,9 +75,9 @@ def read_timeline(run_dir: str | Path) -> Timeline:
 
 def timeline_of(records: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> Timeline:
     """The timeline of a run's records and events, both in order; at least one record."""
-    changes = list(_memberships(events))
+    changes = list(memberships(events))
     commits = list(accumulate((float(record["time"]) for record in records), max))  # nodes' clocks differ a little
-    clock = _Clock(changes[0].time if changes else commits[0] - records[0]["step_s"], commits, changes)
+    clock = UpClock(commits, changes, records[0]["step_s"])
     at = [clock.elapsed_s(time) for time in commits]
     end_s = max(at[-1], 1e-3)
     width_s = max(end_s / MAX_POINTS, STEPS_PER_POINT * statistics.median(float(r["step_s"]) for r in records))
@@ -84,14 +86,14 @@ def timeline_of(records: Sequence[dict[str, Any]], events: Sequence[dict[str, An
         steps=int(records[-1]["step"]),
         lost_steps=sum(int(event.get("lost_steps", 0)) for event in events if event["event"] == "entered"),
         loss=_means([(t, r["loss"]) for t, r in zip(at, records, strict=True) if r["loss"] is not None], width_s),
-        tokens_per_s=_rates(at, [int(record["tokens"]) for record in records], width_s, end_s),
+        tokens_per_s=token_rates(at, [int(record["tokens"]) for record in records], width_s, end_s),
         workers=[(clock.elapsed_s(change.time), float(change.world_size)) for change in changes],
-        marks=tuple(_marks(events, changes, commits, clock)),
+        marks=tuple(marks_of(events, changes, commits, clock)),
     )
 
 
 @dataclass(frozen=True)
-class _Membership:
+class Membership:
     """Members of a view from the time when all of them had entered it."""
 
     time: float
@@ -100,35 +102,53 @@ class _Membership:
     resumed: bool
 
 
-def _memberships(events: Sequence[dict[str, Any]]) -> Iterator[_Membership]:
+def memberships(events: Sequence[dict[str, Any]]) -> Iterator[Membership]:
+    """The memberships of a run, in order."""
     members: frozenset[str] = frozenset()
     before: frozenset[str] = frozenset()
     for event in events:
         if event["event"] == "view":
             members = frozenset(event.get("members", ()))
         elif event["event"] == "entered":
-            yield _Membership(event["time"], event["world_size"], members, bool(before) and not before & members)
+            yield Membership(event["time"], event["world_size"], members, bool(before) and not before & members)
             before = members
 
 
-class _Clock:
-    """Wall-clock time as seconds in which the run was up."""
+class UpClock:
+    """Wall-clock time as seconds in which the run was up: from its first membership, without the time between lives.
 
-    def __init__(self, start: float, commits: Sequence[float], changes: Sequence[_Membership]) -> None:
-        self._start = start
-        self._cuts: list[tuple[float, float]] = []
+    Args:
+        commits: times of the committed steps, in order; at least one.
+        changes: the memberships.
+        first_step_s: duration of the first step, for a run without memberships.
+
+    Attributes:
+        start: the wall clock at 0.
+        cuts: begin and end of every time that is left out.
+    """
+
+    def __init__(self, commits: Sequence[float], changes: Sequence[Membership], first_step_s: float = 0.0) -> None:
+        self.start = changes[0].time if changes else commits[0] - first_step_s
+        self.cuts: list[tuple[float, float]] = []
         for change in changes:
             last = bisect_right(commits, change.time) - 1
             if change.resumed and last >= 0:
-                self._cuts.append((commits[last], change.time))
+                self.cuts.append((commits[last], change.time))
 
     def elapsed_s(self, time: float) -> float:
-        cut_s = sum(max(min(time, end) - begin, 0.0) for begin, end in self._cuts)
-        return max(time - self._start - cut_s, 0.0)
+        cut_s = sum(max(min(time, end) - begin, 0.0) for begin, end in self.cuts)
+        return max(time - self.start - cut_s, 0.0)
+
+    def elapsed_of(self, times: np.ndarray) -> np.ndarray:
+        """The same of many times."""
+        elapsed = times - self.start
+        for begin, end in self.cuts:
+            elapsed = elapsed - np.maximum(np.minimum(times, end) - begin, 0.0)
+        return np.maximum(elapsed, 0.0)
 
 
-def _marks(
-    events: Sequence[dict[str, Any]], changes: Sequence[_Membership], commits: Sequence[float], clock: _Clock
+def marks_of(
+    events: Sequence[dict[str, Any]], changes: Sequence[Membership], commits: Sequence[float], clock: UpClock
 ) -> Iterator[Mark]:
     """Marks in order: for every membership the workers who went, then those who came with the next one."""
     losses = [event for event in events if event["event"] in ("worker_lost", "worker_evicted")]
@@ -165,16 +185,10 @@ def _means(points: Sequence[tuple[float, float]], width_s: float) -> Points:
     ]
 
 
-def _rates(commits_s: Sequence[float], tokens: Sequence[int], width_s: float, end_s: float) -> Points:
+def token_rates(commits_s: Sequence[float], tokens: Sequence[int], width_s: float, end_s: float) -> Points:
     """Tokens per second in every window. A step's tokens are spread over the time since the step before it."""
     count = max(round(end_s / width_s), 1)
-    width_s = end_s / count
-    sums = [0.0] * count
-    begin_s = 0.0
-    for commit_s, amount in zip(commits_s, tokens, strict=True):
-        length_s = max(commit_s - begin_s, 1e-9)
-        for window in range(min(int(begin_s / width_s), count - 1), min(int(commit_s / width_s), count - 1) + 1):
-            inside_s = min(commit_s, (window + 1) * width_s) - max(begin_s, window * width_s)
-            sums[window] += amount * max(inside_s, 0.0) / length_s
-        begin_s = commit_s
-    return [((window + 0.5) * width_s, total / width_s) for window, total in enumerate(sums)]
+    edges = np.linspace(0.0, end_s, count + 1)
+    done = np.interp(edges, [0.0, *commits_s], np.concatenate([[0], np.cumsum(tokens)]))
+    middles = (edges[:-1] + edges[1:]) / 2
+    return list(zip(middles.tolist(), (np.diff(done) * count / end_s).tolist(), strict=True))

@@ -7,11 +7,11 @@ together, so the picture is legible on any page.
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic_moe.metrics.report.drawing import padded_range, ticks
 from elastic_moe.metrics.report.timeline import JOINED, LEFT, LOST, RESUMED, Mark, Points, Timeline, read_timeline
 
 WIDTH, MARGIN_LEFT, MARGIN_RIGHT = 880, 66, 24
@@ -85,7 +85,7 @@ def timeline_svg(timeline: Timeline, title: str = "") -> str:
     top_speed = _above([value for _, value in timeline.tokens_per_s])
     top_workers = max((value for _, value in timeline.workers), default=1.0) + 0.6
     plots = (
-        _Plot("loss", 144, 284, *padded_range(losses)),
+        _Plot("loss", 144, 284, *_padded_range(losses)),
         _Plot("tokens/s", 322, 432, 0.0, top_speed),
         _Plot("workers", 470, 536, 0.0, top_workers),
     )
@@ -157,7 +157,7 @@ def _labels(timeline: Timeline) -> Iterator[str]:
 
 def _time_axis(end_s: float, plots: Sequence[_Plot]) -> Iterator[str]:
     bottom = plots[-1].bottom
-    for value in ticks(0.0, end_s, TICKS_OF_TIME):
+    for value in _ticks(0.0, end_s, TICKS_OF_TIME):
         x = _x(value, end_s)
         for plot in plots:
             yield f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{plot.top}" y2="{plot.bottom}"/>'
@@ -167,7 +167,7 @@ def _time_axis(end_s: float, plots: Sequence[_Plot]) -> Iterator[str]:
 
 def _frame(plot: _Plot, whole: bool) -> Iterator[str]:
     """Grid lines with their values, and the title of one plot."""
-    for value in ticks(plot.low, plot.high, 3 if whole else TICKS_PER_PLOT, 1.0 if whole else 0.0):
+    for value in _ticks(plot.low, plot.high, 3 if whole else TICKS_PER_PLOT, 1.0 if whole else 0.0):
         y = plot.y(value)
         yield f'<line class="grid" x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         yield f'<text class="dim end" x="{PLOT_LEFT - 8}" y="{y + 4:.1f}">{value:,g}</text>'
@@ -203,3 +203,19 @@ def _x(time_s: float, end_s: float) -> float:
 def _above(values: Sequence[float]) -> float:
     """The top of an axis from 0."""
     return 1.12 * max([*values, 0.0]) or 1.0
+
+
+def _padded_range(values: Sequence[float]) -> tuple[float, float]:
+    """Lowest and highest value of an axis that shows these values with some room."""
+    low, high = min(values), max(values)
+    pad = 0.06 * (high - low) or abs(high) * 0.05 or 1.0
+    return low - pad, high + pad
+
+
+def _ticks(low: float, high: float, most: int, least: float = 0.0) -> list[float]:
+    """Round values from low to high, at most `most` and one more, at least `least` apart."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = max(next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough), least)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from elastic_moe.actors.cluster import unreachable
 from elastic_moe.actors.demand import pending_workers
@@ -86,6 +86,8 @@ class LiveRun:
     def _ask(self, method: str, *arguments: Any) -> Any:
         try:
             return ray.get(getattr(self.coordinator, method).remote(*arguments), timeout=ANSWER_S)
+        except RayTaskError as error:
+            raise UserError(f"the run's coordinator refuses this: {error.cause}") from error
         except (RayError, TimeoutError) as error:
             raise UserError(f"the run's coordinator did not answer: {type(error).__name__}") from error
 
@@ -150,5 +152,5 @@ def _live(name: str) -> LiveRun | None:
 def _announced_address(run_dir: Path) -> str:
     try:
         return str(json.loads((run_dir / LIVE).read_text())["ray"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""

@@ -15,6 +15,7 @@ from typing import Any
 
 from elastic_moe.actors.link import OVER
 from elastic_moe.actors.operate import LiveRun, live_run
+from elastic_moe.cli.seconds import check_seconds
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
 
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
+        check_seconds(options, "wait", *(["deadline"] if options.action == "drain" else []))
         with live_run(Path(options.run).expanduser().absolute(), options.address) as live:
             return _ask(live, options)
     except (UserError, OSError) as error:
@@ -45,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("workers", type=int, metavar="N")
     drain = actions.add_parser("drain", help="let a worker, or all workers of a node, hand over and leave")
     drain.add_argument("who", help="rank, or the beginning of a worker's or node's id, or a node's name or address")
-    drain.add_argument("--deadline", metavar="S", type=float, default=0.0, help="elastic.drain_deadline_s by default")
+    drain.add_argument("--deadline", metavar="S", type=float, help="elastic.drain_deadline_s by default")
     actions.add_parser("pause", help="save the state, and make no step until resume; the workers stay")
     actions.add_parser("resume", help="go on after a pause")
     actions.add_parser("stop", help="end the run after the step in flight, with its state saved")
@@ -64,7 +66,7 @@ def _ask(live: LiveRun, options: argparse.Namespace) -> int:
             effect = _scaled(live, options.workers)
         case "drain":
             found = members_of(options.who, before, live.hosts())
-            request |= found[0] | {"deadline_s": options.deadline}
+            request |= found[0] | {"deadline_s": options.deadline or 0.0}
             effect = _gone(live, found[1])
         case "checkpoint":
             effect = _saved(live, before["step"])
@@ -109,7 +111,7 @@ def members_of(
         UserError: it fits nobody, or several.
     """
     workers = [(worker, node) for worker, node, _, _ in status["members"]]
-    if who.isdigit() and int(who) < len(workers):
+    if who.isdecimal() and int(who) < len(workers):
         worker = workers[int(who)][0]
         return {"worker": worker}, frozenset([worker])
     found = {worker for worker, _ in workers if who and worker.startswith(who)}

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from elastic_moe.actors.operate import LiveRun, live_run
+from elastic_moe.cli.seconds import check_seconds
 from elastic_moe.errors import UserError
 from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.status_view import render
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run = Path(options.run).expanduser().absolute()
     try:
+        check_seconds(options, "every")
         here = (run / CONFIG).is_file()
         with ExitStack() as stack:
             live = _connect(stack, run, options.address, here)

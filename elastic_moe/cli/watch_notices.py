@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from elastic_moe.actors.own_node import OwnNodes
+from elastic_moe.cli.seconds import check_seconds
 from elastic_moe.errors import UserError
 from elastic_moe.notices.clouds import clouds
 from elastic_moe.notices.metadata import LINK_LOCAL, MetadataClient
@@ -32,9 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     try:
-        for name in ("every", "detect", "now"):
-            if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
-                raise UserError(f"--{name} must be a number of seconds above 0, not {value:g}")
+        check_seconds(options, "every", "detect", "now")
         machine, patience = OwnNodes(options.address, options.node_id), Patience(every_s=options.every)
         if options.now is not None:
             return drain_now(machine, options.now, stopped, _say, patience)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ class RunCoordinator:
         )
         self.address = self._server.start()
         self._closed = False
+        self._wishing = threading.Lock()
         self._wishes = Wishes(run_dir / OPERATOR, self._recorder)
         for wish in self._wishes.known(restarted):
             self._server.submit(wish)
@@ -111,8 +113,9 @@ class RunCoordinator:
         """
         value = decode_request(request)
         if not self._closed:
-            self._wishes.note(value)
-            self._server.submit(value)
+            with self._wishing:  # of two operators, the one that counts now is also the one that is kept
+                self._wishes.note(value)
+                self._server.submit(value)
 
     def status(self) -> RunStatus:
         """The state of the run."""

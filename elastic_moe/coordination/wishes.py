@@ -35,7 +35,7 @@ class Wishes:
             self._limit, self._paused = int(kept["limit"]), bool(kept["paused"])
         except FileNotFoundError:
             return ()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             self._tell(f"cannot be read, so the run goes on without what an operator asked for: {error}")
             return ()
         scale = [ScaleRequest(self._limit, REASON)] if self._limit else []

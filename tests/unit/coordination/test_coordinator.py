@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from elastic_moe.coordination.coordinator import RunCoordinator
 from elastic_moe.coordination.records import StepRecords
 from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.metrics.recorder import Recorder
-from elastic_moe.run_dir import EVENTS, METRICS
+from elastic_moe.run_dir import EVENTS, METRICS, OPERATOR
 
 
 @pytest.fixture
@@ -163,3 +165,29 @@ def test_how_a_view_was_entered_counts_once_although_it_is_told_again(tmp_path: 
     second.close()
     told = [event for event in read_jsonl(tmp_path / "events.jsonl") if event["event"] == "entered"]
     assert [event["lost_steps"] for event in told] == [0]
+
+
+def test_of_two_operators_at_once_the_wish_that_counts_is_the_one_that_is_kept(
+    coordinator: RunCoordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray gives an actor's calls to several threads."""
+    note, kept = coordinator._wishes.note, threading.Event()
+
+    def slow_once(request: Any) -> None:
+        note(request)
+        if not kept.is_set():
+            kept.set()
+            time.sleep(0.3)  # in which the other operator's request would be taken
+
+    monkeypatch.setattr(coordinator._wishes, "note", slow_once)
+    first = threading.Thread(target=lambda: coordinator.submit({"event": "scale", "workers": 2}))
+    first.start()
+    assert kept.wait(60)
+    coordinator.submit({"event": "scale", "workers": 3})
+    first.join()
+    deadline_s = time.monotonic() + 60
+    while len(read_jsonl(tmp_path / EVENTS)) < 2:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    assert coordinator.status()["limit"] == 3
+    assert json.loads((tmp_path / OPERATOR).read_text())["limit"] == 3

@@ -123,7 +123,7 @@ class ChaosCluster:
         from ray.cluster_utils import Cluster  # it reads the environment
 
         self.cluster = Cluster()
-        self.cluster.add_node(num_cpus=0, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
+        self.add_node(cpus=0)
         self.restore(self._count)
 
     def _end_nodes(self) -> None:
@@ -139,12 +139,25 @@ class ChaosCluster:
         self._end_nodes()
         shutil.rmtree(self.temp, ignore_errors=True)
 
+    def kill_head(self) -> None:
+        """Kill what Ray cannot do without: the GCS, a process of the head."""
+        send([process for process in descendants() if process.name() == "gcs_server"], signal.SIGKILL)
+
+    def start_again(self) -> None:
+        """End what is left of the cluster, and start another one in its place."""
+        self._end_nodes()
+        self.__enter__()
+
     # --- the run ------------------------------------------------------------------------------------------------------
 
     def start(self, overrides: list[str], log: Path) -> None:
         """Start the driver."""
-        command = [sys.executable, "-m", "elastic_moe.train", "cluster=address"]
-        command += [f"cluster.address={self.cluster.address}", *overrides]
+        address = f"cluster.address={self.cluster.address}"
+        self.start_module(["elastic_moe.train", "cluster=address", address, *overrides], log)
+
+    def start_module(self, arguments: list[str], log: Path) -> None:
+        """Start a driver that is this module with these arguments."""
+        command = [sys.executable, "-m", *arguments]
         with log.open("ab") as output:
             self.driver = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
 
@@ -174,8 +187,11 @@ class ChaosCluster:
             return False
         return True
 
-    def add_node(self) -> None:
-        self.cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
+    def add_node(self, cpus: int = 1) -> None:
+        """Add a node. Ray would have it drain at this process's SIGTERM: that is put back as it was."""
+        handler = signal.getsignal(signal.SIGTERM)
+        self.cluster.add_node(num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
+        signal.signal(signal.SIGTERM, handler)
 
     def remove_node(self, node: Any) -> None:
         """End a node's processes at once; one that is gone already is left out."""

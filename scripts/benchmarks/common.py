@@ -67,6 +67,12 @@ def median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write what a benchmark has found."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def run(main: Callable[[], dict[str, Any]], path: Path) -> int:
     """Run a benchmark's body, and write what it returns.
 
@@ -78,7 +84,6 @@ def run(main: Callable[[], dict[str, Any]], path: Path) -> int:
     except TimeoutError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write(result, path)
     say(f"wrote {path.name}")
     return 0

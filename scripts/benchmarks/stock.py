@@ -1,14 +1,16 @@
 """The comparison side of the recovery benchmark: the same model and data on Ray Train 2.60's own elastic TorchTrainer.
 
 On a failure or a resize, the trainer restarts its worker group and resumes from the last checkpoint. A checkpoint is
-written at every step, which loses the fewest steps. Every interval that the trainer lets one set is set for speed. Each
-rank appends a line per finished step to a log, from which the driver measures.
+written at every step, which loses the fewest steps, unless `checkpoint_steps` says otherwise. Every interval that the
+trainer lets one set is set for speed. Each rank appends a line per finished step to a log, from which the driver
+measures. As a program it is a driver on a cluster: `python -m scripts.benchmarks.stock ADDRESS JSON`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -59,6 +61,7 @@ def stock_loop(config: dict[str, Any]) -> None:
             weight.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"] + 1
+    every = config.get("checkpoint_steps", 1)
     rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
     share = split_batch(data.global_batch, [1.0] * world)[rank]
     for step in range(first, config["steps"] + 1):
@@ -75,7 +78,7 @@ def stock_loop(config: dict[str, Any]) -> None:
         optimizer.step()
         with tempfile.TemporaryDirectory() as folder:
             saved = None
-            if rank == 0:
+            if rank == 0 and step % every == 0:
                 state = {"step": step, "weights": [w.data for w in weights], "optimizer": optimizer.state_dict()}
                 torch.save(state, Path(folder) / "state.pt")
                 saved = train.Checkpoint.from_directory(folder)
@@ -114,3 +117,17 @@ def fit_stock(config: dict[str, Any], min_workers: int, max_workers: int, storag
             checkpoint_config=train.CheckpointConfig(num_to_keep=2),
         ),
     ).fit()
+
+
+def main() -> int:
+    """A driver on the cluster of an address, with loop, numbers of workers and storage as JSON."""
+    import ray
+
+    address, given = sys.argv[1], json.loads(sys.argv[2])
+    ray.init(address=address, log_to_driver=False)
+    fit_stock(given["loop"], given["min_workers"], given["max_workers"], given["storage"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

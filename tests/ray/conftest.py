@@ -26,6 +26,7 @@ from ray.cluster_utils import Cluster
 from elastic_moe.actors.link import NAMESPACE
 
 ROOT = Path(__file__).resolve().parents[2]
+START_TRIES = 4
 
 
 @pytest.fixture
@@ -92,8 +93,14 @@ class Head:
         command = ["ray", "start", "--head", f"--node-ip-address={host}", f"--port={port}", "--num-cpus=0"]
         command += [f"--{name}-port={number}" for name, number in ports.items()]
         command += ["--object-store-memory=80000000", f"--dashboard-port={self.dashboard.rsplit(':')[-1]}", *arguments]
-        done = self.call(*command)
-        assert done.returncode == 0, done.stdout + done.stderr
+        for left in reversed(range(START_TRIES)):
+            done = self.call(*command)
+            if done.returncode == 0:
+                return
+            told = done.stdout + done.stderr
+            assert "timed out during startup" in told, told  # Ray gives it 30 s, whatever the machine's load
+            assert left > 0, told
+            self.stop()
 
     def call(self, *command: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
         """Run one of the programs installed beside this Python."""

@@ -280,6 +280,7 @@ class _Driver:
         try:
             if not interrupted:
                 self._save_last(link)
+                training.join(CLOSE_TIMEOUT_S)  # else the controller would seem to have died
                 self.status = ray.get(coordinator.status.remote(), timeout=CLOSE_TIMEOUT_S)
             if not taken:  # else it would write into directories that another start owns
                 ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)

@@ -85,6 +85,7 @@ class Head:
     address: str
     dashboard: str
     env: dict[str, str]
+    programs: Path = Path(sys.executable).parent
 
     def start(self, *arguments: str, **env: str) -> None:
         self.env |= env
@@ -103,10 +104,14 @@ class Head:
             self.stop()
 
     def call(self, *command: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
-        """Run one of the programs installed beside this Python."""
-        program = Path(sys.executable).parent / command[0]
+        """Run one of the programs in `programs`: by default those installed beside this Python."""
         return subprocess.run(
-            [program, *command[1:]], env=self.env, cwd=self.root, capture_output=True, text=True, timeout=timeout_s
+            [self.programs / command[0], *command[1:]],
+            env=self.env,
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
         )
 
     def stop(self) -> None:
@@ -139,7 +144,7 @@ def head() -> Iterator[Head]:
     (root / "ray").mkdir()
     port, dashboard = free_ports(2)
     host = ray.util.get_node_ip_address()
-    dropped = ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
+    dropped = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
     env |= {"RAY_TMPDIR": str(root), "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
     started = Head(root, f"{host}:{port}", f"http://127.0.0.1:{dashboard}", env)

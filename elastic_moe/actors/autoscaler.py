@@ -61,12 +61,12 @@ class Autoscaler:
             return "Ray does not tell whether an autoscaler is there"
         if self.never_brings(need):
             return "the autoscaler has no node type that is large enough"
+        if any(same(need, refused) for refused in self.refused):
+            return "the autoscaler cannot start a node for it now (its node types, or their limits)"
         if self.coming:
             return f"the autoscaler starts {self.coming} node{'' if self.coming == 1 else 's'}"
         if self.failures:
             return f"the autoscaler could not start a node: {self.failures[-1][:MAX_REASON]}"
-        if any(same(need, refused) for refused in self.refused):
-            return "the autoscaler cannot start a node for it now (its node types, or their limits)"
         return "the autoscaler has started no node for it yet"
 
 

@@ -26,6 +26,12 @@ def json_line(level: str, run: str, generation: int, step: int, message: str, **
     return json.dumps({key: _plain(value) for key, value in (line | values).items()}, default=str)
 
 
+def text_line(time_s: float, level: str, about: str, generation: int, step: int, message: str) -> str:
+    """One line for people. `about` says whose or what line it is."""
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
+    return f"{when} {level} {about} generation {generation} step {step}: {message}"
+
+
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -64,15 +70,14 @@ class _Formatter(logging.Formatter):
     """Formats what a process of the run logs."""
 
     def __init__(self, log_format: str, run: str, where: Where) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        super().__init__()
         self._is_json, self._run, self._where = log_format == JSON, run, where
 
     def format(self, record: logging.LogRecord) -> str:
         generation, step = self._where()
         if not self._is_json:
-            record.message = f"{self._run} generation {generation} step {step}: {record.getMessage()}"
-            record.asctime = self.formatTime(record)
-            lines = [self.formatMessage(record)]
+            message = record.getMessage()
+            lines = [text_line(record.created, record.levelname, self._run, generation, step, message)]
             if record.exc_info:
                 lines.append(self.formatException(record.exc_info))
             return "\n".join(lines)

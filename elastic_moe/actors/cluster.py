@@ -16,9 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from elastic_moe.actors.link import NAMESPACE
 from elastic_moe.actors.ray_directory import PACKAGE, own_directory
+from elastic_moe.actors.ray_token import own_token
 from elastic_moe.config.schema import ClusterConfig, TrainConfig
 from elastic_moe.errors import UserError
 
@@ -56,6 +58,14 @@ def unreachable(address: str) -> str:
     return ""
 
 
+def refused(address: str) -> str:
+    """The sentence about a cluster that wants another token, or one at all."""
+    return (
+        f"the Ray cluster at {address} wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+        "RAY_AUTH_TOKEN_PATH to what its nodes have"
+    )
+
+
 def max_workers(config: TrainConfig) -> int:
     """Largest number of workers of a run."""
     return config.elastic.max_workers or start_workers(config.cluster)
@@ -88,9 +98,9 @@ def ray_session(config: TrainConfig) -> Iterator[Any]:
         with _existing(config.cluster):
             yield None
     else:
-        with own_directory():
+        with own_directory() as root:
             if kind == "local":
-                with _local(config):
+                with own_token(root), _local(config):
                     yield None
             else:
                 with _simulated(config.cluster) as cluster:
@@ -174,6 +184,8 @@ def _existing(cluster: ClusterConfig) -> Iterator[None]:
             logging_level=logging.WARNING,
             log_to_driver=False,
         )
+    except AuthenticationError as error:
+        raise UserError(f"cluster.address: {refused(address)}") from error
     except ConnectionError as error:
         raise UserError(
             f"cluster.address: no Ray cluster answers at {address}; start one, or set RAY_ADDRESS"

@@ -24,7 +24,8 @@ from ray.exceptions import RayError
 from elastic_moe.actors.cluster import max_workers, ray_session, resolve, resources_per_worker, start_workers
 from elastic_moe.actors.controller import ElasticTrainer
 from elastic_moe.actors.coordinator import Coordinator
-from elastic_moe.actors.demand import demand
+from elastic_moe.actors.corpus_progress import CorpusProgress
+from elastic_moe.actors.demand import Demand, EndlessWait, demand, patience
 from elastic_moe.actors.fit import fit
 from elastic_moe.actors.identify import begin, changes, fingerprint_of
 from elastic_moe.actors.kept import end_all
@@ -43,6 +44,7 @@ from elastic_moe.actors.metrics import WorkerExporter
 from elastic_moe.actors.operate import announced
 from elastic_moe.actors.outcome import Ended, conclude
 from elastic_moe.actors.progress import Progress
+from elastic_moe.actors.ray_notices import shortened
 from elastic_moe.actors.stop import Stop, signals
 from elastic_moe.actors.take_over import TAKES_OVER, take_over
 from elastic_moe.checkpoint.storage import probe, set_timeout
@@ -96,7 +98,8 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
     """Compare the start with what the directories hold, begin it, and train; see `launch`."""
     run_dir, found = Path(config.run.dir), look(config)
     check_start(config, found)
-    prepared = prepare(config.data, default_cache_root(config.data, run_dir))
+    with CorpusProgress(config.run.log_every_s, RunLog(config.run.log_format, run_dir.name)) as shown:
+        prepared = prepare(config.data, default_cache_root(config.data, run_dir), shown)
     tokenizer = load_tokenizer(prepared.tokenizer_path)
     config = replace(config, model=with_tokenizer(config.model, tokenizer))
     if config.model.init_from:
@@ -247,10 +250,12 @@ class _Driver:
         training = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         training.start()
         link = CoordinatorLink(self.name)
+        waits = EndlessWait(self._demand, patience(self.config.cluster))
         asked_s, interrupted, taken = -ASK_AGAIN_S, False, ""
         try:
             run = self.config.run
-            with Progress(run.steps, run.log_every_s, self._missing, log=self._log) as shown:
+            progress = Progress(run.steps, run.log_every_s, self._missing, log=self._log)
+            with progress as shown, shortened(progress.line):
                 while training.is_alive():
                     if taken := lost(self.leases):
                         self.error = RuntimeError(f"{taken}; nothing more was written there")
@@ -261,6 +266,9 @@ class _Driver:
                         asked_s = time.monotonic()
                         link.submit({"event": "stop", "reason": signal.Signals(self.stop.signum).name})
                     self._show(coordinator, link, shown)
+                    if (endless := waits.look(self.status)) is not None:
+                        self.error = endless
+                        break
                     training.join(POLL_S)
                 self._show(coordinator, link, shown)
         except KeyboardInterrupt:
@@ -272,6 +280,7 @@ class _Driver:
         try:
             if not interrupted:
                 self._save_last(link)
+                training.join(CLOSE_TIMEOUT_S)  # else the controller would seem to have died
                 self.status = ray.get(coordinator.status.remote(), timeout=CLOSE_TIMEOUT_S)
             if not taken:  # else it would write into directories that another start owns
                 ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)
@@ -294,7 +303,7 @@ class _Driver:
         try:
             fit(make, CoordinatorLink(self.name), lambda text: self._log.tell(text, "warning"))
         except Exception as error:  # noqa: BLE001 - the main thread reports it
-            self.error = error
+            self.error = self.error or error
 
     def _save_last(self, link: CoordinatorLink) -> None:
         """After an error that the coordinator has not heard of: let the members save their state before all ends."""
@@ -309,9 +318,12 @@ class _Driver:
     def _missing(self) -> str:
         """What Ray lacks for the workers that are not there."""
         try:
-            return demand(self.name, resources_per_worker(self.config.cluster)).sentence()
+            return self._demand().sentence()
         except Exception as error:  # noqa: BLE001 - a head that is busy or away must not end the run
             return f"Ray does not tell what is missing ({reason_of(error)})"
+
+    def _demand(self) -> Demand:
+        return demand(self.name, resources_per_worker(self.config.cluster))
 
     def _show(self, coordinator: Any, link: CoordinatorLink, shown: Progress) -> None:
         """Bring what is shown and the tracker up to date. A coordinator that does not answer is asked again later."""

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
-from elastic_moe.actors.cluster import unreachable
+from elastic_moe.actors.cluster import refused, unreachable
 from elastic_moe.actors.demand import pending_workers
 from elastic_moe.actors.link import NAMESPACE, actor_name, name_of
+from elastic_moe.actors.ray_token import own_path, token_at
 from elastic_moe.checkpoint.identity import read_identity
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
 from elastic_moe.config.schema import TrainConfig
@@ -97,7 +98,7 @@ def announced(run_dir: Path) -> Iterator[None]:
     """While this lasts, `live_run` finds this run, whose Ray this process is connected to."""
     path = run_dir / LIVE
     new = path.with_name(f".{path.name}.tmp")
-    new.write_text(json.dumps({"ray": ray.get_runtime_context().gcs_address}))
+    new.write_text(json.dumps({"ray": ray.get_runtime_context().gcs_address, "token_path": own_path()}))
     new.replace(path)
     try:
         yield
@@ -122,23 +123,29 @@ def live_run(run_dir: Path, address: str = "") -> Iterator[LiveRun]:
     except (OSError, CorruptCheckpoint) as error:
         raise UserError(f"{run_dir} cannot be read as a run directory: {error}") from error
     known = actor_name(identity.run, identity.run_dir) if identity is not None and identity.run else ""
-    address = address or _announced_address(run_dir) or os.environ.get("RAY_ADDRESS") or "auto"
+    announced_address, token_path = _announced(run_dir)
+    address = address or announced_address or os.environ.get("RAY_ADDRESS") or "auto"
     where = "" if known else f"{run_dir} is not the directory of a run on this machine, and "
     if reason := unreachable(address):
         raise UserError(f"{where}no Ray cluster answers at {address} ({reason}): the run has ended, or give --address")
     logging.getLogger("ray").setLevel(logging.ERROR)
-    try:
-        ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"{where}no Ray cluster answers at {address}: give --address, or set RAY_ADDRESS") from error
-    try:
-        names = [name for name in (known, name_of(str(run_dir))) if name]
-        live = next(filter(None, map(_live, names)), None)
-        if live is None:
-            raise UserError(f"{where}no run in {run_dir} goes on in the Ray cluster at {address}")
-        yield live
-    finally:
-        ray.shutdown()
+    with token_at(token_path if Path(token_path).is_file() else ""):
+        try:
+            ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
+        except AuthenticationError as error:
+            raise UserError(f"{where}{refused(address)}") from error
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{where}no Ray cluster answers at {address}: give --address, or set RAY_ADDRESS"
+            ) from error
+        try:
+            names = [name for name in (known, name_of(str(run_dir))) if name]
+            live = next(filter(None, map(_live, names)), None)
+            if live is None:
+                raise UserError(f"{where}no run in {run_dir} goes on in the Ray cluster at {address}")
+            yield live
+        finally:
+            ray.shutdown()
 
 
 def _live(name: str) -> LiveRun | None:
@@ -149,8 +156,10 @@ def _live(name: str) -> LiveRun | None:
         return None
 
 
-def _announced_address(run_dir: Path) -> str:
+def _announced(run_dir: Path) -> tuple[str, str]:
+    """The address of the run's Ray, and the file with the token of an embedded one; "" for what is not told."""
     try:
-        return str(json.loads((run_dir / LIVE).read_text())["ray"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ""
+        told = json.loads((run_dir / LIVE).read_text())
+        return str(told["ray"]), str(told.get("token_path", ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "", ""

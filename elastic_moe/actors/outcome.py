@@ -74,7 +74,8 @@ def conclude(run: Ended) -> int:
         return 0
     cause = _cause(run.error)
     known = cause or run.status.get("reason") or "the run ended early"
-    run.log.tell("; ".join(filter(None, (f"failed after step {step} of {steps}: {known}", saved))), "error")
+    if step or not isinstance(cause, UserError):  # else the error's own sentence is all
+        run.log.tell("; ".join(filter(None, (f"failed after step {step} of {steps}: {known}", saved))), "error")
     if isinstance(cause, UserError):
         raise cause
     return EXIT_FAILED

@@ -17,6 +17,7 @@ from elastic_moe.run_log import TEXT, RunLog
 
 FIRST_WAIT_S, MOST_WAIT_S = 10.0, 600.0  # waiting is told after so long, then after twice as long each time
 TOLD = ("loss", "lr", "tokens", "tokens_per_s", "step_s", "world_size")  # of a record, in a line about the progress
+BAR = "{percentage:3.0f}%|{bar}| step {n_fmt} of {total_fmt}{postfix}"  # time left is ours: a resumed run begins late
 RECENT = 50  # steps from which the time left is estimated
 
 
@@ -41,7 +42,8 @@ class Progress:
     ) -> None:
         self._steps, self._every_s, self._missing, self._clock = steps, every_s, missing, clock
         self._log = log or RunLog(TEXT, "")
-        self._bar: Any = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=self._log.is_json or None)
+        hidden = self._log.is_json or None  # None: where there is no terminal
+        self._bar: Any = tqdm(total=steps, bar_format=BAR, dynamic_ncols=True, disable=hidden)
         self._told_s = clock()
         self._times: list[float] = []  # between the last steps, in seconds
         self._last_time_s = 0.0  # wall clock of the newest record
@@ -73,15 +75,14 @@ class Progress:
         if not records:
             return
         last = records[-1]
-        step, speed = int(last["step"]), f"{last.get('tokens_per_s') or 0:,.0f} tokens/s"
-        world = last.get("world_size", "?")
+        step, loss = int(last["step"]), format_loss(last["loss"])
+        speed, world = f"{last.get('tokens_per_s') or 0:,.0f} tokens/s", last.get("world_size", "?")
+        left = f", {duration(median(self._times) * (self._steps - step))} left" if self._times else ""
         self._log.step, self._log.generation = step, int(last["generation"])
         self._bar.n = step
-        self._bar.set_postfix_str(f"loss {format_loss(last['loss'])}  {speed}  world {world}  gen {last['generation']}")
+        self._bar.set_postfix_str(f"loss {loss}, {speed}, {world} workers{left}")
         if self._bar.disable and self._every_s and self._clock() - self._told_s >= self._every_s:
             self._told_s = self._clock()
-            left = f", {duration(median(self._times) * (self._steps - step))} left" if self._times else ""
-            loss = format_loss(last["loss"])
             told: dict[str, Any] = {key: last.get(key) for key in TOLD}
             text = f"step {step:,} of {self._steps:,}: loss {loss}, {speed}, {world} workers{left}"
             self.line(text, event="progress", steps=self._steps, **told)

@@ -55,8 +55,8 @@ AT_LEAST_ZERO = """
     elastic.wait_below_min_s elastic.max_faults elastic.check_every_steps checkpoint.every_steps
     checkpoint.every_minutes checkpoint.wait_s
     balance.every_steps balance.home_moves balance.dispatch_gib
-    balance.log_every_steps cluster.cpus_per_worker cluster.gpus_per_worker faults.kill_worker_at_step
-    faults.kill_rank
+    balance.log_every_steps cluster.cpus_per_worker cluster.gpus_per_worker cluster.nodes_timeout_s
+    faults.kill_worker_at_step faults.kill_rank
 """.split()
 
 ABOVE_ZERO = """

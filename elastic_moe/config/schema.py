@@ -209,6 +209,7 @@ class ClusterConfig(Sealed):
     object_store_gib: float = 0.1  # size of Ray's object store on a node that is started, in GiB
     worker_memory_gib: float = 74.5  # memory of a worker, in GiB; used by `elastic-moe describe` only
     dashboard: bool = False  # start Ray's dashboard
+    nodes_timeout_s: float = 300.0  # address: give up after so long without a node that could hold a worker; 0: wait
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,8 @@ from elastic_moe.control.events import LogEvent
 from elastic_moe.control.state import State
 from elastic_moe.types import View
 
+MAX_VIEWS = 16  # that nobody has entered are remembered; of older ones it does not matter any more
+
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class EventLog:
     def view_published(self, state: State, step: int, view: View, planned: bool, reason: str, cause: str) -> None:
         """A new view: its kind, its cause, its size and its members. The time until it is entered counts from here."""
         self._views[view.generation] = view, self._monotonic()
+        self._views = dict(sorted(self._views.items())[-MAX_VIEWS:])
         self._write(
             state,
             step,

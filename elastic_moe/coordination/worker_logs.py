@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from elastic_moe.run_log import text_line
 
 MAX_BYTES = 8 << 20  # of a log; its older half is in a second file, and what was before that is dropped
 OLDER = ".1"
@@ -32,9 +33,8 @@ class WorkerLogs:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line of a worker: an event with `worker`, `level`, `logger` and `text`. A full disk costs the line."""
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line["time"]))
-        at = f"generation {line.get('generation', 0)} step {line.get('step', 0)}"
-        text = f"{when} {line['level']} [{at}] {line['logger']}: {line['text']}\n"
+        generation, step = line.get("generation", 0), line.get("step", 0)
+        text = text_line(line["time"], line["level"], line["logger"], generation, step, line["text"])
         name = "".join(c if c.isalnum() or c in "-_" else "_" for c in str(line["worker"]))[:ID_CHARACTERS]
         path = self._directory / f"{name}.log"
         try:
@@ -42,7 +42,7 @@ class WorkerLogs:
             if path.exists() and path.stat().st_size > MAX_BYTES // 2:
                 os.replace(path, path.with_name(path.name + OLDER))
             with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
+                file.write(f"{text}\n")
             self._told = False
         except OSError as error:
             if not self._told:

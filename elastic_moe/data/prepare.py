@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,13 @@ from elastic_moe.errors import UserError
 
 TRAIN, VAL = "train.bin", "val.bin"
 _BATCH = 64  # pieces encoded at once
+Told = Callable[
+    [str, int, int], object
+]  # is told a part of the work, and how many of how many bytes are done; 0 of 0: unknown
+
+
+def _silent(_part: str, _done: int, _total: int) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +71,13 @@ def default_cache_root(config: DataConfig, run_dir: str | Path) -> Path:
     return Path(config.cache_dir).expanduser() if config.cache_dir else Path(run_dir).absolute().parent / ".cache"
 
 
-def prepare(config: DataConfig, cache_root: str | Path) -> Prepared:
+def prepare(config: DataConfig, cache_root: str | Path, told: Told = _silent) -> Prepared:
     """Find the token shards and the tokenizer of a corpus in the cache, or make them.
 
     Args:
         config: the data configuration.
         cache_root: directory of all prepared corpora.
+        told: is told again and again how far the work is; not where the result is in the cache.
 
     Raises:
         UserError: the corpus is missing, has no text, or is too small for a sample of `seq_len` tokens.
@@ -84,7 +92,7 @@ def prepare(config: DataConfig, cache_root: str | Path) -> Prepared:
     final = root / f"{kind}-{_key(config, files)}"
     prepared = find_prepared(final)
     if prepared is None:
-        prepared = _build(config, files, final)
+        prepared = _build(config, files, final, told)
     for path, key in ((prepared.train_path, "data.corpus"), (prepared.val_path, "data.val_fraction")):
         shard = TokenShard.open(path, verify=False)
         if shard.num_samples(config.seq_len) == 0:
@@ -139,13 +147,13 @@ def digest_of(prepared: Prepared) -> str:
     return hashlib.sha256(f"{tokens} {tokenizer}".encode()).hexdigest()
 
 
-def _build(config: DataConfig, files: list[SourceFile], final: Path) -> Prepared:
+def _build(config: DataConfig, files: list[SourceFile], final: Path, told: Told) -> Prepared:
     temporary = final.with_name(f".{final.name}-{uuid.uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
-        tokenizer = _tokenizer(config, files)
+        tokenizer = _tokenizer(config, files, told)
         tokenizer.save(temporary / TOKENIZER_FILE)
-        _write_tokens(config, files, tokenizer, temporary)
+        _write_tokens(config, files, tokenizer, temporary, told)
         _publish(temporary, final)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot prepare the corpus in {final.parent}: {error}") from error
@@ -156,26 +164,46 @@ def _build(config: DataConfig, files: list[SourceFile], final: Path) -> Prepared
     return prepared
 
 
-def _split(config: DataConfig, files: list[SourceFile]) -> Iterator[tuple[Piece, bool]]:
-    """Pieces of the corpus, each with a flag: true for validation."""
+def _split(config: DataConfig, files: list[SourceFile], part: str, told: Told) -> Iterator[tuple[Piece, bool]]:
+    """Pieces of the corpus, each with a flag: true for validation. They are told as those of this part of the work."""
     total = sum(file.size for file in files)
     total = min(total, config.max_bytes) if config.max_bytes else total
-    split = ValidationSplit(config.val_fraction)
+    told(part, 0, total)  # at once, and not in a thread of whoever reads the pieces
+    return _pieces(config, files, total, lambda done: told(part, done, total))
+
+
+def _pieces(
+    config: DataConfig, files: list[SourceFile], total: int, told: Callable[[int], object]
+) -> Iterator[tuple[Piece, bool]]:
+    split, done = ValidationSplit(config.val_fraction), 0
     for piece in read_pieces(files, config.max_bytes, piece_bytes(total, config.val_fraction)):
         yield piece, split.is_val(piece)
+        done += len(piece.text.encode())
+        told(min(done, total))
 
 
-def _tokenizer(config: DataConfig, files: list[SourceFile]) -> TextTokenizer:
+def _tokenizer(config: DataConfig, files: list[SourceFile], told: Told) -> TextTokenizer:
     if config.tokenizer == "bytes":
         return BytesTokenizer()
     if config.tokenizer != "bpe":
         return read_tokenizer_file(config.tokenizer)
-    return BpeTokenizer.train((piece.text for piece, val in _split(config, files) if not val), config.vocab_size)
+
+    pieces = _split(config, files, "reading the text", told)
+
+    def texts() -> Iterator[str]:
+        for piece, is_val in pieces:
+            if not is_val:
+                yield piece.text
+        told("training the tokenizer", 0, 0)
+
+    return BpeTokenizer.train(texts(), config.vocab_size)
 
 
-def _write_tokens(config: DataConfig, files: list[SourceFile], tokenizer: TextTokenizer, directory: Path) -> None:
+def _write_tokens(
+    config: DataConfig, files: list[SourceFile], tokenizer: TextTokenizer, directory: Path, told: Told
+) -> None:
     train, val = (TokenShardWriter(directory / name, tokenizer.vocab_size) for name in (TRAIN, VAL))
-    pieces = _split(config, files)
+    pieces = _split(config, files, "encoding", told)
     while batch := list(islice(pieces, _BATCH)):
         encoded = tokenizer.encode_batch([piece.text for piece, _ in batch])
         for (piece, is_val), ids in zip(batch, encoded, strict=True):

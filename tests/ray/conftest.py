@@ -26,6 +26,7 @@ from ray.cluster_utils import Cluster
 from elastic_moe.actors.link import NAMESPACE
 
 ROOT = Path(__file__).resolve().parents[2]
+START_TRIES = 4
 
 
 @pytest.fixture
@@ -84,6 +85,7 @@ class Head:
     address: str
     dashboard: str
     env: dict[str, str]
+    programs: Path = Path(sys.executable).parent
 
     def start(self, *arguments: str, **env: str) -> None:
         self.env |= env
@@ -92,14 +94,24 @@ class Head:
         command = ["ray", "start", "--head", f"--node-ip-address={host}", f"--port={port}", "--num-cpus=0"]
         command += [f"--{name}-port={number}" for name, number in ports.items()]
         command += ["--object-store-memory=80000000", f"--dashboard-port={self.dashboard.rsplit(':')[-1]}", *arguments]
-        done = self.call(*command)
-        assert done.returncode == 0, done.stdout + done.stderr
+        for left in reversed(range(START_TRIES)):
+            done = self.call(*command)
+            if done.returncode == 0:
+                return
+            told = done.stdout + done.stderr
+            assert "timed out during startup" in told, told  # Ray gives it 30 s, whatever the machine's load
+            assert left > 0, told
+            self.stop()
 
     def call(self, *command: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
-        """Run one of the programs installed beside this Python."""
-        program = Path(sys.executable).parent / command[0]
+        """Run one of the programs in `programs`: by default those installed beside this Python."""
         return subprocess.run(
-            [program, *command[1:]], env=self.env, cwd=self.root, capture_output=True, text=True, timeout=timeout_s
+            [self.programs / command[0], *command[1:]],
+            env=self.env,
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
         )
 
     def stop(self) -> None:
@@ -132,7 +144,7 @@ def head() -> Iterator[Head]:
     (root / "ray").mkdir()
     port, dashboard = free_ports(2)
     host = ray.util.get_node_ip_address()
-    dropped = ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
+    dropped = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
     env |= {"RAY_TMPDIR": str(root), "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
     started = Head(root, f"{host}:{port}", f"http://127.0.0.1:{dashboard}", env)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from tests.patience import until
 from tests.ray.test_stop import ENDLESS, wait_steps
 
 ROOT = Path(__file__).resolve().parents[2]
+CONTROLLER = "ray::ElasticController"
+LOOKS_SOON = {"RAY_TRAIN_STATE_ACTOR_RECONCILIATION_INTERVAL_S": "5"}  # Ray, for controllers that are dead
 
 
 def drivers(run: Path) -> list[psutil.Process]:
@@ -61,9 +64,13 @@ def last_step(run: Path) -> int:
 
 @pytest.mark.timeout(900)
 def test_a_submitted_job_loses_no_step_although_its_driver_dies(head: Any, tiny: list[str], tmp_path: Path) -> None:
-    """The second time, the coordinator dies with it, and the job is submitted again while the workers still save."""
+    """The second time, the coordinator dies with it, and the job is submitted again while the workers still save.
+
+    Before all that, the Ray Train controller dies alone. To Ray these are four attempts of one run, and none of a dead
+    controller goes on.
+    """
     del head.env["PYTHONPATH"]  # the job's working directory is what brings the package to the driver and the workers
-    head.start("--num-cpus=2", "--include-dashboard=true", PYTHONSAFEPATH="")
+    head.start("--num-cpus=2", "--include-dashboard=true", PYTHONSAFEPATH="", **LOOKS_SOON)
     run, package = tmp_path / "run", tmp_path / "job"
     package.mkdir()
     for name in ("elastic_moe", "conf"):
@@ -76,6 +83,10 @@ def test_a_submitted_job_loses_no_step_although_its_driver_dies(head: Any, tiny:
         begun = head.call(*submit, "--no-wait", "--", *train, ENDLESS, timeout_s=400)
         assert begun.returncode == 0, begun.stdout + begun.stderr
         wait_steps(run, at + 8)
+        if not again:
+            (controller,) = [process for process in processes(head) if title(process).startswith(CONTROLLER)]
+            controller.kill()
+            until(lambda: shown(head) == ("RUNNING", ["ABORTED", "RUNNING"]), "another controller", 200.0)
         killed = drivers(run) + (coordinators(head) if again else [])
         assert len(killed) == 1 + again
         for process in killed:
@@ -84,6 +95,7 @@ def test_a_submitted_job_loses_no_step_although_its_driver_dies(head: Any, tiny:
         if not again:
             until(lambda: not coordinators(head), "the end of what outlived the driver", 120.0)
             assert finished(run) == [REASON]
+            until(lambda: shown(head) == ("ABORTED", ["ABORTED"] * 2), "Ray sees that nothing runs", 200.0)
 
     steps = last_step(run) + 100
     done = head.call(*submit, "--", *train, f"run.steps={steps}", timeout_s=400)
@@ -94,6 +106,16 @@ def test_a_submitted_job_loses_no_step_although_its_driver_dies(head: Any, tiny:
     entered = [event for event in read_jsonl(run / "events.jsonl") if event["event"] == "entered"]
     resumed = [event["lost_steps"] for event in entered if event["source"] == "checkpoint"]
     assert resumed == [0, 0], "no death costs a step"
+    until(lambda: shown(head) == ("FINISHED", ["ABORTED"] * 3 + ["FINISHED"]), "one run, with its attempts", 100.0)
+
+
+def shown(head: Any) -> tuple[str, list[str]]:
+    """The status of the only train run that Ray's dashboard knows, and those of its attempts, oldest first."""
+    with urllib.request.urlopen(f"{head.dashboard}/api/train/v2/runs/v1", timeout=60) as answer:
+        (run,) = json.load(answer)["train_runs"]
+    assert run["name"].startswith("run-"), "its own name"
+    attempts = sorted(run["attempts"], key=lambda attempt: attempt["start_time_ns"])
+    return run["status"], [attempt["status"] for attempt in attempts]
 
 
 def finished(run: Path) -> list[str]:

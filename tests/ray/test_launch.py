@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,10 @@ def test_a_killed_worker_is_replaced_and_the_run_ends(tmp_path: Path, capsys: py
     assert {"worker_lost", "entered", "checkpoint", "sample"} <= events
     assert (run / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").exists()
     assert (run / "config.yaml").read_text() == "seed: 0\n"
-    assert f"{STEPS} steps, loss" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert f"{STEPS} steps, loss" in told.out
+    assert "A worker died" not in told.out, "Ray's notice of a thousand characters"
+    assert re.search(r"^Ray: process \d+ on \S+ died \(SYSTEM_ERROR: ", told.err, re.MULTILINE)
 
 
 def test_a_run_directory_with_a_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

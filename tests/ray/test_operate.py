@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,19 +126,20 @@ def test_the_state_is_saved_before_a_dead_head_ends_everything(head: Any, tiny: 
 
 
 @pytest.mark.timeout(400)
-def test_workers_that_no_node_can_hold_are_told(head: Any, tiny: list[str], tmp_path: Path) -> None:
+def test_a_run_ends_whose_workers_no_node_can_ever_hold(head: Any, tiny: list[str], tmp_path: Path) -> None:
+    """It is told at once, and nodes that are started by hand have some time to come."""
     head.start("--num-cpus=2")
     command = [sys.executable, "-m", "elastic_moe.train", "cluster=address", f"cluster.address={head.address}", *tiny]
-    command += ["cluster.workers=2", "cluster.cpus_per_worker=64"]
-    with (tmp_path / "log").open("w") as log:
-        driver = subprocess.Popen(command, env=head.env, cwd=head.root, stdout=log, stderr=log)
-    try:
-        until(lambda: "only a new node helps" in (tmp_path / "log").read_text(), "a word about it", 200.0)
-        driver.send_signal(signal.SIGTERM)
-        assert driver.wait(200) == 128 + signal.SIGTERM
-    finally:
-        driver.kill()
-        driver.wait()
-    told = (tmp_path / "log").read_text()
-    assert "waiting for workers; 0 workers are here; 2 more are asked of Ray, each with CPU 64" in told
-    assert "none of its 1 nodes is so large (at most CPU 2), only a new node helps" in told
+    command += ["cluster.workers=2", "cluster.cpus_per_worker=64", "cluster.nodes_timeout_s=20"]
+    done = subprocess.run(command, env=head.env, cwd=head.root, capture_output=True, text=True, timeout=350)
+    assert done.returncode == 2, done.stderr
+    assert "waiting for workers; 0 workers are here; 2 more are asked of Ray, each with CPU 64" in done.stderr
+    assert "none of its 1 nodes is so large (at most CPU 2), only a new node helps, and no autoscaler is there" in (
+        done.stderr
+    )
+    ended = "cluster.cpus_per_worker=64: no node can ever hold a worker; the 1 nodes of the cluster have at most CPU 2"
+    assert f"error: {ended} each, and no autoscaler is there\n" in done.stderr
+    assert done.stderr.count(ended) == 1, "one sentence"
+    assert not coordinators(head)
+    (failed,) = [event for event in read_jsonl(tmp_path / "run" / "events.jsonl") if event["event"] == "failed"]
+    assert failed["reason"].startswith(ended)

@@ -26,6 +26,9 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def line(self, _text: str) -> None:
+        pass
+
 
 @pytest.mark.parametrize("on_this_cluster", [False, True])
 def test_nothing_more_is_written_and_it_is_told_which_directory_was_taken(

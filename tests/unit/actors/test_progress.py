@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Any
 
 import pytest
 
-from elastic_moe.actors.demand import Demand
 from elastic_moe.actors.progress import Progress
 
 WAITING = {"phase": "waiting", "reason": "waiting for workers", "workers": 1, "paused": False}
@@ -74,14 +75,19 @@ def test_a_pause_is_no_waiting(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_missing() -> None:
-    need, node = {"CPU": 1.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 1.0}
-    assert "controller starts" in Demand(0, 0, need, [node], node).sentence()
-    assert Demand(2, 0, need, [node], node).sentence() == "Ray has room for all others, and they start"
-    assert Demand(4, 3, need, [node, node], node).sentence() == (
-        "3 more are asked of Ray, each with CPU 1, GPU 2: none of its 2 nodes is so large (at most CPU 8, GPU 1), "
-        "only a new node helps"
-    )
-    assert Demand(1, 1, {"CPU": 1.0}, [node], {}).sentence() == (
-        "1 more are asked of Ray, each with CPU 1: its 1 nodes are large enough, but others use them (free: CPU 0)"
-    )
+class Terminal(io.StringIO):
+    """Says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows the same as a line, and lines stand above it. A resumed run begins with its step."""
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "120")
+    with Progress(10_000, 1.0, str) as shown:
+        shown.records([record(5000), record(5001)])
+        shown.line("a worker died")
+    assert "a worker died\n" in terminal.getvalue()
+    assert "| step 5001 of 10000, loss 3.0000, 1,234 tokens/s, 2 workers, 2 h 46 min left" in terminal.getvalue()

@@ -271,6 +271,20 @@ def test_the_time_until_a_view_is_entered_counts_from_its_publication_or_from_th
     assert lines[-1]["time"] == 5.0
 
 
+def test_views_that_nobody_enters_are_forgotten() -> None:
+    lines: list[dict[str, Any]] = []
+    log = EventLog(lines.append)
+    members = (Member("a", "n", 1),)
+    for generation in range(1, 200):
+        view = View(generation, members)
+        state = State(1, records={"a": WorkerRecord(members[0])}, view=view, generation=generation)
+        log.view_published(state, 0, view, False, "death", "death")
+    assert len(log._views) < 50
+    log.entered(state, 0, "a", 198, {})
+    log.entered(state, 0, "a", 199, {})
+    assert [line["generation"] for line in lines if line["event"] == "entered"] == [198, 199], "the latest still count"
+
+
 def _hello(worker: str, sources: str, device: str, view: View | None = None) -> msg.HelloMessage:
     entered = view.generation if view is not None else 0
     return msg.HelloMessage(

@@ -20,7 +20,7 @@ def test_a_line_says_who_when_and_where(tmp_path: Path) -> None:
     logs = WorkerLogs(tmp_path / "logs")
     logs.write(LINE | {"generation": 3})
     logs.write(LINE | {"worker": "../../w2", "text": "\udcff"})
-    assert (tmp_path / "logs" / "w1.log").read_text().endswith("WARNING [generation 3 step 7] some.module: words\n")
+    assert (tmp_path / "logs" / "w1.log").read_text().endswith("WARNING some.module generation 3 step 7: words\n")
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["______w2.log", "w1.log"]
 
 

@@ -11,19 +11,11 @@ package imports neither torch nor Ray.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from elastic_moe.api.run import Run
-    from elastic_moe.api.settings import configure
-    from elastic_moe.api.training import TrainingFailed, train
-    from elastic_moe.config.schema import TrainConfig
-    from elastic_moe.errors import StorageFailed, UserError
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Run", "StorageFailed", "TrainConfig", "TrainingFailed", "UserError", "__version__", "configure", "train"]
 
-_HOME = {
+_HOME = {  # __init__.pyi has the same for type checkers
     "Run": "api.run",
     "configure": "api.settings",
     "train": "api.training",
@@ -32,6 +24,7 @@ _HOME = {
     "StorageFailed": "errors",
     "UserError": "errors",
 }
+__all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,10 +17,10 @@ from elastic_moe.run_dir import CONFIG, EVENTS, EXPERTS, LIVE, METRICS, checkpoi
 
 if TYPE_CHECKING:
     import pandas
-    import torch
 
     from elastic_moe.actors.operate import LiveRun
     from elastic_moe.data.tokenizer import TextTokenizer
+    from elastic_moe.model.transformer import Transformer
 
 FRAME_HEIGHT = 720  # pixels of the report in a notebook
 NEW, RUNNING, STARTED_AGAIN = "new", "running", ("view", "entered")
@@ -148,7 +148,7 @@ class Run:
         with live_run(self.dir, address) as live:
             yield live
 
-    def model(self, step: int | None = None) -> torch.nn.Module:
+    def model(self, step: int | None = None) -> Transformer:
         """The trained model, whole on one device (a GPU where there is one). Called with token ids (batch, position).
 
         Args:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from os import PathLike, fspath
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from elastic_moe.config.build import build
@@ -91,6 +91,6 @@ def _preset(group: str, name: Any) -> dict[str, Any]:
     known = options(group)
     if name not in known:
         raise UserError(f"{group} has no option {name}; it can be {', '.join(known)}.")
-    node = OmegaConf.load(config_dir() / group / f"{name}.yaml")
-    assert isinstance(node, DictConfig)
-    return {str(key): value for key, value in OmegaConf.to_container(node, resolve=False).items()}  # type: ignore[union-attr]
+    node = OmegaConf.to_container(OmegaConf.load(config_dir() / group / f"{name}.yaml"))
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}

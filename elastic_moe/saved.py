@@ -16,7 +16,10 @@ from elastic_moe.config.renamed import translate
 from elastic_moe.config.schema import ModelConfig, TrainConfig
 from elastic_moe.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load_tokenizer, read_tokenizer_file
 from elastic_moe.errors import UserError
-from elastic_moe.model.hf.checkpoint import HFCheckpoint, read_fields
+from elastic_moe.model.experts.local import LocalExperts
+from elastic_moe.model.hf.checkpoint import HFCheckpoint, named_tensors, read_fields
+from elastic_moe.model.params import param_specs
+from elastic_moe.model.transformer import Transformer
 from elastic_moe.run_dir import CONFIG, TOKENIZER, checkpoint_root
 from elastic_moe.types import ParamSpec
 
@@ -74,7 +77,7 @@ def read_config(run_dir: Path) -> TrainConfig:
         if not isinstance(node, dict):
             raise UserError(f"{run_dir / CONFIG} is no configuration of a run.")
         node.pop("hydra", None)
-        return build(translate(node))
+        return build(translate(node), inputs=False)
 
 
 def open_hf(path: str) -> SavedModel:
@@ -100,6 +103,20 @@ def open_model(path: str, step: int | None = None) -> SavedModel:
     if (Path(path).expanduser() / "config.json").is_file():
         return open_hf(path)
     return open_run(path, step)
+
+
+def load_model(saved: SavedModel) -> Transformer:
+    """The whole model on one device: a GPU where there is one."""
+    with torch.device("meta"):
+        experts = LocalExperts(saved.cfg, seed=None)
+        model = Transformer(saved.cfg, experts)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    experts.to_empty(device=device)
+    model.to_empty(device=device)
+    tensors = named_tensors(model, experts)
+    for spec in param_specs(saved.cfg):
+        tensors[spec.name].copy_(saved.read(spec))
+    return model
 
 
 def with_tokenizer(cfg: ModelConfig, tokenizer: TextTokenizer) -> ModelConfig:

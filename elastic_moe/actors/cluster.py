@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,8 @@ from elastic_moe.config.schema import ClusterConfig, TrainConfig
 from elastic_moe.errors import UserError
 
 GIB = 1 << 30
+START_TRIES = 3  # Ray gives a node 30 s to start, whatever the load of the machine
+SLOW_START = "timed out during startup"  # in what it raises then
 CONNECT_S = 5.0
 OBJECT_STORE_MIN_BYTES = 75 << 20  # Ray's lower bound
 
@@ -131,14 +134,22 @@ def _common(cluster: ClusterConfig) -> dict[str, Any]:
 def _local(config: TrainConfig) -> Iterator[None]:
     cluster = config.cluster
     num_cpus = math.ceil(cluster.cpus_per_worker * max_workers(config))
-    ray.init(
-        address="local",
-        num_cpus=max(1, num_cpus),
-        namespace=NAMESPACE,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-        **_common(cluster),
-    )
+    for tries_left in range(START_TRIES - 1, -1, -1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(1, num_cpus),
+                namespace=NAMESPACE,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                **_common(cluster),
+            )
+            break
+        except Exception as error:
+            if SLOW_START not in str(error) or not tries_left:
+                raise
+            print("elastic_moe: note: this machine is so busy that Ray did not start; once more", file=sys.stderr)
+            ray.shutdown()
     try:
         yield
     finally:

@@ -69,6 +69,15 @@ STOPPING = "stopping: waiting for the final checkpoint (once more to end at once
 
 
 def launch(config: TrainConfig, raw_yaml: str) -> int:
+    """Run a training to its end; see `start`. Bad input is told in one sentence, and its exit code returned."""
+    try:
+        return start(config, raw_yaml)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def start(config: TrainConfig, raw_yaml: str) -> int:
     """Run a training to its end.
 
     Args:
@@ -76,26 +85,25 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
         raw_yaml: the configuration as the user gave it, kept in the run directory.
 
     Returns:
-        Exit code: 0 when `run.steps` are committed, 2 for bad input, 3 if the last state could not be saved or no state
-        could be read, 130 after Ctrl-C, 143 after SIGTERM, else 1.
+        Exit code: 0 when `run.steps` are committed, 130 after Ctrl-C, 143 after SIGTERM, else 1.
+
+    Raises:
+        UserError: bad input, exit code 2.
+        StorageFailed: the last state could not be saved, or no state could be read; exit code 3.
     """
-    try:
-        config = resolve(config)
-        config = _absolute(config)
-        _check_device(config)
-        set_timeout(config.checkpoint.timeout_s)
-        check_start(config, look(config))
-        _make(Path(config.run.dir))
-        probe(checkpoint_root(config))
-        with own(Path(config.run.dir), checkpoint_root(config)) as leases:
-            return _launch_owned(config, raw_yaml, leases)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    config = resolve(config)
+    config = _absolute(config)
+    _check_device(config)
+    set_timeout(config.checkpoint.timeout_s)
+    check_start(config, look(config))
+    _make(Path(config.run.dir))
+    probe(checkpoint_root(config))
+    with own(Path(config.run.dir), checkpoint_root(config)) as leases:
+        return _launch_owned(config, raw_yaml, leases)
 
 
 def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -> int:
-    """Compare the start with what the directories hold, begin it, and train; see `launch`."""
+    """Compare the start with what the directories hold, begin it, and train; see `start`."""
     run_dir, found = Path(config.run.dir), look(config)
     check_start(config, found)
     with CorpusProgress(config.run.log_every_s, RunLog(config.run.log_format, run_dir.name)) as shown:
@@ -342,4 +350,4 @@ class _Driver:
         shown.records(records)
 
 
-__all__ = ["launch", "make_trainer", "start_coordinator", "train_function"]
+__all__ = ["launch", "make_trainer", "start", "start_coordinator", "train_function"]

@@ -9,12 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from elastic_moe.cli.hydra_internals import split_jobs
@@ -22,6 +20,7 @@ from elastic_moe.config.build import build, unknown_key
 from elastic_moe.config.reference import config_dir
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
+from elastic_moe.origin import with_origin
 
 BAD_CONFIG = 2  # exit code
 
@@ -76,25 +75,3 @@ def check(
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_sentence(error)) from error
     return checked
-
-
-def with_origin(config: DictConfig) -> DictConfig:
-    """The configuration with the model's shape, and the tokenizer if there is one, of the directory `model.init_from`.
-
-    Raises:
-        UserError: the directory has no model that can be expressed here.
-    """
-    origin = config.model.init_from
-    if not origin:
-        return config
-    from elastic_moe.data.tokenizer import TOKENIZER_FILE
-    from elastic_moe.model.hf.checkpoint import read_fields  # torch is imported only where it is needed
-
-    directory = Path(origin).expanduser().absolute()
-    fields: dict[str, Any] = {"model": {**read_fields(directory), "init_from": str(directory)}}
-    tokenizer = directory / TOKENIZER_FILE
-    if tokenizer.is_file() and config.data.tokenizer == TrainConfig().data.tokenizer:
-        fields["data"] = {"tokenizer": str(tokenizer)}
-    merged = OmegaConf.merge(config, fields)
-    assert isinstance(merged, DictConfig)
-    return merged

@@ -11,30 +11,10 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
-
 from elastic_moe.data.tokenizer import TextTokenizer
 from elastic_moe.errors import UserError
-from elastic_moe.model.experts.local import LocalExperts
-from elastic_moe.model.hf.checkpoint import named_tensors
-from elastic_moe.model.params import param_specs
 from elastic_moe.model.sampling import generate
-from elastic_moe.model.transformer import Transformer
-from elastic_moe.saved import SavedModel, open_model
-
-
-def load(saved: SavedModel) -> Transformer:
-    """The whole model on one device."""
-    with torch.device("meta"):
-        experts = LocalExperts(saved.cfg, seed=None)
-        model = Transformer(saved.cfg, experts)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    experts.to_empty(device=device)
-    model.to_empty(device=device)
-    tensors = named_tensors(model, experts)
-    for spec in param_specs(saved.cfg):
-        tensors[spec.name].copy_(saved.read(spec))
-    return model
+from elastic_moe.saved import load_model, open_model
 
 
 def pieces(shown: str, prompt: Sequence[int], continued: Iterable[int], tokenizer: TextTokenizer) -> Iterator[str]:
@@ -87,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if saved.tokenizer is None:
             raise UserError(f"{options.checkpoint} has no tokenizer.json.")
         prompt = saved.tokenizer.encode(options.prompt) or [saved.tokenizer.end_id]
-        model = load(saved)
+        model = load_model(saved)
     except UserError as error:
         print(f"elastic_moe: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from elastic_moe.cli.compose import check, register_schema, with_origin
+from elastic_moe.cli.compose import check, register_schema
 from elastic_moe.cli.hydra_internals import parse_flags
 from elastic_moe.cli.key_help import show_help
 from elastic_moe.config.build import build
@@ -25,6 +25,7 @@ from elastic_moe.config.reference import config_dir
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
 from elastic_moe.metrics.report.page import write_report
+from elastic_moe.origin import with_origin
 
 SIGNALLED = 128  # exit codes from here on: the run was stopped by a signal
 

@@ -21,17 +21,18 @@ from elastic_moe.errors import UserError
 __all__ = ["build", "check_model_fields", "key_names", "nearest", "start_workers", "unknown_key"]
 
 
-def build(config: Mapping[Any, Any]) -> TrainConfig:
+def build(config: Mapping[Any, Any], inputs: bool = True) -> TrainConfig:
     """Check a composed configuration and return it as a sealed TrainConfig.
 
     Args:
         config: nested mapping of the keys of TrainConfig; a key that is absent keeps the dataclass's default.
+        inputs: the corpus and the tokenizer have to be there; a run that is only read needs them no more.
 
     Raises:
         UserError: an unknown key, a value of the wrong type, out of range, or at odds with another key.
     """
     built = cast(TrainConfig, _build_node(TrainConfig, config, ""))
-    for note in check_rules(built):
+    for note in check_rules(built, inputs):
         warnings.warn(note, stacklevel=2)
     built.seal()
     return built

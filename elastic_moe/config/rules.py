@@ -77,8 +77,13 @@ def start_workers(config: TrainConfig) -> int:
     return cluster.nodes * cluster.workers_per_node if cluster.kind == "simulated" else cluster.workers
 
 
-def check_rules(config: TrainConfig) -> list[str]:
-    """Raise UserError for the first rule broken; return notes about settings that are allowed but doubtful."""
+def check_rules(config: TrainConfig, inputs: bool = True) -> list[str]:
+    """Raise UserError for the first rule broken; return notes about settings that are allowed but doubtful.
+
+    Args:
+        config: the configuration.
+        inputs: the corpus and the tokenizer have to be there.
+    """
     _check_ranges(config, "")
     for key in ("optim.beta1", "optim.beta2"):
         _need(config, key, lambda value: 0 <= value < 1, "from 0 to below 1")
@@ -99,7 +104,13 @@ def check_rules(config: TrainConfig) -> list[str]:
         _need(config, key, lambda value: value % step == 0, f"a multiple of {step} in {config.precision}")
     _check_model(config)
     _check_elastic(config)
-    _check_paths(config)
+    if inputs:
+        _check_inputs(config)
+    scheme = re.match(r"([a-z0-9]+)://", config.checkpoint.dir)
+    if scheme and scheme[1] not in ("file", "s3", "gs"):
+        raise UserError(
+            f"checkpoint.dir must be a path or a file://, s3:// or gs:// URI, not {config.checkpoint.dir!r}."
+        )
     _check_faults(config)
     if config.optim.spike == "rollback" and not config.checkpoint.every_steps and not config.checkpoint.every_minutes:
         raise UserError(
@@ -257,7 +268,7 @@ def _check_elastic(config: TrainConfig) -> None:
         )
 
 
-def _check_paths(config: TrainConfig) -> None:
+def _check_inputs(config: TrainConfig) -> None:
     corpus = config.data.corpus
     if corpus != "stdlib" and not Path(corpus).expanduser().exists():
         raise UserError(
@@ -266,11 +277,6 @@ def _check_paths(config: TrainConfig) -> None:
     tokenizer = config.data.tokenizer
     if tokenizer not in ("bpe", "bytes") and not Path(tokenizer).expanduser().is_file():
         raise UserError(f'data.tokenizer must be "bpe", "bytes" or a tokenizer.json, not {tokenizer!r}.')
-    scheme = re.match(r"([a-z0-9]+)://", config.checkpoint.dir)
-    if scheme and scheme[1] not in ("file", "s3", "gs"):
-        raise UserError(
-            f"checkpoint.dir must be a path or a file://, s3:// or gs:// URI, not {config.checkpoint.dir!r}."
-        )
 
 
 def _check_faults(config: TrainConfig) -> None:

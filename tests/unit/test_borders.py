@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "elastic_moe"
 LEVEL = {
     "config": 0, "types": 0, "environment": 0, "errors": 0, "run_dir": 0, "run_log": 0, "sources": 0,
     "plan": 1, "control": 2, "model": 3, "parallel": 4, "optim": 4,
-    "data": 4, "checkpoint": 4, "metrics": 4, "notices": 4, "coordination": 5, "runtime": 5, "saved": 5,
-    "actors": 6, "cli": 7, "__init__": 0,
+    "data": 4, "checkpoint": 4, "metrics": 4, "notices": 4, "coordination": 5, "runtime": 5, "saved": 5, "origin": 5,
+    "actors": 6, "api": 7, "cli": 7, "__init__": 7,
 }  # fmt: skip
 ENTRY_POINTS = {
     "__main__.py",
@@ -30,7 +30,7 @@ OUTSIDE = {  # third-party top-level packages -> parts that may import them
     "ray": {"actors"},
     "hydra": {"cli"},
     "numba": {"plan"},
-    "omegaconf": {"cli", "config", "saved"},
+    "omegaconf": {"api", "cli", "config", "origin", "saved"},
     "wandb": {"metrics"},
     "accelerate": {"runtime", "metrics"},
     "torch": {"model", "saved", "cli", "parallel", "optim", "checkpoint", "runtime", "coordination", "actors", "data"},

@@ -60,9 +60,9 @@ AT_LEAST_ZERO = """
 """.split()
 
 ABOVE_ZERO = """
-    model.routed_scaling model.rope_theta model.norm_eps model.rope_factor model.rope_beta_fast model.rope_beta_slow
-    model.compress_theta cluster.worker_memory_gib optim.lr optim.eps optim.grad_clip elastic.heartbeat_s
-    elastic.heartbeat_timeout_s elastic.lease_s elastic.hold_s elastic.hang_timeout_s elastic.form_timeout_s
+    model.routed_scaling model.rope_theta model.rope_fraction model.norm_eps model.rope_factor model.rope_beta_fast
+    model.rope_beta_slow model.compress_theta cluster.worker_memory_gib optim.lr optim.eps optim.grad_clip
+    elastic.heartbeat_s elastic.heartbeat_timeout_s elastic.lease_s elastic.hold_s elastic.hang_timeout_s elastic.form_timeout_s
     balance.window checkpoint.timeout_s
 """.split()
 
@@ -196,6 +196,11 @@ def _check_attention(model: ModelConfig) -> None:
     if model.attention == "gqa" and model.num_heads % model.num_kv_heads:
         raise UserError(
             f"model.num_heads ({model.num_heads}) must be a multiple of model.num_kv_heads ({model.num_kv_heads})."
+        )
+    if model.attention == "gqa" and (model.rope_fraction > 1 or model.rotated_dim < 2 or model.rotated_dim % 2):
+        raise UserError(
+            f"model.rope_fraction ({model.rope_fraction}) must be at most 1 and rotate an even number of the "
+            f"{model.head_dim} channels of a head."
         )
     if model.attention != "gqa" and model.rope_dim % 2:
         raise UserError(f"model.rope_dim ({model.rope_dim}) must be even.")

@@ -62,8 +62,8 @@ AT_LEAST_ZERO = """
 ABOVE_ZERO = """
     model.routed_scaling model.rope_theta model.rope_fraction model.norm_eps model.rope_factor model.rope_beta_fast
     model.rope_beta_slow model.compress_theta cluster.worker_memory_gib optim.lr optim.eps optim.grad_clip
-    elastic.heartbeat_s elastic.heartbeat_timeout_s elastic.lease_s elastic.hold_s elastic.hang_timeout_s elastic.form_timeout_s
-    balance.window checkpoint.timeout_s
+    elastic.heartbeat_s elastic.heartbeat_timeout_s elastic.lease_s elastic.hold_s elastic.hang_timeout_s
+    elastic.form_timeout_s balance.window checkpoint.timeout_s
 """.split()
 
 LAYER_KINDS = {"sliding", "csa", "hca"}

@@ -19,8 +19,9 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.experts.local import LocalExperts
 from elastic_moe.model.hf.config_json import config_of, family_of, fields_of
-from elastic_moe.model.hf.families import FAMILIES
+from elastic_moe.model.hf.families import FAMILIES, OWN
 from elastic_moe.model.hf.files import FLOATS, INDEX, INTEGERS, SINGLE, read_headers, read_json
+from elastic_moe.model.hf.own_format import copy_code
 from elastic_moe.model.hf.quantized import block_of
 from elastic_moe.model.hf.stored import Place, StoredWeights, aliases, count, find
 from elastic_moe.model.params import param_specs
@@ -87,7 +88,7 @@ class HFCheckpoint:
 
     def _check_count(self, cfg: ModelConfig) -> None:
         """Refuse a config.json that wants far more than the files hold, before anything is made of its size."""
-        embed, wanted = "model.embed_tokens.weight", (cfg.vocab_size, cfg.hidden_size)
+        embed, wanted = str(self._family.name("embed.weight")), (cfg.vocab_size, cfg.hidden_size)
         name = next((alias for alias in aliases(embed) if alias in self._stored), None)
         if name is None:
             raise UserError(f"{self._directory} has no tensor {embed}.")
@@ -157,7 +158,7 @@ def write_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[Iterable[ParamSpec]], Iterable[ParamSpec]] = iter,
 ) -> list[str]:
-    """Write config.json and safetensors that `transformers` loads with `from_pretrained`.
+    """Write config.json and safetensors that `transformers` loads with `from_pretrained`; with code where it needs it.
 
     Args:
         directory: is created; must not have a config.json.
@@ -183,7 +184,7 @@ def write_checkpoint(
     writer = _ShardWriter(target, shard_bytes)
     unwritten: list[str] = []
     for spec in progress(param_specs(cfg)):
-        name = None if spec.name.startswith("mtp.") else family.name(spec.name)
+        name = None if spec.name.startswith("mtp.") and kind != OWN else family.name(spec.name)
         if name is None:
             unwritten.append(spec.name)
             continue
@@ -200,6 +201,8 @@ def write_checkpoint(
     for name, shape in _empty_shared(cfg, kind).items():
         writer.add(name, torch.empty(shape, dtype=dtype))
     writer.close()
+    if kind == OWN:
+        copy_code(target)
     (target / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return unwritten
 

@@ -14,8 +14,9 @@ from elastic_moe.config.build import check_model_fields
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.attention.compressed import layer_kind
-from elastic_moe.model.hf.families import FAMILIES, LAYER_TYPES, NEWER_KEYS, YARN, Json
+from elastic_moe.model.hf.families import FAMILIES, LAYER_TYPES, NEWER_KEYS, OWN, YARN, Json
 from elastic_moe.model.hf.known_keys import DEFAULTS, ROPE_KEYS, check_keys
+from elastic_moe.model.hf.own_format import own_config, own_fields
 from elastic_moe.model.hf.quantized import block_of
 
 LARGEST = 2**31 - 1  # of any size in a config.json
@@ -62,6 +63,8 @@ def fields_from(config: Json, where: str) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type {kind!r} is not one of {', '.join(FAMILIES)}.")
+    if kind == OWN:
+        return own_fields(config, where)
     family = FAMILIES[kind]
     check_keys(config, where)
     block_of(config, where)
@@ -204,21 +207,14 @@ def _hash_layers(config: Json, layers: int) -> int | None:
 
 
 def family_of(cfg: ModelConfig) -> str:
-    """The model_type that can express this model.
-
-    Raises:
-        UserError: none can; the message names the field that the nearest family cannot express.
-    """
+    """The model_type that can express this model: a family of transformers, or our own format."""
     nearest = {"mla": "deepseek_v3", "csa": "deepseek_v4"}.get(cfg.attention)
     if nearest is None:
         nearest = "qwen3_moe" if cfg.router_score == "softmax" else "glm4_moe"
     fields = asdict(cfg)
     for key, value in FAMILIES[nearest].fixed.items():
         if fields[key] != value and (key != "output_bias" or cfg.attention_bias):
-            raise UserError(
-                f"model.{key}={fields[key]} cannot be expressed in Hugging Face's {nearest}, the nearest to "
-                f"model.attention={cfg.attention}: it needs {value}."
-            )
+            return OWN
     return nearest
 
 
@@ -231,9 +227,11 @@ def config_of(cfg: ModelConfig, dtype: str, seq_len: int) -> dict[str, Any]:
         seq_len: longest sequence trained on.
 
     Raises:
-        UserError: no family can express the model.
+        UserError: neither a family nor our own format can express the model.
     """
     kind = family_of(cfg)
+    if kind == OWN:
+        return own_config(cfg, dtype, seq_len)
     family, fields = FAMILIES[kind], asdict(cfg)
     written: dict[str, Any] = {theirs: fields[ours] for ours, theirs in family.keys.items()}
     longest = max(seq_len, int(cfg.rope_original_len * cfg.rope_factor) if cfg.rope_factor > 1 else 0)

@@ -78,6 +78,7 @@ LAYER_TYPES = {  # ours -> theirs, the kinds of attention of DeepSeek-V4
     "hca": "heavily_compressed_attention",
 }
 
+OWN = "elastic_moe"  # model_type of the models that none of transformers' families can express: own_format.py
 NEWER_KEYS = {"num_experts": "num_local_experts", "n_routed_experts": "num_local_experts"}  # in newer files
 
 COMMON_NAMES = [
@@ -173,6 +174,7 @@ class Family:
         keys: fields of ModelConfig -> keys of config.json.
         names: (regular expression on our parameter names, replacement); the first that matches counts.
         required: keys of config.json -> the values they may have; a key may be absent.
+        transposed: H_res is ours transposed.
     """
 
     architecture: str
@@ -180,6 +182,7 @@ class Family:
     keys: Mapping[str, str]
     names: Sequence[tuple[str, str]]
     required: Mapping[str, tuple[Any, ...]]
+    transposed: bool = False
 
     def name(self, ours: str) -> str | None:
         """Their name of a parameter of ours; None when the family has no such parameter."""
@@ -190,7 +193,7 @@ class Family:
 
     def layout(self, ours: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """The function between our layout of a tensor and theirs, which is its own inverse."""
-        return swap_streams if re.search(r"_mix\.(proj|base)$", ours) else _identity
+        return swap_streams if self.transposed and re.search(r"_mix\.(proj|base)$", ours) else _identity
 
 
 PLAIN = {"residual": "plain", "swiglu_limit": 0.0, "num_hash_layers": 0}
@@ -219,6 +222,7 @@ FAMILIES = {
             **ALWAYS, "attention_bias": (False,), "num_key_value_heads": (1,), "norm_topk_prob": (True,),
             "n_shared_experts": (1,), "topk_method": ("noaux_tc",),
         },
+        transposed=True,
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
@@ -238,4 +242,5 @@ FAMILIES = {
         [*COMMON_NAMES, *GQA_NAMES],
         ALWAYS,
     ),
+    OWN: Family("ElasticMoeForCausalLM", {}, {}, [("", "")], {}),
 }  # fmt: skip

@@ -195,5 +195,5 @@ def test_what_is_missing_or_strange_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="model_type 'llama'"):
         read_fields(tmp_path)
-    with pytest.raises(UserError, match=r"model.residual=mhc .* deepseek_v3"):
-        write_checkpoint(tmp_path / "x", ModelConfig(attention="mla", residual="mhc"), lambda _: torch.empty(0), 8)
+    with pytest.raises(UserError, match=r"model.attention=csa .* deepseek_v4"):
+        write_checkpoint(tmp_path / "x", ModelConfig(attention="csa", residual="hc"), lambda _: torch.empty(0), 8)

@@ -97,6 +97,8 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
     run_dir, found = Path(config.run.dir), look(config)
     check_start(config, found)
     prepared = prepare(config.data, default_cache_root(config.data, run_dir))
+    if prepared.summary:
+        print(prepared.summary, file=sys.stderr)
     tokenizer = load_tokenizer(prepared.tokenizer_path)
     config = replace(config, model=with_tokenizer(config.model, tokenizer))
     if config.model.init_from:

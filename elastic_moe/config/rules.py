@@ -264,7 +264,7 @@ def _check_elastic(config: TrainConfig) -> None:
 
 def _check_paths(config: TrainConfig) -> None:
     corpus = config.data.corpus
-    if corpus != "stdlib" and not Path(corpus).expanduser().exists():
+    if corpus != "stdlib" and not (corpus.strip() and Path(corpus).expanduser().exists()):
         raise UserError(
             f'data.corpus names {corpus!r}, which does not exist: give a text file, a directory or "stdlib".'
         )

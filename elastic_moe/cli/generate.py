@@ -24,7 +24,11 @@ from elastic_moe.saved import SavedModel, open_model
 
 
 def load(saved: SavedModel) -> Transformer:
-    """The whole model on one device."""
+    """The whole model on one device.
+
+    Raises:
+        UserError: a weight is not finite.
+    """
     with torch.device("meta"):
         experts = LocalExperts(saved.cfg, seed=None)
         model = Transformer(saved.cfg, experts)
@@ -33,7 +37,10 @@ def load(saved: SavedModel) -> Transformer:
     model.to_empty(device=device)
     tensors = named_tensors(model, experts)
     for spec in param_specs(saved.cfg):
-        tensors[spec.name].copy_(saved.read(spec))
+        value = saved.read(spec)
+        if not value.isfinite().all():
+            raise UserError(f"{saved.what}: {spec.name} has values that are not finite, so no text can be made.")
+        tensors[spec.name].copy_(value)
     return model
 
 
@@ -83,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="of the checkpoint; the newest one if not given")
     options = parser.parse_args(arguments)
     try:
+        if any("\ud800" <= character <= "\udfff" for character in options.prompt):
+            raise UserError("--prompt is not valid UTF-8.")
         saved = open_model(options.checkpoint, options.step)
         if saved.tokenizer is None:
             raise UserError(f"{options.checkpoint} has no tokenizer.json.")

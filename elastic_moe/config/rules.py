@@ -93,7 +93,12 @@ def check_rules(config: TrainConfig) -> list[str]:
         lambda value: value * 1024 >= 75,
         "at least 0.0733 (75 MiB), Ray's lower bound",
     )
-    _need(config, "run.dir", lambda value: bool(value.strip()), "the path of a directory")
+    _need(
+        config,
+        "run.dir",
+        lambda value: bool(value.strip()) and "://" not in value,
+        "the path of a directory (checkpoint.dir may be an object store's)",
+    )
     step = 8 if config.precision == "bf16" else 4
     for key in MULTIPLE_OF_4:
         _need(config, key, lambda value: value % step == 0, f"a multiple of {step} in {config.precision}")

@@ -106,7 +106,11 @@ def open_model(path: str, step: int | None = None) -> SavedModel:
 
 
 def load_model(saved: SavedModel) -> Transformer:
-    """The whole model on one device: a GPU where there is one."""
+    """The whole model on one device: a GPU where there is one.
+
+    Raises:
+        UserError: a weight is not finite.
+    """
     with torch.device("meta"):
         experts = LocalExperts(saved.cfg, seed=None)
         model = Transformer(saved.cfg, experts)
@@ -115,7 +119,10 @@ def load_model(saved: SavedModel) -> Transformer:
     model.to_empty(device=device)
     tensors = named_tensors(model, experts)
     for spec in param_specs(saved.cfg):
-        tensors[spec.name].copy_(saved.read(spec))
+        value = saved.read(spec)
+        if not value.isfinite().all():
+            raise UserError(f"{saved.what}: {spec.name} has values that are not finite, so no text can be made.")
+        tensors[spec.name].copy_(value)
     return model
 
 

@@ -106,8 +106,11 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
     """Compare the start with what the directories hold, begin it, and train; see `start`."""
     run_dir, found = Path(config.run.dir), look(config)
     check_start(config, found)
-    with CorpusProgress(config.run.log_every_s, RunLog(config.run.log_format, run_dir.name)) as shown:
+    log = RunLog(config.run.log_format, run_dir.name)
+    with CorpusProgress(config.run.log_every_s, log) as shown:
         prepared = prepare(config.data, default_cache_root(config.data, run_dir), shown)
+    if prepared.summary:
+        log.tell(prepared.summary, event="corpus")
     tokenizer = load_tokenizer(prepared.tokenizer_path)
     config = replace(config, model=with_tokenizer(config.model, tokenizer))
     if config.model.init_from:

@@ -2,8 +2,8 @@
 
 Writes safetensors, config.json and the tokenizer, which `transformers` loads with `from_pretrained`. Tensors are read
 and written one by one, so the model need not fit into memory. A model that no family of transformers can express (mHC
-with MLA, for example) is refused with a sentence. The weights of multi-token prediction are left out, because
-transformers has no place for them.
+with MLA, for example) is written with code of its own, which `from_pretrained(..., trust_remote_code=True)` runs. In a
+family of transformers, the weights of multi-token prediction are left out, because there is no place for them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from tqdm import tqdm
 from elastic_moe.data.tokenizer import BpeTokenizer
 from elastic_moe.errors import UserError
 from elastic_moe.model.hf.checkpoint import write_checkpoint
+from elastic_moe.model.hf.config_json import family_of
+from elastic_moe.model.hf.families import OWN
 from elastic_moe.saved import open_model
 from elastic_moe.types import ParamSpec
 
@@ -56,6 +58,8 @@ def export(source: str, target: str, step: int | None, dtype: torch.dtype) -> st
     notes = f"; {len(left)} tensors of the multi-token prediction were left out" if left else ""
     if saved.tokenizer is not None and not isinstance(saved.tokenizer, BpeTokenizer):
         notes += "; tokens are bytes, for which transformers needs no file: id 0 to 255, and 256 ends a document"
+    if family_of(saved.cfg) == OWN:
+        notes += "; transformers loads it with trust_remote_code=True"
     return f"{saved.what} is now in {target}{notes}"
 
 

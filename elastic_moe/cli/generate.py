@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="of the checkpoint; the newest one if not given")
     options = parser.parse_args(arguments)
     try:
+        if any("\ud800" <= character <= "\udfff" for character in options.prompt):
+            raise UserError("--prompt is not valid UTF-8.")
         saved = open_model(options.checkpoint, options.step)
         if saved.tokenizer is None:
             raise UserError(f"{options.checkpoint} has no tokenizer.json.")

@@ -18,7 +18,7 @@ SHAPE = """
     num_shared_experts num_hash_layers residual mtp_depth max_unit_elements
 """.split()
 SHAPE_OF_ATTENTION = {
-    "gqa": "num_kv_heads head_dim qk_norm attention_bias".split(),
+    "gqa": "num_kv_heads head_dim qk_norm attention_bias output_bias".split(),
     "mla": "head_dim rope_dim value_dim query_latent kv_latent attention_bias".split(),
     "csa": """
         head_dim rope_dim query_latent layer_kinds csa_rate hca_rate index_heads index_dim output_groups output_latent

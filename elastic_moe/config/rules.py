@@ -60,10 +60,10 @@ AT_LEAST_ZERO = """
 """.split()
 
 ABOVE_ZERO = """
-    model.routed_scaling model.rope_theta model.norm_eps model.rope_factor model.rope_beta_fast model.rope_beta_slow
-    model.compress_theta cluster.worker_memory_gib optim.lr optim.eps optim.grad_clip elastic.heartbeat_s
-    elastic.heartbeat_timeout_s elastic.lease_s elastic.hold_s elastic.hang_timeout_s elastic.form_timeout_s
-    balance.window checkpoint.timeout_s
+    model.routed_scaling model.rope_theta model.rope_fraction model.norm_eps model.rope_factor model.rope_beta_fast
+    model.rope_beta_slow model.compress_theta cluster.worker_memory_gib optim.lr optim.eps optim.grad_clip
+    elastic.heartbeat_s elastic.heartbeat_timeout_s elastic.lease_s elastic.hold_s elastic.hang_timeout_s
+    elastic.form_timeout_s balance.window checkpoint.timeout_s
 """.split()
 
 LAYER_KINDS = {"sliding", "csa", "hca"}
@@ -98,7 +98,12 @@ def check_rules(config: TrainConfig, inputs: bool = True) -> list[str]:
         lambda value: value * 1024 >= 75,
         "at least 0.0733 (75 MiB), Ray's lower bound",
     )
-    _need(config, "run.dir", lambda value: bool(value.strip()), "the path of a directory")
+    _need(
+        config,
+        "run.dir",
+        lambda value: bool(value.strip()) and "://" not in value,
+        "the path of a directory (checkpoint.dir may be an object store's)",
+    )
     step = 8 if config.precision == "bf16" else 4
     for key in MULTIPLE_OF_4:
         _need(config, key, lambda value: value % step == 0, f"a multiple of {step} in {config.precision}")
@@ -208,6 +213,11 @@ def _check_attention(model: ModelConfig) -> None:
         raise UserError(
             f"model.num_heads ({model.num_heads}) must be a multiple of model.num_kv_heads ({model.num_kv_heads})."
         )
+    if model.attention == "gqa" and (model.rope_fraction > 1 or model.rotated_dim < 2 or model.rotated_dim % 2):
+        raise UserError(
+            f"model.rope_fraction ({model.rope_fraction}) must be at most 1 and rotate an even number of the "
+            f"{model.head_dim} channels of a head."
+        )
     if model.attention != "gqa" and model.rope_dim % 2:
         raise UserError(f"model.rope_dim ({model.rope_dim}) must be even.")
     if model.attention != "csa":
@@ -270,7 +280,7 @@ def _check_elastic(config: TrainConfig) -> None:
 
 def _check_inputs(config: TrainConfig) -> None:
     corpus = config.data.corpus
-    if corpus != "stdlib" and not Path(corpus).expanduser().exists():
+    if corpus != "stdlib" and not (corpus.strip() and Path(corpus).expanduser().exists()):
         raise UserError(
             f'data.corpus names {corpus!r}, which does not exist: give a text file, a directory or "stdlib".'
         )

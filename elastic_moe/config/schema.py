@@ -50,7 +50,9 @@ class ModelConfig(Sealed):
     kv_latent: int = 64  # mla: width of the latent of keys and values
     qk_norm: bool = False  # gqa: normalise queries and keys
     attention_bias: bool = False  # biases in the projections of attention
+    output_bias: bool = True  # gqa: with attention_bias, the output projection has one too
     rope_theta: float = 10000.0  # base of the rotary embedding
+    rope_fraction: float = 1.0  # gqa: part of a head's width that is rotated
     rope_interleave: bool = True  # mla: rotate pairs (2i, 2i + 1); false: (i, i + d/2)
     rope_factor: float = 1.0  # YaRN: context extension; 1: none
     rope_original_len: int = 4096  # YaRN: length before extension
@@ -103,6 +105,11 @@ class ModelConfig(Sealed):
     def num_moe_layers(self) -> int:
         """MoE layers, that of the multi-token prediction included."""
         return self.num_layers - self.num_dense_layers + self.mtp_depth
+
+    @property
+    def rotated_dim(self) -> int:
+        """gqa: channels of a head that are rotated."""
+        return int(self.head_dim * self.rope_fraction)
 
     @property
     def has_streams(self) -> bool:

@@ -8,15 +8,20 @@ training or to validation.
 
 from __future__ import annotations
 
+import os
 import sysconfig
+import zlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from elastic_moe.config.schema import DataConfig
+from elastic_moe.data.text_file import PLAIN, TextFormat, documents, format_of, unreadable
 from elastic_moe.errors import UserError
 
 STDLIB = "stdlib"
+HIDDEN = "hidden or an editor's"
 EXCLUDED_DIRS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload", "__phello__"}
     | {"encodings"}  # tables of character names, a tenth of the text
@@ -32,6 +37,7 @@ class SourceFile:
     name: str
     size: int
     mtime_ns: int
+    form: TextFormat = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,45 +48,87 @@ class Piece:
     ends: bool
 
 
-def list_files(config: DataConfig) -> list[SourceFile]:
+@dataclass
+class CorpusFiles:
+    """The files of a corpus.
+
+    Attributes:
+        files: those that are read, in order.
+        skipped: number of files left out, by reason.
+        total_bytes: size of all files with text, the unread ones too.
+    """
+
+    files: list[SourceFile] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    total_bytes: int = 0
+
+
+def list_files(config: DataConfig) -> CorpusFiles:
     """List the files of the corpus in a fixed order, until they have `max_bytes` bytes.
 
     Raises:
         UserError: the corpus does not exist or has no text.
     """
+    found, root, hidden = _found(config)
+    listed = CorpusFiles(skipped=Counter({HIDDEN: hidden} if hidden else {}))
+    for path in sorted(found, key=lambda p: p.relative_to(root).as_posix()):
+        try:
+            stat = path.stat()
+        except OSError:
+            listed.skipped["broken link"] += 1
+            continue
+        if not stat.st_size:
+            listed.skipped["empty"] += 1
+        elif config.max_bytes and listed.total_bytes >= config.max_bytes:
+            listed.skipped["beyond data.max_bytes"] += 1
+            listed.total_bytes += stat.st_size
+        elif (form := format_of(path)) is None:
+            listed.skipped["not text"] += 1
+        else:
+            name = path.relative_to(root).as_posix()
+            listed.files.append(SourceFile(path, name, stat.st_size, stat.st_mtime_ns, form))
+            listed.total_bytes += stat.st_size
+    if not listed.files:
+        raise UserError(f"data.corpus={config.corpus} has no text; give a text file, or a directory with text files")
+    return listed
+
+
+def _found(config: DataConfig) -> tuple[list[Path], Path, int]:
+    """Paths of the corpus, the directory that they are relative to, and the number of files left out by their names."""
     if config.corpus == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         found = [p for p in root.rglob("*.py") if not EXCLUDED_DIRS.intersection(p.relative_to(root).parts[:-1])]
-    else:
-        root = Path(config.corpus).expanduser()
-        if root.is_file():
-            found, root = [root], root.parent
-        elif root.is_dir():
-            found = [path for path in root.rglob(config.pattern) if path.is_file()]
-            if not found:
-                raise UserError(f"data.pattern={config.pattern} matches no file in the directory data.corpus={root}")
-        else:
-            raise UserError(f'data.corpus={config.corpus} does not exist; give a text file, a directory, or "{STDLIB}"')
-    files: list[SourceFile] = []
-    total = 0
-    for path in sorted(found, key=lambda p: p.relative_to(root).as_posix()):
-        if config.max_bytes and total >= config.max_bytes:
-            break
-        stat = path.stat()
-        if stat.st_size and not _is_binary(path):
-            files.append(SourceFile(path, path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns))
-            total += stat.st_size
-    if not files:
-        raise UserError(f"data.corpus={config.corpus} has no text; give a text file, or a directory with text files")
-    return files
+        return found, root, 0
+    root = Path(config.corpus).expanduser()
+    if not config.corpus.strip() or not root.exists():
+        raise UserError(f'data.corpus={config.corpus!r} does not exist; give a text file, a directory, or "{STDLIB}"')
+    if not root.is_dir():
+        return [root], root.parent, 0
+    pattern = config.pattern.removeprefix("**/")
+    found = [path for path in _walk(root) if path.relative_to(root).match(pattern)]
+    kept = [path for path in found if not any(_is_hidden(part) for part in path.relative_to(root).parts)]
+    if not kept:
+        raise UserError(f"data.pattern={config.pattern} matches no file in the directory data.corpus={root}")
+    return kept, root, len(found) - len(kept)
 
 
-def _is_binary(path: Path) -> bool:
-    try:
-        with path.open("rb") as stream:
-            return b"\0" in stream.read(4096)
-    except OSError as error:
-        raise UserError(f"data.corpus: cannot read {path}: {error.strerror}") from error
+def _walk(root: Path) -> Iterator[Path]:
+    """All files below a directory, through links too; each directory once, whatever links lead to it."""
+    seen: set[str] = set()
+    for directory, below, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below.sort()
+        below[:] = [name for name in below if name != ".git"]
+        yield from (Path(directory, name) for name in files)
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or directory is hidden, or an editor's own: `.git`, `.x.swp`, `x~`, `#x#`."""
+    return name.startswith(".") or name.endswith("~") or (name.startswith("#") and name.endswith("#"))
 
 
 def piece_bytes(total_bytes: int, val_fraction: float) -> int:
@@ -98,7 +146,22 @@ def read_pieces(files: list[SourceFile], max_bytes: int, size: int) -> Iterator[
     """
     left = max_bytes or -1
     for file in files:
-        with file.path.open(encoding="utf-8", errors="replace", newline="") as stream:
+        for text, ends in _chunks(file, size, left):
+            if left > 0:
+                left = max(left - len(text), 0)
+            yield Piece(text, ends)
+        if left == 0:
+            return
+
+
+def _chunks(file: SourceFile, size: int, left: int) -> Iterator[tuple[str, bool]]:
+    """Text of a file in chunks of about `size` characters, at most about `left` of them (below 0: no limit).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        for stream in documents(file.path, file.form):
             held: str | None = None
             while left != 0:
                 wanted = size if left < 0 else min(size, left)
@@ -110,12 +173,14 @@ def read_pieces(files: list[SourceFile], max_bytes: int, size: int) -> Iterator[
                 if left > 0:
                     left = max(left - len(text), 0)
                 if held is not None:
-                    yield Piece(held, ends=False)
+                    yield held, False
                 held = text
             if held is not None:
-                yield Piece(held, ends=True)
-        if left == 0:
-            return
+                yield held, True
+            if left == 0:
+                return
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(file.path, error) from error
 
 
 class ValidationSplit:

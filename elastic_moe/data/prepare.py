@@ -12,13 +12,22 @@ import json
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from elastic_moe.config.schema import DataConfig
-from elastic_moe.data.corpus import Piece, SourceFile, ValidationSplit, list_files, piece_bytes, read_pieces
+from elastic_moe.data.corpus import (
+    CorpusFiles,
+    Piece,
+    SourceFile,
+    ValidationSplit,
+    list_files,
+    piece_bytes,
+    read_pieces,
+)
 from elastic_moe.data.shards import FORMAT, TokenShard, TokenShardWriter, file_sha256, token_digest
 from elastic_moe.data.tokenizer import (
     TOKENIZER_FILE,
@@ -31,6 +40,8 @@ from elastic_moe.data.tokenizer import (
 from elastic_moe.errors import UserError
 
 TRAIN, VAL = "train.bin", "val.bin"
+SUMMARY = "corpus.txt"  # one line about what was read
+READER = 2  # version of how files become text and tokens; part of the cache's names
 _BATCH = 64  # pieces encoded at once
 Told = Callable[
     [str, int, int], object
@@ -56,6 +67,12 @@ class Prepared:
     tokenizer_path: str
     vocab_size: int
     digest: str = ""
+
+    @property
+    def summary(self) -> str:
+        """One line about what was read and what was left out; "" where it is not known."""
+        path = Path(self.train_path).with_name(SUMMARY)
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
     @property
     def train(self) -> TokenShard:
@@ -86,13 +103,13 @@ def prepare(config: DataConfig, cache_root: str | Path, told: Told = _silent) ->
         raise UserError(f"data.val_fraction={config.val_fraction} must lie between 0 and 1")
     if config.tokenizer not in ("bpe", "bytes") and not Path(config.tokenizer).expanduser().is_file():
         raise UserError(f'data.tokenizer={config.tokenizer} is neither "bpe" nor "bytes" nor a file')
-    files = list_files(config)
-    root = Path(cache_root).absolute()
+    listed = list_files(config)
+    files, root = listed.files, Path(cache_root).absolute()
     kind = config.tokenizer if config.tokenizer in ("bpe", "bytes") else "file"
     final = root / f"{kind}-{_key(config, files)}"
     prepared = find_prepared(final)
     if prepared is None:
-        prepared = _build(config, files, final, told)
+        prepared = _build(config, listed, final, told)
     for path, key in ((prepared.train_path, "data.corpus"), (prepared.val_path, "data.val_fraction")):
         shard = TokenShard.open(path, verify=False)
         if shard.num_samples(config.seq_len) == 0:
@@ -106,7 +123,7 @@ def prepare(config: DataConfig, cache_root: str | Path, told: Told = _silent) ->
 def _key(config: DataConfig, files: list[SourceFile]) -> str:
     """Short hash of everything that the tokens depend on; the sequence length is not part of it."""
     vocab_size = config.vocab_size if config.tokenizer == "bpe" else 0
-    parts = [FORMAT, config.tokenizer, vocab_size, config.max_bytes, config.val_fraction]
+    parts = [FORMAT, READER, config.tokenizer, vocab_size, config.max_bytes, config.val_fraction]
     if config.tokenizer not in ("bpe", "bytes"):
         parts.append(hashlib.sha256(Path(config.tokenizer).expanduser().read_bytes()).hexdigest())
     parts += [(file.name, file.size, file.mtime_ns) for file in files]
@@ -147,13 +164,14 @@ def digest_of(prepared: Prepared) -> str:
     return hashlib.sha256(f"{tokens} {tokenizer}".encode()).hexdigest()
 
 
-def _build(config: DataConfig, files: list[SourceFile], final: Path, told: Told) -> Prepared:
+def _build(config: DataConfig, listed: CorpusFiles, final: Path, told: Told) -> Prepared:
     temporary = final.with_name(f".{final.name}-{uuid.uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
-        tokenizer = _tokenizer(config, files, told)
+        tokenizer = _tokenizer(config, listed.files, told)
         tokenizer.save(temporary / TOKENIZER_FILE)
-        _write_tokens(config, files, tokenizer, temporary, told)
+        text = _write_tokens(config, listed.files, tokenizer, temporary, told)
+        (temporary / SUMMARY).write_text(_summary(listed, text) + "\n", encoding="utf-8")
         _publish(temporary, final)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot prepare the corpus in {final.parent}: {error}") from error
@@ -199,17 +217,46 @@ def _tokenizer(config: DataConfig, files: list[SourceFile], told: Told) -> TextT
     return BpeTokenizer.train(texts(), config.vocab_size)
 
 
+@dataclass
+class _Text:
+    """What was read. Attributes: characters, size in UTF-8, and characters U+FFFD (bytes that could not be decoded)."""
+
+    characters: int = 0
+    size: int = 0
+    unknown: int = 0
+
+    def add(self, text: str) -> None:
+        self.characters += len(text)
+        self.size += len(text.encode())
+        self.unknown += text.count("\ufffd")
+
+
+def _summary(listed: CorpusFiles, text: _Text) -> str:
+    reasons = ", ".join(f"{number} {reason}" for reason, number in listed.skipped.most_common())
+    skipped = f"{listed.skipped.total()} left out ({reasons})" if reasons else "none left out"
+    encodings = Counter(file.form.encoding for file in listed.files if not file.form.encoding.startswith("utf-8"))
+    others = "".join(f", {number} in {name}" for name, number in encodings.most_common())
+    share = f"{text.unknown / max(text.characters, 1):.3%} of it U+FFFD" if text.unknown else "no U+FFFD"
+    return (
+        f"corpus: {len(listed.files)} files read{others}, {skipped}; {text.size / 1e6:.3g} MB of text from files of "
+        f"{listed.total_bytes / 1e6:.3g} MB, {share}"
+    )
+
+
 def _write_tokens(
     config: DataConfig, files: list[SourceFile], tokenizer: TextTokenizer, directory: Path, told: Told
-) -> None:
+) -> _Text:
+    read = _Text()
     train, val = (TokenShardWriter(directory / name, tokenizer.vocab_size) for name in (TRAIN, VAL))
     pieces = _split(config, files, "encoding", told)
     while batch := list(islice(pieces, _BATCH)):
         encoded = tokenizer.encode_batch([piece.text for piece, _ in batch])
         for (piece, is_val), ids in zip(batch, encoded, strict=True):
+            read.add(piece.text)
             (val if is_val else train).append([*ids, tokenizer.end_id] if piece.ends else ids)
     train.close()
     val.close()
+    return read
 
 
 def _publish(temporary: Path, final: Path) -> None:

@@ -75,6 +75,9 @@ class BpeTokenizer:
         end_id = tokenizer.token_to_id(end)
         assert end_id is not None, f"tokenizer has no {end} token"
         self._end_id: int = end_id
+        tokenizer.no_truncation()  # both may be saved in a file, and would drop text or train on padding
+        tokenizer.no_padding()
+        self._vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have holes
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
@@ -101,7 +104,7 @@ class BpeTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        return self._vocab_size
 
     @property
     def end_id(self) -> int:

@@ -18,7 +18,7 @@ from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.attention.context import AttentionContext, LayerCache
-from elastic_moe.model.attention.rope import rotate, yarn_mscale
+from elastic_moe.model.attention.rope import rotate, rotate_front, yarn_mscale
 from elastic_moe.model.init import init_in, init_out
 from elastic_moe.model.layers import Linear, RMSNorm
 
@@ -67,16 +67,16 @@ class GroupedQueryAttention(nn.Module):
         self.q = Linear(cfg.hidden_size, cfg.num_heads * width, init_in(cfg), bias)
         self.k = Linear(cfg.hidden_size, cfg.num_kv_heads * width, init_in(cfg), bias)
         self.v = Linear(cfg.hidden_size, cfg.num_kv_heads * width, init_in(cfg), bias)
-        self.o = Linear(cfg.num_heads * width, cfg.hidden_size, init_out(cfg), bias)
+        self.o = Linear(cfg.num_heads * width, cfg.hidden_size, init_out(cfg), bias and cfg.output_bias)
         self.q_norm = RMSNorm(width, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(width, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
     def forward(self, x_BSD: torch.Tensor, context: AttentionContext) -> tuple[torch.Tensor, None]:
         cfg, cache = self._cfg, context.layer_cache(self._layer)
         heads = (-1, cfg.head_dim)
-        tables = context.rope(cfg.head_dim, cfg.rope_theta, yarn=True)
-        q_BHSd = rotate(self.q_norm(self.q(x_BSD).unflatten(-1, heads)).transpose(1, 2), tables, interleave=False)
-        k_BGSd = rotate(self.k_norm(self.k(x_BSD).unflatten(-1, heads)).transpose(1, 2), tables, interleave=False)
+        tables = context.rope(cfg.rotated_dim, cfg.rope_theta, yarn=True)
+        q_BHSd = rotate_front(self.q_norm(self.q(x_BSD).unflatten(-1, heads)).transpose(1, 2), tables)
+        k_BGSd = rotate_front(self.k_norm(self.k(x_BSD).unflatten(-1, heads)).transpose(1, 2), tables)
         v_BSGd = self.v(x_BSD).unflatten(-1, heads)
         if cache is not None:
             k_BGSd = cache.extend("k", k_BGSd.transpose(1, 2)).transpose(1, 2)

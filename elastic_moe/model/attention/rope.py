@@ -113,3 +113,11 @@ def rotate_tail(x: torch.Tensor, tables: Tables) -> torch.Tensor:
     """Rotate the last d channels of each head, in interleaved pairs; d is the width of the tables."""
     width = 2 * tables[0].shape[-1]
     return torch.cat((x[..., :-width], rotate(x[..., -width:], tables, interleave=True)), dim=-1)
+
+
+def rotate_front(x: torch.Tensor, tables: Tables) -> torch.Tensor:
+    """Rotate the first d channels of each head, in pairs (i, i + d / 2); d is the width of the tables."""
+    width = 2 * tables[0].shape[-1]
+    if width == x.shape[-1]:
+        return rotate(x, tables, interleave=False)
+    return torch.cat((rotate(x[..., :width], tables, interleave=False), x[..., width:]), dim=-1)

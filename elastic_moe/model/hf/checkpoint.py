@@ -19,8 +19,11 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.experts.local import LocalExperts
 from elastic_moe.model.hf.config_json import config_of, family_of, fields_of
-from elastic_moe.model.hf.families import FAMILIES
-from elastic_moe.model.hf.files import FLOATS, INDEX, INTEGERS, SINGLE, read_headers, read_json, read_tensor
+from elastic_moe.model.hf.families import FAMILIES, OWN
+from elastic_moe.model.hf.files import FLOATS, INDEX, INTEGERS, SINGLE, read_headers, read_json
+from elastic_moe.model.hf.own_format import copy_code
+from elastic_moe.model.hf.quantized import block_of
+from elastic_moe.model.hf.stored import Place, StoredWeights, aliases, count, find
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.types import ParamSpec
@@ -36,17 +39,6 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
         UserError: the file cannot be read, or its model cannot be expressed.
     """
     return fields_of(read_json(Path(directory) / CONFIG_JSON), Path(directory))
-
-
-def _aliases(name: str) -> Iterable[str]:
-    """A tensor's name in transformers, and its name in DeepSeek's own V4 files."""
-    yield name
-    bare = name.removeprefix("model.")
-    yield (
-        bare.replace("embed_tokens.", "embed.")
-        .replace("hc_head.hc_", "hc_head_")
-        .replace("attn.norm.", "attn.kv_norm.")
-    )
 
 
 class HFCheckpoint:
@@ -68,48 +60,44 @@ class HFCheckpoint:
         self._family = FAMILIES[config["model_type"]]
         self._tied = bool(config.get("tie_word_embeddings"))
         self._stored = read_headers(self._directory)
+        block = block_of(config, str(self._directory / CONFIG_JSON))
+        self._weights = StoredWeights(self._directory, self._stored, block)
         self._check(cfg)
 
-    def _find(self, ours: str) -> str | None:
-        """Name in the files of a parameter of ours; None when the family has no such parameter."""
+    def _find(self, ours: str) -> Place | None:
+        """Place in the files of a parameter of ours; None when the family has no such parameter."""
         theirs = self._family.name(ours)
         if theirs is None:
             return None
         if theirs == "lm_head.weight" and self._tied and theirs not in self._stored:
             theirs = "model.embed_tokens.weight"
-        return next((name for name in _aliases(theirs) if name in self._stored), theirs)
+        return find(theirs, self._stored)
 
     def _check(self, cfg: ModelConfig) -> None:
         self._check_count(cfg)
         used: set[str] = set()
         for spec in param_specs(cfg):
-            name = self._find(spec.name)
-            if name is None or (_is_balancing_bias(spec) and name not in self._stored):
+            place = self._find(spec.name)
+            if place is None or (_is_balancing_bias(spec) and place.name not in self._stored):
                 continue
-            if name not in self._stored:
-                raise UserError(f"{self._directory} has no tensor {name}.")
-            stored = self._stored[name]
-            if stored.shape != spec.shape:
-                raise UserError(f"{self._directory}: {name} is {stored.shape}, not {spec.shape}.")
-            if stored.dtype not in (INTEGERS if spec.init == "experts" else FLOATS):
-                raise UserError(f"{self._directory / stored.file}: {name} has type {stored.dtype}.")
-            used.add(name)
+            types = INTEGERS if spec.init == "experts" else FLOATS
+            used.update(self._weights.check(place, spec.shape, cfg.num_experts, types))
         extra = [n for n in self._stored if n not in used and not self._is_ignored(n, cfg)]
         if extra:
             raise UserError(f"{self._directory}: this model has no place for {extra[0]} and {len(extra) - 1} others.")
 
     def _check_count(self, cfg: ModelConfig) -> None:
         """Refuse a config.json that wants far more than the files hold, before anything is made of its size."""
-        embed, wanted = "model.embed_tokens.weight", (cfg.vocab_size, cfg.hidden_size)
-        name = next((alias for alias in _aliases(embed) if alias in self._stored), None)
+        embed, wanted = str(self._family.name("embed.weight")), (cfg.vocab_size, cfg.hidden_size)
+        name = next((alias for alias in aliases(embed) if alias in self._stored), None)
         if name is None:
             raise UserError(f"{self._directory} has no tensor {embed}.")
         if self._stored[name].shape != wanted:
             raise UserError(f"{self._directory}: {name} is {self._stored[name].shape}, not {wanted}.")
         largest = max(cfg.num_layers, cfg.num_experts * cfg.num_moe_layers)
-        if largest > len(self._stored):
+        if largest > count(self._stored):
             raise UserError(
-                f"{self._directory} has {len(self._stored)} tensors, too few for the layers and experts that "
+                f"{self._directory} has {count(self._stored)} tensors, too few for the layers and experts that "
                 f"{CONFIG_JSON} names."
             )
 
@@ -121,11 +109,10 @@ class HFCheckpoint:
 
     def read(self, spec: ParamSpec) -> torch.Tensor | None:
         """A parameter's fp32 value; None when the directory has no such parameter."""
-        name = self._find(spec.name)
-        if name is None or name not in self._stored:
+        place = self._find(spec.name)
+        if place is None or place.name not in self._stored:
             return None
-        tensor = read_tensor(self._directory, name, self._stored[name]).float()
-        return self._family.layout(spec.name)(tensor).contiguous()
+        return self._family.layout(spec.name)(self._weights.read(place)).contiguous()
 
 
 class _ShardWriter:
@@ -171,7 +158,7 @@ def write_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[Iterable[ParamSpec]], Iterable[ParamSpec]] = iter,
 ) -> list[str]:
-    """Write config.json and safetensors that `transformers` loads with `from_pretrained`.
+    """Write config.json and safetensors that `transformers` loads with `from_pretrained`; with code where it needs it.
 
     Args:
         directory: is created; must not have a config.json.
@@ -197,7 +184,7 @@ def write_checkpoint(
     writer = _ShardWriter(target, shard_bytes)
     unwritten: list[str] = []
     for spec in progress(param_specs(cfg)):
-        name = None if spec.name.startswith("mtp.") else family.name(spec.name)
+        name = None if spec.name.startswith("mtp.") and kind != OWN else family.name(spec.name)
         if name is None:
             unwritten.append(spec.name)
             continue
@@ -214,6 +201,8 @@ def write_checkpoint(
     for name, shape in _empty_shared(cfg, kind).items():
         writer.add(name, torch.empty(shape, dtype=dtype))
     writer.close()
+    if kind == OWN:
+        copy_code(target)
     (target / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return unwritten
 

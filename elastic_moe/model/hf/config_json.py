@@ -14,7 +14,10 @@ from elastic_moe.config.build import check_model_fields
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.attention.compressed import layer_kind
-from elastic_moe.model.hf.families import FAMILIES, LAYER_TYPES, NEWER_KEYS, YARN, Json
+from elastic_moe.model.hf.families import FAMILIES, LAYER_TYPES, NEWER_KEYS, OWN, YARN, Json
+from elastic_moe.model.hf.known_keys import DEFAULTS, ROPE_KEYS, check_keys
+from elastic_moe.model.hf.own_format import own_config, own_fields
+from elastic_moe.model.hf.quantized import block_of
 
 LARGEST = 2**31 - 1  # of any size in a config.json
 NO_LIMIT = 1e9  # stands for an unclamped SwiGLU in a family that always applies a limit
@@ -60,28 +63,34 @@ def fields_from(config: Json, where: str) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type {kind!r} is not one of {', '.join(FAMILIES)}.")
+    if kind == OWN:
+        return own_fields(config, where)
     family = FAMILIES[kind]
-    if config.get("quantization_config"):
-        raise UserError(
-            f"{where}: the weights are quantised (quantization_config); convert them to bf16 or fp32 first."
-        )
+    check_keys(config, where)
+    block_of(config, where)
     for key, allowed in family.required.items():
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(f"{where}: {key}={config[key]!r} cannot be expressed here.")
     fields: dict[str, Any] = dict(family.fixed)
     for ours, theirs in family.keys.items():
-        value = config.get(theirs, config.get(NEWER_KEYS.get(theirs, "")))
+        value = value_of(config, theirs)
         if value is None and theirs == "q_lora_rank":
             value = 0
         if value is None and theirs == "head_dim":
-            value = config["hidden_size"] // config["num_attention_heads"]
+            value = value_of(config, "hidden_size") // value_of(config, "num_attention_heads")
         if value is None:
             raise UserError(f"{where} has no {theirs}.")
         fields[ours] = value
     if kind == "deepseek_v4":
-        fields |= _deepseek_v4_fields(config, where)
-    else:
-        fields |= _rope_fields(rope_of(config), where, full=1.0 if kind == "glm4_moe" else None)
+        return fields | _deepseek_v4_fields(config, where)
+    rope = rope_of(config)
+    fields |= _rope_fields(rope, where)
+    if kind == "glm4_moe":
+        fields["rope_fraction"] = float(rope.get("partial_rotary_factor", 0.5))
+    elif rope.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"{where}: partial_rotary_factor={rope['partial_rotary_factor']} cannot be expressed here.")
+    if kind == "deepseek_v3" and config.get("num_key_value_heads") not in (None, fields["num_heads"]):
+        raise UserError(f"{where}: num_key_value_heads must be num_attention_heads.")
     if kind == "qwen3_moe":
         dense = sorted(config.get("mlp_only_layers") or [])
         if dense != list(range(len(dense))):
@@ -90,24 +99,44 @@ def fields_from(config: Json, where: str) -> dict[str, Any]:
     return fields
 
 
-def rope_of(config: Json) -> Json:
-    """The rotary settings, in the form of newer files; older ones spread them over two keys."""
-    if config.get("rope_parameters"):
-        return config["rope_parameters"]
-    return {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+def value_of(config: Json, key: str) -> Any:
+    """The value of a key in either spelling, or the family's default where the key is absent."""
+    for name in (key, NEWER_KEYS.get(key, key)):
+        if name in config:
+            return config[name]
+    return DEFAULTS[config["model_type"]].get(key)
 
 
-def _rope_fields(rope: Json, where: str, full: float | None = None) -> dict[str, Any]:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise UserError(f"{where}: rope_type {kind!r} is not one of default, yarn.")
-    if full is not None and rope.get("partial_rotary_factor", full) != full:
-        raise UserError(f"{where}: partial_rotary_factor={rope['partial_rotary_factor']} cannot be expressed here.")
+def rope_of(config: Json) -> dict[str, Any]:
+    """The rotary settings of a model with one kind of layer, in the form of newer files.
+
+    Older files spread them over `rope_scaling` and keys at the top, which count where the settings do not say. The
+    order is that of transformers.
+    """
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if config.get(key) is not None:
+            rope.setdefault(key, config[key])
+    rope.setdefault("rope_theta", 10000.0)
+    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    if rope["rope_type"] == "yarn":
+        longest = value_of(config, "max_position_embeddings")
+        rope.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings", longest))
+        if rope.get("factor") is None:
+            rope["factor"] = longest / rope["original_max_position_embeddings"]
+    return rope
+
+
+def _rope_fields(rope: Json, where: str) -> dict[str, Any]:
+    if rope["rope_type"] not in ("default", "yarn"):
+        raise UserError(f"{where}: rope_type {rope['rope_type']!r} is not one of default, yarn.")
+    for key, value in rope.items():
+        if key not in ROPE_KEYS and value is not None:
+            raise UserError(f"{where}: the key {key} of the rotary settings is not known, and may change the model.")
     fields: dict[str, Any] = {"rope_theta": float(rope["rope_theta"]), "rope_factor": 1.0}
-    if kind == "yarn":
-        for key in ("attention_factor", "truncate"):
-            if rope.get(key) not in (None, True):
-                raise UserError(f"{where}: YaRN with {key}={rope[key]} cannot be expressed here.")
+    if rope["rope_type"] == "yarn":
+        if rope.get("attention_factor") is not None or rope.get("truncate") not in (None, True):
+            raise UserError(f"{where}: YaRN with an attention_factor or without truncate cannot be expressed here.")
         given = {ours: rope.get(theirs) for ours, theirs in YARN.items()}
         fields |= {ours: value for ours, value in given.items() if value is not None}
         fields["rope_factor"] = float(fields["rope_factor"])
@@ -115,25 +144,23 @@ def _rope_fields(rope: Json, where: str, full: float | None = None) -> dict[str,
 
 
 def _deepseek_v4_fields(config: Json, where: str) -> dict[str, Any]:
-    rope = rope_of(config)
-    if "main" not in rope or "compress" not in rope:
-        raise UserError(f"{where}: rope_parameters must have main and compress, as transformers writes them.")
-    main, compress = rope["main"], dict(rope["compress"])
+    main, compress = _deepseek_v4_rope(config)
     if compress.pop("attention_factor", 1.0) != 1.0:
         raise UserError(f"{where}: YaRN with an attention_factor other than 1 cannot be expressed here.")
-    theirs = {their: ours for ours, their in LAYER_TYPES.items()}
-    mlp_kinds = list(config.get("mlp_layer_types") or [])
-    hashed = mlp_kinds.count("hash_moe")
-    if mlp_kinds[:hashed] != ["hash_moe"] * hashed:
+    layers = value_of(config, "num_hidden_layers")
+    hashed = _hash_layers(config, layers)
+    if hashed is None:
         raise UserError(f"{where}: the hash layers in mlp_layer_types must be the first ones.")
-    limit = config.get("swiglu_limit", 0.0)
-    rates = config["compress_rates"]
+    limit = value_of(config, "swiglu_limit")
+    rates = {LAYER_TYPES["csa"]: 4, LAYER_TYPES["hca"]: 128, **(config.get("compress_rates") or {})}
+    for kind in ("csa", "hca"):
+        rates[LAYER_TYPES[kind]] = config.get(f"compress_rate_{kind}", rates[LAYER_TYPES[kind]])
     fields = _rope_fields(compress, where)
     fields["compress_theta"] = fields.pop("rope_theta")
     return fields | {
         "rope_theta": float(main["rope_theta"]),
-        "rope_dim": int(config["head_dim"] * main.get("partial_rotary_factor", 1.0)),
-        "layer_kinds": [theirs[kind] for kind in config["layer_types"]],
+        "rope_dim": int(value_of(config, "head_dim") * main.get("partial_rotary_factor", 1.0)),
+        "layer_kinds": _layer_kinds(config, layers),
         "num_hash_layers": hashed,
         "csa_rate": rates[LAYER_TYPES["csa"]],
         "hca_rate": rates[LAYER_TYPES["hca"]],
@@ -141,24 +168,53 @@ def _deepseek_v4_fields(config: Json, where: str) -> dict[str, Any]:
     }
 
 
-def family_of(cfg: ModelConfig) -> str:
-    """The model_type that can express this model.
+def _deepseek_v4_rope(config: Json) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rotary settings of the window and of the compressed entries; one set in older files is for the latter."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if "main" in rope and "compress" in rope:
+        both = dict(rope["main"]), dict(rope["compress"])
+    else:
+        fraction = config.get("partial_rotary_factor")
+        if fraction is None:
+            rotated = config.get("qk_rope_head_dim")
+            fraction = 64 / 512 if rotated is None else rotated / value_of(config, "head_dim")
+        plain = {"rope_theta": value_of(config, "rope_theta"), "partial_rotary_factor": fraction}
+        theta = value_of(config, "compress_rope_theta")
+        original = {"original_max_position_embeddings": value_of(config, "max_position_embeddings")}
+        both = plain, {**original, **rope, **plain, "rope_theta": theta}
+    for settings in both:
+        settings["rope_type"] = settings.get("rope_type", settings.get("type", "default"))
+    return both
 
-    Raises:
-        UserError: none can; the message names the field that the nearest family cannot express.
-    """
+
+def _layer_kinds(config: Json, layers: int) -> list[str]:
+    """Kinds of attention, ours. Older files give rates; without either, V4-Pro's order."""
+    theirs = {their: ours for ours, their in LAYER_TYPES.items()}
+    if config.get("layer_types") is not None:
+        return [theirs[kind] for kind in config["layer_types"]][:layers]
+    if config.get("compress_ratios") is not None:
+        return [{0: "sliding", 4: "csa", 128: "hca"}[rate] for rate in config["compress_ratios"]][:layers]
+    return ["hca" if layer < 2 or layer % 2 == 0 else "csa" for layer in range(layers)]
+
+
+def _hash_layers(config: Json, layers: int) -> int | None:
+    """Number of leading layers that route by a table; None where they are not the first ones."""
+    if config.get("mlp_layer_types") is None:
+        return min(config.get("num_hash_layers", 3), layers)
+    kinds = list(config["mlp_layer_types"])[:layers]
+    hashed = kinds.count("hash_moe")
+    return hashed if kinds[:hashed] == ["hash_moe"] * hashed else None
+
+
+def family_of(cfg: ModelConfig) -> str:
+    """The model_type that can express this model: a family of transformers, or our own format."""
     nearest = {"mla": "deepseek_v3", "csa": "deepseek_v4"}.get(cfg.attention)
     if nearest is None:
         nearest = "qwen3_moe" if cfg.router_score == "softmax" else "glm4_moe"
     fields = asdict(cfg)
     for key, value in FAMILIES[nearest].fixed.items():
-        if fields[key] != value:
-            raise UserError(
-                f"model.{key}={fields[key]} cannot be expressed in Hugging Face's {nearest}, the nearest to "
-                f"model.attention={cfg.attention}: it needs {value}."
-            )
-    if nearest == "glm4_moe" and cfg.attention_bias:
-        raise UserError("model.attention_bias=True cannot be expressed in Hugging Face's glm4_moe.")
+        if fields[key] != value and (key != "output_bias" or cfg.attention_bias):
+            return OWN
     return nearest
 
 
@@ -171,9 +227,11 @@ def config_of(cfg: ModelConfig, dtype: str, seq_len: int) -> dict[str, Any]:
         seq_len: longest sequence trained on.
 
     Raises:
-        UserError: no family can express the model.
+        UserError: neither a family nor our own format can express the model.
     """
     kind = family_of(cfg)
+    if kind == OWN:
+        return own_config(cfg, dtype, seq_len)
     family, fields = FAMILIES[kind], asdict(cfg)
     written: dict[str, Any] = {theirs: fields[ours] for ours, theirs in family.keys.items()}
     longest = max(seq_len, int(cfg.rope_original_len * cfg.rope_factor) if cfg.rope_factor > 1 else 0)
@@ -195,8 +253,8 @@ def config_of(cfg: ModelConfig, dtype: str, seq_len: int) -> dict[str, Any]:
     if kind == "deepseek_v3":
         written |= {"q_lora_rank": cfg.query_latent or None, "num_key_value_heads": cfg.num_heads}
     if kind == "glm4_moe":
-        written["rope_parameters"]["partial_rotary_factor"] = 1.0
-        written["partial_rotary_factor"] = 1.0
+        written["rope_parameters"]["partial_rotary_factor"] = cfg.rope_fraction
+        written["partial_rotary_factor"] = cfg.rope_fraction
     if kind == "qwen3_moe":
         written |= {"mlp_only_layers": list(range(cfg.num_dense_layers)), "decoder_sparse_step": 1}
     if kind == "deepseek_v4":

@@ -78,6 +78,7 @@ LAYER_TYPES = {  # ours -> theirs, the kinds of attention of DeepSeek-V4
     "hca": "heavily_compressed_attention",
 }
 
+OWN = "elastic_moe"  # model_type of the models that none of transformers' families can express: own_format.py
 NEWER_KEYS = {"num_experts": "num_local_experts", "n_routed_experts": "num_local_experts"}  # in newer files
 
 COMMON_NAMES = [
@@ -173,6 +174,7 @@ class Family:
         keys: fields of ModelConfig -> keys of config.json.
         names: (regular expression on our parameter names, replacement); the first that matches counts.
         required: keys of config.json -> the values they may have; a key may be absent.
+        transposed: H_res is ours transposed.
     """
 
     architecture: str
@@ -180,6 +182,7 @@ class Family:
     keys: Mapping[str, str]
     names: Sequence[tuple[str, str]]
     required: Mapping[str, tuple[Any, ...]]
+    transposed: bool = False
 
     def name(self, ours: str) -> str | None:
         """Their name of a parameter of ours; None when the family has no such parameter."""
@@ -190,18 +193,21 @@ class Family:
 
     def layout(self, ours: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """The function between our layout of a tensor and theirs, which is its own inverse."""
-        return swap_streams if re.search(r"_mix\.(proj|base)$", ours) else _identity
+        return swap_streams if self.transposed and re.search(r"_mix\.(proj|base)$", ours) else _identity
 
 
 PLAIN = {"residual": "plain", "swiglu_limit": 0.0, "num_hash_layers": 0}
-ALWAYS = {"hidden_act": ("silu",), "mlp_bias": (False,)}
+ALWAYS = {"hidden_act": ("silu",), "mlp_bias": (False,), "attention_dropout": (0, None)}
 FAMILIES = {
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
         {"attention": "mla", "router_score": "sigmoid", "qk_norm": False, **PLAIN},
         {**SIZES, **DEEPSEEK_MOE, **GROUPS, **MLA},
         [*COMMON_NAMES, *MLA_NAMES],
-        ALWAYS,
+        {
+            **ALWAYS, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,),
+            "partial_rotary_factor": (1, None),
+        },
     ),
     "deepseek_v4": Family(
         "DeepseekV4ForCausalLM",
@@ -212,23 +218,29 @@ FAMILIES = {
         },
         {**SIZES, **DEEPSEEK_V4, "num_experts": "n_routed_experts", "routed_scaling": "routed_scaling_factor"},
         DEEPSEEK_V4_NAMES,
-        {**ALWAYS, "attention_bias": (False,), "num_key_value_heads": (1,)},
+        {
+            **ALWAYS, "attention_bias": (False,), "num_key_value_heads": (1,), "norm_topk_prob": (True,),
+            "n_shared_experts": (1,), "topk_method": ("noaux_tc",),
+        },
+        transposed=True,
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         {
             "attention": "gqa", "router_score": "softmax", "qk_norm": True, "num_shared_experts": 0,
-            "routed_scaling": 1.0, "num_groups": 1, "groups_per_token": 1, **PLAIN,
+            "routed_scaling": 1.0, "num_groups": 1, "groups_per_token": 1, "rope_fraction": 1.0, "output_bias": True,
+            **PLAIN,
         },
         {**SIZES, **GQA, "num_experts": "num_experts", "dense_hidden": "intermediate_size"},
         [*COMMON_NAMES, *GQA_NAMES],
-        {**ALWAYS, "use_sliding_window": (False,), "decoder_sparse_step": (1,)},
+        {**ALWAYS, "use_sliding_window": (False,), "decoder_sparse_step": (1,), "partial_rotary_factor": (1, None)},
     ),
     "glm4_moe": Family(
         "Glm4MoeForCausalLM",
-        {"attention": "gqa", "router_score": "sigmoid", **PLAIN},
+        {"attention": "gqa", "router_score": "sigmoid", "output_bias": False, **PLAIN},
         {**SIZES, **DEEPSEEK_MOE, **GROUPS, **GQA, "qk_norm": "use_qk_norm"},
         [*COMMON_NAMES, *GQA_NAMES],
-        {**ALWAYS, "attention_bias": (False,)},
+        ALWAYS,
     ),
+    OWN: Family("ElasticMoeForCausalLM", {}, {}, [("", "")], {}),
 }  # fmt: skip

@@ -93,14 +93,16 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def read_tensor(directory: Path, name: str, stored: StoredTensor) -> torch.Tensor:
-    """One tensor's value.
+def read_tensor(
+    directory: Path, name: str, stored: StoredTensor, index: tuple[int, slice] | None = None
+) -> torch.Tensor:
+    """One tensor's value, or the part at an index, of which alone the bytes are read.
 
     Raises:
         UserError: the file cannot be read any more.
     """
     with opened(directory / stored.file) as tensors:
-        return tensors.get_tensor(name)
+        return tensors.get_tensor(name) if index is None else tensors.get_slice(name)[index]
 
 
 @contextmanager

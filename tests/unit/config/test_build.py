@@ -36,6 +36,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"run.steps": None}, "run.steps"),
     ({"run.steps": 0}, "run.steps"),
     ({"run.dir": " "}, "run.dir"),
+    ({"run.dir": "s3://bucket/run"}, "run.dir"),
+    ({"data.corpus": ""}, "data.corpus"),
     ({"run.overwrite": 1}, "run.overwrite"),
     ({"run.resume": "yes"}, "run.resume"),
     ({"seed": -1}, "seed"),

@@ -89,18 +89,18 @@ def test_directory_with_pattern_skips_binary_files(tmp_path: Path) -> None:
     (root / "sub" / "a.md").write_text("a" * 3000)
     (root / "c.txt").write_text("c" * 3000)
     (root / "d.md").write_bytes(b"\0\1\2")
-    assert [file.name for file in list_files(config_of(root, pattern="*.md"))] == ["b.md", "sub/a.md"]
+    assert [file.name for file in list_files(config_of(root, pattern="*.md")).files] == ["b.md", "sub/a.md"]
 
 
 def test_max_bytes_bounds_the_text(corpus: Path) -> None:
     config = config_of(corpus, max_bytes=5000)
-    text = "".join(piece.text for piece in read_pieces(list_files(config), config.max_bytes, 700))
+    text = "".join(piece.text for piece in read_pieces(list_files(config).files, config.max_bytes, 700))
     assert 5000 - 1 <= len(text) < 5100
     assert "".join(LINES).startswith(text)
 
 
 def test_stdlib_is_python_source_without_tests() -> None:
-    files = list_files(DataConfig(max_bytes=0))
+    files = list_files(DataConfig(max_bytes=0)).files
     names = [file.name for file in files]
     assert "asyncio/events.py" in names
     assert names == sorted(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,19 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
         read_tokenizer_file(tmp_path / "tokenizer.json")
+
+
+def test_truncation_padding_and_holes_of_a_file(tmp_path: Path) -> None:
+    """Truncation and padding saved in the file are switched off, and ids may have holes."""
+    BpeTokenizer.train(["some text " * 50], 280).save(tmp_path / "tokenizer.json")
+    hub = HubTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    hub.enable_truncation(4)
+    hub.enable_padding(length=64)
+    content = json.loads(hub.to_str())
+    content["model"]["vocab"]["unused"] = 1299
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = read_tokenizer_file(tmp_path / "tokenizer.json")
+    assert tokenizer.vocab_size == 1300
+    text = "some text " * 9
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert [len(ids) for ids in tokenizer.encode_batch(["a", text])] == [1, len(tokenizer.encode(text))]

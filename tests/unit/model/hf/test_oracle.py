@@ -16,7 +16,6 @@ import torch
 
 from elastic_moe.errors import UserError
 from elastic_moe.model.hf.checkpoint import (
-    FAMILIES,
     INDEX,
     HFCheckpoint,
     load_model,
@@ -25,7 +24,7 @@ from elastic_moe.model.hf.checkpoint import (
     write_checkpoint,
 )
 from elastic_moe.model.hf.families import swap_streams
-from elastic_moe.model.params import param_specs
+from tests.unit.model.hf.parity import assert_parity, random_model, save
 
 transformers = pytest.importorskip("transformers")
 SEEDS = range(6)
@@ -73,11 +72,12 @@ def v3(rng: random.Random) -> Any:
 
 
 def glm4(rng: random.Random) -> Any:
-    heads = {"num_key_value_heads": 1, "head_dim": rng.choice([4, 10]), "use_qk_norm": rng.random() < 0.5}
-    turn = {**rope(rng, False), "partial_rotary_factor": 1.0}
+    heads = {"num_key_value_heads": 1, "head_dim": rng.choice([4, 12]), "use_qk_norm": rng.random() < 0.5}
+    turn = {**rope(rng, False), "partial_rotary_factor": rng.choice([0.5, 1.0])}
     return transformers.Glm4MoeConfig(
-        **base_sizes(rng), **moe_sizes(rng), **heads, rope_parameters=turn, partial_rotary_factor=1.0, num_mtp_layers=0
-    )
+        **base_sizes(rng), **moe_sizes(rng), **heads, rope_parameters=turn, attention_bias=rng.random() < 0.7,
+        num_mtp_layers=0,
+    )  # fmt: skip
 
 
 def qwen3(rng: random.Random) -> Any:
@@ -125,57 +125,13 @@ CASES = list(itertools.product(CONFIGS, SEEDS))
 def oracle(kind: str, seed: int) -> Any:
     """A tiny random model of transformers in which nothing is zero or one."""
     torch.manual_seed(seed)
-    config = CONFIGS[kind](random.Random(f"{kind}{seed}"))
-    model = getattr(transformers, FAMILIES[kind].architecture)(config).float().eval()
-    model.set_experts_implementation("eager")  # grouped_mm refuses odd widths
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name.endswith("tid2eid"):
-                rows = [torch.randperm(config.n_routed_experts)[: tensor.shape[1]] for _ in range(len(tensor))]
-                tensor.copy_(torch.stack(rows))
-            elif "inv_freq" not in name and tensor.ndim == 1:
-                tensor.add_(torch.randn_like(tensor) * 0.3)
-            elif name.endswith("position_bias"):
-                tensor.copy_(torch.randn_like(tensor))
-    return model
-
-
-def save(model: Any, where: Path) -> Path:
-    model.save_pretrained(where, max_shard_size="40KB")
-    return where
+    return random_model(CONFIGS[kind](random.Random(f"{kind}{seed}")))
 
 
 @pytest.mark.parametrize(("kind", "seed"), CASES)
 def test_logits_and_gradients(kind: str, seed: int, tmp_path: Path) -> None:
-    """Logits within 1e-5 and every parameter's gradient within 1e-4, relative to their size."""
     theirs = oracle(kind, seed)
-    directory = save(theirs, tmp_path / "hf")
-    cfg, model, experts = load_model(directory, seq_balance_weight=0.0, index_loss_weight=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    tokens, targets = torch.randint(0, cfg.vocab_size, (2, 2, 24), generator=generator)
-    expected = theirs(tokens, use_cache=False).logits
-    size = expected.abs().max()
-    assert (model(tokens) - expected).abs().max() <= 1e-5 * max(1.0, float(size))
-
-    out = model.loss(tokens, targets)
-    loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum")
-    assert float(out.ce_sum) == pytest.approx(float(loss), rel=1e-5)
-    out.loss_sum.backward()
-    theirs.zero_grad()
-    loss.backward()
-    with torch.no_grad():  # their gradients, as a checkpoint, read like weights
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    expected_grads = HFCheckpoint(save(theirs, tmp_path / "grads"), cfg)
-    ours = {name: p.grad for name, p in model.named_parameters()} | experts.named_views(of_grad=True)
-    largest = max(float(g.abs().max()) for g in ours.values() if g is not None)
-    for spec in param_specs(cfg):
-        if spec.optimizer == "adamw":
-            expected_grad, grad = expected_grads.read(spec), ours[spec.name]
-            assert expected_grad is not None
-            assert grad is not None
-            bound = 1e-4 * float(expected_grad.abs().max()) + 1e-6 * largest
-            assert (grad - expected_grad).abs().max() <= bound, spec.name
+    assert_parity(theirs, save(theirs, tmp_path / "hf"), tmp_path / "grads", seed)
 
 
 @pytest.mark.parametrize(("kind", "seed"), CASES)
@@ -239,5 +195,5 @@ def test_what_is_missing_or_strange_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="model_type 'llama'"):
         read_fields(tmp_path)
-    with pytest.raises(UserError, match=r"model.residual=mhc .* deepseek_v3"):
-        write_checkpoint(tmp_path / "x", ModelConfig(attention="mla", residual="mhc"), lambda _: torch.empty(0), 8)
+    with pytest.raises(UserError, match=r"model.attention=csa .* deepseek_v4"):
+        write_checkpoint(tmp_path / "x", ModelConfig(attention="csa", residual="hc"), lambda _: torch.empty(0), 8)

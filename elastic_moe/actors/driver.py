@@ -27,7 +27,7 @@ from elastic_moe.actors.coordinator import Coordinator
 from elastic_moe.actors.demand import demand
 from elastic_moe.actors.fit import fit
 from elastic_moe.actors.identify import begin, changes, fingerprint_of
-from elastic_moe.actors.kept import end_all
+from elastic_moe.actors.kept import end_all, origin
 from elastic_moe.actors.link import (
     LAST_SAVE_MARGIN_S,
     NAMESPACE,
@@ -56,7 +56,20 @@ from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.wandb import Tracker
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
-from elastic_moe.run_dir import EVENTS, EXPERTS, FAULTS, METRICS, RAY, REPORT, TOKENIZER, checkpoint_root, local_path
+from elastic_moe.run_dir import (
+    ABANDONED_METRICS,
+    EVENTS,
+    EXPERTS,
+    FAULTS,
+    GOODPUT,
+    METRICS,
+    RAY,
+    REPORT,
+    SUMMARY,
+    TOKENIZER,
+    checkpoint_root,
+    local_path,
+)
 from elastic_moe.run_log import RunLog
 from elastic_moe.saved import with_tokenizer
 
@@ -153,9 +166,9 @@ def _clear(found: Found) -> None:
     run_dir = found.run_dir
     if found.steps:
         remove_all(found.root)
-    for name in (METRICS, EVENTS, EXPERTS, REPORT):
+    for name in (METRICS, EVENTS, EXPERTS, GOODPUT, SUMMARY, REPORT):
         (run_dir / name).unlink(missing_ok=True)
-    for path in (run_dir / FAULTS).glob("*"):
+    for path in (*(run_dir / FAULTS).glob("*"), *run_dir.glob(ABANDONED_METRICS)):
         path.unlink()
 
 
@@ -171,7 +184,8 @@ def train_function(settings: dict[str, Any]) -> dict[str, Any]:
     assert worker is not None, "a train function runs in an actor"
     names, token = train_names(find.name, config.run.dir), fetch_token(find.name)
     with WorkerExporter(names, get_train_context().get_world_rank(), worker):
-        return run_worker(config, find, token, context.get_node_id(), settings["prepared"], worker, names.name)
+        node, prepared = context.get_node_id(), settings["prepared"]
+        return run_worker(config, find, token, node, prepared, worker, names.name, origin())
 
 
 def start_coordinator(config: TrainConfig, name: str, token: str, prepared: Prepared | None = None) -> Any:

@@ -93,6 +93,9 @@ def check_rules(config: TrainConfig) -> list[str]:
         lambda value: value * 1024 >= 75,
         "at least 0.0733 (75 MiB), Ray's lower bound",
     )
+    _need(
+        config, "cluster.price_per_hour", lambda value: all(p >= 0 for p in value.values()), "prices of at least 0 each"
+    )
     _need(config, "run.dir", lambda value: bool(value.strip()), "the path of a directory")
     step = 8 if config.precision == "bf16" else 4
     for key in MULTIPLE_OF_4:

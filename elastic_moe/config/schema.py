@@ -196,6 +196,11 @@ class RunConfig(Sealed):
     overwrite: bool = False  # allow starting anew in a run directory that has a run
 
 
+def no_prices() -> dict[str, float]:
+    """`cluster.price_per_hour` as long as none is known."""
+    return {"default": 0.0, "on-demand": 0.0, "spot": 0.0}
+
+
 @dataclass(kw_only=True)
 class ClusterConfig(Sealed):
     kind: str = "auto"  # auto: an existing cluster if one is named, else local, Ray in this process
@@ -209,6 +214,7 @@ class ClusterConfig(Sealed):
     object_store_gib: float = 0.1  # size of Ray's object store on a node that is started, in GiB
     worker_memory_gib: float = 74.5  # memory of a worker, in GiB; used by `elastic-moe describe` only
     dashboard: bool = False  # start Ray's dashboard
+    price_per_hour: dict[str, float] = field(default_factory=no_prices)  # of a node, by node group or market type
 
 
 @dataclass(kw_only=True)

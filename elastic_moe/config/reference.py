@@ -13,6 +13,7 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from elastic_moe.config import schema
 from elastic_moe.config.build import key_names
@@ -127,7 +128,8 @@ def _written(value: object) -> str:
     if isinstance(value, str):
         return f"'{value}'" if value != value.strip() or not value else value
     if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{_written(one)}" for name, one in value.items()) + "}"
+        items = cast("dict[str, float]", value).items()
+        return "{" + ",".join(f"{name}:{one}" for name, one in items) + "}"
     return str(value)
 
 

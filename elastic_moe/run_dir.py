@@ -21,6 +21,7 @@ GOODPUT = "goodput.jsonl"  # what the workers' time went into, now and then, up 
 EXPERTS = "experts.jsonl"  # placements of the experts, and their loads
 GOODPUT = "goodput.jsonl"  # what the workers' time went into, now and then, up to then
 SUMMARY = "summary.json"  # the outcome of the newest start
+TRACKING = "tracking.json"  # how far each tracker has come
 OPERATOR = "operator.json"  # what an operator asked of the run that goes on
 LIVE = "live.json"  # where the run that goes on can be reached
 LOGS = "logs"  # directory: what the workers logged, a file for each

@@ -54,7 +54,7 @@ from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import UserError, reason_of
 from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.schema import units
-from elastic_moe.metrics.sinks.wandb import Tracker
+from elastic_moe.metrics.sinks.tracker import Tracker, check_tracking
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
 from elastic_moe.run_dir import (
     ABANDONED_METRICS,
@@ -67,6 +67,7 @@ from elastic_moe.run_dir import (
     REPORT,
     SUMMARY,
     TOKENIZER,
+    TRACKING,
     checkpoint_root,
     local_path,
 )
@@ -94,6 +95,7 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
         config = resolve(config)
         config = _absolute(config)
         _check_device(config)
+        check_tracking(config.tracking)
         set_timeout(config.checkpoint.timeout_s)
         check_start(config, look(config))
         _make(Path(config.run.dir))
@@ -129,7 +131,7 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
         try:
             name = actor_name(identity.run, identity.run_dir)
             with announced(run_dir):
-                return _Driver(name, config, prepared, tracker, stop, leases).run()
+                return _Driver(name, config, prepared, stop, leases).run()
         finally:
             tracker.close()
 
@@ -166,7 +168,7 @@ def _clear(found: Found) -> None:
     run_dir = found.run_dir
     if found.steps:
         remove_all(found.root)
-    for name in (METRICS, EVENTS, EXPERTS, GOODPUT, SUMMARY, REPORT):
+    for name in (METRICS, EVENTS, EXPERTS, GOODPUT, SUMMARY, TRACKING, REPORT):
         (run_dir / name).unlink(missing_ok=True)
     for path in (*(run_dir / FAULTS).glob("*"), *run_dir.glob(ABANDONED_METRICS)):
         path.unlink()
@@ -243,7 +245,6 @@ class _Driver:
     name: str
     config: TrainConfig
     prepared: Prepared
-    tracker: Tracker
     stop: Stop
     leases: Sequence[Lease]
     error: BaseException | None = None
@@ -328,7 +329,7 @@ class _Driver:
             return f"Ray does not tell what is missing ({reason_of(error)})"
 
     def _show(self, coordinator: Any, link: CoordinatorLink, shown: Progress) -> None:
-        """Bring what is shown and the tracker up to date. A coordinator that does not answer is asked again later."""
+        """Bring what is shown up to date. A coordinator that does not answer is asked again later."""
         events = self._events.lines()
         shown.events(events[self._shown :])
         self._shown = len(events)
@@ -338,9 +339,8 @@ class _Driver:
             records = ray.get(coordinator.records_since.remote(self.last_step), timeout=2)
         except (RayError, TimeoutError):
             return
-        for record in records:
-            self.tracker.log(record, int(record["step"]))
-            self.last_step = int(record["step"])
+        if records:
+            self.last_step = int(records[-1]["step"])
         shown.records(records)
 
 

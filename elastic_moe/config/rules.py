@@ -32,6 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.spike": ("off", "skip", "rollback", "stop"),
     "cluster.kind": ("auto", "local", "simulated", "address"),
     "cluster.collectives": ("auto", "gloo", "nccl"),
+    "tracking.backend": ("wandb", "tensorboard", "mlflow", "trackio", "off"),
     "tracking.wandb": ("auto", "online", "offline", "off"),
 }
 

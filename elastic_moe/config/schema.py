@@ -219,9 +219,11 @@ class ClusterConfig(Sealed):
 
 @dataclass(kw_only=True)
 class TrackingConfig(Sealed):
+    backend: str = "wandb"  # tracker that gets the metrics
     wandb: str = "auto"  # auto: online with an account, else offline
-    project: str = "elastic_moe"  # project in Weights & Biases
-    name: str = ""  # name of the run in Weights & Biases; "": chosen from run.dir
+    project: str = "elastic_moe"  # project or experiment in the tracker
+    name: str = ""  # name of the run in the tracker; "": chosen from run.dir
+    group: str = ""  # group of the run in the tracker, such as a sweep
 
 
 @dataclass(kw_only=True)

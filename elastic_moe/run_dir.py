@@ -15,9 +15,13 @@ CONFIGS = "configs"  # directory: configuration, command and versions of every s
 START = ".start.json"  # ending of the files there with command and versions
 TOKENIZER = "tokenizer.json"  # written by `data.tokenizer`, for export and generate
 METRICS = "metrics.jsonl"  # one line per committed step
+ABANDONED_METRICS = "metrics.t*.jsonl"  # the same of a timeline that the run has gone back behind
 EVENTS = "events.jsonl"  # one line per event
 GOODPUT = "goodput.jsonl"  # what the workers' time went into, now and then, up to then
 EXPERTS = "experts.jsonl"  # placements of the experts, and their loads
+GOODPUT = "goodput.jsonl"  # what the workers' time went into, now and then, up to then
+SUMMARY = "summary.json"  # the outcome of the newest start
+TRACKING = "tracking.json"  # how far each tracker has come
 OPERATOR = "operator.json"  # what an operator asked of the run that goes on
 LIVE = "live.json"  # where the run that goes on can be reached
 LOGS = "logs"  # directory: what the workers logged, a file for each
@@ -52,7 +56,7 @@ def local_path(place: str) -> Path | None:
 
 def abandoned_metrics(timeline: int) -> str:
     """Name of the file that keeps the records which a timeline made and the run has gone back behind."""
-    return f"metrics.t{timeline}.jsonl"
+    return ABANDONED_METRICS.replace("*", str(timeline))
 
 
 def step_dir(step: int) -> str:

@@ -8,10 +8,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SAVED, NOT_WHOLE, INTERRUPTED = HOLD_OUTCOMES = ("saved", "not_whole", "interrupted")
 """Outcomes of a save in a hold: the state is saved, or there is none to save; the members do not have all of the state;
 something came between."""
+
+
+class Origin(NamedTuple):
+    """When and where a worker was placed.
+
+    Attributes:
+        placed_s: wall clock, seconds; 0 if it is not known.
+        node_kind: kind of its node, for the price; see `goodput.price_of`.
+    """
+
+    placed_s: float = 0.0
+    node_kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)

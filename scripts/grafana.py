@@ -83,6 +83,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Time of a recovery", ("recovery_s",)),
         Panel("Lost steps", ("lost_steps",)),
     ),
+    "Goodput": (
+        Panel("Workers' time by cause, in all", ("worker_time_s",)),
+        Panel("Effective training time", ("goodput", "ettr")),
+        Panel("Time to recover, and between failures", ("mttr_s", "mtbf_s")),
+        Panel("Failures", ("failures",)),
+        Panel("Cost", ("cost",)),
+    ),
     "Experts": (
         Panel("MaxVio", ("max_vio", "max_vio_worst_layer")),
         Panel("Overload factor", ("avg_overload_factor", "max_overload_factor")),
@@ -143,7 +150,7 @@ def dashboard() -> Json:
     return {
         "title": "elastic_moe",
         "uid": "elastic-moe",
-        "description": "Runs of elastic_moe: training, membership, recoveries, experts, checkpoints, memory.",
+        "description": "Runs of elastic_moe: training, membership, recoveries, goodput, experts, checkpoints, memory.",
         "tags": ["ray", "elastic_moe"],
         "schemaVersion": 39,
         "version": 1,

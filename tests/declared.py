@@ -8,7 +8,7 @@ from jsonschema import Draft202012Validator  # Ray depends on it
 
 from elastic_moe.metrics.json_schema import json_schema
 from elastic_moe.metrics.jsonl import read_jsonl
-from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
+from elastic_moe.run_dir import EVENTS, EXPERTS, GOODPUT, METRICS
 
 
 def assert_declared(run_dir: Path) -> None:
@@ -17,7 +17,7 @@ def assert_declared(run_dir: Path) -> None:
     Raises:
         AssertionError: one has not; the message shows the first such record of a file.
     """
-    for file in (METRICS, EVENTS, EXPERTS):
+    for file in (METRICS, EVENTS, EXPERTS, GOODPUT):
         validator = Draft202012Validator(json_schema(file))
         for record in read_jsonl(run_dir / file):
             for error in validator.iter_errors(record):

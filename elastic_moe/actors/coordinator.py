@@ -49,7 +49,7 @@ class Coordinator:
         self._metrics = RunExporter(config.run.dir, names, max_workers(config))
         restarted = bool(context.was_current_actor_reconstructed)
         self._run = RunCoordinator(config, token, target, host, restarted, prepared, self._metrics, began_s)
-        self._metrics.begin(self._run.status)
+        self._metrics.begin(self._run.status, self._run.goodput)
         self._nodes = NodeWatcher(self.submit, config.elastic.drain_deadline_s)
         self._nodes.start()
         patience_s = config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S
@@ -81,6 +81,10 @@ class Coordinator:
     def status(self) -> RunStatus:
         """The state of the run."""
         return self._run.status()
+
+    def goodput(self) -> dict[str, Any]:
+        """What the workers' time has gone into, as a line of goodput.jsonl."""
+        return self._run.goodput()
 
     def config(self) -> TrainConfig:
         """The run's configuration."""

@@ -28,7 +28,7 @@ from elastic_moe.actors.corpus_progress import CorpusProgress
 from elastic_moe.actors.demand import Demand, EndlessWait, demand, patience
 from elastic_moe.actors.fit import fit
 from elastic_moe.actors.identify import begin, changes, fingerprint_of
-from elastic_moe.actors.kept import end_all
+from elastic_moe.actors.kept import end_all, origin
 from elastic_moe.actors.link import (
     LAST_SAVE_MARGIN_S,
     NAMESPACE,
@@ -56,9 +56,23 @@ from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import UserError, reason_of
 from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.schema import units
-from elastic_moe.metrics.sinks.wandb import Tracker
+from elastic_moe.metrics.sinks.tracker import Tracker, check_tracking
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
-from elastic_moe.run_dir import EVENTS, EXPERTS, FAULTS, METRICS, RAY, REPORT, TOKENIZER, checkpoint_root, local_path
+from elastic_moe.run_dir import (
+    ABANDONED_METRICS,
+    EVENTS,
+    EXPERTS,
+    FAULTS,
+    GOODPUT,
+    METRICS,
+    RAY,
+    REPORT,
+    SUMMARY,
+    TOKENIZER,
+    TRACKING,
+    checkpoint_root,
+    local_path,
+)
 from elastic_moe.run_log import RunLog
 from elastic_moe.saved import with_tokenizer
 
@@ -94,6 +108,7 @@ def start(config: TrainConfig, raw_yaml: str) -> int:
     config = resolve(config)
     config = _absolute(config)
     _check_device(config)
+    check_tracking(config.tracking)
     set_timeout(config.checkpoint.timeout_s)
     check_start(config, look(config))
     _make(Path(config.run.dir))
@@ -130,7 +145,7 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
         try:
             name = actor_name(identity.run, identity.run_dir)
             with announced(run_dir):
-                return _Driver(name, config, prepared, tracker, stop, leases).run()
+                return _Driver(name, config, prepared, stop, leases).run()
         finally:
             tracker.close()
 
@@ -167,9 +182,9 @@ def _clear(found: Found) -> None:
     run_dir = found.run_dir
     if found.steps:
         remove_all(found.root)
-    for name in (METRICS, EVENTS, EXPERTS, REPORT):
+    for name in (METRICS, EVENTS, EXPERTS, GOODPUT, SUMMARY, TRACKING, REPORT):
         (run_dir / name).unlink(missing_ok=True)
-    for path in (run_dir / FAULTS).glob("*"):
+    for path in (*(run_dir / FAULTS).glob("*"), *run_dir.glob(ABANDONED_METRICS)):
         path.unlink()
 
 
@@ -185,7 +200,8 @@ def train_function(settings: dict[str, Any]) -> dict[str, Any]:
     assert worker is not None, "a train function runs in an actor"
     names, token = train_names(find.name, config.run.dir), fetch_token(find.name)
     with WorkerExporter(names, get_train_context().get_world_rank(), worker):
-        return run_worker(config, find, token, context.get_node_id(), settings["prepared"], worker, names.name)
+        node, prepared = context.get_node_id(), settings["prepared"]
+        return run_worker(config, find, token, node, prepared, worker, names.name, origin())
 
 
 def start_coordinator(config: TrainConfig, name: str, token: str, prepared: Prepared | None = None) -> Any:
@@ -243,7 +259,6 @@ class _Driver:
     name: str
     config: TrainConfig
     prepared: Prepared
-    tracker: Tracker
     stop: Stop
     leases: Sequence[Lease]
     error: BaseException | None = None
@@ -337,7 +352,7 @@ class _Driver:
         return demand(self.name, resources_per_worker(self.config.cluster))
 
     def _show(self, coordinator: Any, link: CoordinatorLink, shown: Progress) -> None:
-        """Bring what is shown and the tracker up to date. A coordinator that does not answer is asked again later."""
+        """Bring what is shown up to date. A coordinator that does not answer is asked again later."""
         events = self._events.lines()
         shown.events(events[self._shown :])
         self._shown = len(events)
@@ -347,9 +362,8 @@ class _Driver:
             records = ray.get(coordinator.records_since.remote(self.last_step), timeout=2)
         except (RayError, TimeoutError):
             return
-        for record in records:
-            self.tracker.log(record, int(record["step"]))
-            self.last_step = int(record["step"])
+        if records:
+            self.last_step = int(records[-1]["step"])
         shown.records(records)
 
 

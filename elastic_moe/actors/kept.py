@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
+from ray._raylet import RAY_NODE_GROUP_KEY, RAY_NODE_MARKET_TYPE_KEY  # pyright: ignore[reportAttributeAccessIssue]
 from ray.exceptions import RayError
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
@@ -29,6 +30,8 @@ from ray.util.placement_group import (
 )
 
 from elastic_moe.actors.link import NAMESPACE, named_actors
+from elastic_moe.control.goodput import node_kind
+from elastic_moe.types import Origin
 
 CHECKS = 20
 
@@ -80,14 +83,20 @@ def _prefix(coordinator: str) -> str:
 class ElasticWorker(RayTrainWorker):
     """Ray Train's worker, which ends itself where it does not train and no controller asks for it any more.
 
+    Args:
+        placed_s: wall clock at which Ray had reserved its room.
+
     Attributes:
+        placed_s: of the one worker of this process; 0 before there is one.
         uncollected_s: it waits for a question for so many seconds, and looks `CHECKS` times meanwhile.
     """
 
     uncollected_s = 180.0
+    placed_s = 0.0
 
-    def __init__(self) -> None:
+    def __init__(self, placed_s: float) -> None:
         super().__init__()
+        ElasticWorker.placed_s = placed_s
         self._asked_s = time.monotonic()
         threading.Thread(target=self._watch, name="uncollected", daemon=True).start()
 
@@ -108,6 +117,13 @@ class ElasticWorker(RayTrainWorker):
                         remove_placement_group(placement)
                 finally:
                     os._exit(0)
+
+
+def origin() -> Origin:
+    """When and on what kind of node the worker of this process was placed."""
+    labels: Any = ray.get_runtime_context().get_node_labels()
+    kind = node_kind(labels.get(RAY_NODE_MARKET_TYPE_KEY, ""), labels.get(RAY_NODE_GROUP_KEY, ""))
+    return Origin(ElasticWorker.placed_s, kind)
 
 
 def _trains() -> bool:

@@ -39,7 +39,7 @@ from elastic_moe.metrics.exported import (
     Exported,
 )
 from elastic_moe.metrics.jsonl import last_lines, read_jsonl
-from elastic_moe.metrics.run_metrics import RunMetrics, Sample, Status
+from elastic_moe.metrics.run_metrics import RunMetrics, Sample, Status, of_goodput
 from elastic_moe.run_dir import EVENTS, METRICS
 
 PERIOD_S = 1.0  # a gauge that is not set anew between two of Ray's exports is forgotten
@@ -144,15 +144,17 @@ class RunExporter(_Exporter):
         self._metrics = RunMetrics(max_workers, self._began_s)
         self._heard: deque[tuple[bool, Mapping[str, Any]]] = deque(maxlen=MAX_WAITING)  # is it an event, line
         self._status: Callable[[], Any] | None = None
+        self._goodput: Callable[[], dict[str, Any]] | None = None
         self._instruments: Instruments | None = None
 
-    def begin(self, status: Callable[[], Any]) -> None:
+    def begin(self, status: Callable[[], Any], goodput: Callable[[], dict[str, Any]]) -> None:
         """Start to export.
 
         Args:
             status: tells the present `coordination.membership.RunStatus`.
+            goodput: tells what the workers' time has gone into, as a line of goodput.jsonl.
         """
-        self._status = status
+        self._status, self._goodput = status, goodput
         self.start()
 
     def record(self, record: Mapping[str, Any]) -> None:
@@ -169,8 +171,10 @@ class RunExporter(_Exporter):
             is_event, line = self._heard.popleft()
             (self._metrics.event if is_event else self._metrics.record)(line)
         assert self._status is not None
+        assert self._goodput is not None
         status: Status = self._status()
         self._instruments.apply(self._metrics.samples(status, time.time()))
+        self._instruments.apply(of_goodput(self._goodput()))
         self._instruments.apply([Sample(COORDINATOR_MEMORY.name, psutil.Process().memory_info().rss)])
 
     def _recall(self) -> None:

@@ -68,6 +68,14 @@ class LiveRun:
         """
         return self._ask("recent")
 
+    def goodput(self) -> dict[str, Any]:
+        """What the workers' time has gone into, as a line of goodput.jsonl.
+
+        Raises:
+            UserError: the coordinator does not answer.
+        """
+        return self._ask("goodput")
+
     def submit(self, request: dict[str, Any]) -> None:
         """Hand a request over; see `control.requests`.
 

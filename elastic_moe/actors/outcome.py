@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from elastic_moe.checkpoint.reader import load_manifest
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import Diverged, StorageFailed, UserError
 from elastic_moe.metrics.format_event import format_loss
+from elastic_moe.metrics.goodput import account
 from elastic_moe.metrics.jsonl import read_jsonl
+from elastic_moe.metrics.summary import failure_line, summary, time_line, write_summary
 from elastic_moe.run_dir import EVENTS, METRICS, checkpoint_root
 from elastic_moe.run_log import TEXT, RunLog
 
@@ -53,10 +56,17 @@ def conclude(run: Ended) -> int:
     records = read_jsonl(run_dir / METRICS)
     step = int(records[-1]["step"]) if records else 0
     complete = step >= steps and run.error is None
-    if complete:
-        _summarise(run, records, read_jsonl(run_dir / EVENTS))
-    unsaved = _why_unsaved(root, step) if step else ""
     asked = run.error is None and run.status.get("phase") == "finished"  # to stop, by an operator or a signal
+    events, goodput = read_jsonl(run_dir / EVENTS), account(run_dir, run.config.cluster.price_per_hour)
+    outcome = "finished" if complete else "stopped" if asked or run.stop.count else "failed"
+    reason = "" if complete else str(_cause(run.error) or run.status.get("reason", ""))
+    with suppress(OSError):  # a full disk: the outcome is told all the same
+        write_summary(run_dir, summary(outcome, reason, steps, records, events, goodput))
+    if complete:
+        _summarise(run, records, events)
+    for line in filter(None, (time_line(goodput), failure_line(goodput))):
+        run.tell(line)
+    unsaved = _why_unsaved(root, step) if step else ""
     if unsaved and run.error is None and (complete or run.stop.count == 1 or asked):
         raise StorageFailed(
             f"the state after step {step} is not saved in checkpoint.dir={root}: {unsaved}; the checkpoint before it, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -125,9 +126,9 @@ def _create(group: WorkerGroup, name: str, placement: PlacementGroup) -> Worker:
         **bundle_to_remote_args(resources),
     )(ElasticWorker)
     strategy = PlacementGroupSchedulingStrategy(placement_group=placement, placement_group_bundle_index=0)
-    actor = actor_cls.options(
-        name=name, namespace=NAMESPACE, lifetime="detached", scheduling_strategy=strategy
-    ).remote()
+    actor = actor_cls.options(name=name, namespace=NAMESPACE, lifetime="detached", scheduling_strategy=strategy).remote(
+        time.time()
+    )
     try:
         return Worker(actor, ray.get(actor.get_metadata.remote()), resources, placement_group_bundle_index=0)
     except RayError:

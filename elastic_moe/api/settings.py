@@ -16,6 +16,7 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
 from elastic_moe.origin import with_origin
 
+MAPPINGS = ("cluster.price_per_hour",)  # keys whose values are mappings, with keys of the user's
 DEFAULTS: dict[str, Any] = {"model": "tiny", "cluster": "auto", "run.dir": "runs/default"}  # those of conf/train.yaml
 
 
@@ -63,7 +64,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
     for key, value in node.items():
         if not isinstance(key, str):
             raise UserError(f"{prefix.rstrip('.') or 'the configuration'} has the key {key!r}, which is no text.")
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in MAPPINGS:
             yield from _flat(value, f"{prefix}{key}.")
         elif isinstance(value, PathLike):
             yield f"{prefix}{key}", fspath(value)

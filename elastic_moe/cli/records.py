@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from elastic_moe.metrics.json_schema import json_schema
 from elastic_moe.metrics.markdown import markdown
-from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
+from elastic_moe.run_dir import EVENTS, EXPERTS, GOODPUT, METRICS, SUMMARY
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="elastic-moe records", description="Keys of a run's records: type, unit, meaning."
     )
-    parser.add_argument("--json", choices=(METRICS, EVENTS, EXPERTS), help="print the JSON schema of this file's lines")
+    files = (METRICS, EVENTS, EXPERTS, GOODPUT, SUMMARY)
+    parser.add_argument("--json", choices=files, help="print the JSON schema of this file's lines")
     options = parser.parse_args(arguments)
     print(markdown() if options.json is None else json.dumps(json_schema(options.json), indent=1))
     return 0

@@ -17,8 +17,10 @@ from pathlib import Path
 from elastic_moe.actors.operate import LiveRun, live_run
 from elastic_moe.cli.seconds import check_seconds
 from elastic_moe.errors import UserError
+from elastic_moe.metrics.goodput import account
 from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.status_view import render
+from elastic_moe.metrics.summary import failure_line, time_line
 from elastic_moe.run_dir import CONFIG, EVENTS, METRICS
 from elastic_moe.saved import read_config
 
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             live = _connect(stack, run, options.address, here)
             if options.json:
-                print(json.dumps(live.status() if live else None))
+                print(json.dumps(live.status() | {"goodput": live.goodput()} if live else None))
                 return 0
             _show(run, live, here, options.every if options.watch else 0.0)
     except KeyboardInterrupt:
@@ -73,7 +75,7 @@ def _show(run: Path, live: LiveRun | None, here: bool, every_s: float) -> None:
     Without the run's files, the coordinator tells the last records and events.
     """
     records, events = Tail(run / METRICS), Tail(run / EVENTS)
-    steps = (read_config(run) if here or live is None else live.config()).run.steps
+    config = read_config(run) if here or live is None else live.config()
     while True:
         status = None
         if live is not None:
@@ -83,7 +85,9 @@ def _show(run: Path, live: LiveRun | None, here: bool, every_s: float) -> None:
                 live = None
         hosts, pending = (live.hosts(), live.pending()) if live is not None else ({}, 0)
         told = (records.lines(), events.lines()) if here or live is None else live.recent()
-        view = render(*told, steps, status, hosts, pending, time.time())
+        goodput = account(run, config.cluster.price_per_hour) if live is None else live.goodput()
+        about = list(filter(None, (time_line(goodput), failure_line(goodput))))
+        view = render(*told, config.run.steps, status, hosts, pending, time.time(), about)
         print(f"{CLEAR if every_s and sys.stdout.isatty() else ''}{view}", flush=True)
         if not every_s or live is None:
             return

@@ -104,5 +104,8 @@ def _value(kind: Any, value: Any, key: str) -> Any:
         return value
     if kind == list[str] and isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [_value(str, item, key) for item in cast(Sequence[Any], value)]
+    if kind == dict[str, float] and isinstance(value, Mapping):
+        return {str(name): _value(float, one, f"{key}.{name}") for name, one in cast(Mapping[Any, Any], value).items()}
     names: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    names[dict[str, float]] = "a group of numbers"
     raise UserError(f"{key} must be {names.get(kind, 'a list of texts')}, not {value!r}.")

@@ -13,6 +13,7 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from elastic_moe.config import schema
 from elastic_moe.config.build import key_names
@@ -126,12 +127,17 @@ def _written(value: object) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return f"'{value}'" if value != value.strip() or not value else value
+    if isinstance(value, dict):
+        items = cast("dict[str, float]", value).items()
+        return "{" + ",".join(f"{name}:{one}" for name, one in items) + "}"
     return str(value)
 
 
 def _allowed(name: str) -> str:
     if name in CHOICES:
         return ", ".join(CHOICES[name])
+    if name == "cluster.price_per_hour":
+        return "at least 0 each; 0: not known"
     ranges = ((AT_LEAST_ONE, "at least 1"), (AT_LEAST_ZERO, "at least 0"), (ABOVE_ZERO, "above 0"))
     return next((text for names, text in ranges if name in names), "")
 

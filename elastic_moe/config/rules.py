@@ -32,6 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.spike": ("off", "skip", "rollback", "stop"),
     "cluster.kind": ("auto", "local", "simulated", "address"),
     "cluster.collectives": ("auto", "gloo", "nccl"),
+    "tracking.backend": ("wandb", "tensorboard", "mlflow", "trackio", "off"),
     "tracking.wandb": ("auto", "online", "offline", "off"),
 }
 
@@ -97,6 +98,9 @@ def check_rules(config: TrainConfig, inputs: bool = True) -> list[str]:
         "cluster.object_store_gib",
         lambda value: value * 1024 >= 75,
         "at least 0.0733 (75 MiB), Ray's lower bound",
+    )
+    _need(
+        config, "cluster.price_per_hour", lambda value: all(p >= 0 for p in value.values()), "prices of at least 0 each"
     )
     _need(
         config,

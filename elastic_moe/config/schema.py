@@ -203,6 +203,11 @@ class RunConfig(Sealed):
     overwrite: bool = False  # allow starting anew in a run directory that has a run
 
 
+def no_prices() -> dict[str, float]:
+    """`cluster.price_per_hour` as long as none is known."""
+    return {"default": 0.0, "on-demand": 0.0, "spot": 0.0}
+
+
 @dataclass(kw_only=True)
 class ClusterConfig(Sealed):
     kind: str = "auto"  # auto: an existing cluster if one is named, else local, Ray in this process
@@ -217,13 +222,16 @@ class ClusterConfig(Sealed):
     worker_memory_gib: float = 74.5  # memory of a worker, in GiB; used by `elastic-moe describe` only
     dashboard: bool = False  # start Ray's dashboard
     nodes_timeout_s: float = 300.0  # address: give up after so long without a node that could hold a worker; 0: wait
+    price_per_hour: dict[str, float] = field(default_factory=no_prices)  # of a node, by node group or market type
 
 
 @dataclass(kw_only=True)
 class TrackingConfig(Sealed):
+    backend: str = "wandb"  # tracker that gets the metrics
     wandb: str = "auto"  # auto: online with an account, else offline
-    project: str = "elastic_moe"  # project in Weights & Biases
-    name: str = ""  # name of the run in Weights & Biases; "": chosen from run.dir
+    project: str = "elastic_moe"  # project or experiment in the tracker
+    name: str = ""  # name of the run in the tracker; "": chosen from run.dir
+    group: str = ""  # group of the run in the tracker, such as a sweep
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic_moe.types import Member, View
 
-VERSION = 8  # of the protocol; every change of a message raises it
+VERSION = 9  # of the protocol; every change of a message raises it
 
 WORKER_LOG = "worker_log"  # the event of a line that goes to the worker's log in the run directory, not to the events
 
@@ -44,6 +44,7 @@ class HelloMessage:
         address: as in `Member`.
         sources: digest of the package's sources that it runs; "" if it is not known.
         updates_on: kind of the device on which it updates its state, such as "cuda"; "" if it is not known.
+        placed_s, node_kind: as in `Origin`.
     """
 
     token: str = field(repr=False)
@@ -60,6 +61,8 @@ class HelloMessage:
     address: tuple[str, int] = ("", 0)
     sources: str = ""
     updates_on: str = ""
+    placed_s: float = 0.0
+    node_kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)

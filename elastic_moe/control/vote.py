@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from elastic_moe.control.goodput import idle_of_step
 from elastic_moe.types import ModelStats, View
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ class Measures:
         publish_s: seconds of the last publication of weights.
         publish_bytes: bytes that it brought to the rank.
         switch_s: seconds of the change of placement before this step, 0 if there was none.
+        wait_s: seconds that the rank waited in collectives up to the vote.
     """
 
     expert_s: float
@@ -48,6 +50,7 @@ class Measures:
     publish_s: float
     publish_bytes: float
     switch_s: float
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,10 +105,12 @@ class Ballot(Sums):
         nonfinite_R: 1 for a rank whose loss, or own gradients of the dense part, are not finite: it is a cause, while
             the reduced gradients show the outcome. A rank fills in its own element.
         expert_rows_R: rows that each rank's experts computed. A rank fills in its own element.
+        busy_s_R: seconds of the step in which each rank did not wait in a collective. A rank fills in its own element.
     """
 
     nonfinite_R: NDArray[np.float64] = _array("R")
     expert_rows_R: NDArray[np.float64] = _array("R")
+    busy_s_R: NDArray[np.float64] = _array("R")
 
     @property
     def nonfinite_ranks(self) -> tuple[int, ...]:
@@ -133,6 +138,7 @@ class VoteResult(Sums):
         world_size: active ranks of that view.
         balance: mean over largest number of expert rows of the active ranks; 1 is perfect balance.
         spike: the loss or the gradient's norm lies far above those before, and `optim.spike` says to skip that.
+        imbalance_s, straggler_s: idle time of the mean rank, see `goodput.idle_of_step`.
         layer_time_L: expert rows of the slowest rank over the mean, per MoE layer.
     """
 
@@ -141,6 +147,8 @@ class VoteResult(Sums):
     world_size: int
     balance: float
     spike: bool
+    imbalance_s: float = 0.0
+    straggler_s: float = 0.0
     layer_time_L: NDArray[np.float64] = _array("L")
 
     @property
@@ -187,7 +195,10 @@ def result_of(total: Ballot, step: int, view: View, layer_time_L: NDArray[np.flo
         layer_time_L: expert rows of the slowest rank over the mean, which every rank knows.
         spike: the step is to have no update, because its loss or gradient is a spike.
     """
-    active = view.active_ranks
+    active, measures = view.active_ranks, total.measures
+    imbalance_s, straggler_s = idle_of_step(
+        total.busy_s_R[list(active)], measures.wait_s / view.world_size, measures.expert_s / len(active), layer_time_L
+    )
     sums = {item.name: getattr(total, item.name) for item in fields(Sums)}
     return VoteResult(
         **sums,
@@ -196,6 +207,8 @@ def result_of(total: Ballot, step: int, view: View, layer_time_L: NDArray[np.flo
         world_size=len(active),
         balance=total.balance(active),
         spike=spike,
+        imbalance_s=imbalance_s,
+        straggler_s=straggler_s,
         layer_time_L=layer_time_L,
     )
 

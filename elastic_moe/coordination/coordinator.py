@@ -24,6 +24,7 @@ from elastic_moe.coordination.server import ControlServer
 from elastic_moe.coordination.wishes import Wishes
 from elastic_moe.coordination.worker_logs import WorkerLogs
 from elastic_moe.data.prepare import Prepared
+from elastic_moe.metrics.goodput import GoodputLog
 from elastic_moe.metrics.jsonl import last_lines, read_jsonl
 from elastic_moe.metrics.recorder import Listener, Recorder
 from elastic_moe.model.params import param_specs
@@ -64,7 +65,9 @@ class RunCoordinator:
     ) -> None:
         self._run_dir = run_dir = Path(config.run.dir)
         set_timeout(config.checkpoint.timeout_s)
-        self._recorder = Recorder(run_dir, listener=listener)
+        self._goodput = GoodputLog(run_dir, config.cluster.price_per_hour)
+        self._recorder = Recorder(run_dir, listeners=tuple(filter(None, (self._goodput, listener))))
+        self._recorder.event({"event": "started", "restarted": restarted, "step": self._recorder.last_step})
         self._records = StepRecords(run_dir, self._recorder)
         units = build_units(param_specs(config.model), config.model.max_unit_elements)
         root = checkpoint_root(config)
@@ -121,6 +124,10 @@ class RunCoordinator:
         """The state of the run."""
         return self._server.status()
 
+    def goodput(self) -> dict[str, Any]:
+        """What the workers' time has gone into, as a line of goodput.jsonl."""
+        return self._goodput.now()
+
     def records_since(self, step: int) -> list[dict[str, Any]]:
         """Records of steps after this one, in order."""
         return self._records.since(step)
@@ -139,6 +146,7 @@ class RunCoordinator:
         self._files.close()
         self._checkpoints.close()
         self._recorder.close()
+        self._goodput.close()
 
     def _on_event(self, event: dict[str, Any]) -> None:
         if event.get("event") == WORKER_LOG:

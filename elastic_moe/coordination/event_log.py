@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from elastic_moe.control.events import LogEvent
 from elastic_moe.control.state import State
-from elastic_moe.types import View
+from elastic_moe.types import Origin, View
 
 MAX_VIEWS = 16  # that nobody has entered are remembered; of older ones it does not matter any more
 
@@ -40,10 +40,11 @@ class EventLog:
         self._views: dict[int, tuple[View, float]] = {}  # not entered yet: by generation, with its time
         self._entered = 0  # the newest generation that was entered
 
-    def command(self, state: State, step: int, line: LogEvent) -> None:
-        """A line that the membership machine asks for."""
+    def command(self, state: State, step: int, line: LogEvent, origin: Origin | None = None) -> None:
+        """A line that the membership machine asks for. `origin`: of its worker, where the line is to have it."""
         identity = {"worker": line.worker, "node": line.node, "pid": line.pid} if line.worker else {}
-        self._write(state, step, {"event": line.event, "reason": line.reason} | identity)
+        placed = {} if origin is None else origin._asdict()
+        self._write(state, step, {"event": line.event, "reason": line.reason} | identity | placed)
 
     def worker_event(self, state: State, step: int, worker: str, event: Mapping[str, Any]) -> None:
         """A line that a worker sends."""

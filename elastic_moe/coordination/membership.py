@@ -21,6 +21,7 @@ from elastic_moe.control.message_events import event_of_message
 from elastic_moe.control.state import FINISHING, State
 from elastic_moe.coordination.event_log import EventLog, hand_over
 from elastic_moe.coordination.newcomers import Facts, facts_of, objection
+from elastic_moe.types import Origin
 
 LONG_S = 0.002  # a longer run of the rules is followed by a rest
 REST = 4.0  # times as long as that run
@@ -117,6 +118,7 @@ class Membership:
         self._recorded = -1  # the records up to this step are in the run's files, in the newest view; -1: not known
         self._evicted: dict[str, None] = {}  # in order
         self._facts: dict[str, Facts] = {}  # by worker
+        self._origins: dict[str, Origin] = {}  # of workers that register now
         self._refused: set[str] = set()  # nodes that were told
         self._answered: dict[str, float] = {}  # worker -> when one of its heartbeats was answered last
         self._rested_s = 0.0  # until then no heartbeat alone makes the rules run again
@@ -168,7 +170,10 @@ class Membership:
             case msg.ShardMessage(shard):
                 hand_over(self._on_shard, dict(shard) | {"worker": worker})
             case _:
+                if isinstance(message, msg.HelloMessage):
+                    self._origins[worker] = Origin(message.placed_s, message.node_kind)
                 self._take(event_of_message(worker, message))
+                self._origins.clear()
                 if isinstance(message, msg.HeartbeatMessage) and worker in self._state.records:
                     self._answer(worker, message.sent_s)
                 if isinstance(message, msg.HelloMessage):
@@ -287,6 +292,7 @@ class Membership:
             case ev.LogEvent(name, worker):
                 if name == "worker_evicted":
                     self._evicted[worker] = None
-                self._log.command(self._state, self._step, command)
+                origin = self._origins.get(worker) if name in ("worker_connected", "worker_readmitted") else None
+                self._log.command(self._state, self._step, command, origin)
             case ev.End():
                 pass

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elastic_moe.control.causes import CAUSES, DEATH, EVICTION, START
-from elastic_moe.metrics.schema import EVENT_KINDS, STEP_KEYS, Key
+from elastic_moe.control.goodput import TIME_CAUSES
+from elastic_moe.metrics.schema import EVENT_KINDS, GOODPUT_KEYS, STEP_KEYS, Key
 
 PREFIX = "elastic_moe"  # of every name; Ray puts its own before it
 RUN_NAME, RUN_ID = "ray_train_run_name", "ray_train_run_id"  # tags of every metric
@@ -74,6 +75,11 @@ def _of_event(name: str, event: str, key: str, meaning: str = "", kind: str = GA
     return Exported(name, kind, found.unit, meaning or found.meaning)
 
 
+def _of_goodput(name: str) -> Exported:
+    key = _key(GOODPUT_KEYS, name)
+    return Exported(name, GAUGE, key.unit, key.meaning)
+
+
 _TRAINING = tuple(map(_of_step, ("step", "loss", "lr", "grad_norm", "tokens_per_s")))
 _EXPERTS = tuple(map(_of_step, ("balance", "cross_node_rows")))
 FROM_RECORDS = (*_TRAINING, *_EXPERTS)
@@ -117,6 +123,12 @@ RECOVERIES = (
     Exported("recovery_s", HISTOGRAM, "s", "Time from such a view's publication until steps go on.", buckets=_TIMES_S),
     _of_event("lost_steps", "entered", "lost_steps", kind=COUNTER),
 )
+GOODPUT = (
+    Exported(
+        "worker_time_s", GAUGE, "s", _key(GOODPUT_KEYS, "worker_s").meaning, tag="cause", values=tuple(TIME_CAUSES)
+    ),
+    *map(_of_goodput, ("goodput", "ettr", "mttr_s", "mtbf_s", "failures", "cost")),
+)
 EXPERTS = (
     *_EXPERTS,
     Exported(
@@ -148,6 +160,7 @@ GROUPS = {
     "Training": TRAINING,
     "Membership": MEMBERSHIP,
     "Recoveries": RECOVERIES,
+    "Goodput": GOODPUT,
     "Experts": EXPERTS,
     "Checkpoints": CHECKPOINTS,
     "Memory": MEMORY,

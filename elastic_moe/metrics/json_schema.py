@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from elastic_moe.metrics.schema import COMMON_KEYS, EVENT_KINDS, EXPERT_KINDS, STEP_KEYS, Event, Key
-from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
+from elastic_moe.metrics.schema import (
+    COMMON_KEYS,
+    EVENT_KINDS,
+    EXPERT_KINDS,
+    GOODPUT_KEYS,
+    STEP_KEYS,
+    SUMMARY_KEYS,
+    Event,
+    Key,
+)
+from elastic_moe.run_dir import EVENTS, EXPERTS, GOODPUT, METRICS, SUMMARY
 
 Json = dict[str, Any]
 
@@ -30,6 +39,7 @@ TYPES: dict[str, Json] = {  # name of a type -> JSON schema
         "type": "array",
         "items": {"type": "array", "items": _INT, "minItems": 4, "maxItems": 4},
     },
+    "object of numbers": {"type": "object", "additionalProperties": {"type": "number"}},
     "object of [number, number]": {
         "type": "object",
         "additionalProperties": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
@@ -41,10 +51,11 @@ def json_schema(file: str) -> Json:
     """JSON schema of one record of a file.
 
     Args:
-        file: one of the names METRICS, EVENTS and EXPERTS of `run_dir`.
+        file: one of the names METRICS, EVENTS, EXPERTS, GOODPUT and SUMMARY of `run_dir`.
     """
-    if file == METRICS:
-        return _object(STEP_KEYS)
+    plain = {METRICS: STEP_KEYS, GOODPUT: GOODPUT_KEYS, SUMMARY: SUMMARY_KEYS}
+    if file in plain:
+        return _object(plain[file])
     kinds = {EVENTS: EVENT_KINDS, EXPERTS: EXPERT_KINDS}[file]
     return {"oneOf": [_event_schema(kind) for kind in kinds]}
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from elastic_moe.metrics.exported import GROUPS, RUN_ID, RUN_NAME
-from elastic_moe.metrics.schema import COMMON_KEYS, EVENT_KINDS, EXPERT_KINDS, STEP_KEYS, Event, Key
-from elastic_moe.run_dir import EVENTS, EXPERTS, METRICS
+from elastic_moe.metrics.schema import (
+    COMMON_KEYS,
+    EVENT_KINDS,
+    EXPERT_KINDS,
+    GOODPUT_KEYS,
+    STEP_KEYS,
+    SUMMARY_KEYS,
+    Event,
+    Key,
+)
+from elastic_moe.run_dir import EVENTS, EXPERTS, GOODPUT, METRICS, SUMMARY
 
 
 def markdown() -> str:
@@ -17,7 +26,7 @@ def markdown() -> str:
 def _markdown() -> Iterator[str]:
     yield "# Records of a run"
     yield ""
-    yield "Every line of the three files is one JSON object. This page is made from the declarations in `schema.py`:"
+    yield "Every line of these files is one JSON object. This page is made from the declarations in `schema.py`:"
     yield "`elastic-moe records` prints it, and `--json FILE` prints the JSON schema of a file's records."
     yield ""
     yield f"## {METRICS}"
@@ -38,6 +47,17 @@ def _markdown() -> Iterator[str]:
     yield "Placements of the experts, and their loads. These records have the same common keys."
     yield ""
     yield from _kinds(EXPERT_KINDS)
+    yield f"## {GOODPUT}"
+    yield ""
+    yield "What the time of all workers went into, up to then: more often at first, and at the end. Every second of"
+    yield "every worker is booked to one cause."
+    yield ""
+    yield from _table(GOODPUT_KEYS)
+    yield f"## {SUMMARY}"
+    yield ""
+    yield "One object, written when a start of the run ends."
+    yield ""
+    yield from _table(SUMMARY_KEYS)
     yield from _exported()
 
 

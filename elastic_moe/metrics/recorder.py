@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,13 +36,13 @@ class Recorder:
     Args:
         run_dir: the run directory; its files are continued when they exist.
         clock: wall clock, seconds.
-        listener: gets a copy.
+        listeners: get a copy.
     """
 
     def __init__(
-        self, run_dir: str | Path, clock: Callable[[], float] = time.time, listener: Listener | None = None
+        self, run_dir: str | Path, clock: Callable[[], float] = time.time, listeners: Sequence[Listener] = ()
     ) -> None:
-        self._clock, self._lock, self._listener = clock, threading.Lock(), listener
+        self._clock, self._lock, self._listeners = clock, threading.Lock(), listeners
         self._metrics = JsonLines(Path(run_dir) / METRICS, "step")
         self._events = JsonLines(Path(run_dir) / EVENTS)
         self._experts = JsonLines(Path(run_dir) / EXPERTS)
@@ -90,8 +90,8 @@ class Recorder:
                 self._safe_step = int(record["step"])
             self._last, self._next = record, self._next + 1
             written.append(record)
-            if self._listener is not None:
-                self._listener.record(record)
+            for listener in self._listeners:
+                listener.record(record)
         return written
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -100,8 +100,8 @@ class Recorder:
             file = self._experts if event.get("event") in _ABOUT_EXPERTS else self._events
             line = {"time": self._clock()} | dict(event)
             file.append(line)
-            if self._listener is not None:
-                self._listener.event(line)
+            for listener in self._listeners:
+                listener.event(line)
 
     def set_aside_after(self, step: int, timeline: int) -> int:
         """Move the records of later steps to a file of their own: the run has gone back to this step.

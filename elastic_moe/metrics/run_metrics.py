@@ -49,6 +49,13 @@ class Sample(NamedTuple):
     tag: str = ""
 
 
+def of_goodput(line: Json) -> list[Sample]:
+    """The samples of a line of goodput.jsonl. What is not known, such as a cost without prices, has none."""
+    samples = [Sample("worker_time_s", seconds, cause) for cause, seconds in line["worker_s"].items()]
+    names = ("goodput", "ettr", "mttr_s", "mtbf_s", "failures", "cost")
+    return samples + [Sample(name, float(line[name])) for name in names if line[name] is not None]
+
+
 class RunMetrics:
     """The metrics of one run.
 

@@ -8,46 +8,10 @@ that is written and not declared here fails that test.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from elastic_moe.control.causes import CAUSES
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key of a record.
-
-    Attributes:
-        name: as it stands in the file.
-        type: one of `json_schema.TYPES`, or "object" for a key that has keys of its own.
-        unit: of the value; "" for a name, a text, an index or a ratio.
-        meaning: one sentence.
-        optional: whether a record may lack it.
-        keys: of an object.
-    """
-
-    name: str
-    type: str
-    unit: str
-    meaning: str
-    optional: bool = False
-    keys: tuple[Key, ...] = ()
-
-
-@dataclass(frozen=True)
-class Event:
-    """One kind of event.
-
-    Attributes:
-        name: value of the key `event`.
-        meaning: one sentence.
-        keys: beside those that every event has.
-    """
-
-    name: str
-    meaning: str
-    keys: tuple[Key, ...] = ()
-
+from elastic_moe.control.goodput import TIME_CAUSES
+from elastic_moe.metrics.declaration import Event, Key
 
 STEP_KEYS = (
     Key("step", "integer", "steps", "The committed step, counted from 1."),
@@ -63,6 +27,9 @@ STEP_KEYS = (
     Key("layer_balance", "list of numbers", "", "The same for each MoE layer."),
     Key("layer_max_load", "list of numbers", "", "For each MoE layer: tokens of its most loaded expert over the mean."),
     Key("cross_node_rows", "integer", "rows", "Token rows that were dispatched to an expert on another node."),
+    Key("imbalance_s", "number", "s", "Idle time of the mean rank: others had more rows for their experts.", True),
+    Key("straggler_s", "number", "s", "Idle time of the mean rank: others were slower with their share.", True),
+    Key("held_s", "number", "s", "Time since the step before in which a checkpoint held training up.", True),
     Key("time", "number", "s", "Wall clock at the commit, since the Unix epoch."),
     Key("skipped", "boolean", "", "The step had no update, because a gradient was not finite, or of a spike.", True),
     Key("gain_forward", "number or null", "", "With residual streams: forward gain of the composite map.", True),
@@ -72,6 +39,43 @@ STEP_KEYS = (
     Key("index_loss", "number or null", "nats per token", "With sparse attention: loss of its indexers.", True),
 )
 """The keys of metrics.jsonl."""
+
+GOODPUT_KEYS = (
+    Key("time", "number", "s", "Wall clock, since the Unix epoch."),
+    Key("step", "integer", "steps", "Step that was committed last."),
+    Key(
+        "worker_s",
+        "object",
+        "s",
+        "Seconds of workers so far, by cause, over all starts of the run.",
+        keys=tuple(Key(cause, "number", "s", meaning) for cause, meaning in TIME_CAUSES.items()),
+    ),
+    Key("total_s", "number", "s", "Their sum: seconds of all workers, each from its placement to its end."),
+    Key("goodput", "number", "", "Share of `training` in it."),
+    Key("ettr", "number", "", "Effective training time ratio: share of `training`, `imbalance` and `stragglers`."),
+    Key("failures", "integer", "", "Workers that died or were evicted, and starts that were cut off."),
+    Key(
+        "mttr_s", "number or null", "s", "Mean time to recover: from the last step before a failure until steps go on."
+    ),
+    Key("mtbf_s", "number or null", "s", "Mean time between failures, while at least one worker lives."),
+    Key("node_s", "object of numbers", "s", "Seconds in which nodes of each kind had a worker of the run."),
+    Key("cost", "number or null", "", "The price of these seconds by `cluster.price_per_hour`; null: not known."),
+)
+"""The keys of goodput.jsonl."""
+
+SUMMARY_KEYS = (
+    Key("outcome", "string", "", "`finished`, `stopped` or `failed`."),
+    Key("reason", "string", "", "Cause of the outcome, as a sentence; empty for `finished`."),
+    Key("step", "integer", "steps", "Step that was committed last."),
+    Key("steps", "integer", "steps", "Steps of the whole run."),
+    Key("loss", "number or null", "nats per token", "Of the last step; null: there is none."),
+    Key("val_loss", "number or null", "nats per token", "Newest validation loss; null: there is none."),
+    Key("tokens", "integer", "tokens", "Targets of all steps that count."),
+    Key("generations", "integer", "", "Views that committed a step."),
+    Key("world_size", "integer", "", "Active ranks of the last step."),
+    *(key for key in GOODPUT_KEYS if key.name not in ("time", "step")),
+)
+"""The keys of summary.json, one object that every end of a start writes anew."""
 
 COMMON_KEYS = (
     Key("time", "number", "s", "Wall clock when the event was recorded, since the Unix epoch."),
@@ -96,13 +100,27 @@ _ESTIMATE = (
 _IN_A_ROW = Key("in_a_row", "integer", "steps", "Steps up to this one without an update between them.")
 _UNITS = Key("units", "list of strings", "", "Names of the units.")
 
+_ORIGIN = (
+    Key("placed_s", "number", "s", "Wall clock at which it was placed on its node; 0: not known.", True),
+    Key("node_kind", "string", "", "Market type and node group of its node, as far as they are known.", True),
+)
+
 EVENT_KINDS = (
-    Event("worker_connected", "A worker has registered with the coordinator."),
+    Event(
+        "started",
+        "A coordinator begins: of a new start of the run, or in place of one that was lost.",
+        (Key("restarted", "boolean", "", "It takes the place of one that was lost; the workers may live."),),
+    ),
+    Event("worker_connected", "A worker has registered with the coordinator.", _ORIGIN),
     Event("worker_ready", "A worker has loaded its program and can enter a view."),
     Event("worker_disconnected", "The connection of a worker has closed; it may come back."),
     Event("worker_lost", "A worker has died, or its connection has closed and it did not come back."),
     Event("worker_evicted", "A worker was removed because it made no progress or gave no sign."),
-    Event("worker_readmitted", "A worker that had been removed without proof of its death is back, with its state."),
+    Event(
+        "worker_readmitted",
+        "A worker that had been removed without proof of its death is back, with its state.",
+        _ORIGIN,
+    ),
     Event("worker_set_aside", "A worker that others do not reach, or with which no view forms, waits outside."),
     Event("members_in_doubt", "Members give no sign, and their state may be the last: the run waits for them."),
     Event("node_backoff", "Workers of a node die before they make a step: its next ones have to wait."),
@@ -229,7 +247,14 @@ EVENT_KINDS = (
         ),
     ),
     Event("sample_failed", "The text at the end of the run could not be written; the run has finished all the same."),
-    Event("sample", "The trained model has written a text.", (Key("text", "string", "", "Prompt and continuation."),)),
+    Event(
+        "sample",
+        "The trained model has written a text.",
+        (
+            Key("text", "string", "", "Prompt and continuation."),
+            Key("sample_s", "number", "s", "Time that it took.", True),
+        ),
+    ),
     Event(
         "rebalanced",
         "The placement was changed for the load some steps ago, and the outcome is now known.",

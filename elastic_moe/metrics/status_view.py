@@ -22,6 +22,7 @@ def render(
     hosts: Mapping[str, tuple[str, str]],
     pending: int,
     now_s: float,
+    goodput: Sequence[str] = (),
 ) -> str:
     """The view.
 
@@ -33,6 +34,7 @@ def render(
         hosts: host name and address of the nodes, by id.
         pending: workers for which Ray has no room.
         now_s: wall-clock seconds.
+        goodput: lines about the workers' time.
     """
     last = records[-1] if records else {}
     step = int(last.get("step", 0))
@@ -49,6 +51,7 @@ def render(
         lines.append(
             f"checkpoint  step {saved['step']:,}, {behind or 'no'} steps behind, {duration(now_s - saved['time'])} ago"
         )
+    lines += [f"{'goodput' if index == 0 else '':12}{line}" for index, line in enumerate(goodput)]
     if live is not None:
         lines += _members(live, hosts)
         if pending:

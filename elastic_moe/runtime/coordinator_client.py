@@ -70,9 +70,10 @@ class CoordinatorClient:
         self._connection = ConnectionThread(find, self._registration, self.inbox, heartbeat_s, lease_s)
         self.outbox = self._connection.outbox
 
-    def start(self, updates_on: str = "") -> None:
-        """Start the thread; it connects in the background. `updates_on`: as in `HelloMessage`."""
-        self._registration.updates_on = updates_on
+    def start(self, updates_on: str = "", placed_s: float = 0.0, node_kind: str = "") -> None:
+        """Start the thread; it connects in the background. The arguments are those of `HelloMessage`."""
+        registration = self._registration
+        registration.updates_on, registration.placed_s, registration.node_kind = updates_on, placed_s, node_kind
         self._connection.start()
 
     def close(self, timeout_s: float = 5.0) -> None:

@@ -33,6 +33,7 @@ class LocalState:
         guard: the history of losses, from which spikes are told; None if `optim.spike` is off.
         goes_back: `optim.spike` is rollback.
         position: in the data.
+        held_s: seconds since the last step in which training stood still for a checkpoint.
         timeline: generation in which the state was last read from storage or initialised; 0 before.
     """
 
@@ -46,6 +47,7 @@ class LocalState:
     guard: SpikeGuard | None = None
     goes_back: bool = False
     position: DataPosition = field(default_factory=DataPosition)
+    held_s: float = 0.0
     timeline: int = 0
 
     @classmethod

@@ -21,7 +21,7 @@ class Registration:
         entered: generation that it entered last.
         progress: returns (step in the making, collectives begun and completed).
         address: at which other workers try their links to it, as in `Member`.
-        updates_on: as in `HelloMessage`.
+        updates_on, placed_s, node_kind: as in `HelloMessage`.
     """
 
     token: str
@@ -34,6 +34,8 @@ class Registration:
     progress: Callable[[], tuple[int, int]] = lambda: (0, 0)
     address: tuple[str, int] = ("", 0)
     updates_on: str = ""
+    placed_s: float = 0.0
+    node_kind: str = ""
 
     def hello(self, newest: msg.ViewMessage | None, lapsed: bool) -> msg.HelloMessage:
         """Everything that a coordinator without memory must know of this worker."""
@@ -51,6 +53,8 @@ class Registration:
             address=self.address,
             sources=sources_digest(),
             updates_on=self.updates_on,
+            placed_s=self.placed_s,
+            node_kind=self.node_kind,
         )
 
     def heartbeat(self, generation: int) -> msg.HeartbeatMessage:

@@ -86,11 +86,18 @@ class Saver:
         too_long = 0 < every_s <= self._clock() - (self._saved_s or 0.0)
         return too_long or self._asked() > self._answered or self._local.position.skipped != self._skipped
 
-    def save_if_due(self, context: GenerationContext, wished: bool) -> None:
-        """Save the committed step if that is due. `wished`: a rank wished for it in the step's vote."""
+    def save_if_due(self, context: GenerationContext, wished: bool) -> bool:
+        """Save the committed step if that is due, and return whether it was.
+
+        Args:
+            context: of the view.
+            wished: a rank wished for it in the step's vote.
+        """
         every = self._config.checkpoint.every_steps
-        if wished or (every > 0 and self._local.committed % every == 0):
+        due = wished or (every > 0 and self._local.committed % every == 0)
+        if due:
             self.save(context)
+        return due
 
     def save(self, context: GenerationContext) -> None:
         """Save the committed step, unless it is being saved already."""

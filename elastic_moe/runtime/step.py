@@ -99,7 +99,7 @@ class StepRunner:
     ) -> None:
         self._config, self._model, self._train, self._batches = config, model, train, batches
         self._fault, self._autocast = fault, autocast
-        self._started_s = time.perf_counter()
+        self._started_s, self._waited_s = time.perf_counter(), 0.0
         tokens = config.data.global_batch * config.data.seq_len
         self.grid = Grid(tokens) if config.elastic.reproducible else None
         self.gradients = DenseGradients(model, self.grid)
@@ -125,7 +125,7 @@ class StepRunner:
             StateUnclear: copies of a unit differ; the run goes back.
         """
         step = local.committed + 1
-        self._started_s = time.perf_counter()
+        self._started_s, self._waited_s = time.perf_counter(), context.group.waited[0]
         self._fault(step, "compute")
         share = self._compute(step, context, local.position.batch_of(step))
         self._fault(step, "reduce")
@@ -199,6 +199,9 @@ class StepRunner:
         nonfinite_R = np.zeros_like(expert_rows_R)
         nonfinite_R[context.rank] = not own_finite
         finite = math.isfinite(grad_square)
+        waited_s = context.group.waited[0] - self._waited_s
+        busy_s_R = np.zeros_like(expert_rows_R)
+        busy_s_R[context.rank] = time.perf_counter() - self._started_s - waited_s
         return Ballot(
             ce_sum=share.ce_sum,
             tokens=share.tokens,
@@ -215,10 +218,12 @@ class StepRunner:
                 publish_s=exchanger.publish_s,
                 publish_bytes=exchanger.publish_bytes,
                 switch_s=context.switch_s,
+                wait_s=waited_s,
             ),
             load_LE=share.load_LE.numpy().astype(np.float64),
             nonfinite_R=nonfinite_R,
             expert_rows_R=expert_rows_R,
+            busy_s_R=busy_s_R,
         )
 
     def _vote(self, context: GenerationContext, ballot: Ballot) -> Ballot:
@@ -243,7 +248,10 @@ class StepRunner:
     def _record(self, local: LocalState, vote: VoteResult, committed_at_s: float) -> None:
         """Make the step's record."""
         lr = lr_at(vote.step, self._config.run.steps, self._config.optim)
-        local.add_record(step_record(vote, lr, time.perf_counter() - self._started_s, committed_at_s))
+        record = step_record(vote, lr, time.perf_counter() - self._started_s, committed_at_s)
+        if local.held_s:
+            record["held_s"], local.held_s = local.held_s, 0.0
+        local.add_record(record)
 
 
 def step_record(vote: VoteResult, lr: float, step_s: float, time_s: float) -> dict[str, Any]:
@@ -269,6 +277,8 @@ def step_record(vote: VoteResult, lr: float, step_s: float, time_s: float) -> di
         "layer_balance": [round(1 / float(t), 4) for t in vote.layer_time_L],
         "layer_max_load": [round(float(w.max() / max(w.mean(), 1e-9)), 3) for w in vote.load_LE],
         "cross_node_rows": int(vote.measures.cross_node_rows),
+        "imbalance_s": vote.imbalance_s,
+        "straggler_s": vote.straggler_s,
         "time": time_s,
         "skipped": not vote.updates,
         **_optional_metrics(vote),

@@ -108,8 +108,9 @@ class TrainingLoop:
                 self._reporter.load(local.vote)
         if local.position.go_on_at >= 0:
             return  # the run goes back
-        last = local.committed == config.run.steps or result.stop
-        self._saver.save_if_due(result.context, result.save or last)
+        last, started_s = local.committed == config.run.steps or result.stop, time.perf_counter()
+        if self._saver.save_if_due(result.context, result.save or last):
+            local.held_s += time.perf_counter() - started_s
         if not result.reconfigure and _due(local.committed, config.run.eval_every_steps):
             self._evaluate(result.context)
 
@@ -204,7 +205,7 @@ class TrainingLoop:
             self._evaluate(context)
         self._saver.confirm(context)
         if not stopped and self._config.run.sample_tokens:
-            text = None
+            text, started_s = None, time.perf_counter()
             try:
                 text = self._sample(context)
             except GroupAborted:
@@ -213,7 +214,8 @@ class TrainingLoop:
                 self._reporter.event("sample_failed", self._local.committed, reason=f"{type(error).__name__}: {error}")
             context.group.attest()
             if text is not None and context.leads:
-                self._reporter.event("sample", self._local.committed, text=text)
+                sample_s = time.perf_counter() - started_s
+                self._reporter.event("sample", self._local.committed, text=text, sample_s=sample_s)
 
     def _sample(self, context: GenerationContext) -> str:
         """The prompt, and on the first active rank what the model makes of it; collective."""

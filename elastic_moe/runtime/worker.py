@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 
@@ -52,7 +53,7 @@ from elastic_moe.runtime.session import ContextBuilder, GenerationContext
 from elastic_moe.runtime.step import StepRunner
 from elastic_moe.runtime.training_loop import Rebalance, TrainingLoop
 from elastic_moe.runtime.warm_planner import warm_up as warm_up_planner
-from elastic_moe.types import INTERRUPTED, NOT_WHOLE, SAVED, View
+from elastic_moe.types import INTERRUPTED, NOT_WHOLE, SAVED, Origin, View
 
 
 class Worker:
@@ -293,6 +294,7 @@ def run_worker(
     prepared: Prepared,
     worker: str,
     run: str = "",
+    origin: Origin | None = None,
 ) -> dict[str, int | str]:
     """Be one worker of a run until it ends. Ray Train's workers call it, and so do plain processes without Ray.
 
@@ -304,6 +306,7 @@ def run_worker(
         prepared: token shards and tokenizer on the coordinator's node, see `places`.
         worker: unique id of this life of the process.
         run: name of the run in its log; "": that of its directory.
+        origin: when and where it was placed; None: when this process began, on a node of no known kind.
 
     Returns:
         `committed`: last committed step; `ended`: "finished", "stopped" or "released".
@@ -317,7 +320,8 @@ def run_worker(
         find, token, worker, node, os.getpid(), elastic.slots_per_worker, elastic.heartbeat_s, elastic.lease_s
     )
     on_gpu = config.device != "cpu" and elastic.state_on == "device" and torch.cuda.is_available()
-    client.start("cuda" if on_gpu else "cpu")
+    origin = origin or Origin(psutil.Process().create_time())
+    client.start("cuda" if on_gpu else "cpu", origin.placed_s, origin.node_kind)
     made: list[Worker] = []
 
     def where() -> tuple[int, int]:

@@ -288,7 +288,7 @@ class StockSide:
     def close(self) -> None:
         """Ask for an end; what goes on is ended with the cluster."""
         self._stop_file.touch()
-        self._fit.join(20)
+        self._fit.join(120)  # Ray ends the process where its threads outlive it
 
 
 def stock(config: TrainConfig, prepared: Prepared, quick: bool) -> list[Json]:

@@ -5,58 +5,21 @@ Without an account wandb writes an offline run, which `wandb sync` can upload la
 
 from __future__ import annotations
 
-import logging
 import netrc
+import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 import psutil
 
 from elastic_moe.config.schema import TrackingConfig
 from elastic_moe.errors import UserError
-from elastic_moe.metrics.sinks.background import Backend, BackgroundSink
+from elastic_moe.metrics.sinks.background import Backend
+from elastic_moe.metrics.sinks.marks import Mark
 
 _SERVICE = "wandb-core"  # process that wandb starts
-_LOG = logging.getLogger(__name__)
-
-
-class Tracker(BackgroundSink):
-    """Sends metrics to wandb in the background.
-
-    Args:
-        config: how to track.
-        run_dir: the run directory; offline runs are written there.
-        run_config: the run's whole configuration, stored with the run.
-        environ: environment variables of the process.
-        on_failure: called once, from another thread, with a sentence about why tracking ended.
-        backend: opens a backend instead of wandb's.
-
-    Raises:
-        UserError: `tracking.wandb` is unknown.
-    """
-
-    def __init__(
-        self,
-        config: TrackingConfig,
-        run_dir: str | Path,
-        run_config: Mapping[str, Any],
-        environ: Mapping[str, str],
-        on_failure: Callable[[str], None] = _LOG.warning,
-        backend: Callable[[], Backend] | None = None,
-    ) -> None:
-        mode = wandb_mode(config.wandb, environ)
-        make = backend or (lambda: open_wandb(config, Path(run_dir), mode))
-        self._services_before = set() if mode == "off" else _services()
-        super().__init__(None if mode == "off" else make, run_config, on_failure)
-
-    def _abandon(self) -> None:
-        """End wandb's service: at exit wandb waits for it, and the service may wait for the network for ever."""
-        for process in _services() - self._services_before:
-            process.kill()
-        _hush_lost_connections()
 
 
 def wandb_mode(setting: str, environ: Mapping[str, str]) -> str:
@@ -98,8 +61,17 @@ def _has_entry(path: Path, host: str) -> bool:
         return False
 
 
-def open_wandb(config: TrackingConfig, run_dir: Path, mode: str) -> Backend:
-    """Start a wandb run through Accelerate."""
+def open_wandb(config: TrackingConfig, run_dir: Path, mode: str, mark: Mark) -> Backend:
+    """Begin a run in wandb through Accelerate, or go on with the one of the start before.
+
+    Offline, each start has a directory of its own, all with the same id: `wandb sync` makes one run of them.
+
+    Args:
+        config: how to track.
+        run_dir: the run directory; offline runs are written there.
+        mode: "online" or "offline".
+        mark: what the start before has sent.
+    """
     # Imported here: they take seconds, and this runs in the sink's thread.
     import wandb
     from accelerate import PartialState
@@ -107,18 +79,44 @@ def open_wandb(config: TrackingConfig, run_dir: Path, mode: str) -> Backend:
 
     PartialState(cpu=True)  # Accelerate's logger, which the tracker uses, refuses to work without it
     settings = wandb.Settings(silent=True, console="off", init_timeout=30, disable_git=True, disable_code=True)
+    run = mark.run_id or secrets.token_hex(8)
 
     class Wandb(WandBTracker):
+        replaces, run_id = False, run
+
+        def flush(self) -> None:
+            """wandb's service has what was logged, and outlives this process."""
+
         def finish(self) -> None:
             super().finish()
             wandb.teardown()  # its service process ends with the run
 
-    tracker = Wandb(config.project, name=config.name or run_dir.name, dir=str(run_dir), mode=mode, settings=settings)
+    tracker = Wandb(
+        config.project,
+        id=run,
+        resume="allow",
+        name=config.name or run_dir.name,
+        group=config.group or None,
+        dir=str(run_dir),
+        mode=mode,
+        settings=settings,
+    )
     tracker.start()
     return tracker
 
 
-def _services() -> set[psutil.Process]:
+def end_services(before: set[psutil.Process]) -> None:
+    """End the services that came since: at exit wandb waits for its own, which may wait for the network for ever.
+
+    Args:
+        before: services that are to stay.
+    """
+    for process in services() - before:
+        process.kill()
+    _hush_lost_connections()
+
+
+def services() -> set[psutil.Process]:
     """Service processes of wandb that this process started."""
     try:
         return {child for child in psutil.Process().children() if child.name().startswith(_SERVICE)}

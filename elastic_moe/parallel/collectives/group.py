@@ -7,6 +7,7 @@ that only some members can use is added by `use`, once all have agreed on it (`c
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -74,11 +75,13 @@ class Group:
             between two operations is told from those that wait for it. The heartbeats read it.
         device: of the tensors that travel; a backend of its type is formed too, where there is one.
         backends: device type -> maker of a backend.
+        waited: of the group that this one is a part of.
 
     Attributes:
         generation, rank, world_size: of the member.
         device: of the tensors that travel.
         completed: operations of this group that have completed.
+        waited: one-element sum of the seconds that the thread has waited for operations, those of subgroups included.
 
     Raises:
         FormingFailed: a member could not be reached.
@@ -94,12 +97,14 @@ class Group:
         *,
         device: torch.device = HOST,
         backends: Mapping[str, Callable[[], CollectiveBackend[Any]]] = BACKENDS,
+        waited: list[float] | None = None,
     ) -> None:
         self._member, self._rendezvous, self._abort = member, rendezvous, abort
         self.device, self._make = device, backends
         self.generation, self.rank, self.world_size = member.generation, member.rank, member.world_size
         self.completed = 0
         self._activity = activity if activity is not None else [0]
+        self.waited = waited if waited is not None else [0.0]
         self._subgroups: list[Group] = []
         self._subgroup_names: Counter[str] = Counter()
         self._failure: str | None = None
@@ -153,8 +158,14 @@ class Group:
         self._subgroup_names[name] += 1
         place = replace(self._member, rank=list(ranks).index(self.rank), world_size=len(ranks), subgroup=unique)
         group = Group(
-            place, self._rendezvous, self._abort, self._activity, device=self.device, backends=self._make
-        )  # fmt: skip
+            place,
+            self._rendezvous,
+            self._abort,
+            self._activity,
+            device=self.device,
+            backends=self._make,
+            waited=self.waited,
+        )
         self._subgroups.append(group)
         return group
 
@@ -232,12 +243,14 @@ class Group:
         if pending.backend is not None:
             if self._failure is not None:
                 raise GroupAborted(self._failure)
+            since_s = time.perf_counter()
             try:
                 while not pending.backend.poll(pending.work, SLICE_S):
                     if self._abort.is_set:
                         self._fail(None)
             except BackendError as error:
                 self._fail(error)
+            self.waited[0] += time.perf_counter() - since_s
         self._activity[0] += 1
         self.completed += 1
 

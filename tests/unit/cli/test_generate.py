@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_moe.cli.generate import load, main, pieces
+from elastic_moe.cli.generate import main, pieces
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.data.tokenizer import BytesTokenizer
 from elastic_moe.errors import UserError
-from elastic_moe.saved import SavedModel
+from elastic_moe.saved import SavedModel, load_model
 
 
 @pytest.mark.parametrize(
@@ -37,4 +37,4 @@ def test_weights_that_are_not_finite_are_a_sentence() -> None:
     cfg = ModelConfig(vocab_size=8, hidden_size=8, num_layers=2, num_experts=2, experts_per_token=1)
     saved = SavedModel(cfg, lambda spec: torch.full(spec.shape, float("nan")), None, 8, "step 1 of x")
     with pytest.raises(UserError, match=r"step 1 of x: .* has values that are not finite"):
-        load(saved)
+        load_model(saved)

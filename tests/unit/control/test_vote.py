@@ -48,6 +48,7 @@ def _ballot(seed: int) -> Ballot:
         load_LE=array(LAYERS, EXPERTS),
         nonfinite_R=array(RANKS),
         expert_rows_R=array(RANKS),
+        busy_s_R=array(RANKS),
     )
 
 

@@ -50,7 +50,8 @@ def test_state_from_storage_drops_later_records_once(coordinator: RunCoordinator
     _add(coordinator, 3, loss=0.5)
     coordinator._on_event(_entered(source, 2, 2))  # another member's report of the same generation
     assert [record["loss"] for record in coordinator.records_since(2)] == [0.5]
-    events = read_jsonl(tmp_path / EVENTS)
+    started, *events = read_jsonl(tmp_path / EVENTS)
+    assert (started["event"], started["restarted"]) == ("started", False)
     assert [event["event"] for event in events] == ["rolled_back", "entered"]
     assert (events[0]["generation"], events[0]["step"], events[0]["lost_steps"]) == (2, 2, 2)
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from elastic_moe.control.goodput import TIME_CAUSES, Goodput, as_record
 from elastic_moe.metrics.exported import COUNTER, EXPORTED, GAUGE, GROUPS, HISTOGRAM, MEMORY, PHASES, Exported
 from elastic_moe.metrics.recorder import Recorder
-from elastic_moe.metrics.run_metrics import REMEMBERED, RunMetrics, Status
+from elastic_moe.metrics.run_metrics import REMEMBERED, RunMetrics, Status, of_goodput
 from elastic_moe.metrics.schema import STEP_KEYS
 
 BY_NAME = {metric.name: metric for metric in EXPORTED}
@@ -83,7 +84,9 @@ def full() -> RunMetrics:
 
 
 def test_everything_that_is_declared_is_made_and_nothing_else() -> None:
-    samples = full().samples(RUNNING, 1100.0)
+    books = dict.fromkeys(TIME_CAUSES, 1.0)
+    goodput = Goodput(books, {"spot": 3600.0}, up_s=9.0, failures=2, repairs=1, repair_s=3.0)
+    samples = full().samples(RUNNING, 1100.0) + of_goodput(as_record(goodput, {"spot": 2.0}))
     assert {sample.name for sample in samples} == {metric.name for metric in EXPORTED if metric not in MEMORY}
     for name, _, tag in samples:
         assert tag in BY_NAME[name].values if BY_NAME[name].tag else tag == "", name
@@ -188,7 +191,7 @@ class Ear:
 
 def test_a_restarted_coordinator_counts_nothing_twice(tmp_path: Path) -> None:
     first, metrics = Ear(), RunMetrics(4, 990.0)
-    recorder = Recorder(tmp_path, listener=first)
+    recorder = Recorder(tmp_path, listeners=(first,))
     recorder.event(view(1, "start"))
     recorder.event(entered(1))
     for step in (1, 3, 2, 4):
@@ -199,7 +202,7 @@ def test_a_restarted_coordinator_counts_nothing_twice(tmp_path: Path) -> None:
     assert [line["step"] for line in written if "loss" in line] == [1, 2, 3, 4]
 
     second = Ear()
-    recorder = Recorder(tmp_path, listener=second)
+    recorder = Recorder(tmp_path, listeners=(second,))
     metrics.recall(recorder.last, [line for line in written if "event" in line])
     for step in (2, 3, 4, 5):  # a worker sends its last records again
         recorder.record(record(step))

@@ -8,7 +8,7 @@ const CURVES = [ // key, title, colour, logarithmic by choice, high
   ["lr", "Learning rate", "lr", false, false],
   ["grad_norm", "Gradient norm", "norm", true, false],
   ["world_size", "Workers that train", "other", false, false],
-  ["balance", "Balance of the experts: rows of the mean rank over those of the slowest", "good", false, false],
+  ["balance", "Balance of the experts: mean over slowest rank", "good", false, false],
   ["cross_node_rows", "Rows sent to experts on other nodes", "other", false, false],
   ["mtp_loss", "Loss of multi-token prediction", "loss", true, false],
   ["index_loss", "Loss of the indexers", "loss", true, false],

@@ -21,7 +21,7 @@ function short(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   for (const [limit, sign] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]]) {
-    if (size >= limit) return fixed(value / (sign === "k" ? 1e3 : limit), digits) + sign;
+    if (size >= 0.9995 * limit) return fixed(value / (sign === "k" ? 1e3 : limit), digits) + sign;
   }
   if (size !== 0 && size < 1e-3) return String(Number(value.toPrecision(digits)).toExponential()).replace("e+", "e");
   return fixed(value, size >= 1000 ? 4 : digits);

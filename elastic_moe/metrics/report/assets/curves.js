@@ -61,7 +61,7 @@ function curvesPanel(runs, view, redraw) {
     return box;
   });
   const per = Math.max(...runs.map((run) => run.curves.per));
-  const sub = per > 1 ? `A point stands for ${short(per)} steps: their mean, and as a band their lowest and highest value.` : "";
+  const sub = per > 1 ? `A point stands for ${runs.length > 1 ? "up to " : ""}${short(per)} steps: their mean, ${runs.length > 1 ? "and under the pointer" : "and as a band"} their lowest and highest value.` : "";
   const panel = section("curves", "Curves", sub, controls, legend, grid);
   return [panel, () => drawn.forEach(([key, title, , , high], index) => curveChart(boxes[index], runs, key, title, high ? 300 : 210, view, colour))];
 }

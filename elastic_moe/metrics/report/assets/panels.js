@@ -8,7 +8,8 @@ const causeColour = (cause) => style(CAUSE_COLOURS[cause] || "other");
 function status(run) {
   if (run.goes_on) return el("span.badge.live", {}, "goes on");
   if (!run.end) return el("span.badge.bad", {}, `no sign since ${clock(run.last_s)}; its end was not recorded`);
-  return el(`span.badge.${run.end.event === "finished" ? "good" : "bad"}`, { title: run.end.reason }, run.end.event + (/all steps/.test(run.end.reason) || !run.end.reason ? "" : `: ${run.end.reason}`));
+  const whole = /all steps/.test(run.end.reason) || !run.end.reason;
+  return el(`span.badge${run.end.event === "failed" ? ".bad" : whole ? ".good" : ""}`, {}, run.end.event === "failed" ? `failed: ${run.end.reason}` : whole ? "finished" : `stopped: ${run.end.reason}`);
 }
 
 function tile(value, text, title = "") {

@@ -6,9 +6,14 @@ run is told in one sentence and recorded as an event.
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ from elastic_moe.data.shards import file_sha256, token_digest
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import UserError
 from elastic_moe.metrics.recorder import Recorder
-from elastic_moe.run_dir import CONFIG, CONFIGS, TOKENIZER
+from elastic_moe.run_dir import CONFIG, CONFIGS, START, TOKENIZER
 from elastic_moe.saved import read_config, with_tokenizer
 
 
@@ -131,7 +136,25 @@ def _write_config(run_dir: Path, raw_yaml: str) -> None:
     if current.is_file() and not any(kept.iterdir()):
         (kept / "0000.yaml").write_bytes(current.read_bytes())  # of a version that kept only the newest
     number = max((int(path.stem) for path in kept.glob("[0-9]*.yaml") if path.stem.isdecimal()), default=0) + 1
-    for path in (kept / f"{number:04d}.yaml", current):
+    facts = json.dumps(_start_facts(), indent=1)
+    texts = {kept / f"{number:04d}{START}": facts, kept / f"{number:04d}.yaml": raw_yaml, current: raw_yaml}
+    for path, text in texts.items():
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(raw_yaml)
+        temporary.write_text(text)
         os.replace(temporary, path)
+
+
+def _start_facts() -> dict[str, Any]:
+    """Command, versions and machine of this start, for the report."""
+    program, *arguments = sys.argv or [""]
+    ours = Path(program).name in ("train.py", "elastic-moe train", "elastic-moe-train")
+    versions = {"python": platform.python_version()}
+    for package in ("elastic_moe", "torch", "ray"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "time": time.time(),
+        "command": [*(("elastic-moe", "train") if ours else ("python", program)), *arguments],
+        "versions": versions,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+    }

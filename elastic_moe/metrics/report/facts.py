@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +17,24 @@ from elastic_moe.run_dir import CONFIG, CONFIGS, START
 
 MAX_ROWS = 300  # of a table, the newest ones
 _NOT_TOLD = ("run.dir", "tracking")  # settings that do not make a run another one
+_SECRETS = (  # in places such as s3://KEY:SECRET@bucket?session_token=...; a page is for others too
+    (re.compile(r"(://)[^/@\s'\"]+@"), r"\1...@"),
+    (re.compile(r"(?i)([?&][\w-]*(?:secret|token|password|key)[\w-]*=)[^&\s'\"]+"), r"\1..."),
+)
 Json = dict[str, Any]
+
+
+def without_secrets(text: str) -> str:
+    """The text without what stands for a login in URIs."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def configuration(run_dir: Path) -> Json:
     """The configuration as text, and the keys whose values are not the defaults: {key: [default, value]}."""
     try:
-        text = (run_dir / CONFIG).read_text(encoding="utf-8")
+        text = without_secrets((run_dir / CONFIG).read_text(encoding="utf-8"))
         found = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
         return {"text": "", "changed": {}}
@@ -55,12 +67,16 @@ def start_of(run_dir: Path) -> Json:
         except (OSError, ValueError):
             continue
         if isinstance(found, dict):
-            return found
+            return found | {"command": _command(found.get("command", []))}
     try:
         overrides = yaml.safe_load((run_dir / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return {"command": ["elastic-moe", "train", *map(str, overrides)]} if isinstance(overrides, list) else {}
+    return {"command": _command(["elastic-moe", "train", *overrides])} if isinstance(overrides, list) else {}
+
+
+def _command(parts: Sequence[Any]) -> list[str]:
+    return [without_secrets(str(part)) for part in parts]
 
 
 def checkpoints(

@@ -154,6 +154,8 @@ class Lives:
             self._members(lambda life: life.turn(FORMING, now_s) if life.state in (TRAINING, PAUSED) else None)
 
     def _entered(self, now_s: float) -> None:
+        for worker in self._view - set(self._open):  # its beginning was not recorded
+            self._open[worker] = _Open(Bar(worker, "", 0), TRAINING, now_s)
         for worker, life in self._open.items():
             if worker in self._view:
                 if life.state != DRAINING:

@@ -147,13 +147,12 @@ def _speed(columns: Columns, elapsed: np.ndarray) -> tuple[list[float], list[flo
 
 def _figures(columns: Columns, elapsed: np.ndarray, events: Sequence[Json], changes: Sequence[Any]) -> Json:
     """The figures at the head of the page."""
-    losses = columns["loss"][np.isfinite(columns["loss"])]
     values = [e["val_loss"] for e in events if e["event"] == "evaluated" and e["val_loss"] is not None]
     entered = [event for event in events if event["event"] == "entered"]
     pauses = [event["total_s"] for event in entered[1:] if "total_s" in event]
     return {
         "step": int(columns["step"][-1]),
-        "loss": float(losses[-1]) if len(losses) and np.isfinite(columns["loss"][-1]) else None,
+        "loss": rounded(columns["loss"][-1:])[0],
         "val_loss": values[-1] if values else None,
         "tokens": float(np.nansum(columns["tokens"])),
         "up_s": float(elapsed[-1]),

@@ -22,11 +22,13 @@ from elastic_moe.metrics.records import OLD_STEP_KEYS
 MAX_POINTS = 1000  # of a curve
 BLOCK_BYTES = 16 << 20
 DIGITS = 6  # significant ones that the page has
+PHASES = ("compute", "reduce", "mirror", "vote", "apply", "publish")  # of a step, each with a key such as compute_s
 CURVES = (
     *("loss", "lr", "grad_norm", "world_size", "balance", "cross_node_rows"),
     *("mtp_loss", "index_loss", "gain_forward", "gain_backward", "gain_backward_min"),
+    *("step_s", *(f"{phase}_s" for phase in PHASES)),
 )
-_WHOLE = ("step", "tokens", "time", "step_s")
+_WHOLE = ("step", "tokens", "time")
 _READ = (*_WHOLE, *CURVES, *OLD_STEP_KEYS)
 _SCHEMA = pa.schema([(key, pa.float64()) for key in _READ])
 Columns = dict[str, np.ndarray]
@@ -95,6 +97,7 @@ def _columns(block: bytes) -> Columns:
     for old, new in OLD_STEP_KEYS.items():
         was = found.pop(old)
         found[new] = np.where(np.isnan(found[new]), was, found[new])
+    found = {key: column.astype(np.float64 if key in _WHOLE else np.float32) for key, column in found.items()}
     good = ~(np.isnan(found["step"]) | np.isnan(found["time"]))
     return found if good.all() else {key: column[good] for key, column in found.items()}
 

@@ -15,9 +15,9 @@ function comparePanel(runs) {
     ["goodput", (run) => (run.goodput ? percent(run.goodput.now.goodput) : "–")],
     ["cost", (run) => (run.goodput && run.goodput.now.cost !== null ? short(run.goodput.now.cost) : "–")],
   ];
-  const rows = runs.map((run, index) => [el("td", {}, swatch(hue(index)), ` ${run.name}`), ...figures.map(([, value]) => value(run)), el("td", {}, status(run))]);
+  const rows = runs.map((run, index) => [el("td", {}, swatch(hue(index)), ` ${run.name}`), el("td", {}, status(run)), ...figures.map(([, value]) => value(run))]);
   for (const row of rows) row[0].querySelector("i").style.cssText += ";display:inline-block;margin-right:6px";
-  return [section("figures", "Figures", "", table(["run", ...figures.map(([name]) => name), "state"], rows, "figures of the runs")), () => {}];
+  return [section("figures", "Figures", "", table(["run", "state", ...figures.map(([name]) => name)], rows, "figures of the runs")), () => {}];
 }
 
 function differencesPanel(runs) {

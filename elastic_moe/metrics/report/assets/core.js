@@ -21,15 +21,16 @@ function short(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   for (const [limit, sign] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]]) {
-    if (size >= limit) return fixed(value / (sign === "k" ? 1e3 : limit), digits) + sign;
+    if (size >= 0.9995 * limit) return fixed(value / (sign === "k" ? 1e3 : limit), digits) + sign;
   }
-  if (size !== 0 && size < 1e-3) return value.toExponential(2).replace("e", "e");
+  if (size !== 0 && size < 1e-3) return String(Number(value.toPrecision(digits)).toExponential()).replace("e+", "e");
   return fixed(value, size >= 1000 ? 4 : digits);
 }
 
 /** Seconds in their two largest units. */
 function duration(seconds) {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "–";
+  if (seconds === 0) return "0 s";
   if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 10) return `${fixed(seconds, 2)} s`;
   const whole = Math.round(seconds);

@@ -8,7 +8,7 @@ const CURVES = [ // key, title, colour, logarithmic by choice, high
   ["lr", "Learning rate", "lr", false, false],
   ["grad_norm", "Gradient norm", "norm", true, false],
   ["world_size", "Workers that train", "other", false, false],
-  ["balance", "Balance of the experts: rows of the mean rank over those of the slowest", "good", false, false],
+  ["balance", "Balance of the experts: mean over slowest rank", "good", false, false],
   ["cross_node_rows", "Rows sent to experts on other nodes", "other", false, false],
   ["mtp_loss", "Loss of multi-token prediction", "loss", true, false],
   ["index_loss", "Loss of the indexers", "loss", true, false],
@@ -61,7 +61,7 @@ function curvesPanel(runs, view, redraw) {
     return box;
   });
   const per = Math.max(...runs.map((run) => run.curves.per));
-  const sub = per > 1 ? `A point stands for ${short(per)} steps: their mean, and as a band their lowest and highest value.` : "";
+  const sub = per > 1 ? `A point stands for ${runs.length > 1 ? "up to " : ""}${short(per)} steps: their mean, ${runs.length > 1 ? "and under the pointer" : "and as a band"} their lowest and highest value.` : "";
   const panel = section("curves", "Curves", sub, controls, legend, grid);
   return [panel, () => drawn.forEach(([key, title, , , high], index) => curveChart(boxes[index], runs, key, title, high ? 300 : 210, view, colour))];
 }

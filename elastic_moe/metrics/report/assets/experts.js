@@ -10,7 +10,7 @@ function expertsPanel(run, view, redraw) {
   }
   const maps = el("div.thirds");
   const load = el("div", {}, el("h3", {}, "Load over the layer's mean"), loadLegend());
-  const home = el("div", {}, el("h3", {}, "Home, a colour per worker"));
+  const home = el("div", {}, el("h3", {}, "Home, a colour per worker"), el("div.legend", {}, el("span", {}, "the workers are listed below")));
   const copies = el("div", {}, el("h3", {}, "Copies"), copiesLegend(experts, view.layer));
   maps.append(load, home, copies);
   const panel = section("experts", "Experts", "One row per expert, steps from left to right. A home that keeps its colour stayed on its worker, whatever the worker's rank. " +
@@ -47,7 +47,8 @@ function mostCopies(experts, layer) {
 function copiesLegend(experts, layer) {
   const most = mostCopies(experts, layer);
   const legend = el("div.legend");
-  for (const number of new Set([1, Math.ceil((1 + most) / 2), most])) legend.append(el("span", {}, swatch(copyColour(number, most)), number === 1 ? "one" : String(number)));
+  const numbers = most <= 6 ? Array.from({ length: most }, (_, i) => i + 1) : [1, Math.ceil((1 + most) / 2), most];
+  for (const number of numbers) legend.append(el("span", {}, swatch(copyColour(number, most)), number === 1 ? "one" : String(number)));
   return legend;
 }
 

@@ -9,6 +9,8 @@ function onePanels(run) {
   const panels = [[section("timeline", "The run at one look", "One bar per worker, in the rows of its node. Dashed lines: the membership changed; red areas: from a loss to the next committed step.", box), () => story(run, box)]];
   if (run.goodput) panels.push(goodputPanel(run));
   panels.push(curvesPanel([run], view, draw));
+  const phases = phasesPanel(run);
+  if (phases) panels.push(phases);
   if (run.experts) panels.push(expertsPanel(run, view, draw));
   if (run.decisions.count) panels.push(decisionsPanel(run));
   panels.push(checkpointsPanel(run));

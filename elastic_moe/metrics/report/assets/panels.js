@@ -8,7 +8,8 @@ const causeColour = (cause) => style(CAUSE_COLOURS[cause] || "other");
 function status(run) {
   if (run.goes_on) return el("span.badge.live", {}, "goes on");
   if (!run.end) return el("span.badge.bad", {}, `no sign since ${clock(run.last_s)}; its end was not recorded`);
-  return el(`span.badge.${run.end.event === "finished" ? "good" : "bad"}`, { title: run.end.reason }, run.end.event + (run.end.event === "failed" ? `: ${run.end.reason}` : ""));
+  const whole = /all steps/.test(run.end.reason) || !run.end.reason;
+  return el(`span.badge${run.end.event === "failed" ? ".bad" : whole ? ".good" : ""}`, {}, run.end.event === "failed" ? `failed: ${run.end.reason}` : whole ? "finished" : `stopped: ${run.end.reason}`);
 }
 
 function tile(value, text, title = "") {
@@ -44,12 +45,12 @@ function goodputPanel(run) {
   const rows = causes.map(([cause, seconds]) => [el("td", {}, swatch(causeColour(cause)), ` ${word(cause)}`), duration(seconds), percent(seconds / total)]);
   for (const key of rows) key[0].querySelector("i").style.cssText += ";display:inline-block;margin-right:6px";
   const facts = [
-    `effective training time ratio ${percent(now.ettr)}`, `${count(now.failures, "failure")}`,
+    `Effective training time ratio ${percent(now.ettr)}`, `${count(now.failures, "failure")}`,
     now.mttr_s ? `mean time to recover ${duration(now.mttr_s)}` : "", now.mtbf_s ? `mean time between failures ${duration(now.mtbf_s)}` : "",
   ].filter(Boolean).join(" · ");
   const left = el("div", {}, table(["cause", "workers' time", "share"], rows, "time of workers by cause"));
   const right = el("div", {}, el("h3", {}, "Share of each stretch of time"));
-  const panel = section("time", "Where the time went", `Every second of every worker, from its placement to its end, by cause. ${facts}`, stack, el("div.grid", {}, left, right));
+  const panel = section("time", "Where the time went", `Every second of every worker, from its placement to its end, by cause. ${facts}.`, stack, el("div.grid", {}, left, right));
   return [panel, () => time.length > 2 ? shareChart(run, right, causes.map(([cause]) => cause), time, byCause, word) : right.remove()];
 }
 
@@ -67,6 +68,34 @@ function shareChart(run, box, causes, time, byCause, word) {
       data: grown.map((sum, i) => [elapsed[i + 1], sum ? (100 * Math.max(byCause[cause][i + 1] - byCause[cause][i], 0)) / sum : null]),
     })),
   }));
+}
+
+const PHASES = [["compute", "loss"], ["reduce", "val"], ["mirror", "speed"], ["vote", "bad"], ["apply", "norm"], ["publish", "lr"]];
+
+/** Mean of the values that are known. */
+function meanOf(values) {
+  const known = values.filter((value) => value !== null);
+  return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : 0;
+}
+
+function phasesPanel(run) {
+  const phases = PHASES.filter(([phase]) => run.curves.y[`${phase}_s`]);
+  if (!phases.length) return null;
+  const means = phases.map(([phase]) => meanOf(run.curves.y[`${phase}_s`].mean));
+  const whole = means.reduce((sum, mean) => sum + mean, 0);
+  const box = el("div");
+  const legend = el("div.legend", {}, phases.map(([phase, colour], i) => el("span", {}, swatch(style(colour)), `${phase} ${duration(means[i])}, ${percent(means[i] / whole)}`)));
+  const panel = section("phases", "Step time by phase", `On the rank that reports: ${duration(whole)} on average. Waiting for slower ranks counts where it happens: in “compute” at the exchanges with the experts, else in the exchange that follows.`, legend, box);
+  return [panel, () => chart(box, 230, `Step time by phase over the steps: ${phases.map(([phase], i) => `${phase} ${percent(means[i] / whole)}`).join(", ")}`, common({
+    grid: { left: 58, right: 12, top: 12, bottom: 40 },
+    xAxis: axis({ type: "value", min: "dataMin", max: "dataMax", name: "steps", nameLocation: "middle", nameGap: 24, splitLine: { show: false }, axisLabel: { formatter: (value) => short(value) } }),
+    yAxis: axis({ type: "value", splitNumber: 4, axisLabel: { formatter: (value) => duration(value) } }),
+    tooltip: tooltip({ trigger: "axis", formatter: (items) => [`step ${Math.round(items[0].axisValue).toLocaleString()}`, ...[...items].reverse().map((item) => `${item.marker}${item.seriesName} ${duration(item.value[1])}`)].join("<br>") }),
+    series: phases.map(([phase, colour]) => ({
+      type: "line", name: phase, stack: "all", symbol: "none", color: style(colour), lineStyle: { width: 0 }, areaStyle: { opacity: 0.85 },
+      data: run.curves.x.step.map((step, i) => [step, run.curves.y[`${phase}_s`].mean[i]]),
+    })),
+  }))];
 }
 
 function decisionsPanel(run) {

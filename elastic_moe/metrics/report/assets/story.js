@@ -23,7 +23,7 @@ function story(run, box) {
   const grids = [[top.speed, 84], [top.loss, 110], [top.lanes, lanesHeight]].map(([y, high]) => ({ left, right, top: y, height: high, outerBoundsMode: "none" }));
   const time = (index) => axis({
     type: "value", gridIndex: index, min: 0, max: end, splitLine: { show: index < 2, lineStyle: { color: style("grid") } },
-    axisLabel: { show: index === 2, formatter: (value) => duration(value) }, axisPointer: { label: { show: false } },
+    axisLabel: { show: index === 2, showMaxLabel: false, formatter: (value) => duration(value) }, axisPointer: { label: { show: false } },
   });
   const made = chart(box, total, storyLabel(run), common({
     grid: grids,
@@ -54,7 +54,8 @@ function storyLabel(run) {
 
 function storyLegend(run) {
   const bars = run.lanes.bars;
-  const present = new Set(bars.flatMap((bar) => bar.parts.map((part) => part[2])));
+  const least = run.figures.up_s / 4000; // shorter stretches are not to be seen
+  const present = new Set(bars.flatMap((bar) => bar.parts.filter(([begin, end]) => end - begin > least).map((part) => part[2])));
   const legend = el("div.legend", { "aria-label": "legend" });
   STATE_WORDS.forEach((word, state) => {
     if (present.has(state)) legend.append(el("span", {}, swatch(style(`s-${STATE_COLOURS[state]}`)), word));

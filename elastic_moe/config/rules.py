@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "run.resume": ("never", "auto"),
     "run.log_format": ("text", "json"),
+    "run.objective": ("val_loss", "loss", "tokens_per_s"),
     "model.attention": ("gqa", "mla", "csa"),
     "model.router_score": ("sigmoid", "sqrtsoftplus", "softmax"),
     "model.residual": ("plain", "hc", "mhc"),
@@ -32,6 +33,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.spike": ("off", "skip", "rollback", "stop"),
     "cluster.kind": ("auto", "local", "simulated", "address"),
     "cluster.collectives": ("auto", "gloo", "nccl"),
+    "sweep.goal": ("min", "max"),
+    "sweep.early_stopping": ("off", "asha"),
     "tracking.wandb": ("auto", "online", "offline", "off"),
 }
 
@@ -56,7 +59,8 @@ AT_LEAST_ZERO = """
     checkpoint.every_minutes checkpoint.wait_s
     balance.every_steps balance.home_moves balance.dispatch_gib
     balance.log_every_steps cluster.cpus_per_worker cluster.gpus_per_worker faults.kill_worker_at_step
-    faults.kill_rank
+    faults.kill_rank sweep.max_concurrent sweep.max_workers sweep.retries sweep.rung_steps sweep.workers
+    sweep.priority
 """.split()
 
 ABOVE_ZERO = """
@@ -101,6 +105,7 @@ def check_rules(config: TrainConfig) -> list[str]:
     _check_elastic(config)
     _check_paths(config)
     _check_faults(config)
+    _check_sweep(config)
     if config.optim.spike == "rollback" and not config.checkpoint.every_steps and not config.checkpoint.every_minutes:
         raise UserError(
             "optim.spike=rollback goes back to checkpoints: set checkpoint.every_steps or checkpoint.every_minutes."
@@ -287,6 +292,20 @@ def _check_faults(config: TrainConfig) -> None:
                 f"faults.inject must list rank:step:phase or rank:step:phase:stop with a phase of "
                 f"{', '.join(FAULT_PHASES)}, not {entry!r}."
             )
+
+
+def _check_sweep(config: TrainConfig) -> None:
+    _need(config, "sweep.rung_factor", lambda value: value >= 2, "at least 2")
+    if config.sweep.early_stopping == "asha" and config.run.objective == "val_loss" and not config.run.eval_every_steps:
+        raise UserError(
+            "sweep.early_stopping=asha compares run.objective=val_loss during the run: set run.eval_every_steps, or "
+            "run.objective=loss."
+        )
+    if 0 < config.sweep.max_workers < config.elastic.min_workers:
+        raise UserError(
+            f"sweep.max_workers ({config.sweep.max_workers}) must be 0 or at least elastic.min_workers "
+            f"({config.elastic.min_workers})."
+        )
 
 
 def _notes(config: TrainConfig) -> list[str]:

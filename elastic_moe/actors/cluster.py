@@ -119,8 +119,15 @@ def sweep_session(configs: Sequence[TrainConfig]) -> Iterator[None]:
     if len(configs) < 2 or any(config.cluster != configs[0].cluster for config in configs):
         yield
     else:
-        with ray_session(resolve(max(configs, key=max_workers))):
+        with shared_session(configs):
             yield
+
+
+@contextmanager
+def shared_session(configs: Sequence[TrainConfig]) -> Iterator[None]:
+    """One cluster that is large enough for the largest of these runs."""
+    with ray_session(resolve(max(configs, key=max_workers))):
+        yield
 
 
 def _common(cluster: ClusterConfig) -> dict[str, Any]:

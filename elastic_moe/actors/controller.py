@@ -81,10 +81,11 @@ class ElasticController(TrainController):
     Args:
         coordinator: name of the coordinator actor.
         last_save_s: the members get at most so long for that.
+        first_limit: workers to begin with at most; 0: as many as there are slots.
         **stock: the arguments of `TrainController`.
     """
 
-    def __init__(self, *, coordinator: str, last_save_s: float, **stock: Any) -> None:
+    def __init__(self, *, coordinator: str, last_save_s: float, first_limit: int = 0, **stock: Any) -> None:
         self._link, self._last_save_s = CoordinatorLink(coordinator), last_save_s
         self._error: TrainingFailedError | None = None  # the first one that ends the run
         self._error_since_s = self._ask_s = 0.0
@@ -94,7 +95,7 @@ class ElasticController(TrainController):
         self._evicted_since_s: dict[str, float] = {}
         self._unknown: set[str] = set()  # members that are not of the group, at the last look
         self._shown = [callback for callback in stock.get("callbacks") or () if isinstance(callback, ShownRun)]
-        self.worker_group_cls: Any = ElasticWorkerGroups(coordinator)
+        self.worker_group_cls: Any = ElasticWorkerGroups(coordinator, first_limit)
         super().__init__(**stock)
         self._health_check_interval_s = POLL_S
 
@@ -229,13 +230,21 @@ class ElasticTrainer(DataParallelTrainer):
         coordinator: name of the coordinator actor, which decides when the run is over.
         names: of the run in Ray Train.
         last_save_s: when the run fails, its members get at most so long to save their state.
+        first_limit: workers to begin with at most; 0: no limit.
         **stock: the arguments of `DataParallelTrainer`.
     """
 
     def __init__(
-        self, train_loop_per_worker: Any, *, coordinator: str, names: TrainNames, last_save_s: float, **stock: Any
+        self,
+        train_loop_per_worker: Any,
+        *,
+        coordinator: str,
+        names: TrainNames,
+        last_save_s: float,
+        first_limit: int = 0,
+        **stock: Any,
     ) -> None:
-        self._coordinator, self._last_save_s = coordinator, last_save_s
+        self._ours = {"coordinator": coordinator, "last_save_s": last_save_s, "first_limit": first_limit}
         self.controller: Any = None  # the actor, once it was started
         super().__init__(train_loop_per_worker, backend_config=ElasticBackendConfig(), **stock)
         object.__setattr__(self.train_run_context, "run_id", names.id)  # frozen, and made anew for each trainer
@@ -254,8 +263,6 @@ class ElasticTrainer(DataParallelTrainer):
             label_selector=this_node(),
             runtime_env={"env_vars": env_vars},
         )(ElasticController)
-        self.controller = controller_cls.remote(
-            coordinator=self._coordinator, last_save_s=self._last_save_s, **controller_init_kwargs
-        )
+        self.controller = controller_cls.remote(**self._ours, **controller_init_kwargs)
         ray.get(self.controller.run.remote())
         return ray.get(self.controller.get_result.remote())

@@ -223,10 +223,15 @@ def start_coordinator(config: TrainConfig, name: str, token: str, prepared: Prep
             max_concurrency=8,
             label_selector=this_node(),
         )
-        .remote(config, token, min(start_workers(config.cluster), max_workers(config)), host, prepared, time.time())
+        .remote(config, token, _target(config), host, prepared, time.time())
     )
     ray.get(actor.address.remote())
     return actor
+
+
+def _target(config: TrainConfig) -> int:
+    """Number of workers that the run waits for before its first step."""
+    return min(start_workers(config.cluster), max_workers(config), config.sweep.workers or max_workers(config))
 
 
 def make_trainer(config: TrainConfig, prepared: Prepared, name: str) -> ElasticTrainer:
@@ -243,6 +248,7 @@ def make_trainer(config: TrainConfig, prepared: Prepared, name: str) -> ElasticT
         coordinator=name,
         names=names,
         last_save_s=config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S,
+        first_limit=config.sweep.workers,
         scaling_config=ScalingConfig(
             num_workers=max_workers(config),
             use_gpu=config.cluster.gpus_per_worker > 0,

@@ -117,10 +117,12 @@ class CoordinatorLink:
     Args:
         name: the coordinator actor's name.
         clock: monotonic seconds.
+        quiet: a coordinator that does not answer is no news, since its run may have ended.
     """
 
-    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._name, self._clock = name, clock
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic, quiet: bool = False) -> None:
+        self.name, self._clock = name, clock
+        self._level = logging.DEBUG if quiet else logging.WARNING
         self._handle: Any = None
         self._asked: Any = None
         self._answered_s = clock()
@@ -150,7 +152,7 @@ class CoordinatorLink:
                     self._status = ray.get(done[0])
                     self._answered_s = self._clock()
                 except RayError as error:
-                    logger.warning("coordinator did not answer: %s", str(error).splitlines()[0])
+                    logger.log(self._level, "coordinator did not answer: %s", str(error).splitlines()[0])
                     self._handle = None
         if self._asked is None and (handle := self._find()) is not None:
             self._asked = handle.status.remote()
@@ -159,7 +161,7 @@ class CoordinatorLink:
     def _find(self) -> Any:
         if self._handle is None:
             try:
-                self._handle = ray.get_actor(self._name, namespace=NAMESPACE)
+                self._handle = ray.get_actor(self.name, namespace=NAMESPACE)
             except (ValueError, RayError):
                 return None
         return self._handle

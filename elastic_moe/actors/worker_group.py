@@ -251,12 +251,15 @@ class ElasticWorkerGroups:
 
     Attributes:
         coordinator: name of the run's coordinator actor.
+        limit: so many slots at most are filled, until the coordinator tells another number; 0: all.
     """
 
     coordinator: str
+    limit: int = 0
 
     def create(self, **stock: Any) -> ElasticWorkerGroup:
         """A group that has been started; see `WorkerGroup.create`."""
         group = ElasticWorkerGroup(coordinator=self.coordinator, **stock)
+        group.limit = self.limit or group.limit
         group._start()
         return group

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -15,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from elastic_moe.cli.hydra_internals import split_jobs
+from elastic_moe.cli.hydra_internals import BASIC_SWEEPER, fixed_overrides, split_jobs
 from elastic_moe.config.build import build, unknown_key
 from elastic_moe.config.reference import config_dir
 from elastic_moe.config.schema import TrainConfig
@@ -23,6 +24,7 @@ from elastic_moe.errors import UserError
 from elastic_moe.origin import with_origin
 
 BAD_CONFIG = 2  # exit code
+REFUSED = "hydra_ray_launcher"  # part of the names of launchers that cannot work
 
 
 def register_schema() -> None:
@@ -49,10 +51,32 @@ def one_sentence(error: BaseException) -> str:
     return " ".join(lines[:2]).rstrip(".") + "."
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A command line that was checked.
+
+    Attributes:
+        configs: of each job; of a sweep whose jobs are not known before, the part that they have in common.
+        launcher: name of the class that runs the jobs of a sweep; "" without a sweep.
+    """
+
+    configs: list[TrainConfig]
+    launcher: str = ""
+
+
 def check(
     overrides: Sequence[str], config_name: str = "train", multirun: bool = False, user_dir: str = ""
 ) -> list[TrainConfig]:
+    """The configurations of `check_command`."""
+    return check_command(overrides, config_name, multirun, user_dir).configs
+
+
+def check_command(
+    overrides: Sequence[str], config_name: str = "train", multirun: bool = False, user_dir: str = ""
+) -> Checked:
     """Compose and check every job of a command line without starting or writing anything.
+
+    The jobs of a sweeper that is not Hydra's own are its affair: only what they have in common is checked.
 
     Args:
         overrides: of the command line.
@@ -63,15 +87,33 @@ def check(
     Raises:
         UserError: with one sentence about the first fault found.
     """
-    checked: list[TrainConfig] = []
     if user_dir and not Path(user_dir).is_dir():
         raise UserError(f"--config-dir: there is no directory {user_dir}.")
     quoted = str(Path(user_dir).absolute()).replace("'", "\\'")
     more = [f"hydra.searchpath=['file://{quoted}']"] if user_dir else []
     try:
         with initialize_config_dir(version_base=None, config_dir=str(config_dir())):
-            jobs = split_jobs(overrides) if multirun else [list(overrides)]
-            checked.extend(build(with_origin(compose(config_name, overrides=[*job, *more]))) for job in jobs)
+            jobs, launcher = [list(overrides)], ""
+            if multirun:
+                jobs, launcher = _jobs(overrides, config_name, more)
+            return Checked(
+                [build(with_origin(compose(config_name, overrides=[*job, *more]))) for job in jobs], launcher
+            )
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_sentence(error)) from error
-    return checked
+
+
+def _jobs(overrides: Sequence[str], config_name: str, more: list[str]) -> tuple[list[list[str]], str]:
+    """The overrides of each job of a sweep as far as they are known, and the name of its launcher."""
+    own, of_hydra = fixed_overrides(overrides)
+    config = compose(config_name, overrides=[*own, *of_hydra, *more], return_hydra_config=True).hydra
+    launcher, sweeper = str(config.launcher._target_), config.sweeper
+    if REFUSED in launcher:
+        raise UserError(
+            "hydra/launcher=ray holds CPUs of the cluster for each trial while its workers need them: use "
+            "hydra/launcher=elastic, which runs trials side by side on one Ray cluster."
+        )
+    if str(sweeper._target_) != BASIC_SWEEPER:
+        return [own], launcher
+    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    return split_jobs([*params, *overrides]), launcher

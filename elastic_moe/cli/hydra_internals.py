@@ -1,4 +1,4 @@
-"""The two internals of Hydra that the command line uses. tests/unit/cli/test_hydra_contract.py holds their behaviour.
+"""The internals of Hydra that the command line uses. tests/unit/cli/test_hydra_contract.py holds their behaviour.
 
 Hydra has no public way to parse its flags, or to list the jobs of a sweep, without running them.
 """
@@ -18,8 +18,19 @@ def parse_flags() -> argparse.Namespace:
     return get_args_parser().parse_args()
 
 
+BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
+
+
 def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of each job of a sweep: the product of the values given to its keys."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     own = [item for item in parsed if not item.is_hydra_override()]
     return [list(job) for batch in BasicSweeper.split_arguments(own, None) for job in batch]
+
+
+def fixed_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides with one value: those of the jobs, and those of Hydra itself."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    fixed = [item for item in parsed if not item.is_sweep_override()]
+    lines = [[item.input_line or "" for item in fixed if item.is_hydra_override() == of] for of in (False, True)]
+    return lines[0], lines[1]

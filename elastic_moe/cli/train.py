@@ -7,27 +7,36 @@ with exit code 2 and one sentence, before Ray is imported.
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from elastic_moe.cli.compose import check, register_schema
+from elastic_moe.cli.compose import Checked, check_command, one_sentence, register_schema
 from elastic_moe.cli.hydra_internals import parse_flags
 from elastic_moe.cli.key_help import show_help
 from elastic_moe.config.build import build
 from elastic_moe.config.reference import config_dir
-from elastic_moe.config.schema import TrainConfig
+from elastic_moe.environment import environment
 from elastic_moe.errors import UserError
 from elastic_moe.metrics.report.page import write_report
 from elastic_moe.origin import with_origin
+from elastic_moe.sweep.register import register
+from elastic_moe.sweep.trial import TrialFailed, objective
 
 SIGNALLED = 128  # exit codes from here on: the run was stopped by a signal
+FAILED = 1
+BASIC, ELASTIC = "BasicLauncher", "ElasticLauncher"
+FULL_ERROR = "HYDRA_FULL_ERROR"  # else Hydra prints an error in its own words and ends with 1
 
 
 def _own_run_dir(config: DictConfig) -> None:
@@ -58,13 +67,29 @@ def _run_job(config: DictConfig) -> int:
     return code
 
 
-def _one_cluster(configs: Sequence[TrainConfig]) -> AbstractContextManager[None]:
-    """The cluster that the jobs of a sweep share, so that only the first one waits for Ray to start."""
-    if len(configs) < 2:
-        return nullcontext()
-    from elastic_moe.actors.cluster import sweep_session  # Ray is imported here, after everything was checked
+def _run_trial(config: DictConfig) -> float | None:
+    """A job of a sweep: its objective, for Hydra's sweeper.
 
-    return sweep_session(configs)
+    Raises:
+        TrialFailed: its exit code is not 0.
+        SystemExit: a signal has ended it, and with it a sweep whose jobs run in this process.
+    """
+    code = _run_job(config)
+    if code >= SIGNALLED:
+        raise SystemExit(code)
+    if code:
+        raise TrialFailed(f"run.dir={config.run.dir} ended with exit code {code}", code)
+    return objective(Path(config.run.dir).expanduser(), config.run.objective)
+
+
+def _one_cluster(checked: Checked) -> AbstractContextManager[None]:
+    """The cluster that the jobs of a sweep share, so that only the first one waits for Ray to start."""
+    kind = checked.launcher.rpartition(".")[2]
+    if kind not in (BASIC, ELASTIC):
+        return nullcontext()
+    from elastic_moe.actors import cluster  # Ray is imported here, after everything was checked
+
+    return (cluster.shared_session if kind == ELASTIC else cluster.sweep_session)(checked.configs)
 
 
 def _complain(error: UserError) -> int:
@@ -83,29 +108,51 @@ def main() -> int:
     if arguments.help:
         show_help("train", "Train a model on a cluster whose workers may come and go.")
         return 0
+    register()
     only_shows = arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
-    checked: list[TrainConfig] = []
+    checked = Checked([])
     if not only_shows and not arguments.config_path:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # given once, by the job itself
                 name, own = arguments.config_name or "train", arguments.config_dir or ""
-                checked = check(arguments.overrides, name, arguments.multirun, own)
+                checked = check_command(arguments.overrides, name, arguments.multirun, own)
         except UserError as error:
             return _complain(error)
     codes: list[int] = []
 
-    def job(config: DictConfig) -> None:
-        if max(codes, default=0) < SIGNALLED:  # Ctrl-C ends the whole sweep
-            codes.append(_run_job(config))
+    def job(config: DictConfig) -> float | None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return _run_trial(config)
+        codes.append(_run_job(config))
+        return None
 
     try:
-        with warnings.catch_warnings(), _one_cluster(checked if arguments.multirun else []):
+        with warnings.catch_warnings(), _one_cluster(checked):
             warnings.showwarning = _show_warning
-            hydra.main(version_base=None, config_path=str(config_dir()), config_name="train")(job)()
+            return max(_run_hydra(job), *codes, 0)
     except UserError as error:
         return _complain(error)
-    return max(codes, default=0)
+
+
+def _run_hydra(job: Callable[[DictConfig], float | None]) -> int:
+    """Let Hydra run the jobs. Returns the exit code: the worst of those of a sweep that its launcher tells."""
+    try:
+        with environment({FULL_ERROR: "1"}):
+            hydra.main(version_base=None, config_path=str(config_dir()), config_name="train")(job)()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else FAILED if end.code else 0
+    except TrialFailed as failure:
+        print(f"elastic_moe: {failure}", file=sys.stderr)
+        return failure.worst
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        return _complain(UserError(one_sentence(error)))
+    except Exception:  # noqa: BLE001 - of a sweeper or another launcher
+        traceback.print_exc()
+        return FAILED
+    return 0
 
 
 if __name__ == "__main__":

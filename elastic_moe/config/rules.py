@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "run.resume": ("never", "auto"),
     "run.log_format": ("text", "json"),
+    "run.objective": ("val_loss", "loss", "tokens_per_s"),
     "model.attention": ("gqa", "mla", "csa"),
     "model.router_score": ("sigmoid", "sqrtsoftplus", "softmax"),
     "model.residual": ("plain", "hc", "mhc"),
@@ -33,6 +34,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cluster.kind": ("auto", "local", "simulated", "address"),
     "cluster.collectives": ("auto", "gloo", "nccl"),
     "tracking.backend": ("wandb", "tensorboard", "mlflow", "trackio", "off"),
+    "sweep.goal": ("min", "max"),
+    "sweep.early_stopping": ("off", "asha"),
     "tracking.wandb": ("auto", "online", "offline", "off"),
 }
 
@@ -57,7 +60,8 @@ AT_LEAST_ZERO = """
     checkpoint.every_minutes checkpoint.wait_s
     balance.every_steps balance.home_moves balance.dispatch_gib
     balance.log_every_steps cluster.cpus_per_worker cluster.gpus_per_worker cluster.nodes_timeout_s
-    faults.kill_worker_at_step faults.kill_rank
+    faults.kill_worker_at_step faults.kill_rank sweep.max_concurrent sweep.max_workers sweep.retries sweep.rung_steps
+    sweep.workers sweep.priority
 """.split()
 
 ABOVE_ZERO = """
@@ -121,6 +125,7 @@ def check_rules(config: TrainConfig, inputs: bool = True) -> list[str]:
             f"checkpoint.dir must be a path or a file://, s3:// or gs:// URI, not {config.checkpoint.dir!r}."
         )
     _check_faults(config)
+    _check_sweep(config)
     if config.optim.spike == "rollback" and not config.checkpoint.every_steps and not config.checkpoint.every_minutes:
         raise UserError(
             "optim.spike=rollback goes back to checkpoints: set checkpoint.every_steps or checkpoint.every_minutes."
@@ -307,6 +312,20 @@ def _check_faults(config: TrainConfig) -> None:
                 f"faults.inject must list rank:step:phase or rank:step:phase:stop with a phase of "
                 f"{', '.join(FAULT_PHASES)}, not {entry!r}."
             )
+
+
+def _check_sweep(config: TrainConfig) -> None:
+    _need(config, "sweep.rung_factor", lambda value: value >= 2, "at least 2")
+    if config.sweep.early_stopping == "asha" and config.run.objective == "val_loss" and not config.run.eval_every_steps:
+        raise UserError(
+            "sweep.early_stopping=asha compares run.objective=val_loss during the run: set run.eval_every_steps, or "
+            "run.objective=loss."
+        )
+    if 0 < config.sweep.max_workers < config.elastic.min_workers:
+        raise UserError(
+            f"sweep.max_workers ({config.sweep.max_workers}) must be 0 or at least elastic.min_workers "
+            f"({config.elastic.min_workers})."
+        )
 
 
 def _notes(config: TrainConfig) -> list[str]:

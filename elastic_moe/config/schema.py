@@ -201,6 +201,7 @@ class RunConfig(Sealed):
     log_every_s: float = 30.0  # without a terminal: seconds between two lines about the progress; 0: none
     log_format: str = "text"  # of the log's lines; json: one object a line, with level, run, generation and step
     overwrite: bool = False  # allow starting anew in a run directory that has a run
+    objective: str = "val_loss"  # what a trial of a sweep returns to Hydra's sweeper; the last two over 10 steps
 
 
 def no_prices() -> dict[str, float]:
@@ -235,6 +236,21 @@ class TrackingConfig(Sealed):
 
 
 @dataclass(kw_only=True)
+class SweepConfig(Sealed):
+    """A sweep with `hydra/launcher=elastic`; see cluster/README.md."""
+
+    max_concurrent: int = 0  # trials that train at once; 0: as many as the cluster has room for
+    max_workers: int = 0  # workers of all trials together; 0: those the cluster has room for; more are asked of Ray
+    priority: int = 0  # of a trial: higher ones get their workers first
+    retries: int = 2  # a trial is started again after so many failures in a row without a new step
+    goal: str = "min"  # whether a smaller or a larger run.objective is better
+    early_stopping: str = "off"  # asha: asynchronous successive halving ends trials that are behind
+    rung_steps: int = 0  # asha: steps before the first comparison; 0: run.steps divided twice by sweep.rung_factor
+    rung_factor: int = 3  # asha: one of so many trials passes a comparison; the next has so many times the steps
+    workers: int = 0  # set by the launcher: workers that the trial begins with at most; 0: no limit
+
+
+@dataclass(kw_only=True)
 class FaultConfig(Sealed):
     """Faults a run inflicts on itself, for demonstrations and tests."""
 
@@ -258,4 +274,5 @@ class TrainConfig(Sealed):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)

@@ -104,7 +104,7 @@ class RunCoordinator:
         self.address = self._server.start()
         self._closed = False
         self._wishing = threading.Lock()
-        self._wishes = Wishes(run_dir / OPERATOR, self._recorder)
+        self._wishes = Wishes(run_dir / OPERATOR, self._recorder, config.sweep.workers)
         for wish in self._wishes.known(restarted):
             self._server.submit(wish)
 

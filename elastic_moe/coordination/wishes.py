@@ -11,6 +11,7 @@ from elastic_moe.control.requests import PauseRequest, Request, ResumeRequest, S
 from elastic_moe.metrics.recorder import Recorder
 
 REASON = "asked for before the coordinator was started again"
+FIRST = "sweep.workers"
 
 
 class Wishes:
@@ -19,27 +20,27 @@ class Wishes:
     Args:
         path: the file that keeps them.
         recorder: told where they cannot be kept or read.
+        first_limit: number of workers that the start itself asks for at most; 0: no limit.
     """
 
-    def __init__(self, path: Path, recorder: Recorder) -> None:
+    def __init__(self, path: Path, recorder: Recorder, first_limit: int = 0) -> None:
         self._path, self._recorder = path, recorder
-        self._limit, self._paused = 0, False
+        self._limit, self._paused = first_limit, False
 
     def known(self, restarted: bool) -> Sequence[Request]:
-        """What a coordinator that is started again has to ask for; a new start begins without wishes."""
+        """What a coordinator has to ask for as it starts; of an earlier start nothing is kept."""
+        reason = REASON
         if not restarted:
             self._path.unlink(missing_ok=True)
-            return ()
         try:
             kept = json.loads(self._path.read_text())
             self._limit, self._paused = int(kept["limit"]), bool(kept["paused"])
         except FileNotFoundError:
-            return ()
+            reason = FIRST
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             self._tell(f"cannot be read, so the run goes on without what an operator asked for: {error}")
-            return ()
-        scale = [ScaleRequest(self._limit, REASON)] if self._limit else []
-        return [*scale, *([PauseRequest(REASON)] if self._paused else [])]
+        scale = [ScaleRequest(self._limit, reason)] if self._limit else []
+        return [*scale, *([PauseRequest(reason)] if self._paused else [])]
 
     def note(self, request: Request) -> None:
         """Keep a request that lasts; others change nothing."""

@@ -22,7 +22,7 @@ from tests.patience import until
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 400.0
 Start = Callable[..., "subprocess.Popen[bytes]"]
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
 
 
 @pytest.fixture
@@ -97,7 +97,6 @@ def test_trials_share_a_cluster_and_a_rerun_passes_over_what_is_finished(
     assert "holds another trial than this one (optim.lr: 0.002 -> 0.5)" in (tmp_path / "other.log").read_text()
 
 
-@pytest.mark.long
 def test_six_trials_survive_the_loss_of_a_worker_and_of_a_node(head: Any, tmp_path: Path, sweep: Start) -> None:
     """Two nodes with room for two workers each. The workers of the lost node come back when a node does."""
     head.start("--num-cpus=0")
@@ -135,7 +134,6 @@ def _kill_node(head: Any, name: str) -> None:
         process.kill()
 
 
-@pytest.mark.long
 def test_a_sweep_that_is_stopped_saves_and_goes_on(head: Any, tmp_path: Path, sweep: Start) -> None:
     """SIGTERM to the launcher: each trial saves, the exit code says so, and the same command goes on."""
     head.start("--num-cpus=2")
@@ -152,7 +150,6 @@ def test_a_sweep_that_is_stopped_saves_and_goes_on(head: Any, tmp_path: Path, sw
         assert steps(run / trial) == list(range(1, 401)), "no step is done twice"
 
 
-@pytest.mark.long
 def test_optuna_with_successive_halving(head: Any, tmp_path: Path, sweep: Start) -> None:
     """Eight trials in two batches. One whose learning rate is hopeless ends at a rung; the best trial is not ended."""
     pytest.importorskip("optuna")

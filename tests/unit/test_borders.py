@@ -14,7 +14,7 @@ LEVEL = {
     "config": 0, "types": 0, "environment": 0, "errors": 0, "run_dir": 0, "run_log": 0, "sources": 0,
     "plan": 1, "control": 2, "model": 3, "parallel": 4, "optim": 4,
     "data": 4, "checkpoint": 4, "metrics": 4, "notices": 4, "coordination": 5, "runtime": 5, "saved": 5, "origin": 5,
-    "actors": 6, "api": 7, "cli": 7, "__init__": 7,
+    "actors": 6, "sweep": 7, "api": 8, "cli": 8, "__init__": 8,
 }  # fmt: skip
 ENTRY_POINTS = {
     "__main__.py",
@@ -27,10 +27,10 @@ ENTRY_POINTS = {
     "plan/warm.py",
 }
 OUTSIDE = {  # third-party top-level packages -> parts that may import them
-    "ray": {"actors"},
-    "hydra": {"cli"},
+    "ray": {"actors", "sweep"},
+    "hydra": {"cli", "sweep"},
     "numba": {"plan"},
-    "omegaconf": {"api", "cli", "config", "origin", "saved"},
+    "omegaconf": {"api", "cli", "config", "origin", "saved", "sweep"},
     "wandb": {"metrics"},
     "accelerate": {"runtime", "metrics"},
     "torch": {"model", "saved", "cli", "parallel", "optim", "checkpoint", "runtime", "coordination", "actors", "data"},

@@ -12,6 +12,7 @@ import ray
 from elastic_moe.cli.compose import check, register_schema
 from elastic_moe.cli.main import SUBCOMMANDS
 from elastic_moe.cli.watch_notices import ENDPOINT
+from elastic_moe.sweep.register import register
 from tests.unit.cluster.manifests import CLUSTER, FILES, ROOT, command_lines, own_variables, variables
 
 RAY = Path(ray.__file__).parent
@@ -92,9 +93,10 @@ def test_a_wrong_key_or_value_is_found(wrong: str) -> None:
 def _assert_keys(words: list[str]) -> None:
     """Compose the configuration as the command would. A value of the shell's is a number or a text."""
     register_schema()
+    register()
     overrides: list[str] = []
     for word in words:
-        assert re.fullmatch(r"-m|[a-z_.]+=.+", word), word
+        assert re.fullmatch(r"-m|[a-z_./]+=.+", word), word
         key, _, value = word.partition("=")
         if "$" in value:
             value = "4" if key == "cluster.workers" else re.sub(r"\$(\{[^}]*\}|\w+)", "x", value)

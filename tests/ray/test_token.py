@@ -56,6 +56,7 @@ def without_token(root: Path) -> dict[str, str]:
     return env | {"HOME": str(root / "home"), "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_an_embedded_ray_has_a_token_that_ends_with_it(tmp_path: Path) -> None:
     """`ray.init` alone would leave one in the home directory, and so turn authentication on for every `ray start`."""

@@ -61,12 +61,10 @@ def unreachable(address: str) -> str:
     return ""
 
 
-def refused(address: str) -> str:
-    """The sentence about a cluster that wants another token, or one at all."""
-    return (
-        f"the Ray cluster at {address} wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
-        "RAY_AUTH_TOKEN_PATH to what its nodes have"
-    )
+def silent(address: str) -> str:
+    """The sentence about an address where no cluster lets this process in. Ray tells a wrong token in its log only."""
+    wants = "or it wants another token (RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN)"
+    return f"no Ray cluster answers at {address}, {wants}"
 
 
 def max_workers(config: TrainConfig) -> int:
@@ -202,12 +200,8 @@ def _existing(cluster: ClusterConfig) -> Iterator[None]:
             logging_level=logging.WARNING,
             log_to_driver=False,
         )
-    except AuthenticationError as error:
-        raise UserError(f"cluster.address: {refused(address)}") from error
-    except ConnectionError as error:
-        raise UserError(
-            f"cluster.address: no Ray cluster answers at {address}; start one, or set RAY_ADDRESS"
-        ) from error
+    except (AuthenticationError, ConnectionError) as error:
+        raise UserError(f"cluster.address: {silent(address)}; start one, or set RAY_ADDRESS") from error
     try:
         yield
     finally:

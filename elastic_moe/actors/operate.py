@@ -19,7 +19,7 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
-from elastic_moe.actors.cluster import refused, unreachable
+from elastic_moe.actors.cluster import silent, unreachable
 from elastic_moe.actors.demand import pending_workers
 from elastic_moe.actors.link import NAMESPACE, actor_name, name_of
 from elastic_moe.actors.ray_token import own_path, token_at
@@ -140,12 +140,8 @@ def live_run(run_dir: Path, address: str = "") -> Iterator[LiveRun]:
     with token_at(token_path if Path(token_path).is_file() else ""):
         try:
             ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
-        except AuthenticationError as error:
-            raise UserError(f"{where}{refused(address)}") from error
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{where}no Ray cluster answers at {address}: give --address, or set RAY_ADDRESS"
-            ) from error
+        except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"{where}{silent(address)}: give --address, or set RAY_ADDRESS") from error
         try:
             names = [name for name in (known, name_of(str(run_dir))) if name]
             live = next(filter(None, map(_live, names)), None)

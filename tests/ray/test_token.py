@@ -43,8 +43,8 @@ for _ in range(2):
             assert "goes on in the Ray cluster at" in other.stderr, other.stderr
             stranger = before | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
             other = subprocess.run(command, env=stranger, capture_output=True, text=True)
-            assert "wants its token" in other.stderr, other.stderr
-    assert dict(os.environ) == before
+            assert "or it wants another token" in other.stderr, other.stderr
+    assert not [name for name in os.environ if name.startswith("RAY_AUTH")]
 print("both ran")
 """
 
@@ -56,6 +56,7 @@ def without_token(root: Path) -> dict[str, str]:
     return env | {"HOME": str(root / "home"), "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_an_embedded_ray_has_a_token_that_ends_with_it(tmp_path: Path) -> None:
     """`ray.init` alone would leave one in the home directory, and so turn authentication on for every `ray start`."""
@@ -100,7 +101,8 @@ def test_an_installed_wheel_runs_on_a_cluster_with_a_token(head: Any, tiny: list
     head.programs = install(tmp_path)
     head.env = {name: value for name, value in head.env.items() if name not in ("PYTHONPATH", "RAY_AUTH_MODE")}
     stranger = without_token(tmp_path) | {"RAY_TMPDIR": head.env["RAY_TMPDIR"]}
-    head.env |= {"HOME": str(tmp_path / "home"), "RAY_AUTH_MODE": "token"}
+    path = f"{head.programs}{os.pathsep}{head.env['PATH']}"
+    head.env |= {"HOME": str(tmp_path / "home"), "RAY_AUTH_MODE": "token", "PATH": path}
     made = head.call("ray", "get-auth-token", "--generate")
     assert made.returncode == 0, made.stderr
     head.start("--num-cpus=2", "--include-dashboard=true")
@@ -125,4 +127,4 @@ def test_an_installed_wheel_runs_on_a_cluster_with_a_token(head: Any, tiny: list
             [*command, f"run.dir={tmp_path}/no"], env=stranger | mode, cwd=tmp_path, capture_output=True, text=True
         )
         assert refused.returncode == 2, (mode, refused.stdout + refused.stderr)
-        assert f"the Ray cluster at {head.address} wants its token: set RAY_AUTH_MODE=token" in refused.stderr
+        assert f"no Ray cluster answers at {head.address}, or it wants another token" in refused.stderr

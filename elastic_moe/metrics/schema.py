@@ -13,6 +13,16 @@ from elastic_moe.control.causes import CAUSES
 from elastic_moe.control.goodput import TIME_CAUSES
 from elastic_moe.metrics.declaration import Event, Key
 
+PHASES = {
+    "compute": "forward and backward pass, with the exchanges of the experts and the waiting in them",
+    "reduce": "gradients to their primaries, waiting included",
+    "mirror": "reduced gradients to the mirrors",
+    "vote": "the all-reduce that commits the step",
+    "apply": "the update, and comparing copies of the state",
+    "publish": "new weights to the ranks that compute with them, and changes of placement",
+}
+"""Phases of a step, in order, and their meaning. A GPU's work counts where the rank waits for it."""
+
 STEP_KEYS = (
     Key("step", "integer", "steps", "The committed step, counted from 1."),
     Key("loss", "number or null", "nats per token", "Cross-entropy, mean over the tokens of the global batch."),
@@ -30,6 +40,7 @@ STEP_KEYS = (
     Key("imbalance_s", "number", "s", "Idle time of the mean rank: others had more rows for their experts.", True),
     Key("straggler_s", "number", "s", "Idle time of the mean rank: others were slower with their share.", True),
     Key("held_s", "number", "s", "Time since the step before in which a checkpoint held training up.", True),
+    *(Key(f"{phase}_s", "number", "s", f"On that rank: {meaning}.", True) for phase, meaning in PHASES.items()),
     Key("time", "number", "s", "Wall clock at the commit, since the Unix epoch."),
     Key("skipped", "boolean", "", "The step had no update, because a gradient was not finite, or of a spike.", True),
     Key("gain_forward", "number or null", "", "With residual streams: forward gain of the composite map.", True),

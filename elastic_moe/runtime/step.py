@@ -100,6 +100,7 @@ class StepRunner:
         self._config, self._model, self._train, self._batches = config, model, train, batches
         self._fault, self._autocast = fault, autocast
         self._started_s, self._waited_s = time.perf_counter(), 0.0
+        self._phases: dict[str, float] = {}  # phase of the step -> when it began
         tokens = config.data.global_batch * config.data.seq_len
         self.grid = Grid(tokens) if config.elastic.reproducible else None
         self.gradients = DenseGradients(model, self.grid)
@@ -126,25 +127,26 @@ class StepRunner:
         """
         step = local.committed + 1
         self._started_s, self._waited_s = time.perf_counter(), context.group.waited[0]
-        self._fault(step, "compute")
+        self._phases.clear()
+        self._begin(step, "compute")
         share = self._compute(step, context, local.position.batch_of(step))
-        self._fault(step, "reduce")
+        self._begin(step, "reduce")
         local.reduced = -1
         grad_square = context.exchanger.reduce()
-        self._fault(step, "mirror")
+        self._begin(step, "mirror")
         context.exchanger.mirror()
         local.reduced = step
-        self._fault(step, "vote")
+        self._begin(step, "vote")
         total = self._vote(context, self._ballot(context, share, grad_square, wishes()))
         guard, times = local.guard, context.experts.statistics().layer_time_L.numpy()
         spike = guard is not None and total.finite and guard.is_spike(total.loss, total.grad_norm)
         vote = result_of(total, step, context.layout.view, times, spike)
-        self._fault(step, "apply")
+        self._begin(step, "apply")
         self._twins.before_update(step, context.held)
         committed_at_s = self._apply(local, vote)
         try:
             repairs = self._twins.after_update(step, context, total.save > 0)
-            self._fault(step, "publish")
+            self._begin(step, "publish")
             if not total.all_reconfigure:
                 context = rebalance(context, vote)
                 context.exchanger.publish()
@@ -160,8 +162,14 @@ class StepRunner:
             repairs,
         )
 
+    def _begin(self, step: int, phase: str) -> None:
+        """A phase of the step begins, and the one before it ends."""
+        self._phases[phase] = time.perf_counter()
+        self._fault(step, phase)
+
     def roll_forward(self, local: LocalState, vote: VoteResult) -> None:
         """Commit a step whose vote this rank took part in without seeing its result. Purely local."""
+        self._phases.clear()
         self._record(local, vote, self._apply(local, vote))
 
     def _compute(self, step: int, context: GenerationContext, batch: int) -> ComputedShare:
@@ -248,7 +256,10 @@ class StepRunner:
     def _record(self, local: LocalState, vote: VoteResult, committed_at_s: float) -> None:
         """Make the step's record."""
         lr = lr_at(vote.step, self._config.run.steps, self._config.optim)
-        record = step_record(vote, lr, time.perf_counter() - self._started_s, committed_at_s)
+        ended_s = time.perf_counter()
+        record = step_record(vote, lr, ended_s - self._started_s, committed_at_s)
+        for (phase, began_s), next_s in zip(self._phases.items(), [*self._phases.values(), ended_s][1:], strict=True):
+            record[f"{phase}_s"] = round(next_s - began_s, 6)
         if local.held_s:
             record["held_s"], local.held_s = local.held_s, 0.0
         local.add_record(record)

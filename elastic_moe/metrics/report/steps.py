@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.json
 
 from elastic_moe.metrics.records import OLD_STEP_KEYS
+from elastic_moe.metrics.schema import PHASES
 
 MAX_POINTS = 1000  # of a curve
 BLOCK_BYTES = 16 << 20
 DIGITS = 6  # significant ones that the page has
-PHASES = ("compute", "reduce", "mirror", "vote", "apply", "publish")  # of a step, each with a key such as compute_s
 CURVES = (
     *("loss", "lr", "grad_norm", "world_size", "balance", "cross_node_rows"),
     *("mtp_loss", "index_loss", "gain_forward", "gain_backward", "gain_backward_min"),

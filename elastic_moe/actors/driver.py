@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayError
 
 from elastic_moe.actors.cluster import max_workers, ray_session, resolve, resources_per_worker, start_workers
@@ -45,12 +44,13 @@ from elastic_moe.actors.operate import announced
 from elastic_moe.actors.outcome import Ended, conclude
 from elastic_moe.actors.progress import Progress
 from elastic_moe.actors.ray_notices import shortened
+from elastic_moe.actors.run_places import absolute, check_device, clear, make_run_dir
 from elastic_moe.actors.stop import Stop, signals
 from elastic_moe.actors.take_over import TAKES_OVER, take_over
 from elastic_moe.checkpoint.storage import probe, set_timeout
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.lease import Lease, lost, own
-from elastic_moe.coordination.start import Found, check_start, look
+from elastic_moe.coordination.start import check_start, look
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import UserError, reason_of
@@ -58,21 +58,7 @@ from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.tracker import Tracker, check_tracking
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
-from elastic_moe.run_dir import (
-    ABANDONED_METRICS,
-    EVENTS,
-    EXPERTS,
-    FAULTS,
-    GOODPUT,
-    METRICS,
-    RAY,
-    REPORT,
-    SUMMARY,
-    TOKENIZER,
-    TRACKING,
-    checkpoint_root,
-    local_path,
-)
+from elastic_moe.run_dir import EVENTS, RAY, TOKENIZER, checkpoint_root
 from elastic_moe.run_log import RunLog
 from elastic_moe.saved import with_tokenizer
 
@@ -106,12 +92,12 @@ def start(config: TrainConfig, raw_yaml: str) -> int:
         StorageFailed: the last state could not be saved, or no state could be read; exit code 3.
     """
     config = resolve(config)
-    config = _absolute(config)
-    _check_device(config)
+    config = absolute(config)
+    check_device(config)
     check_tracking(config.tracking)
     set_timeout(config.checkpoint.timeout_s)
     check_start(config, look(config))
-    _make(Path(config.run.dir))
+    make_run_dir(Path(config.run.dir))
     probe(checkpoint_root(config))
     with own(Path(config.run.dir), checkpoint_root(config)) as leases:
         return _launch_owned(config, raw_yaml, leases)
@@ -138,7 +124,7 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
             found = look(config)
             check_start(config, found)
         if not resume:
-            _clear(found)
+            clear(found)
         identity = begin(found, resume, new, changed, raw_yaml)
         tokenizer.save(run_dir / TOKENIZER)
         tracker = Tracker(config.tracking, run_dir, asdict(config) | {"units": units()}, os.environ)
@@ -148,44 +134,6 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
                 return _Driver(name, config, prepared, stop, leases).run()
         finally:
             tracker.close()
-
-
-def _absolute(config: TrainConfig) -> TrainConfig:
-    """The configuration with places that do not depend on the directory in which a process works."""
-    run_dir, root = Path(config.run.dir).expanduser().absolute(), config.checkpoint.dir
-    if root and (path := local_path(root)) is not None:
-        root = str(path)
-    return replace(config, run=replace(config.run, dir=str(run_dir)), checkpoint=replace(config.checkpoint, dir=root))
-
-
-def _check_device(config: TrainConfig) -> None:
-    """Refuse a GPU where there is none. On a cluster of other machines each worker checks its own."""
-    if config.device == "cuda" and config.cluster.kind != "address" and not torch.cuda.is_available():
-        raise UserError("device is cuda, and this machine has no GPU that torch can use; set device=cpu or auto.")
-
-
-def _make(run_dir: Path) -> None:
-    """Make the run directory."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.dir={run_dir} cannot be made: {error.strerror}") from error
-
-
-def _clear(found: Found) -> None:
-    """Delete the run in this directory, as `run.overwrite` asks: its records, its checkpoints and its faults' markers.
-
-    Without `run.overwrite` there is none here, see `check_start`.
-    """
-    from elastic_moe.checkpoint.writer import remove_all
-
-    run_dir = found.run_dir
-    if found.steps:
-        remove_all(found.root)
-    for name in (METRICS, EVENTS, EXPERTS, GOODPUT, SUMMARY, TRACKING, REPORT):
-        (run_dir / name).unlink(missing_ok=True)
-    for path in (*(run_dir / FAULTS).glob("*"), *run_dir.glob(ABANDONED_METRICS)):
-        path.unlink()
 
 
 def train_function(settings: dict[str, Any]) -> dict[str, Any]:

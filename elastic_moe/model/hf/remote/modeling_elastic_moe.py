@@ -69,6 +69,9 @@ class Expert(nn.Module):
 
 
 class Router(nn.Module):
+    table: torch.Tensor
+    bias: torch.Tensor
+
     def __init__(self, c: Any, hashed: bool) -> None:
         super().__init__()
         self.c, self.hashed = c, hashed
@@ -141,6 +144,14 @@ class Streams(nn.Module):
 
 class HyperConnection(Streams):
     """Hyper-connections (arXiv 2409.19606)."""
+
+    pre_proj: nn.Parameter
+    post_proj: nn.Parameter
+    res_proj: nn.Parameter
+    pre_bias: nn.Parameter
+    post_bias: nn.Parameter
+    res_bias: nn.Parameter
+    gates: nn.Parameter
 
     def __init__(self, c: Any) -> None:
         super().__init__()

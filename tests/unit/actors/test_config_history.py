@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.actors.identify import _write_config
-from elastic_moe.run_dir import CONFIG, CONFIGS
+from elastic_moe.run_dir import CONFIG, CONFIGS, START
 
 
 def kept(run_dir: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in sorted((run_dir / CONFIGS).iterdir()) if path.is_file()}
+    """The configurations that are kept. Beside each stands what else is told of its start."""
+    texts = {path.name: path.read_text() for path in sorted((run_dir / CONFIGS).iterdir()) if path.is_file()}
+    return {name: text for name, text in texts.items() if not name.endswith(START)}
 
 
 def test_every_start_has_a_number_and_the_newest_stands_beside(tmp_path: Path) -> None:

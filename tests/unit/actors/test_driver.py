@@ -47,7 +47,7 @@ class Link:
 def save_last(tmp_path: Path, error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> Link:
     monkeypatch.setattr(driver, "POLL_S", 0.0)
     config, link = TrainConfig(run=RunConfig(dir=str(tmp_path))), Link(answers=3)
-    run = driver._Driver("name", config, cast(Any, None), cast(Any, None), Stop(), (), error)
+    run = driver._Driver("name", config, cast(Any, None), Stop(), (), error)
     run._save_last(cast(Any, link))
     return link
 

@@ -61,7 +61,7 @@ def test_nothing_more_is_written_and_it_is_told_which_directory_was_taken(
     monkeypatch.setattr(driver._Driver, "_show", show)
     config = TrainConfig(run=RunConfig(dir=str(tmp_path)))
     try:
-        run = driver._Driver("name", config, cast(Any, None), cast(Any, None), Stop(), (held, taken))
+        run = driver._Driver("name", config, cast(Any, None), Stop(), (held, taken))
         assert run.run() == 1
     finally:
         trains.set()

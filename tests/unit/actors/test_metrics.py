@@ -36,7 +36,7 @@ def test_an_error_is_told_once_in_a_while_and_the_thread_goes_on(
     exporter = Failing(tmp_path)
     exporter.hangs.set()
     with caplog.at_level(logging.WARNING):
-        exporter.begin(dict)
+        exporter.begin(dict, dict)
         until(lambda: exporter.exports >= 10, "further exports")
         exporter.close()
     assert not exporter.is_alive()
@@ -49,7 +49,7 @@ def test_an_exporter_that_hangs_delays_nobody(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(metrics, "PERIOD_S", 0.001)
     monkeypatch.setattr(metrics, "CLOSE_S", 0.05)
     exporter = Failing(tmp_path)
-    exporter.begin(dict)
+    exporter.begin(dict, dict)
     until(lambda: exporter.exports == 1, "an export that hangs")
     for step in range(2 * MAX_WAITING):
         exporter.record({"step": step})

@@ -153,4 +153,4 @@ def test_unknown_key_suggests_the_nearest() -> None:
 
 def test_fault_phases_are_those_of_the_runtime() -> None:
     source = "".join(path.read_text() for path in Path(runtime.__path__[0]).rglob("*.py"))
-    assert set(re.findall(r"fault\([^()]*\"(\w+)\"\)", source)) == set(FAULT_PHASES)
+    assert set(re.findall(r"(?:fault|_begin)\([^()]*\"(\w+)\"\)", source)) == set(FAULT_PHASES)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests in the repository's own environment; arguments go to pytest.
 #   scripts/test.sh                  all but the long ones, two at a time
-#   scripts/test.sh --long           those that are left out, a quarter of an hour
+#   scripts/test.sh --long           those that are left out, about an hour
 #   scripts/test.sh --fast           about a minute: no Ray, no process groups, on all cores
 #   scripts/test.sh tests/dist -x    some of them, up to the first failure
 #   scripts/test.sh -m chaos         one tier: unit, golden, chaos, dist, ray or gpu
@@ -28,8 +28,8 @@ fi
 say "compiling the planner, if its sources have changed"
 "$PYTHON" -m elastic_moe.plan.warm
 failed=0
-"$PYTHON" -m pytest -m "unit or golden or chaos" -n auto --maxprocesses 8 || failed=1
-"$PYTHON" -m pytest -m dist -n 2 --dist loadfile || failed=1
+"$PYTHON" -m pytest -m "(unit or golden or chaos) and not long" -n auto --maxprocesses 8 || failed=1
+"$PYTHON" -m pytest -m "dist and not long" -n 2 --dist loadfile || failed=1
 "$PYTHON" -m pytest -m "(ray or gpu) and not long" -n 2 --dist worksteal || failed=1
 say "not run: the tests marked long (scripts/test.sh --long)"
 exit $failed

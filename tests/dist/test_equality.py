@@ -98,7 +98,7 @@ def test_the_whole_model_family_in_one_disturbed_run(tmp_path: Path) -> None:
     assert disturbed[-1] < disturbed[0]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("workers", [1, 3, 4, 7])
 def test_world_sizes_agree_bit_for_bit(tmp_path: Path, first_losses: list[float], workers: int) -> None:
     with LocalRun(_config(tmp_path / "run", 12), workers, nodes=2) as run:
         assert run.wait_end()["world_size"] == workers

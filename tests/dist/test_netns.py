@@ -175,7 +175,7 @@ def test_a_worker_cut_from_the_coordinator_alone_comes_back(tmp_path: Path, expe
         assert [e["worker"] for e in run.named("worker_readmitted")] == ["w1"]
 
 
-@pytest.mark.parametrize("ways", [[(1, 2), (2, 1)], [(0, 1)], [(2, 0)]])
+@pytest.mark.parametrize("ways", [[(1, 2), (2, 1)], pytest.param([(0, 1)], marks=pytest.mark.long), [(2, 0)]])
 def test_of_two_workers_cut_from_each_other_one_waits_and_comes_back(
     tmp_path: Path, expected: list[float], ways: list[tuple[int, int]]
 ) -> None:
@@ -195,7 +195,7 @@ def test_of_two_workers_cut_from_each_other_one_waits_and_comes_back(
         assert not run.named("worker_lost")
 
 
-@pytest.mark.parametrize("way", [(2, 0), (0, 2)])
+@pytest.mark.parametrize("way", [(2, 0), pytest.param((0, 2), marks=pytest.mark.long)])
 def test_a_joiner_that_lacks_a_link_disturbs_nobody(
     tmp_path: Path, expected: list[float], way: tuple[int, int]
 ) -> None:

@@ -50,6 +50,7 @@ def test_own_data_and_the_notebook_that_reads_the_run(tmp_path: Path) -> None:
     assert "<iframe" in shown[-1]["data"]["text/html"]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(PATIENCE_S)
 def test_a_killed_worker_costs_no_step(tmp_path: Path) -> None:
     printed = run_example("kill_demo.py", "--run", tmp_path / "run", "--steps", 40, "--every", 15)
@@ -59,6 +60,7 @@ def test_a_killed_worker_costs_no_step(tmp_path: Path) -> None:
     assert "committed steps lost: 0" in printed
 
 
+@pytest.mark.long
 @pytest.mark.timeout(2 * PATIENCE_S)
 def test_a_model_of_transformers_is_trained_and_written_back(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -88,6 +90,7 @@ def test_a_model_of_transformers_is_trained_and_written_back(tmp_path: Path) -> 
     assert not torch.equal(old.get_input_embeddings().weight, new.get_input_embeddings().weight)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(2 * PATIENCE_S)
 def test_a_sweep_makes_no_finished_run_again(tmp_path: Path) -> None:
     arguments = (TEXTS, "--dir", tmp_path, "--steps", 4, "--lr", 1e-3, 2e-3)

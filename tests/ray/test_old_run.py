@@ -67,12 +67,16 @@ def test_generate_and_report_read_it(old: Path) -> None:
 
 @pytest.mark.timeout(480)
 def test_export_reads_it(old: Path) -> None:
-    """No family of transformers has this run's softmax router without qk_norm; with sigmoid scores, glm4_moe has it."""
+    """No family of transformers has this run's softmax router without qk_norm, so code travels with the weights.
+
+    With sigmoid scores, glm4_moe has it.
+    """
     config = old / "run" / "config.yaml"
     text = config.read_text()
     assert "  score: softmax" in text
     assert "  clip: 0.7" in text
-    assert "qwen3_moe" in call(old, "export", "run", "--to", "hf", code=2)
+    assert "step 6" in call(old, "export", "run", "--to", "own")
+    assert json.loads((old / "own" / "config.json").read_text())["model_type"] == "elastic_moe"
     config.write_text(text.replace("  score: softmax", "  score: sigmoid"))
     assert "step 6" in call(old, "export", "run", "--to", "hf")
     assert json.loads((old / "hf" / "config.json").read_text())["model_type"] == "glm4_moe"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import elastic_moe
 
@@ -34,7 +33,7 @@ def main() -> int:
         return error.exit_code
     print(run.metrics()[["step", "loss", "tokens_per_s", "world_size"]].tail(5).to_string(index=False))
     print(run.generate("The ", max_tokens=40))
-    print(f"drawn in {Path(run.report())}")
+    print(f"drawn in {run.report()}")
     return 0
 
 

@@ -26,7 +26,7 @@ from elastic_moe.actors.coordinator import Coordinator
 from elastic_moe.actors.corpus_progress import CorpusProgress
 from elastic_moe.actors.demand import Demand, EndlessWait, demand, patience
 from elastic_moe.actors.fit import fit
-from elastic_moe.actors.identify import begin, changes, fingerprint_of
+from elastic_moe.actors.identify import begin, changes, fingerprint_of, run_of
 from elastic_moe.actors.kept import end_all, origin
 from elastic_moe.actors.link import (
     LAST_SAVE_MARGIN_S,
@@ -107,7 +107,9 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
     """Compare the start with what the directories hold, begin it, and train; see `start`."""
     run_dir, found = Path(config.run.dir), look(config)
     check_start(config, found)
-    log = RunLog(config.run.log_format, run_dir.name)
+    run = run_of(found, config.run.resume == "auto")
+    name = actor_name(run, str(found.run_dir))
+    log = RunLog(config.run.log_format, train_names(name, str(run_dir)).name)
     with CorpusProgress(config.run.log_every_s, log) as shown:
         prepared = prepare(config.data, default_cache_root(config.data, run_dir), shown)
     if prepared.summary:
@@ -125,13 +127,12 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
             check_start(config, found)
         if not resume:
             clear(found)
-        identity = begin(found, resume, new, changed, raw_yaml)
+        begin(found, resume, run, new, changed, raw_yaml)
         tokenizer.save(run_dir / TOKENIZER)
         tracker = Tracker(config.tracking, run_dir, asdict(config) | {"units": units()}, os.environ)
         try:
-            name = actor_name(identity.run, identity.run_dir)
             with announced(run_dir):
-                return _Driver(name, config, prepared, stop, leases).run()
+                return _Driver(name, config, prepared, stop, leases, log).run()
         finally:
             tracker.close()
 
@@ -215,6 +216,7 @@ class _Driver:
     prepared: Prepared
     stop: Stop
     leases: Sequence[Lease]
+    log: RunLog
     error: BaseException | None = None
     last_step: int = 0
     status: dict[str, Any] = field(default_factory=dict)
@@ -223,7 +225,6 @@ class _Driver:
     def __post_init__(self) -> None:
         self._events = Tail(Path(self.config.run.dir) / EVENTS)
         self._shown = len(self._events.lines())  # a resumed run has shown these before
-        self._log = RunLog(self.config.run.log_format, train_names(self.name, self.config.run.dir).name)
 
     def run(self) -> int:
         coordinator = start_coordinator(self.config, self.name, secrets.token_hex(16), self.prepared)
@@ -234,7 +235,7 @@ class _Driver:
         asked_s, interrupted, taken = -ASK_AGAIN_S, False, ""
         try:
             run = self.config.run
-            progress = Progress(run.steps, run.log_every_s, self._missing, log=self._log)
+            progress = Progress(run.steps, run.log_every_s, self._missing, log=self.log)
             with progress as shown, shortened(progress.line):
                 while training.is_alive():
                     if taken := lost(self.leases):
@@ -256,7 +257,7 @@ class _Driver:
         except Exception as error:  # noqa: BLE001 - of this display: the run is not to end unsaved
             self.error = error
         if taken and link.poll().get("reason") == TAKES_OVER:  # on this cluster: it lets coordinator and workers save
-            return conclude(Ended(self.config, self.stop, self.error, self.status, self._log))
+            return conclude(Ended(self.config, self.stop, self.error, self.status, self.log))
         try:
             if not interrupted:
                 self._save_last(link)
@@ -265,15 +266,15 @@ class _Driver:
             if not taken:  # else it would write into directories that another start owns
                 ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
-            self._log.tell(f"the coordinator did not end cleanly: {error}", "warning")
+            self.log.tell(f"the coordinator did not end cleanly: {error}", "warning")
         try:
             if self.trainer is not None and self.trainer.controller is not None:
                 ray.kill(self.trainer.controller)  # where it still runs, it would start workers again
             end_all(self.name)
             ray.kill(coordinator)
         except Exception as error:  # noqa: BLE001 - Ray's head is away: the outcome is told all the same
-            self._log.tell(f"what is left of the run in Ray could not be ended: {reason_of(error)}", "warning")
-        return conclude(Ended(self.config, self.stop, self.error, self.status, self._log))
+            self.log.tell(f"what is left of the run in Ray could not be ended: {reason_of(error)}", "warning")
+        return conclude(Ended(self.config, self.stop, self.error, self.status, self.log))
 
     def _fit(self) -> None:
         def make() -> ElasticTrainer:
@@ -281,7 +282,7 @@ class _Driver:
             return self.trainer
 
         try:
-            fit(make, CoordinatorLink(self.name), lambda text: self._log.tell(text, "warning"))
+            fit(make, CoordinatorLink(self.name), lambda text: self.log.tell(text, "warning"))
         except Exception as error:  # noqa: BLE001 - the main thread reports it
             self.error = self.error or error
 

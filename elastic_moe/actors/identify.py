@@ -56,27 +56,32 @@ def changes(found: Found, new: dict[str, Any]) -> tuple[str, ...]:
     return comparison.changed
 
 
-def begin(found: Found, resume: bool, new: dict[str, Any], changed: tuple[str, ...], raw_yaml: str) -> RunIdentity:
+def run_of(found: Found, resume: bool) -> str:
+    """The id of the run that a start goes on with or begins; see `begin`."""
+    known = _known(found) if resume else None
+    return (known.run if known else "") or RunIdentity.new("").run
+
+
+def _known(found: Found) -> RunIdentity | None:
+    """The newest identity that the directories hold."""
+    known = max(filter(None, (found.own, found.of_root)), key=lambda one: one.timeline, default=None)
+    return RunIdentity.of_meta(found.newest.meta) if known is None and found.newest is not None else known
+
+
+def begin(found: Found, resume: bool, run: str, new: dict[str, Any], changed: tuple[str, ...], raw_yaml: str) -> None:
     """Write the identity and the configuration of a start; earlier configurations are kept.
 
     Args:
         found: contents of the run's directories.
         resume: the run goes on, if there is one.
+        run: its id, by `run_of`.
         new: fingerprint of the start.
         changed: what the start changes, told and recorded here.
         raw_yaml: the configuration as the user gave it.
-
-    Returns:
-        The run's identity.
     """
     run_dir = found.run_dir
-    known = max(filter(None, (found.own, found.of_root)), key=lambda one: one.timeline, default=None)
-    if known is None and found.newest is not None:
-        known = RunIdentity.of_meta(found.newest.meta)
-    if not resume or known is None:
-        known = RunIdentity.new(str(run_dir))
+    known = (_known(found) if resume else None) or RunIdentity(run)
     first = known.first_checkpoint or (found.newest.step if resume and found.newest else 0)
-    run = known.run or RunIdentity.new("").run
     identity = replace(known, run=run, first_checkpoint=first, run_dir=str(run_dir), fingerprint=new)
     if resume:
         _sweep(found, run)
@@ -93,7 +98,6 @@ def begin(found: Found, resume: bool, new: dict[str, Any], changed: tuple[str, .
         recorder = Recorder(run_dir)
         recorder.event({"event": "run_changed", "step": recorder.last_step, "changes": list(changed)})
         recorder.close()
-    return identity
 
 
 def _sweep(found: Found, run: str) -> None:

@@ -119,6 +119,7 @@ def test_workers_die_and_join_while_others_live(run: Run, cluster: Cluster, unti
 
     os.kill(second, signal.SIGKILL)
     until(lambda: len(run.pids()) == 3, "a replacement runs")
+    until(lambda: ray.get(run.coordinator.events.remote()), "the report of the loss")
     lost = ray.get(run.coordinator.events.remote())
     assert [(event["event"], event["pid"]) for event in lost] == [("worker_lost", second)]
     assert lost[0]["worker"] == (run.root / f"alive-{second}").read_text()

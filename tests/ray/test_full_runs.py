@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -227,7 +228,8 @@ def test_a_worker_that_nobody_asks_for_ends_itself_and_returns_its_room(cluster:
     assert room.wait(60)
     actor: Any = ray.remote(num_cpus=1)(Hasty)
     options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
-    worker = actor.options(**options, scheduling_strategy=PlacementGroupSchedulingStrategy(room)).remote()
+    where = PlacementGroupSchedulingStrategy(room)
+    worker = actor.options(**options, scheduling_strategy=where).remote(placed_s=time.time())
     ray.get(worker.get_metadata.remote())
     assert worker_names("nobody") == [name]
     until(lambda: not worker_names("nobody") and not placements("nobody"), "its end")

@@ -78,7 +78,7 @@ def watched(head: Any, tiny: list[str], tmp_path: Path) -> Iterator[Watched]:
     run = tmp_path / "a run"
     head.start("--num-cpus=2", "--include-dashboard=true", RAY_metrics_report_interval_ms="1000")
     command = [sys.executable, "-m", "elastic_moe.train", *tiny, "cluster=address", "cluster.workers=2", ENDLESS]
-    command += ["run.log_format=json", "run.log_every_s=1"]
+    command += ["run.log_format=json", "run.log_every_s=1", "cluster.price_per_hour.default=2.5"]
     command += [f"run.dir={run}", "checkpoint.every_steps=20", "run.eval_every_steps=20", "balance.log_every_steps=5"]
     with (tmp_path / "training.log").open("wb") as log:
         training = subprocess.Popen(

@@ -12,6 +12,7 @@ from elastic_moe.actors import driver
 from elastic_moe.actors.stop import Stop
 from elastic_moe.config.schema import RunConfig, TrainConfig
 from elastic_moe.data.prepare import prepare
+from elastic_moe.run_log import TEXT, RunLog
 from tests.local_run import tiny_config
 
 
@@ -47,7 +48,7 @@ class Link:
 def save_last(tmp_path: Path, error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> Link:
     monkeypatch.setattr(driver, "POLL_S", 0.0)
     config, link = TrainConfig(run=RunConfig(dir=str(tmp_path))), Link(answers=3)
-    run = driver._Driver("name", config, cast(Any, None), Stop(), (), error)
+    run = driver._Driver("name", config, cast(Any, None), Stop(), (), RunLog(TEXT, "run"), error)
     run._save_last(cast(Any, link))
     return link
 

@@ -15,6 +15,7 @@ from elastic_moe.actors.stop import Stop
 from elastic_moe.actors.take_over import TAKES_OVER
 from elastic_moe.config.schema import RunConfig, TrainConfig
 from elastic_moe.coordination.lease import Lease, lost
+from elastic_moe.run_log import TEXT, RunLog
 
 
 class Bar:
@@ -61,7 +62,7 @@ def test_nothing_more_is_written_and_it_is_told_which_directory_was_taken(
     monkeypatch.setattr(driver._Driver, "_show", show)
     config = TrainConfig(run=RunConfig(dir=str(tmp_path)))
     try:
-        run = driver._Driver("name", config, cast(Any, None), Stop(), (held, taken))
+        run = driver._Driver("name", config, cast(Any, None), Stop(), (held, taken), RunLog(TEXT, "run"))
         assert run.run() == 1
     finally:
         trains.set()

@@ -1,8 +1,9 @@
-"""AdamW on flat fp32 vectors, in place, the same bits on every machine.
+"""AdamW on flat fp32 vectors, in place, the same bits on every CPU.
 
 Twins apply the same update to the same numbers and must stay equal bit for bit. Their vectors lie differently in
 memory, and their CPUs may have different vector widths. So every operation here rounds once (IEEE add, multiply,
-divide, square root). Fused kernels (lerp, addcmul, addcdiv) may contract to FMA in the vector body and not in the tail.
+divide, square root). On a CPU one compiled loop does all (`adamw_loop.py`), and each thread takes a part. On a GPU, it
+is a few passes; fused kernels (lerp, addcmul, addcdiv) may contract to FMA.
 Source: Loshchilov and Hutter (https://arxiv.org/abs/1711.05101), as in `torch.optim.AdamW`.
 """
 
@@ -10,15 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import torch
 
 from elastic_moe.config.schema import OptimConfig
+from elastic_moe.optim.adamw_loop import update
 from elastic_moe.optim.committed import CommittedStep
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.types import Unit
 
-CHUNK = 32768  # elements per pass: five fp32 vectors of this length stay in the second-level cache
+SPAN = 1 << 18  # elements that are worth a thread of their own
 DEVICE_CHUNK = 1 << 24  # on a GPU, whose launches cost more than its passes; bounds the temporaries
 
 
@@ -44,8 +49,11 @@ def apply_adamw(state: UnitState, grad: torch.Tensor, step: int, lr: float, cfg:
     keep = 1.0 - lr * cfg.weight_decay if decay else 1.0
     step_size = lr / (1.0 - cfg.beta1**step)
     root_scale = 1.0 / math.sqrt(1.0 - cfg.beta2**step)  # a GPU divides by a number by such a product too
-    size = CHUNK if grad.device.type == "cpu" else DEVICE_CHUNK
-    chunks = zip(*(tensor.split(size) for tensor in (state.weight, state["m"], state["v"], grad)), strict=True)
+    if grad.device.type == "cpu":
+        factors = (keep, cfg.beta1, 1.0 - cfg.beta1, cfg.beta2, 1.0 - cfg.beta2, step_size, root_scale, cfg.eps)
+        _on_cpu((state.weight, state["m"], state["v"], grad), [np.float32(factor) for factor in factors])
+        return
+    chunks = zip(*(tensor.split(DEVICE_CHUNK) for tensor in (state.weight, state["m"], state["v"], grad)), strict=True)
     for weight, m, v, g in chunks:
         if keep != 1.0:
             weight.mul_(keep)
@@ -53,3 +61,22 @@ def apply_adamw(state: UnitState, grad: torch.Tensor, step: int, lr: float, cfg:
         v.mul_(cfg.beta2).add_((g * g).mul_(1.0 - cfg.beta2))
         denominator = v.sqrt().mul_(root_scale).add_(cfg.eps)
         weight.sub_((m * step_size).div_(denominator))
+
+
+def _on_cpu(tensors: Sequence[torch.Tensor], factors: Sequence[Any]) -> None:
+    """The compiled loop over the vectors, in as many spans as torch may use threads and as are worth one."""
+    vectors: list[Any] = [tensor.numpy() for tensor in tensors]
+    numel = len(vectors[0])
+    spans = max(1, min(torch.get_num_threads(), numel // SPAN))
+    if spans == 1:
+        update(*vectors, *factors)
+        return
+    cuts = [numel * span // spans for span in range(spans + 1)]
+    with ThreadPoolExecutor(spans) as pool:
+        for _ in pool.map(lambda a, b: update(*(vector[a:b] for vector in vectors), *factors), cuts[:-1], cuts[1:]):
+            pass
+
+
+def warm_up() -> None:
+    """Compile the loop, or load it from the cache: a second the first time on a machine."""
+    _on_cpu([torch.zeros(1) for _ in range(4)], [np.float32(1.0)] * 8)

@@ -1,4 +1,4 @@
-"""Compiles the planner's loops to machine code with `numba`, which needs no compiler on the user's machine.
+"""Compiles loops of planner and optimizer to machine code with `numba`, which needs no compiler on the user's machine.
 
 The compiled functions are pure: they see arrays and numbers only. This module is the one place of `plan` that touches
 the outside. It reads the home directory and creates a cache folder there (or in the temporary directory), because
@@ -6,7 +6,8 @@ compiling takes a minute or two, once per machine and version. The folder's name
 compiled sources: numba's own cache does not notice a change in a file that another one calls. The place of the sources
 does not count, because Ray unpacks the working directory of each submitted job somewhere else. Results do not depend on
 the cache. Where the order of a sum could matter, the loops compute with integers, so ranks with different processors
-make the same plan.
+make the same plan. In the optimizer's loops every operation rounds once: without "fast math", LLVM neither contracts a
+product and a sum to FMA nor takes approximate roots and quotients, whatever the width of the vectors.
 """
 
 from __future__ import annotations
@@ -58,10 +59,19 @@ class ByModule(UserProvidedCacheLocator):
 
 def compiled(function: F) -> F:
     """Compile a function of arrays and numbers. The machine code does not hold the interpreter's lock."""
+    return _compile(function, "python")
+
+
+def compiled_for_vectors(function: F) -> F:
+    """As `compiled`, but x / 0 is infinite or not a number: a check for it would keep a loop from being vectorised."""
+    return _compile(function, "numpy")
+
+
+def _compile(function: F, error_model: str) -> F:
     config: Any = numba.config  # pyright: ignore
     before = config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES
     config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = str(cache_dir()), f"{__name__}.{ByModule.__name__}"
     try:
-        return numba.njit(function, cache=True, nogil=True)  # pyright: ignore
+        return numba.njit(function, cache=True, nogil=True, error_model=error_model)  # pyright: ignore
     finally:
         config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = before

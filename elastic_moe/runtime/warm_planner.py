@@ -1,4 +1,5 @@
-"""Compiles the planner before its first use: `python -m elastic_moe.plan.warm`, and every worker before it joins.
+"""Compiles planner and optimizer before their first use: `python -m elastic_moe.plan.warm`, and every worker before it
+joins.
 
 A file lock makes one process of a machine compile, and that one says so. The others wait for it and load the result
 from the cache.
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from elastic_moe.checkpoint.local_file import lock
+from elastic_moe.optim import adamw
 from elastic_moe.plan.compiled import cache_dir
 from elastic_moe.plan.placement import Topology, plan_placement
 from elastic_moe.plan.split import split_tokens
@@ -23,7 +25,7 @@ REASON = "the planner is compiled for this machine, once: this takes a minute or
 
 
 def warm_up(tell: Callable[[str], None] = lambda _: None) -> None:
-    """Run the planner and the split once, with the types of arguments that a run uses.
+    """Run the planner, the split and the optimizer's loop once, with the types of arguments that a run uses.
 
     Args:
         tell: called with a sentence if this process is going to compile.
@@ -43,6 +45,7 @@ def warm_up(tell: Callable[[str], None] = lambda _: None) -> None:
 def _run() -> None:
     placement = plan_placement(np.ones((1, 4)), Topology(("a", "b"), (1.0, 1.0)), [3, 3])
     split_tokens(np.ones((2, 4), dtype=np.int64), placement, 0)
+    adamw.warm_up()
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ class Measures:
         expert_rows: rows that those passes computed.
         cross_node_rows: rows that were sent to another node.
         publish_s: seconds of the last publication of weights.
-        publish_bytes: bytes that it brought to the rank.
+        publish_bytes: bytes that it brought to the rank from others.
         switch_s: seconds of the change of placement before this step, 0 if there was none.
         wait_s: seconds that the rank waited in collectives up to the vote.
     """

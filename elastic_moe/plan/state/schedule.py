@@ -48,6 +48,11 @@ class Schedule:
         """All received units, in the order of the receive buffer. A unit occurs once for every rank that sends it."""
         return [unit for units in self.receive for unit in units]
 
+    def without(self, rank: int) -> Schedule:
+        """The same exchange without the units that `rank`, whose part this is, sends to itself."""
+        send, receive = ((*units[:rank], (), *units[rank + 1 :]) for units in (self.send, self.receive))
+        return Schedule(send, receive)
+
 
 def slots_by_expert(placement: Placement, rank: int) -> dict[ExpertKey, int]:
     """(MoE layer, expert) -> index among the slots of `rank`, for the experts that it has a copy of."""

@@ -50,5 +50,5 @@ class Exchanger:
 
     @property
     def publish_bytes(self) -> int:
-        """Bytes that the last publication brought to this rank."""
+        """Bytes that the last publication brought to this rank from others."""
         return self._publisher.received_bytes

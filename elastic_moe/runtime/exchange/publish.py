@@ -23,12 +23,24 @@ class _Weights:
     def __init__(
         self, layout: Layout, schedule: Schedule, weights: ComputeTensors, held: HeldState, group: Group
     ) -> None:
-        self._held, self._sent_units = held, schedule.sent_units
-        self._windows = [window for u in schedule.received_units for window in windows_of(layout, weights, u)]
-        self._exchange = UnitExchange(layout, schedule, group, held.device)
+        own, others = schedule.send[layout.rank], schedule.without(layout.rank)
+        self._held, self._sent_units = held, others.sent_units
+        self._windows = [window for u in others.received_units for window in windows_of(layout, weights, u)]
+        self._own = [(u, windows_of(layout, weights, u)) for u in own]
+        self._exchange = UnitExchange(layout, others, group, held.device)
 
     def begin(self) -> tuple[Pending, torch.Tensor]:
-        return self._exchange.begin([self._held.states[u].weight for u in self._sent_units])
+        """Begin the exchange, and meanwhile copy the weights that this rank owns and computes with."""
+        under_way = self._exchange.begin([self._held.states[u].weight for u in self._sent_units])
+        targets = [window for _, windows in self._own for window in windows]
+        if targets:
+            sources = [
+                piece
+                for u, windows in self._own
+                for piece in self._held.states[u].weight.split([window.numel() for window in windows])
+            ]
+            torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+        return under_way
 
     def install(self, received: torch.Tensor) -> None:
         """Copy weights that arrived into the compute weights."""
@@ -55,7 +67,7 @@ class WeightPublisher:
 
     Attributes:
         seconds: from the beginning of the last publication to the arrival of the experts' weights.
-        received_bytes: bytes that the last publication brought to this rank.
+        received_bytes: bytes that the last publication brought to this rank from others.
     """
 
     def __init__(self, layout: Layout, weights: ComputeTensors, held: HeldState, group: Group) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 
 from elastic_moe.parallel.collectives.group import Group
@@ -23,10 +25,15 @@ class GradientReducer:
 
     def __init__(self, layout: Layout, grads: ComputeTensors, held: HeldState, group: Group) -> None:
         self._layout, self._held = layout, held
-        dtype = next(iter(grads.dense.values())).dtype
-        self._windows = [window for u in layout.gradients.sent_units for window in windows_of(layout, grads, u)]
-        self._to_primaries = UnitExchange(layout, layout.gradients, group, held.device, dtype)
+        self._dtype = next(iter(grads.dense.values())).dtype
+        own, others = layout.gradients.send[layout.rank], layout.gradients.without(layout.rank)
+        self._windows = [window for u in others.sent_units for window in windows_of(layout, grads, u)]
+        self._to_primaries = UnitExchange(layout, others, group, held.device, self._dtype)
         self._to_mirrors = UnitExchange(layout, layout.mirrors, group, held.device)
+        self._arriving = [(rank, u) for rank, units in enumerate(others.receive) for u in units]
+        self._own = {u: windows_of(layout, grads, u) for u in own}
+        self._rounds = list(_rounds(layout.gradients.receive))
+        self._units = sorted(self._rounds[0]) if self._rounds else []
 
     def reduce(self) -> float:
         """Sum every unit's gradient at its primary; collective.
@@ -36,32 +43,59 @@ class GradientReducer:
         Returns:
             Sum of squares of the reduced gradients, over the units whose primary is this rank.
         """
-        sums = self._sums(self._to_primaries.run(self._windows))
-        reduced = [self._held.grad_of(u) for u in sorted(sums)]
-        if not reduced:
+        received = self._to_primaries.run(self._windows)
+        if not self._units:
             return 0.0
-        torch._foreach_copy_(reduced, [sums[u] for u in sorted(sums)])  # pyright: ignore[reportPrivateImportUsage]
-        norms = torch._foreach_norm(reduced)  # pyright: ignore[reportPrivateImportUsage]
+        split = received.split(self._numels([u for _, u in self._arriving]))
+        pieces = dict(zip(self._arriving, split, strict=True))
+        reduced = {u: self._held.grad_of(u) for u in self._units}
+        if self._dtype == torch.float32:
+            self._add_up(reduced, pieces)
+        else:  # rounded once, at the end
+            numels = self._numels(self._units)
+            buffer = torch.empty(sum(numels), dtype=self._dtype, device=self._held.device)
+            wide = dict(zip(self._units, buffer.split(numels), strict=True))
+            self._add_up(wide, pieces)
+            torch._foreach_copy_(list(reduced.values()), list(wide.values()))  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch._foreach_norm(list(reduced.values()))  # pyright: ignore[reportPrivateImportUsage]
         return sum((torch.stack(norms).double() ** 2).tolist())
 
-    def _sums(self, received: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Unit -> sum of the gradients received for it."""
-        sums: dict[int, torch.Tensor] = {}
-        units = self._layout.gradients.received_units
-        for u, piece in zip(units, received.split(self._numels(units)), strict=True):
-            if u in sums:
-                sums[u].add_(piece)
-            else:
-                sums[u] = piece
-        return sums
+    def _add_up(self, sums: Mapping[int, torch.Tensor], pieces: Mapping[tuple[int, int], torch.Tensor]) -> None:
+        """Set the sums: the first rank's gradients are copied, those of the next ones added."""
+        for number, senders in enumerate(self._rounds):
+            targets: list[torch.Tensor] = []
+            sources: list[torch.Tensor] = []
+            for u, rank in senders.items():
+                if rank == self._layout.rank:
+                    sources += self._own[u]
+                    targets += sums[u].split([window.numel() for window in self._own[u]])
+                else:
+                    sources.append(pieces[rank, u])
+                    targets.append(sums[u])
+            if number == 0:
+                torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+            else:  # own gradients may lie on another device than the state
+                here = [source.to(self._held.device) for source in sources]
+                torch._foreach_add_(targets, here)  # pyright: ignore[reportPrivateImportUsage]
 
     def mirror(self) -> None:
         """Send each reduced gradient from its primary to the unit's mirrors; collective."""
         mirrors = self._layout.mirrors
         received = self._to_mirrors.run([self._held.grad_of(u) for u in mirrors.sent_units])
         units = mirrors.received_units
-        for u, piece in zip(units, received.split(self._numels(units)), strict=True):
-            self._held.grad_of(u).copy_(piece)
+        if units:
+            pieces = list(received.split(self._numels(units)))
+            torch._foreach_copy_([self._held.grad_of(u) for u in units], pieces)  # pyright: ignore[reportPrivateImportUsage]
 
     def _numels(self, units: list[int]) -> list[int]:
         return [self._layout.units[u].numel for u in units]
+
+
+def _rounds(receive: Iterable[Iterable[int]]) -> Iterable[dict[int, int]]:
+    """In round k, unit -> the k-th rank that sends it, for the units that so many ranks send."""
+    senders: dict[int, list[int]] = {}
+    for rank, units in enumerate(receive):
+        for u in units:
+            senders.setdefault(u, []).append(rank)
+    for number in range(max(map(len, senders.values()), default=0)):
+        yield {u: ranks[number] for u, ranks in senders.items() if number < len(ranks)}

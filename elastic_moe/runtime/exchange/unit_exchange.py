@@ -1,6 +1,7 @@
 """The all-to-all of one schedule: whole units, one after another in a flat buffer per direction.
 
-The receive buffer lies where the state of the units does.
+The receive buffer lies where the state of the units does. What a rank would send to itself stays where it is, so the
+schedules leave it out: the caller copies it straight to its place.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from elastic_moe.model.backend import ExpertStatistics
 from elastic_moe.model.experts.grouped import grouped_swiglu, weighted_sum
 from elastic_moe.parallel.collectives.group import HOST, Group
 from elastic_moe.parallel.reproducible import Grid, segmented_swiglu
+from elastic_moe.parallel.slots import Slots, most_rows
 from elastic_moe.parallel.transport import Transport, transport_for
 from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.split import RankSplit, of_rank, split_for_rank, split_tokens, split_whole
@@ -140,27 +141,13 @@ class ExpertParallel:
         nodes = placement.node_of_rank
         self.before_experts: Callable[[], None] = lambda: None
         self._transport = transport_for(group, None if nodes is None else nodes.tolist(), by_node)
-        row_bytes = 4 * (3 * cfg.hidden_size + 4 * cfg.expert_hidden)
-        self._most_rows = max(1, memory_limit // row_bytes) if memory_limit and grid is None else 0
+        self._most_rows = most_rows(memory_limit, cfg) if grid is None else 0
         self._group, self._placement, self._rank, self._speeds = group, placement, group.rank, speeds
         self._grid, self._limit = grid, cfg.swiglu_limit
         self._span = placement.slots_of(group.rank)
         self.num_layers, self.num_experts = placement.expert_of_slot.shape[0], cfg.num_experts
-        slots = self._span.stop - self._span.start
-        shapes = ((slots, 2 * cfg.expert_hidden, cfg.hidden_size), (slots, cfg.hidden_size, cfg.expert_hidden))
-        dtype = torch.float32 if grid is None else torch.float64
-
-        def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.zeros(shape, device=device, dtype=dtype)
-
-        self._slots = [
-            (torch.nn.Parameter(zeros(shapes[0])), torch.nn.Parameter(zeros(shapes[1]))) for _ in range(self.num_layers)
-        ]
-        self._grads = [(zeros(shapes[0], dtype), zeros(shapes[1], dtype)) for _ in self._slots]
-        if grid is None:
-            for slots_of, grads_of in zip(self._slots, self._grads, strict=True):
-                for tensor, grad in zip(slots_of, grads_of, strict=True):
-                    tensor.grad = grad
+        num_slots = self._span.stop - self._span.start
+        self._slots = Slots(self.num_layers, num_slots, cfg, device, exact=grid is not None)
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         starts = [placement.slots_of(r).start for r in range(group.world_size)]
         self._bounds = np.array([*starts, len(placement.rank_of_slot)])
@@ -172,17 +159,16 @@ class ExpertParallel:
         self._placement = placement
 
     def slot_params(self, moe_layer: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-        """(w_gate_up [S, 2F, D], w_down [S, D, F]) of one layer: an expert's unit, one matrix after the other."""
-        return self._slots[moe_layer]
+        """See `Slots.params`."""
+        return self._slots.params[moe_layer]
 
     def slot_grads(self, moe_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of `slot_params`, fp64 with a grid; the tensors are never replaced."""
-        return self._grads[moe_layer]
+        """See `Slots.grads`; fp64 with a grid."""
+        return self._slots.grads[moe_layer]
 
     def begin_step(self) -> None:
         """Set the gradients and the statistics to zero."""
-        for tensor in (t for layer in self._grads for t in layer):
-            tensor.zero_()
+        self._slots.zero_grads()
         self.local_tokens = 0
         self.tokens_R = np.zeros(self._group.world_size, dtype=np.int64)
         self._mean_L, self._max_L = np.zeros(self.num_layers), np.zeros(self.num_layers)
@@ -258,12 +244,12 @@ class ExpertParallel:
         return split_for_rank(counts_RE, placement, moe_layer, rank, speeds)
 
     def _compute(self, moe_layer: int, rows_MD: torch.Tensor, here_RS: NDArray[np.int64]) -> torch.Tensor:
-        weights = self._slots[moe_layer]
+        weights = self._slots.params[moe_layer]
         if self._grid is None:
             rows_S = torch.from_numpy(here_RS.sum(axis=0))
             return grouped_swiglu(rows_MD, rows_S, weights[0], weights[1], self._limit, direct=True)
         segments = [(slot, int(rows)) for slot, rows_R in enumerate(here_RS.T) for rows in rows_R]
-        return segmented_swiglu(rows_MD, segments, weights, self._grads[moe_layer], self._grid, self._limit)
+        return segmented_swiglu(rows_MD, segments, weights, self._slots.grads[moe_layer], self._grid, self._limit)
 
     def _count(self, moe_layer: int, tokens_R: NDArray[np.int64], far: int) -> None:
         self.tokens_R += tokens_R

@@ -32,7 +32,7 @@ from elastic_moe.parallel.collectives.backend import GroupMember
 from elastic_moe.parallel.collectives.choice import GpuCollectives
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.collectives.store import Rendezvous
-from elastic_moe.parallel.expert_parallel import ExpertParallel
+from elastic_moe.parallel.experts import experts_of
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import FAULTS, checkpoint_root
 from elastic_moe.run_log import logging_of_run
@@ -238,7 +238,7 @@ class Worker:
             self._client.inbox.recorded = -1
             self._client.outbox.forget_recorded(None)
         ownership, placement = result.ownership, result.placement
-        self._model.experts = experts = ExpertParallel(
+        self._model.experts = experts = experts_of(
             group,
             placement,
             config.model,

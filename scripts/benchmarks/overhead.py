@@ -40,7 +40,7 @@ from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.parallel.collectives.backend import GroupMember
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.collectives.store import Rendezvous
-from elastic_moe.parallel.expert_parallel import ExpertParallel
+from elastic_moe.parallel.experts import experts_of
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.initial import InitialWeights
@@ -128,7 +128,7 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
         no_fault,
     )
     result = reconfigurer.enter(view, group)
-    model.experts = experts = ExpertParallel(group, result.placement, config.model, device)
+    model.experts = experts = experts_of(group, result.placement, config.model, device)
     builder = ContextBuilder(units, model, runner.gradients.tensors, shape[0], config.data.global_batch)
     context = builder.build(view, group, experts, result.held, result.ownership, result.placement)
     exchanger = context.exchanger

@@ -1,4 +1,4 @@
-"""The backend that holds every expert of every layer in one process.
+"""Experts that are all here: the computation, and the backend that holds every expert of every layer in one process.
 
 On CPUs the gather, the experts and the weighted sum are one autograd function that goes expert by expert, so an
 expert's rows stay in the cache. On other devices all experts are computed at once with `grouped.grouped_swiglu`.
@@ -24,6 +24,8 @@ from elastic_moe.model.experts.grouped import add_product, busy_slots, grouped_s
 from elastic_moe.model.experts.specs import expert_specs
 from elastic_moe.model.init import init_param
 from elastic_moe.model.layers import swiglu, swiglu_backward
+
+Stacks = tuple[torch.Tensor, torch.Tensor]
 
 
 class _SwiGLUByExpert(torch.autograd.Function):
@@ -121,6 +123,63 @@ class _Permute(torch.autograd.Function):
         return grads[0][ctx.saved_tensors[0]], None, None
 
 
+def local_experts(
+    x_TD: torch.Tensor,
+    expert_ids_TK: torch.Tensor,
+    gates_TK: torch.Tensor,
+    stacks: Stacks,
+    limit: float = 0.0,
+    direct: bool = False,
+) -> torch.Tensor:
+    """The gated sum of each token's experts, whose weights are all here.
+
+    Args:
+        x_TD: tokens; T may be 0.
+        expert_ids_TK: int64, index of each chosen expert in the stacks.
+        gates_TK: weight of each chosen expert.
+        stacks: the experts' weights, [E, 2F, D] and [E, D, F].
+        limit: clamp of the SwiGLU's inputs; 0 for none.
+        direct: the backward pass adds the weights' gradients to their `grad`, and returns none to autograd.
+
+    Returns:
+        y_TD in the dtype of x.
+    """
+    if x_TD.device.type != "cpu" or not len(expert_ids_TK):
+        return local_experts_grouped(x_TD, expert_ids_TK, gates_TK, stacks, limit, direct)
+    dtype = x_TD.dtype
+    autocast = torch.is_autocast_enabled("cpu") and dtype != torch.float64
+    compute = torch.get_autocast_dtype("cpu") if autocast else dtype
+    order_N, counts_E = _by_expert(expert_ids_TK, len(stacks[0]))
+    with torch.autocast("cpu", enabled=False):
+        out = _SwiGLUByExpert.apply(x_TD.to(compute), gates_TK, order_N, counts_E.tolist(), limit, direct, *stacks)
+    return out.to(dtype)
+
+
+def local_experts_grouped(
+    x_TD: torch.Tensor,
+    expert_ids_TK: torch.Tensor,
+    gates_TK: torch.Tensor,
+    stacks: Stacks,
+    limit: float = 0.0,
+    direct: bool = False,
+) -> torch.Tensor:
+    """As `local_experts`, on any device and for any number of tokens: gather, all experts at once, weighted sum."""
+    order_N, counts_E = _by_expert(expert_ids_TK, len(stacks[0]))
+    undo_N = torch.empty_like(order_N)
+    undo_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    rows_ND = _Gather.apply(x_TD, order_N, undo_N)
+    y_ND = grouped_swiglu(rows_ND, counts_E, *stacks, limit, direct)
+    y_TKD = _Permute.apply(y_ND, undo_N, order_N).view(*expert_ids_TK.shape, x_TD.shape[1])
+    return weighted_sum(y_TKD, gates_TK)
+
+
+def _by_expert(expert_ids_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order of the rows by expert, rows per expert)."""
+    flat_N = expert_ids_TK.flatten()
+    counts_E = torch.bincount(flat_N, minlength=num_experts)
+    return flat_N.argsort(stable=True), counts_E
+
+
 class LocalExperts(nn.Module):
     """Backend that holds all experts of all layers: one device, no distribution. An `ExpertBackend`.
 
@@ -176,35 +235,4 @@ class LocalExperts(nn.Module):
         self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
     ) -> torch.Tensor:
         """See `ExpertBackend`: y_TD, the gated sum of each token's experts."""
-        if x_TD.device.type != "cpu" or not len(expert_ids_TK):
-            return self.forward_grouped(moe_layer, x_TD, expert_ids_TK, gates_TK)
-        return self._forward_by_expert(moe_layer, x_TD, expert_ids_TK, gates_TK)
-
-    def forward_grouped(
-        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
-    ) -> torch.Tensor:
-        """The same on any device and for any number of tokens: gather, all experts at once, weighted sum."""
-        flat_N = expert_ids_TK.flatten()
-        order_N = flat_N.argsort(stable=True)
-        undo_N = torch.empty_like(order_N)
-        undo_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-        counts = torch.bincount(flat_N, minlength=self.num_experts)
-        rows_ND = _Gather.apply(x_TD, order_N, undo_N)
-        y_ND = grouped_swiglu(rows_ND, counts, *self.slot_params(moe_layer), self._limit, self.direct)
-        y_TKD = _Permute.apply(y_ND, undo_N, order_N).view(*expert_ids_TK.shape, x_TD.shape[1])
-        return weighted_sum(y_TKD, gates_TK)
-
-    def _forward_by_expert(
-        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
-    ) -> torch.Tensor:
-        dtype = x_TD.dtype
-        autocast = torch.is_autocast_enabled("cpu") and dtype != torch.float64
-        compute = torch.get_autocast_dtype("cpu") if autocast else dtype
-        flat_N = expert_ids_TK.flatten()
-        counts = torch.bincount(flat_N, minlength=self.num_experts).tolist()
-        order_N = flat_N.argsort(stable=True)
-        with torch.autocast("cpu", enabled=False):
-            out = _SwiGLUByExpert.apply(
-                x_TD.to(compute), gates_TK, order_N, counts, self._limit, self.direct, *self.slot_params(moe_layer)
-            )
-        return out.to(dtype)
+        return local_experts(x_TD, expert_ids_TK, gates_TK, self.slot_params(moe_layer), self._limit, self.direct)

@@ -1,0 +1,119 @@
+"""Experts of a generation with one rank: every row is local, so nothing is counted, sent or sorted by source.
+
+The computation is that of `model.experts.local`. It differs in rounding from the one behind a dispatch, which computes
+the gradient of a gate from the expert's output, and not from its hidden units: outputs need not be kept here. Sums over
+rows depend on the world size in any case, unless `elastic.reproducible` is on, which is computed by `ExpertParallel`.
+
+Shapes: T tokens, K experts per token, S slots, D hidden, E experts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from elastic_moe.config.schema import ModelConfig
+from elastic_moe.model.backend import ExpertStatistics
+from elastic_moe.model.experts.local import local_experts
+from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.slots import Slots, most_rows
+from elastic_moe.plan.placement import Placement
+
+
+class OneRankExperts:
+    """Expert backend of a generation with one rank; implements `model.backend.TrainableExperts`.
+
+    Args:
+        group: the generation's collectives, of one rank.
+        placement: experts in slots; every expert is in one.
+        cfg: the model's shape.
+        device: of the slot weights.
+        memory_limit: bytes that one layer's rows may take, their part kept for the backward pass included; 0 for no
+            limit. More rows are computed in chunks, and once more in the backward pass.
+
+    Attributes:
+        before_experts: called before the slots' weights are used; may wait until they are there.
+        local_tokens: rows computed since `begin_step`.
+        compute_s: seconds of the experts in the forward passes; on a GPU, until they are started.
+        chunks: the largest number of chunks in which a layer's rows were computed.
+    """
+
+    def __init__(
+        self, group: Group, placement: Placement, cfg: ModelConfig, device: torch.device, memory_limit: int = 0
+    ) -> None:
+        assert group.world_size == 1, "rows of other ranks need a dispatch"
+        self.before_experts: Callable[[], None] = lambda: None
+        self._group, self._limit, self._device = group, cfg.swiglu_limit, device
+        self._most_rows = most_rows(memory_limit, cfg)
+        self.num_layers, num_slots = placement.expert_of_slot.shape
+        self._slots = Slots(self.num_layers, num_slots, cfg, device)
+        self._num_experts = cfg.num_experts
+        self.adopt(placement)
+        self.begin_step()
+
+    def adopt(self, placement: Placement) -> None:
+        """Use another placement with the same slots. The caller then sets the weights of the slots anew."""
+        self._slot_LE = torch.full((self.num_layers, self._num_experts), -1, device=self._device)
+        for layer, expert_S in enumerate(placement.expert_of_slot.tolist()):
+            for slot, expert in enumerate(expert_S):
+                if expert >= 0:
+                    self._slot_LE[layer, expert] = slot
+        assert bool((self._slot_LE >= 0).all()), "an expert is in no slot"
+        self._in_order = bool((self._slot_LE == torch.arange(self._num_experts, device=self._device)).all())
+
+    def slot_params(self, moe_layer: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        """See `Slots.params`."""
+        return self._slots.params[moe_layer]
+
+    def slot_grads(self, moe_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Slots.grads`."""
+        return self._slots.grads[moe_layer]
+
+    def begin_step(self) -> None:
+        """Set the gradients and the statistics to zero."""
+        self._slots.zero_grads()
+        self.local_tokens, self.compute_s, self.chunks = 0, 0.0, 1
+
+    def statistics(self) -> ExpertStatistics:
+        """Statistics of the calls since `begin_step`."""
+        balanced_L = torch.ones(self.num_layers, dtype=torch.float64)
+        return ExpertStatistics(self.local_tokens, 0, self.compute_s, balanced_L)
+
+    def __call__(
+        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
+    ) -> torch.Tensor:
+        self.before_experts()
+        self._check_alive()
+        slots_TK = expert_ids_TK if self._in_order else self._slot_LE[moe_layer][expert_ids_TK]
+        rows, stacks = slots_TK.numel(), self.slot_params(moe_layer)
+        chunks = max(1, -(-rows // self._most_rows)) if self._most_rows else 1
+        started = time.perf_counter()
+        if chunks == 1:
+            y_TD = local_experts(x_TD, slots_TK, gates_TK, stacks, self._limit, direct=True)
+        else:
+            parts = zip(*(t.tensor_split(chunks) for t in (x_TD, slots_TK, gates_TK)), strict=True)
+            y_TD = torch.cat([self._chunk(x, slots, gates, stacks) for x, slots, gates in parts])
+        self.compute_s += time.perf_counter() - started
+        self.local_tokens += rows
+        self.chunks = max(self.chunks, chunks)
+        if y_TD.requires_grad:
+            y_TD.register_hook(lambda _: self._check_alive())
+        return y_TD
+
+    def _chunk(
+        self,
+        x_TD: torch.Tensor,
+        slots_TK: torch.Tensor,
+        gates_TK: torch.Tensor,
+        stacks: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """A chunk whose rows are computed again in the backward pass."""
+        arguments = (x_TD, slots_TK, gates_TK, stacks, self._limit, True)
+        return checkpoint(local_experts, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    def _check_alive(self) -> None:
+        """Show that this rank gets on, and end here if the generation is over, as collectives do."""
+        self._group.barrier()

@@ -13,7 +13,7 @@ import torch
 from elastic_moe.parallel.collectives.group import Group, Pending
 from elastic_moe.plan.state.schedule import Layout, Schedule
 from elastic_moe.runtime.exchange.unit_exchange import UnitExchange
-from elastic_moe.runtime.exchange.windows import ComputeTensors, windows_of
+from elastic_moe.runtime.exchange.windows import ComputeTensors, copy_all, windows_of
 from elastic_moe.runtime.state import HeldState
 
 
@@ -33,20 +33,17 @@ class _Weights:
         """Begin the exchange, and meanwhile copy the weights that this rank owns and computes with."""
         under_way = self._exchange.begin([self._held.states[u].weight for u in self._sent_units])
         targets = [window for _, windows in self._own for window in windows]
-        if targets:
-            sources = [
-                piece
-                for u, windows in self._own
-                for piece in self._held.states[u].weight.split([window.numel() for window in windows])
-            ]
-            torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+        sources = [
+            piece
+            for u, windows in self._own
+            for piece in self._held.states[u].weight.split([window.numel() for window in windows])
+        ]
+        copy_all(targets, sources)
         return under_way
 
     def install(self, received: torch.Tensor) -> None:
         """Copy weights that arrived into the compute weights."""
-        if self._windows:
-            pieces = list(received.split([window.numel() for window in self._windows]))
-            torch._foreach_copy_(self._windows, pieces)  # pyright: ignore[reportPrivateImportUsage]
+        copy_all(self._windows, received.split([window.numel() for window in self._windows]))
 
     def run(self) -> int:
         """Send, wait and install. Returns the bytes received."""

@@ -9,7 +9,7 @@ import torch
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.plan.state.schedule import Layout
 from elastic_moe.runtime.exchange.unit_exchange import UnitExchange
-from elastic_moe.runtime.exchange.windows import ComputeTensors, windows_of
+from elastic_moe.runtime.exchange.windows import ComputeTensors, copy_all, windows_of
 from elastic_moe.runtime.state import HeldState
 
 
@@ -56,7 +56,7 @@ class GradientReducer:
             buffer = torch.empty(sum(numels), dtype=self._dtype, device=self._held.device)
             wide = dict(zip(self._units, buffer.split(numels), strict=True))
             self._add_up(wide, pieces)
-            torch._foreach_copy_(list(reduced.values()), list(wide.values()))  # pyright: ignore[reportPrivateImportUsage]
+            copy_all(list(reduced.values()), list(wide.values()))
         norms = torch._foreach_norm(list(reduced.values()))  # pyright: ignore[reportPrivateImportUsage]
         return sum((torch.stack(norms).double() ** 2).tolist())
 
@@ -73,7 +73,7 @@ class GradientReducer:
                     sources.append(pieces[rank, u])
                     targets.append(sums[u])
             if number == 0:
-                torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+                copy_all(targets, sources)
             else:  # own gradients may lie on another device than the state
                 here = [source.to(self._held.device) for source in sources]
                 torch._foreach_add_(targets, here)  # pyright: ignore[reportPrivateImportUsage]
@@ -83,9 +83,7 @@ class GradientReducer:
         mirrors = self._layout.mirrors
         received = self._to_mirrors.run([self._held.grad_of(u) for u in mirrors.sent_units])
         units = mirrors.received_units
-        if units:
-            pieces = list(received.split(self._numels(units)))
-            torch._foreach_copy_([self._held.grad_of(u) for u in units], pieces)  # pyright: ignore[reportPrivateImportUsage]
+        copy_all([self._held.grad_of(u) for u in units], received.split(self._numels(units)))
 
     def _numels(self, units: list[int]) -> list[int]:
         return [self._layout.units[u].numel for u in units]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,3 +36,11 @@ def windows_of(layout: Layout, tensors: ComputeTensors, unit: int) -> list[torch
         slot = layout.slot_of[spec.moe_layer, spec.expert]
         return [tensor[slot].reshape(-1) for tensor in tensors.slots[spec.moe_layer]]
     return [tensors.dense[p.param].reshape(-1)[p.start : p.start + p.numel] for p in spec.parts]
+
+
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source to its target, of the same shape. What already lies there stays."""
+    copy: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+    pairs = [(to, of) for to, of in zip(targets, sources, strict=True) if to.data_ptr() != of.data_ptr()]
+    if pairs:
+        copy([to for to, _ in pairs], [of for _, of in pairs])

@@ -28,7 +28,8 @@ class DenseGradients:
 
     def zero(self) -> None:
         """Set all sums to zero, at the beginning of a step."""
-        for tensor in (*self._grads.values(), *self.tensors.values()):
+        sums = () if self.tensors is self._grads else self.tensors.values()
+        for tensor in (*self._grads.values(), *sums):
             tensor.zero_()
 
     def finite(self) -> bool:

@@ -15,6 +15,7 @@ from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.state.ownership import Ownership
 from elastic_moe.plan.state.schedule import Layout
 from elastic_moe.runtime.exchange.exchanger import Exchanger
+from elastic_moe.runtime.exchange.one_memory import share
 from elastic_moe.runtime.exchange.windows import ComputeTensors
 from elastic_moe.runtime.state import HeldState
 from elastic_moe.types import Unit, View
@@ -87,10 +88,11 @@ class ContextBuilder:
     ) -> GenerationContext:
         """The context for a placement. The experts wait for the exchanger's weights from now on."""
         layout = Layout(self._units, view, group.rank, ownership, placement)
-        dense = {name: p.data for name, p in self._model.named_parameters()} | dict(self._model.named_buffers())
-        weights = ComputeTensors(dense, [tuple(t.data for t in experts.slot_params(i)) for i in self._layers])
+        dense = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
+        weights = ComputeTensors(dense, [experts.slot_params(i) for i in self._layers])
         gradients = ComputeTensors(self._dense_gradients, [experts.slot_grads(i) for i in self._layers])
-        exchanger = Exchanger(layout, weights, gradients, held, group)
+        share(layout, weights, gradients, held)
+        exchanger = Exchanger(layout, weights.detached(), gradients, held, group)
         experts.before_experts = exchanger.wait_expert_weights
         shares = share_of_batch(view, self._global_batch, self._batch_multiple)
         return GenerationContext(group.rank, layout, group, experts, exchanger, held, shares, switch_s)

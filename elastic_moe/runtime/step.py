@@ -128,10 +128,10 @@ class StepRunner:
         step = local.committed + 1
         self._started_s, self._waited_s = time.perf_counter(), context.group.waited[0]
         self._phases.clear()
+        local.reduced = -1  # a rank that is alone computes gradients where the reduced ones are
         self._begin(step, "compute")
         share = self._compute(step, context, local.position.batch_of(step))
         self._begin(step, "reduce")
-        local.reduced = -1
         grad_square = context.exchanger.reduce()
         self._begin(step, "mirror")
         context.exchanger.mirror()
@@ -203,10 +203,11 @@ class StepRunner:
         work, exchanger = context.experts.statistics(), context.exchanger
         expert_rows_R = np.zeros(context.layout.view.world_size)
         expert_rows_R[context.rank] = work.local_tokens
-        own_finite = math.isfinite(share.ce_sum) and self.gradients.finite()
+        finite = math.isfinite(grad_square)
+        all_own = finite and context.layout.view.world_size == 1  # the reduced gradients are its own
+        own_finite = math.isfinite(share.ce_sum) and (all_own or self.gradients.finite())
         nonfinite_R = np.zeros_like(expert_rows_R)
         nonfinite_R[context.rank] = not own_finite
-        finite = math.isfinite(grad_square)
         waited_s = context.group.waited[0] - self._waited_s
         busy_s_R = np.zeros_like(expert_rows_R)
         busy_s_R[context.rank] = time.perf_counter() - self._started_s - waited_s

@@ -26,19 +26,18 @@ class _Weights:
         own, others = schedule.send[layout.rank], schedule.without(layout.rank)
         self._held, self._sent_units = held, others.sent_units
         self._windows = [window for u in others.received_units for window in windows_of(layout, weights, u)]
-        self._own = [(u, windows_of(layout, weights, u)) for u in own]
+        self._own = [window for u in own for window in windows_of(layout, weights, u)]
+        self._own_masters = [
+            piece
+            for u in own
+            for piece in held.states[u].weight.split([window.numel() for window in windows_of(layout, weights, u)])
+        ]
         self._exchange = UnitExchange(layout, others, group, held.device)
 
     def begin(self) -> tuple[Pending, torch.Tensor]:
         """Begin the exchange, and meanwhile copy the weights that this rank owns and computes with."""
         under_way = self._exchange.begin([self._held.states[u].weight for u in self._sent_units])
-        targets = [window for _, windows in self._own for window in windows]
-        sources = [
-            piece
-            for u, windows in self._own
-            for piece in self._held.states[u].weight.split([window.numel() for window in windows])
-        ]
-        copy_all(targets, sources)
+        copy_all(self._own, self._own_masters)
         return under_way
 
     def install(self, received: torch.Tensor) -> None:

@@ -23,6 +23,11 @@ class ComputeTensors:
     dense: Mapping[str, torch.Tensor]
     slots: Sequence[tuple[torch.Tensor, ...]]
 
+    def detached(self) -> ComputeTensors:
+        """The same memory, of which autograd knows nothing."""
+        dense = {name: tensor.detach() for name, tensor in self.dense.items()}
+        return ComputeTensors(dense, [tuple(tensor.detach() for tensor in stacks) for stacks in self.slots])
+
 
 def windows_of(layout: Layout, tensors: ComputeTensors, unit: int) -> list[torch.Tensor]:
     """Windows on this rank's copy of a unit, in the order of its parts.

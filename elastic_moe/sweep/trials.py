@@ -100,7 +100,7 @@ class Trial:
             log = self.run_dir / LOGS / DRIVER_LOG
             log.parent.mkdir(parents=True, exist_ok=True)
             self.link, self.status = RunLink(self.run_dir), {}
-        self.began_s, self.ends_early, self.gives_way = time.monotonic(), "", False
+        self.began_s, self.ends_early = time.monotonic(), ""
         self.process = JobProcess({**job, "config": self._config()}, file, log)
 
     def _config(self) -> DictConfig:

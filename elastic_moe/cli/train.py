@@ -137,7 +137,11 @@ def main() -> int:
 
     def job(config: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return _run_trial(config)
+            try:
+                return _run_trial(config)
+            except TrialFailed as failure:
+                codes.append(failure.code)  # Hydra tells of the first failure only
+                raise
         codes.append(_run_job(config))
         return None
 

@@ -172,6 +172,12 @@ def test_sweep_gives_each_job_its_directory(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_exit_code_of_a_sweep_is_the_worst_of_its_jobs(tmp_path: Path) -> None:
+    result = run(tmp_path, "-m", "run.dir=out", "threads=0,1,3")
+    assert (result.returncode, len(launches(result))) == (3, 3)
+    assert "out/1 ended with exit code 1" in result.stderr
+
+
 def test_interrupt_ends_the_sweep(tmp_path: Path) -> None:
     result = run(tmp_path, "-m", "run.dir=out", "seed=5,6", "threads=130")
     assert result.returncode == 130

@@ -63,7 +63,7 @@ class Evicted(RuntimeError):
     """The coordinator no longer counts this worker as a member; the process must not touch the run any more."""
 
 
-_OF_STORAGE = "ENOSPC EDQUOT EROFS EACCES EPERM EIO ESTALE ENOTDIR EISDIR EEXIST ENOENT ENAMETOOLONG ELOOP".split()
+_OF_STORAGE = "ENOSPC EDQUOT EROFS EACCES EPERM EIO ESTALE ENOTDIR ENAMETOOLONG ELOOP".split()
 
 
 def of_storage(error: OSError) -> bool:

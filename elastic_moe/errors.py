@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(ValueError):
     """Bad input. The message is one sentence that names the key or file and says what to do.
@@ -59,6 +61,14 @@ class CoordinatorLost(RuntimeError):
 
 class Evicted(RuntimeError):
     """The coordinator no longer counts this worker as a member; the process must not touch the run any more."""
+
+
+_OF_STORAGE = "ENOSPC EDQUOT EROFS EACCES EPERM EIO ESTALE ENOTDIR ENAMETOOLONG ELOOP".split()
+
+
+def of_storage(error: OSError) -> bool:
+    """Whether an error is a file system's, and not that of a network or a process."""
+    return error.errno in {getattr(errno, name) for name in _OF_STORAGE}
 
 
 def reason_of(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from elastic_moe.config.paths import check_home
 from elastic_moe.config.schema import TrainConfig
 
 
@@ -22,6 +23,7 @@ def with_origin(config: DictConfig) -> DictConfig:
     from elastic_moe.data.tokenizer import TOKENIZER_FILE
     from elastic_moe.model.hf.checkpoint import read_fields  # torch is imported only where it is needed
 
+    check_home("model.init_from", origin)
     directory = Path(origin).expanduser().absolute()
     fields: dict[str, Any] = {"model": {**read_fields(directory), "init_from": str(directory)}}
     tokenizer, default = directory / TOKENIZER_FILE, TrainConfig().data.tokenizer

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.errors import UserError
 
 RUN = "run.json"  # identity of the run: here and in the checkpoint root
 LEASE = "lease.json"  # the process that owns the directory now: here and in the checkpoint root
@@ -37,7 +40,30 @@ WITNESS = ".witness"  # in the checkpoint root: whoever reads its content sees t
 
 DAMAGED = ".damaged"  # ending of the file that keeps the damaged lines of another one
 
+PROBE_BYTES = 65536  # more than a start writes before its first step
+
 _STEP_DIR = re.compile(r"step_(\d{8,})")
+
+
+def make_run_dir(path: Path) -> None:
+    """Make a run directory, unless it is there, and find out whether files can be written in it.
+
+    Raises:
+        UserError: they cannot; a directory that was made for this is removed again.
+    """
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    probe = path / f".probe-{uuid.uuid4().hex}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(bytes(PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        with suppress(OSError):
+            for each in missing:
+                each.rmdir()
+        raise UserError(f"run.dir={path} cannot be written: {error.strerror}") from error
 
 
 def checkpoint_root(config: TrainConfig, run_dir: Path | None = None) -> str:

@@ -11,10 +11,10 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import AuthenticationError
@@ -25,6 +25,7 @@ from elastic_moe.actors.ray_token import own_token
 from elastic_moe.config.schema import ClusterConfig, TrainConfig
 from elastic_moe.errors import UserError
 
+T = TypeVar("T")
 GIB = 1 << 30
 START_TRIES = 3  # Ray gives a node 30 s to start, whatever the load of the machine
 SLOW_START = "timed out during startup"  # in what it raises then
@@ -135,26 +136,25 @@ def _common(cluster: ClusterConfig) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _local(config: TrainConfig) -> Iterator[None]:
-    cluster = config.cluster
-    num_cpus = math.ceil(cluster.cpus_per_worker * max_workers(config))
+def start_patiently(start: Callable[[], T], undo: Callable[[], None]) -> T:
+    """Start Ray, and again where a node did not start in Ray's own time. `undo` ends what a failed start has left."""
     for tries_left in range(START_TRIES - 1, -1, -1):
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(1, num_cpus),
-                namespace=NAMESPACE,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-                **_common(cluster),
-            )
-            break
+            return start()
         except Exception as error:
             if SLOW_START not in str(error) or not tries_left:
                 raise
             print("elastic_moe: note: this machine is so busy that Ray did not start; once more", file=sys.stderr)
-            ray.shutdown()
+            undo()
+    raise AssertionError("the last try returns or raises")
+
+
+@contextmanager
+def _local(config: TrainConfig) -> Iterator[None]:
+    cluster = config.cluster
+    num_cpus = max(1, math.ceil(cluster.cpus_per_worker * max_workers(config)))
+    quiet = {"namespace": NAMESPACE, "logging_level": logging.WARNING, "log_to_driver": False}
+    start_patiently(lambda: ray.init(address="local", num_cpus=num_cpus, **quiet, **_common(cluster)), ray.shutdown)
     try:
         yield
     finally:
@@ -171,10 +171,14 @@ def _simulated(cluster: ClusterConfig) -> Iterator[Any]:
         **_common(cluster),
     }
     nodes: Any = Cluster()
-    try:
+
+    def start() -> None:
         nodes.add_node(**(node | {"num_cpus": 0, "num_gpus": 0}))
         for _ in range(cluster.nodes):
             nodes.add_node(**node)
+
+    try:
+        start_patiently(start, nodes.shutdown)
         ray.init(address=nodes.address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
         yield nodes
     finally:

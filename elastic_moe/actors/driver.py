@@ -44,7 +44,7 @@ from elastic_moe.actors.operate import announced
 from elastic_moe.actors.outcome import Ended, conclude
 from elastic_moe.actors.progress import Progress
 from elastic_moe.actors.ray_notices import shortened
-from elastic_moe.actors.run_places import absolute, check_device, clear, make_run_dir
+from elastic_moe.actors.run_places import absolute, check_device, clear
 from elastic_moe.actors.stop import Stop, signals
 from elastic_moe.actors.take_over import TAKES_OVER, take_over
 from elastic_moe.checkpoint.storage import probe, set_timeout
@@ -53,12 +53,12 @@ from elastic_moe.coordination.lease import Lease, lost, own
 from elastic_moe.coordination.start import check_start, look
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer
-from elastic_moe.errors import UserError, reason_of
+from elastic_moe.errors import UserError, of_storage, reason_of
 from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.tracker import Tracker, check_tracking
 from elastic_moe.model.hf.checkpoint import HFCheckpoint
-from elastic_moe.run_dir import EVENTS, RAY, TOKENIZER, checkpoint_root
+from elastic_moe.run_dir import EVENTS, RAY, TOKENIZER, checkpoint_root, make_run_dir
 from elastic_moe.run_log import RunLog
 from elastic_moe.saved import with_tokenizer
 
@@ -75,6 +75,11 @@ def launch(config: TrainConfig, raw_yaml: str) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if not of_storage(error):
+            raise
+        print(f"error: run.dir={config.run.dir} cannot be read or written: {error}", file=sys.stderr)
+        return UserError.exit_code
 
 
 def start(config: TrainConfig, raw_yaml: str) -> int:

@@ -13,8 +13,8 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import Diverged, StorageFailed, UserError
 from elastic_moe.metrics.format_event import format_loss
 from elastic_moe.metrics.goodput import account
-from elastic_moe.metrics.jsonl import read_jsonl
-from elastic_moe.metrics.summary import failure_line, summary, time_line, write_summary
+from elastic_moe.metrics.jsonl import iterate, read_jsonl
+from elastic_moe.metrics.summary import Steps, failure_line, summary, time_line, write_summary
 from elastic_moe.run_dir import EVENTS, METRICS, checkpoint_root
 from elastic_moe.run_log import TEXT, RunLog
 
@@ -53,17 +53,17 @@ def conclude(run: Ended) -> int:
         StorageFailed: all steps are committed, or the run was stopped, and its last state is not saved.
     """
     run_dir, steps, root = Path(run.config.run.dir), run.config.run.steps, checkpoint_root(run.config)
-    records = read_jsonl(run_dir / METRICS)
-    step = int(records[-1]["step"]) if records else 0
+    made = Steps.of(iterate(run_dir / METRICS))
+    step = int(made.last.get("step", 0))
     complete = step >= steps and run.error is None
     asked = run.error is None and run.status.get("phase") == "finished"  # to stop, by an operator or a signal
     events, goodput = read_jsonl(run_dir / EVENTS), account(run_dir, run.config.cluster.price_per_hour)
     outcome = "finished" if complete else "stopped" if asked or run.stop.count else "failed"
     reason = "" if complete else str(_cause(run.error) or run.status.get("reason", ""))
     with suppress(OSError):  # a full disk: the outcome is told all the same
-        write_summary(run_dir, summary(outcome, reason, steps, records, events, goodput))
+        write_summary(run_dir, summary(outcome, reason, steps, made, events, goodput))
     if complete:
-        _summarise(run, records, events)
+        _summarise(run, made, events)
     for line in filter(None, (time_line(goodput), failure_line(goodput))):
         run.tell(line)
     unsaved = _why_unsaved(root, step) if step else ""
@@ -108,11 +108,10 @@ def _why_unsaved(root: str, step: int) -> str:
     return ""
 
 
-def _summarise(run: Ended, records: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
-    last = records[-1]
-    generations = {record.get("generation") for record in records}
+def _summarise(run: Ended, made: Steps, events: list[dict[str, Any]]) -> None:
+    last = made.last
     run.tell(
-        f"{last['step']} steps, loss {format_loss(last['loss'])}, {len(generations)} generation(s), "
+        f"{last['step']} steps, loss {format_loss(last['loss'])}, {made.generations} generation(s), "
         f"last world size {last.get('world_size')}; {run.config.run.dir}"
     )
     for label, key in (("evaluated", "val_loss"), ("sample", "text")):

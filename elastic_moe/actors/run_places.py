@@ -39,14 +39,6 @@ def check_device(config: TrainConfig) -> None:
         raise UserError("device is cuda, and this machine has no GPU that torch can use; set device=cpu or auto.")
 
 
-def make_run_dir(run_dir: Path) -> None:
-    """Make the run directory."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.dir={run_dir} cannot be made: {error.strerror}") from error
-
-
 def clear(found: Found) -> None:
     """Delete the run in this directory, as `run.overwrite` asks: its records, its checkpoints and its faults' markers.
 

@@ -27,11 +27,13 @@ from elastic_moe.cli.key_help import show_help
 from elastic_moe.config.build import build
 from elastic_moe.config.reference import config_dir
 from elastic_moe.environment import environment
-from elastic_moe.errors import UserError
+from elastic_moe.errors import UserError, of_storage
 from elastic_moe.metrics.report.page import write_report
 from elastic_moe.origin import with_origin
+from elastic_moe.run_dir import EVENTS, METRICS, make_run_dir
 from elastic_moe.sweep.register import register
 from elastic_moe.sweep.trial import TrialFailed, objective
+from elastic_moe.sweep.values import hydra_values
 
 SIGNALLED = 128  # exit codes from here on: the run was stopped by a signal
 FAILED = 1
@@ -50,6 +52,8 @@ def _own_run_dir(config: DictConfig) -> None:
 
 def _run_job(config: DictConfig) -> int:
     _own_run_dir(config)
+    run_dir = Path(config.run.dir).expanduser()
+    before = _records(run_dir)
     try:
         config = with_origin(config)
         built = build(config)
@@ -58,13 +62,21 @@ def _run_job(config: DictConfig) -> int:
         code = launch(built, OmegaConf.to_yaml(config, resolve=True))
     except UserError as error:
         return _complain(error)
+    if _records(run_dir) == before:
+        return code  # refused: what is there belongs to another start
     try:
-        print(f"elastic_moe: drawn in {write_report(built.run.dir)}", file=sys.stderr)
+        print(f"elastic_moe: drawn in {write_report(run_dir)}", file=sys.stderr)
     except (UserError, OSError):
         pass  # a run that was stopped before its first step, or a full disk
     except Exception as error:  # noqa: BLE001 - the run is over, and its picture is not worth its exit code
         print(f"elastic_moe: the report could not be drawn: {type(error).__name__}: {error}", file=sys.stderr)
     return code
+
+
+def _records(run_dir: Path) -> list[tuple[int, int]]:
+    """Size and time of the records of a run, which tell whether one was added."""
+    found = [run_dir / name for name in (METRICS, EVENTS) if (run_dir / name).is_file()]
+    return [(path.stat().st_size, path.stat().st_mtime_ns) for path in found]
 
 
 def _run_trial(config: DictConfig) -> float | None:
@@ -117,18 +129,26 @@ def main() -> int:
                 warnings.simplefilter("ignore")  # given once, by the job itself
                 name, own = arguments.config_name or "train", arguments.config_dir or ""
                 checked = check_command(arguments.overrides, name, arguments.multirun, own)
+            for run_dir in dict.fromkeys(config.run.dir for config in checked.configs):
+                make_run_dir(Path(run_dir).expanduser())  # before Hydra does, with a stack trace
         except UserError as error:
             return _complain(error)
     codes: list[int] = []
 
     def job(config: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return _run_trial(config)
+            try:
+                return _run_trial(config)
+            except TrialFailed as failure:
+                codes.append(failure.code)  # Hydra tells of the first failure only
+                raise
         codes.append(_run_job(config))
         return None
 
     try:
-        with warnings.catch_warnings(), _one_cluster(checked):
+        # The sweep's own directory may be named by values of Hydra, which it sets for the jobs only.
+        sweep = nullcontext() if checked.sweep is None else hydra_values(checked.sweep)
+        with warnings.catch_warnings(), _one_cluster(checked), sweep:
             warnings.showwarning = _show_warning
             return max(_run_hydra(job), *codes, 0)
     except UserError as error:
@@ -147,6 +167,11 @@ def _run_hydra(job: Callable[[DictConfig], float | None]) -> int:
         return failure.worst
     except UserError:
         raise
+    except OSError as error:
+        if of_storage(error):  # where Hydra writes
+            return _complain(UserError(f"hydra.run.dir or hydra.sweep.dir cannot be written: {error}"))
+        traceback.print_exc()
+        return FAILED
     except (HydraException, OmegaConfBaseException) as error:
         return _complain(UserError(one_sentence(error)))
     except Exception:  # noqa: BLE001 - of a sweeper or another launcher

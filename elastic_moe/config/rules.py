@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.config.pace import pace
+from elastic_moe.config.paths import check_paths
 from elastic_moe.config.renamed import renamed_value
 from elastic_moe.config.schema import ModelConfig, TrainConfig
 from elastic_moe.errors import UserError
@@ -112,6 +113,7 @@ def check_rules(config: TrainConfig, inputs: bool = True) -> list[str]:
         lambda value: bool(value.strip()) and "://" not in value,
         "the path of a directory (checkpoint.dir may be an object store's)",
     )
+    check_paths(config)
     step = 8 if config.precision == "bf16" else 4
     for key in MULTIPLE_OF_4:
         _need(config, key, lambda value: value % step == 0, f"a multiple of {step} in {config.precision}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.metrics.jsonl import read_jsonl
+from elastic_moe.metrics.jsonl import lines_since
 from elastic_moe.metrics.recorder import Recorder
 from elastic_moe.run_dir import METRICS
 
@@ -42,7 +42,7 @@ class StepRecords:
         with self._lock:
             recent = list(self._recent)
         if not recent or int(recent[0]["step"]) > step + 1:
-            recent = read_jsonl(self._run_dir / METRICS)
+            recent = lines_since(self._run_dir / METRICS, lambda record: int(record["step"]) <= step)
         return [record for record in recent if int(record["step"]) > step]
 
     def roll_back_to(self, step: int, timeline: int) -> int:

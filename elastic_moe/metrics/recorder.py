@@ -46,9 +46,7 @@ class Recorder:
         self._metrics = JsonLines(Path(run_dir) / METRICS, "step")
         self._events = JsonLines(Path(run_dir) / EVENTS)
         self._experts = JsonLines(Path(run_dir) / EXPERTS)
-        self._last: dict[str, Any] | None = None
-        for value in self._metrics.values():
-            self._last = value
+        self._last: dict[str, Any] | None = self._metrics.last
         self._safe_step = self.last_step
         self._next = self.last_step + 1
         self._early: dict[int, dict[str, Any]] = {}
@@ -115,8 +113,7 @@ class Recorder:
         """
         with self._lock:
             path = self._metrics.path.with_name(abandoned_metrics(timeline))
-            kept, moved = self._metrics.move(lambda value: int(value["step"]) > step, path)
-            self._last = kept[-1] if kept else None
+            self._last, moved = self._metrics.move_end(lambda value: int(value["step"]) > step, path)
             self._early.clear()
             self._next = step + 1
             self._safe_step = min(self._safe_step, step)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,33 @@ SHOWN = 0.005  # causes with a smaller share are not told
 Json = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The steps that stand in metrics.jsonl.
+
+    Attributes:
+        last: the newest record; empty before the first.
+        tokens: of all steps.
+        generations: that made them.
+    """
+
+    last: Json
+    tokens: int
+    generations: int
+
+    @classmethod
+    def of(cls, records: Iterable[Json]) -> Steps:
+        """Read the records one by one: a long run has a gigabyte of them."""
+        last: Json = {}
+        tokens, generations = 0, set[Any]()
+        for last in records:
+            tokens += int(last.get("tokens", 0))
+            generations.add(last.get("generation"))
+        return cls(last, tokens, len(generations))
+
+
 def summary(
-    outcome: str, reason: str, steps: int, records: Sequence[Json], events: Sequence[Json], goodput: Json
+    outcome: str, reason: str, steps: int, made: Steps, events: Sequence[Json], goodput: Json
 ) -> dict[str, Any]:
     """The summary of a run; `schema.SUMMARY_KEYS` declares it.
 
@@ -25,11 +51,11 @@ def summary(
         outcome: "finished", "stopped" or "failed".
         reason: cause of the outcome, as a sentence.
         steps: steps of the whole run.
-        records: lines of metrics.jsonl.
+        made: what stands in metrics.jsonl.
         events: lines of events.jsonl.
         goodput: a line of goodput.jsonl.
     """
-    last = records[-1] if records else {}
+    last = made.last
     val_losses = [event.get("val_loss") for event in events if event.get("event") == "evaluated"]
     return {
         "outcome": outcome,
@@ -38,8 +64,8 @@ def summary(
         "steps": steps,
         "loss": last.get("loss"),
         "val_loss": val_losses[-1] if val_losses else None,
-        "tokens": sum(int(record.get("tokens", 0)) for record in records),
-        "generations": len({record.get("generation") for record in records}),
+        "tokens": made.tokens,
+        "generations": made.generations,
         "world_size": int(last.get("world_size", 0)),
         **{key: value for key, value in goodput.items() if key not in ("time", "step")},
     }

@@ -37,6 +37,7 @@ from elastic_moe.sweep.trial import (
     read_trial,
 )
 from elastic_moe.sweep.trials import Trial, typed_config
+from elastic_moe.sweep.values import hydra_values
 
 SAME = ("kind", "address", "nodes", "workers_per_node", "cpus_per_worker", "gpus_per_worker")  # keys of one cluster
 
@@ -99,7 +100,8 @@ class Sweep:
         config = self._context.config_loader.load_sweep_config(self._config, overrides)
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
-        run_dir = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)).absolute()
+        with hydra_values(config):
+            run_dir = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)).absolute()
         trial = Trial(config, run_dir, None, TrialRecord(number, list(filter_overrides(overrides))))
         trial.own = [text for text in trial.record.overrides if text not in common]
         try:

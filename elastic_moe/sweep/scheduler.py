@@ -237,6 +237,7 @@ class Scheduler:
             seconds=round(seconds, 1),
         )  # fmt: skip
         if trial.gives_way and not done and not stop.count:
+            trial.gives_way = False  # it wants workers again, as one that waits
             self._tell(f"{trial.title} waits after step {step}")
         elif state != FAILED or stop.count:
             self._conclude(trial, done or not code)

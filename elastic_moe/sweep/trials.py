@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -22,6 +21,7 @@ from elastic_moe.run_dir import DRIVER_LOG, LOGS
 from elastic_moe.sweep.job import JobProcess
 from elastic_moe.sweep.pool import Want
 from elastic_moe.sweep.trial import TrialFailed, TrialRecord
+from elastic_moe.sweep.values import hydra_values, without_hydra
 
 OURS = ("cluster", "elastic", "run", "sweep")  # groups of a configuration of elastic_moe
 
@@ -100,7 +100,7 @@ class Trial:
             log = self.run_dir / LOGS / DRIVER_LOG
             log.parent.mkdir(parents=True, exist_ok=True)
             self.link, self.status = RunLink(self.run_dir), {}
-        self.began_s, self.ends_early, self.gives_way = time.monotonic(), "", False
+        self.began_s, self.ends_early = time.monotonic(), ""
         self.process = JobProcess({**job, "config": self._config()}, file, log)
 
     def _config(self) -> DictConfig:
@@ -135,7 +135,7 @@ class Trial:
         hydra = OmegaConf.masked_copy(self.config, ["hydra"])
         overrides: Any = OmegaConf.to_container(self.config.hydra.overrides.task)
         name = str(self.config.hydra.job.name)
-        returned = JobReturn(overrides, _without_hydra(self.config), hydra, str(Path.cwd()), name, status)
+        returned = JobReturn(overrides, without_hydra(self.config), hydra, str(Path.cwd()), name, status)
         returned.return_value = value
         return returned
 
@@ -152,17 +152,8 @@ def typed_config(config: DictConfig) -> TrainConfig | None:
     """
     if not all(group in config for group in OURS):
         return None
-    own = _without_hydra(config)
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)  # for interpolations such as ${hydra:job.num}
-    try:
-        resolved: Any = OmegaConf.to_container(own, resolve=True)
-    finally:
-        HydraConfig.instance().cfg = before
+    with hydra_values(config):
+        resolved: Any = OmegaConf.to_container(without_hydra(config), resolve=True)
     if resolved["model"].get("init_from"):
         del resolved["model"]  # its shape stands in that directory, and is checked by the trial itself
     return build(resolved)
-
-
-def _without_hydra(config: DictConfig) -> DictConfig:
-    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from elastic_moe.actors.cluster import SLOW_START
 from elastic_moe.actors.own_node import node_of
 from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.notices.watch import RayNode
@@ -57,7 +58,7 @@ def start_node(head: Head, name: str, wrap: Wrap = lambda command: command, **en
         until(lambda node=node: node.ended() or node.ready(), name, STARTS_S)
         if not node.ended():
             return node
-        assert "timed out during startup" in node.log.read_text(), node.log.read_text()
+        assert SLOW_START in node.log.read_text(), node.log.read_text()
     raise AssertionError(f"{name} did not start in {TRIES} tries")
 
 

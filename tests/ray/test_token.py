@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from elastic_moe.actors.cluster import SLOW_START
 from elastic_moe.metrics.jsonl import read_jsonl
 from tests.ray.conftest import START_TRIES
 
@@ -66,7 +67,7 @@ def test_an_embedded_ray_has_a_token_that_ends_with_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOCAL, str(run)]
     for left in reversed(range(START_TRIES)):
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-        if not left or "timed out during startup" not in done.stderr:  # Ray gives it 30 s, however crowded it is
+        if not left or SLOW_START not in done.stderr:  # Ray gives it 30 s, however crowded it is
             break
     assert done.stdout == "both ran\n", done.stdout + done.stderr
     assert not (tmp_path / "home" / ".ray").exists()

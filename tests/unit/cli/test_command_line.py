@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -46,11 +47,11 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
-def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(tmp_path: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", DRIVER, *arguments],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
         capture_output=True,
         text=True,
         timeout=60,
@@ -171,10 +172,51 @@ def test_sweep_gives_each_job_its_directory(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_exit_code_of_a_sweep_is_the_worst_of_its_jobs(tmp_path: Path) -> None:
+    result = run(tmp_path, "-m", "run.dir=out", "threads=0,1,3")
+    assert (result.returncode, len(launches(result))) == (3, 3)
+    assert "out/1 ended with exit code 1" in result.stderr
+
+
 def test_interrupt_ends_the_sweep(tmp_path: Path) -> None:
     result = run(tmp_path, "-m", "run.dir=out", "seed=5,6", "threads=130")
     assert result.returncode == 130
     assert len(launches(result)) == 1
+
+
+@pytest.mark.parametrize("arguments", [["run.dir=file/x"], ["-m", "run.dir=file/x", "seed=1,2"]], ids=" ".join)
+def test_a_run_directory_that_cannot_be_written_is_a_sentence(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "file").touch()
+    result = run(tmp_path, *arguments)
+    told = "elastic_moe: run.dir=file/x cannot be written: Not a directory\n"
+    assert (result.returncode, result.stderr) == (2, told)
+    assert not launches(result)
+
+
+def test_other_directories_of_hydra_that_cannot_be_written_are_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run(tmp_path, "run.dir=out", "hydra.run.dir=file/x")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "file/x" in result.stderr
+
+
+def test_home_and_numbers_in_the_directories_of_a_sweep(tmp_path: Path) -> None:
+    result = run(tmp_path, "threads=0", "run.dir='~/out/${hydra:job.num}'", "-m", "seed=5,6", HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line) for line in launches(result)]
+    assert [(Path(run_dir), seed) for run_dir, seed, *_ in found] == [
+        (tmp_path / "out" / "0" / "0", 5),
+        (tmp_path / "out" / "1" / "1", 6),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_page_of_a_run_is_left_alone_by_a_start_that_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert run(tmp_path, "run.dir=out", "threads=2").returncode == 2  # the stub of a launch that returns 2
+    assert not (tmp_path / "out" / "report.html").exists()
 
 
 def test_note_is_printed_once_and_the_run_goes_on(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import sys
 import hydra
 import pytest
 
-from elastic_moe.cli.hydra_internals import parse_flags, split_jobs
+from elastic_moe.cli.hydra_internals import loader_of, parse_flags, split_jobs
+from elastic_moe.config.reference import config_dir
 
 
 def test_the_version_is_the_one_this_was_written_for() -> None:
@@ -31,7 +32,7 @@ def test_help_is_a_flag_and_not_an_exit(monkeypatch: pytest.MonkeyPatch, flag: s
 
 
 def test_a_sweep_is_the_product_of_its_values() -> None:
-    jobs = split_jobs(["seed=1,2", "optim.lr=0.1,0.2", "run.steps=7", "hydra.job.name=x"])
+    jobs = split_jobs(["seed=1,2", "optim.lr=0.1,0.2", "run.steps=7", "hydra.job.name=x"], loader_of(config_dir(), ""))
     assert jobs == [
         [f"seed={seed}", f"optim.lr={lr}", "run.steps=7"] for seed in (1, 2) for lr in (0.1, 0.2)
     ]  # fmt: skip

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic_moe.metrics.jsonl import JsonLines, Tail, read_jsonl
+from elastic_moe.metrics import jsonl
+from elastic_moe.metrics.jsonl import JsonLines, Tail, last_lines, lines_since, read_jsonl, stream
 
 
 def test_values_become_types_that_json_has(tmp_path: Path) -> None:
@@ -37,8 +38,9 @@ def test_lines_are_moved_to_another_file_and_the_rest_stays(tmp_path: Path) -> N
     file = JsonLines(tmp_path / "a.jsonl")
     for step in (1, 92, 2, 3):
         file.append({"step": step, "text": "ü"})
-    kept, moved = file.move(lambda value: value["step"] > 2, tmp_path / "b.jsonl")
-    assert [value["step"] for value in kept] == [value["step"] for value in file.values()] == [1, 2]
+    last, moved = file.move_end(lambda value: value["step"] > 2, tmp_path / "b.jsonl")
+    assert last == {"step": 2, "text": "ü"}
+    assert [value["step"] for value in read_jsonl(file.path)] == [1, 2]
     assert moved == 2
     assert [value["step"] for value in read_jsonl(tmp_path / "b.jsonl")] == [92, 3]
     file.append({"step": 3})
@@ -103,3 +105,54 @@ def test_tail_notices_a_file_that_was_replaced_and_has_grown_again(tmp_path: Pat
     file.close()
     assert [line["step"] for line in tail.lines()] == [1, 3, 4, 5, 6, 7, 8, 9]
     assert tail.lines() == read_jsonl(path)
+
+
+@pytest.fixture
+def long_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Forty steps, of which the last few are parsed at first."""
+    monkeypatch.setattr(jsonl, "END_BYTES", 100)
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.5}) + "\n" for step in range(1, 41)))
+    return path
+
+
+def _steps(path: Path) -> list[int]:
+    return [value["step"] for value in read_jsonl(path)]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20, 37, 39, 40])
+def test_the_end_of_a_long_file_is_moved(long_file: Path, tmp_path: Path, kept: int) -> None:
+    file = JsonLines(long_file, "step")
+    assert file.last == {"step": 40, "loss": 1.5}
+    last, moved = file.move_end(lambda value: value["step"] > kept, tmp_path / "moved.jsonl")
+    assert (last or {"step": 0})["step"] == kept
+    assert moved == 40 - kept
+    file.append({"step": kept + 1})
+    file.close()
+    assert _steps(long_file) == list(range(1, kept + 2))
+    assert _steps(tmp_path / "moved.jsonl") == list(range(kept + 1, 41))
+
+
+@pytest.mark.parametrize("step", [0, 1, 20, 38, 40])
+def test_a_long_file_is_read_from_its_end_on(long_file: Path, step: int) -> None:
+    assert [value["step"] for value in lines_since(long_file, lambda v: v["step"] <= step)] == list(range(step + 1, 41))
+    size = long_file.stat().st_size
+    whole = [value["step"] for value in last_lines(long_file, size * step // 40)]
+    assert whole == list(range(41 - len(whole), 41))
+    assert max(0, step - 1) <= len(whole) <= step + 1
+    with long_file.open("rb") as file:
+        assert [value["step"] for value in stream(file, size)] == list(range(1, 41))
+
+
+@pytest.mark.parametrize("damage", [b"\0", b"\xff", b"\n"])
+@pytest.mark.parametrize("line", [0, 5, 20, 30, 39])
+def test_a_damaged_line_far_from_the_end_is_moved_too(long_file: Path, line: int, damage: bytes) -> None:
+    lines = long_file.read_bytes().splitlines(keepends=True)
+    lines[line] = lines[line][:4] + damage + lines[line][5:]
+    long_file.write_bytes(b"".join(lines))
+    file = JsonLines(long_file, "step")
+    file.append({"step": 41})
+    file.close()
+    assert file.damaged == 1 + (damage == b"\n")
+    assert _steps(long_file) == [step for step in range(1, 42) if step != line + 1]
+    assert len(long_file.read_bytes().splitlines()) == 40

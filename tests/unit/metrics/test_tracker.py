@@ -6,10 +6,14 @@ A run's curve has each step once, however often the run is resumed, and whatever
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -291,18 +295,52 @@ def test_tensorboard_has_each_step_once_and_goes_back_with_the_run(
     assert len(seen) == STEPS
 
 
-def test_mlflow_has_one_run_with_each_step_once(tmp_path: Path) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    failures: list[str] = []
-    config = TrackingConfig(backend="mlflow", group="sweep")
-    live_through(tmp_path, lambda: Tracker(config, tmp_path, {"seed": 0}, HERE, failures.append))
-    assert not failures
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    (experiment,) = [e for e in client.search_experiments() if e.name == config.project]
+# Live through a run with a tracker, then read what it has. Both are global in their process.
+IN_A_PROCESS = """
+import json, os, sys
+from pathlib import Path
+from elastic_moe.config.schema import TrackingConfig
+from elastic_moe.metrics.sinks.tracker import Tracker
+from tests.unit.metrics.test_tracker import HERE, live_through
+
+run_dir, kind, failures, before = Path(sys.argv[1]), sys.argv[2], [], dict(os.environ)
+config = TrackingConfig(backend=kind, group="sweep")
+live_through(run_dir, lambda: Tracker(config, run_dir, {"seed": 0}, HERE, failures.append))
+assert not failures, failures
+if kind == "trackio":
+    from trackio.sqlite_storage import SQLiteStorage as store
+    (run,) = store.get_runs("elastic_moe")
+    rows = [(row["step"], row["loss"]) for row in store.get_logs("elastic_moe", run) if "loss" in row]
+    config = store.get_run_config("elastic_moe", run)
+    found = [run, rows, {"seed": str(config["seed"])}, config["_Group"]]
+else:
+    import mlflow
+    assert "MLFLOW_TRACKING_URI" not in os.environ, "the next run of a sweep would write into the first one's"
+    client = mlflow.MlflowClient(f"sqlite:///{run_dir / 'mlflow.db'}")
+    (experiment,) = [each for each in client.search_experiments() if each.name == "elastic_moe"]
     (run,) = client.search_runs([experiment.experiment_id])
-    history = client.get_metric_history(run.info.run_id, "loss")
-    assert sorted((point.step, point.value) for point in history) == sorted(expected(replaces=False).items())
-    assert run.data.tags["group"] == "sweep"
+    assert run.info.status == "FINISHED"
+    rows = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")]
+    found = [run.info.run_id, rows, run.data.params, run.data.tags["group"]]
+print("FOUND", json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("kind", ["mlflow", "trackio"])
+def test_mlflow_and_trackio_have_one_run_with_each_step_once(tmp_path: Path, kind: str) -> None:
+    if find_spec(kind) is None:
+        pytest.skip(f"{kind} is not installed")
+    root = Path(__file__).resolve().parents[3]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": path}
+    command = [sys.executable, "-c", IN_A_PROCESS, str(tmp_path), kind]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    run, rows, params, group = json.loads(line.removeprefix("FOUND "))
+    assert run == read_mark(tmp_path, kind).run_id
+    assert sorted(map(tuple, rows)) == sorted(expected(replaces=False).items())
+    assert (params, group) == ({"seed": "0"}, "sweep")
 
 
 @pytest.mark.parametrize(

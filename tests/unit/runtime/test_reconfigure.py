@@ -96,7 +96,7 @@ def _agree(locals_R: list[LocalState], roles_RU: np.ndarray) -> list[tuple[np.nd
 
 
 @pytest.mark.timeout(900)  # half a minute where nothing else runs
-@pytest.mark.parametrize("num_ranks", SIZES)
+@pytest.mark.parametrize("num_ranks", [*SIZES[:-1], pytest.param(SIZES[-1], marks=pytest.mark.long)])
 def test_agree_does_as_recover_says(num_ranks: int) -> None:
     seen = {True: 0, False: 0}
     for phases, alive in cases(num_ranks):

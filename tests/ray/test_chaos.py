@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.long  # a minute of faults, and the undisturbed run before it
 @pytest.mark.timeout(1800)
 def test_a_run_under_faults_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     out = tmp_path / "soak.json"

@@ -89,8 +89,8 @@ class Walk:
     def put_in(self, command: str) -> str:
         """The command with places for their names."""
         for name, place in self.places.items():
-            after = "" if name.endswith("/") else r"(?![\w-])"
-            command = re.sub(rf"(?<![\w/-]){re.escape(name)}{after}", place, command)
+            before, after = (r"(?<![\w/-])", "") if name.endswith("/") else (r"(?<![\w-])", r"(?![\w-])")
+            command = re.sub(f"{before}{re.escape(name)}{after}", place, command)
         return command
 
     def tell(self, text: str) -> None:
@@ -141,18 +141,18 @@ class Walk:
         """Without colours, and with names for this machine's places."""
         text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|\r", "", text)
         for name, place in sorted(self.places.items(), key=lambda pair: -len(pair[1])):
-            text = text.replace(place, name)
+            text = text.replace(place, name) if len(place) > 3 else text  # a rank's number stands everywhere
         return text.replace(str(self.root), "WORK").replace(str(ROOT), "CHECKOUT")
 
 
-def walk(walk: Walk, head: Head) -> list[str]:
-    """Go through the guides. Returns the commands that failed."""
+def walk(walk: Walk, head: Head, chosen: str) -> list[str]:
+    """Go through the commands that `chosen`, a regular expression, is found in. Returns those that failed."""
     failed: list[str] = []
     submitted: subprocess.Popen[bytes] | None = None
     for guide in GUIDES:
         walk.tell(f"\n===== {guide} =====")
         walk.places |= {"runs/": f"{walk.root}/{Path(guide).parent.name or 'first'}/runs/"}  # both have a runs/a
-        for command in commands(ROOT / guide):
+        for command in filter(re.compile(chosen).search, commands(ROOT / guide)):
             if why := reason(command):
                 walk.tell(f"\n$ {command}\n[not run: it needs {why}]")
             elif command.startswith("elastic-moe status RUN"):
@@ -174,8 +174,10 @@ def walk(walk: Walk, head: Head) -> list[str]:
 def submit(walk: Walk) -> subprocess.Popen[bytes]:
     """Submit the guide's job, and wait until it trains."""
     (command,) = {c for c in commands(ROOT / GUIDES[1]) if c.startswith("ray job submit") and not reason(c)}
-    walk.tell(f"\n$ {command} &\n[cluster.workers=2 here, and steps without an end]")
-    changed = walk.put_in(command).replace("cluster.workers=8", "cluster.workers=2 run.steps=1000000")
+    walk.tell(f"\n$ {command} &\n[cluster.workers=2 elastic.max_workers=4 here, and steps without an end]")
+    changed = walk.put_in(command).replace(
+        "cluster.workers=8", "cluster.workers=2 elastic.max_workers=4 run.steps=1000000"
+    )
     run_dir = Path(walk.places["RUN"])
     with (walk.root / "job.log").open("wb") as log:
         job = subprocess.Popen(["bash", "-c", changed], env=dict(walk.env), cwd=walk.root, stdout=log, stderr=log)
@@ -218,18 +220,25 @@ def make_model(path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.walkthrough", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="file that takes the transcript")
+    parser.add_argument("--match", default="", help="a regular expression: only the commands in which it is found")
     options = parser.parse_args(argv)
     adopt_orphans()
     root = Path(tempfile.mkdtemp(prefix="emoe"))
     (root / "ray").mkdir()
     (gcs, dashboard), programs = free_ports(2), Path(sys.executable).parent
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    env |= {"RAY_TMPDIR": str(root), "PATH": f"{programs}{os.pathsep}{env['PATH']}", "OMP_NUM_THREADS": "1"}
+    foreign = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    env = {name: value for name, value in os.environ.items() if name not in foreign}
+    env |= {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_TMPDIR": str(root),
+        "PATH": f"{programs}{os.pathsep}{env['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
     head = Head(root, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env)
     walked = Walk(root, places(root, head), env)
     try:
         make_model(root / "hf")
-        failed = walk(walked, head)
+        failed = walk(walked, head, options.match)
         walked.tell(
             f"\n{len(failed)} commands failed: {failed}" if failed else "\nEvery command that was run succeeded."
         )

@@ -112,7 +112,8 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
     """Compare the start with what the directories hold, begin it, and train; see `start`."""
     run_dir, found = Path(config.run.dir), look(config)
     check_start(config, found)
-    run = run_of(found, config.run.resume == "auto")
+    resume = config.run.resume == "auto"
+    run = run_of(found, resume)
     name = actor_name(run, str(found.run_dir))
     log = RunLog(config.run.log_format, train_names(name, str(run_dir)).name)
     with CorpusProgress(config.run.log_every_s, log) as shown:
@@ -124,7 +125,7 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
     if config.model.init_from:
         HFCheckpoint(config.model.init_from, config.model)
     config.seal()
-    resume, new = config.run.resume == "auto", fingerprint_of(config, prepared)
+    new = fingerprint_of(config, prepared)
     changed = changes(found, new) if resume else ()
     with ray_session(config), signals() as stop:
         if take_over(found):

@@ -38,13 +38,12 @@ from elastic_moe.metrics.exported import (
     WORKER_MEMORY,
     Exported,
 )
-from elastic_moe.metrics.jsonl import last_lines, read_jsonl
+from elastic_moe.metrics.jsonl import last_line, read_jsonl
 from elastic_moe.metrics.run_metrics import RunMetrics, Sample, Status, of_goodput
 from elastic_moe.run_dir import EVENTS, METRICS
 
 PERIOD_S = 1.0  # a gauge that is not set anew between two of Ray's exports is forgotten
 MAX_WAITING = 10_000  # records and events that wait for the thread; the oldest are dropped beyond that
-LAST_BYTES = 1 << 20  # of the records, in which the newest one is
 CLOSE_S = 2.0
 WARN_EVERY_S = 600.0
 
@@ -179,9 +178,8 @@ class RunExporter(_Exporter):
 
     def _recall(self) -> None:
         """Take over what was written before this process began."""
-        records = last_lines(self._run_dir / METRICS, LAST_BYTES)
         events = [event for event in read_jsonl(self._run_dir / EVENTS) if event.get("time", 0.0) < self._began_s]
-        self._metrics.recall(records[-1] if records else None, events)
+        self._metrics.recall(last_line(self._run_dir / METRICS), events)
 
 
 class WorkerExporter(_Exporter):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
-from elastic_moe.metrics.jsonl import last_lines, read_jsonl
+from elastic_moe.metrics.jsonl import last_line, read_jsonl
 from elastic_moe.run_dir import CONFIG, EVENTS, EXPERTS, LIVE, METRICS, checkpoint_root
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from elastic_moe.data.tokenizer import TextTokenizer
     from elastic_moe.model.transformer import Transformer
 
-LAST_BYTES = 1 << 18  # of metrics.jsonl, in which its newest line is
 FRAME_HEIGHT = 720  # pixels of the report in a notebook
 NEW, RUNNING, STARTED_AGAIN = "new", "running", ("view", "entered")
 
@@ -115,8 +114,7 @@ class Run:
 
     def status(self) -> RunStatus:
         """How the run is doing, from its files; `live` asks its coordinator."""
-        records, events = last_lines(self.dir / METRICS, LAST_BYTES), read_jsonl(self.dir / EVENTS)
-        last = records[-1] if records else {}
+        last, events = last_line(self.dir / METRICS) or {}, read_jsonl(self.dir / EVENTS)
         state, reason = _state(events, (self.dir / LIVE).exists())
         saved = [int(event["step"]) for event in events if event.get("event") == "checkpoint"]
         return RunStatus(

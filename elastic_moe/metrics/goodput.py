@@ -13,13 +13,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from elastic_moe.control.booking import Books
 from elastic_moe.control.goodput import as_record
-from elastic_moe.metrics.jsonl import END_BYTES, JsonLines, last_lines, stream
+from elastic_moe.metrics.jsonl import END_BYTES, JsonLines, begin_of_end, last_line, stream
 from elastic_moe.run_dir import ABANDONED_METRICS, EVENTS, GOODPUT, METRICS
 
 LEAST_S = 5.0  # between two lines
@@ -41,11 +41,9 @@ class _History:
         paths = [path for path in (run_dir / EVENTS, run_dir / METRICS) if path.exists()]
         self._files: list[tuple[int, BinaryIO, int, bytes]] = []
         for path in (*paths, *run_dir.glob(ABANDONED_METRICS)):
-            file = path.open("rb")
-            file.seek(max(0, path.stat().st_size - END_BYTES))
-            if file.tell():
-                file.readline()
-            begin, end = file.tell(), file.read()
+            begin, file = begin_of_end(path, END_BYTES), path.open("rb")
+            file.seek(begin)
+            end = file.read()
             file.seek(0)
             self._files.append((path.name != EVENTS, file, begin, end))
 
@@ -88,7 +86,7 @@ class GoodputLog:
         self._books, self._step, self._began_s, self._wrote_s = Books(), 0, clock(), clock()
         self._waiting: deque[tuple[bool, Mapping[str, Any]]] = deque()
         self._has_read = self._closed = False
-        self._before: Sequence[Json] = last_lines(run_dir / GOODPUT, END_BYTES)[-1:]
+        self._before = last_line(run_dir / GOODPUT)
         self._file = JsonLines(run_dir / GOODPUT)
         self._reader = threading.Thread(target=self._read, args=(_History(run_dir),), name="goodput", daemon=True)
         self._reader.start()
@@ -104,7 +102,7 @@ class GoodputLog:
         with self._lock:
             if self._has_read:
                 return self._line(self._clock())
-            return dict(self._before[0]) if self._before else self._line(self._clock(), Books())
+            return dict(self._before) if self._before else self._line(self._clock(), Books())
 
     def close(self) -> None:
         """Write the last line. It is left out if the old lines cannot be read in time: `account` has it at any time."""

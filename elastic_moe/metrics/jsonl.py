@@ -22,6 +22,7 @@ from elastic_moe.run_dir import DAMAGED
 
 MAX_HELD = 10_000  # lines kept in memory while the disk refuses them
 END_BYTES = 4 << 20  # of a file, that are parsed at first
+LINE_BYTES = 1 << 16  # of a file, in which its last line is looked for at first
 
 Json = dict[str, Any]
 
@@ -43,7 +44,7 @@ class JsonLines:
         self.path = path
         self._held: deque[bytes] = deque(maxlen=MAX_HELD)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        begin = _begin_of_end(path, END_BYTES)
+        begin = begin_of_end(path, END_BYTES)
         lines = list(_split(_read(path, begin), integer))
         if begin and not _looks_whole(path, begin, integer):
             begin, lines = 0, list(_split(_read(path, 0), integer))
@@ -137,7 +138,14 @@ def last_lines(path: str | Path, max_bytes: int) -> list[Json]:
     path = Path(path)
     if not path.exists():
         return []
-    return [value for _, value in _whole_lines(_read(path, _begin_of_end(path, max_bytes)))]
+    return [value for _, value in _whole_lines(_read(path, begin_of_end(path, max_bytes)))]
+
+
+def last_line(path: str | Path) -> Json | None:
+    """The last whole line of a file of JSON lines, however long it is; None when there is none."""
+    path = Path(path)
+    lines = _end(path, lambda _: True, LINE_BYTES)[1] if path.exists() else []
+    return lines[-1][1] if lines else None
 
 
 def lines_since(path: str | Path, is_earlier: Callable[[Json], bool]) -> list[Json]:
@@ -211,18 +219,24 @@ class Tail:
         return self._lines
 
 
-def _end(path: Path, is_earlier: Callable[[Json], bool]) -> tuple[int, list[tuple[bytes, Json]]]:
-    """The last whole lines with their values, at least those that are not earlier, and the place where they begin."""
-    span = END_BYTES
+def _end(path: Path, is_earlier: Callable[[Json], bool], span: int = 0) -> tuple[int, list[tuple[bytes, Json]]]:
+    """The last whole lines with their values, at least those that are not earlier, and the place where they begin.
+
+    Args:
+        path: the file.
+        is_earlier: of a line, and then of all before it.
+        span: bytes that are read at first; 0: `END_BYTES`.
+    """
+    span = span or END_BYTES
     while True:
-        begin = _begin_of_end(path, span)
+        begin = begin_of_end(path, span)
         lines = _whole_lines(_read(path, begin))
         if not begin or (lines and is_earlier(lines[0][1])):
             return begin, lines
         span *= 4
 
 
-def _begin_of_end(path: Path, span: int) -> int:
+def begin_of_end(path: Path, span: int) -> int:
     """Begin of the first line in the last bytes of a file; 0 if it has no more than these."""
     with path.open("rb") as file:
         begin = file.seek(0, os.SEEK_END) - span

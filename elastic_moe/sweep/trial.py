@@ -16,7 +16,7 @@ from typing import Any
 from elastic_moe.config.fingerprint import compare, fingerprint
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
-from elastic_moe.metrics.jsonl import END_BYTES, last_lines, read_jsonl
+from elastic_moe.metrics.jsonl import last_line, read_jsonl
 from elastic_moe.run_dir import EVENTS, METRICS, TRIAL
 
 FINISHED, STOPPED_EARLY, FAILED, INTERRUPTED, RUNNING = "finished", "stopped early", "failed", "interrupted", "running"
@@ -119,8 +119,8 @@ def check_same(record: TrialRecord, config: TrainConfig, run_dir: Path) -> None:
 
 def last_step(run_dir: Path) -> int:
     """Last committed step of a run; 0 before the first."""
-    last = last_lines(run_dir / METRICS, END_BYTES)[-1:]
-    return int(last[0]["step"]) if last else 0
+    last = last_line(run_dir / METRICS)
+    return int(last["step"]) if last else 0
 
 
 def objectives(run_dir: Path, key: str) -> list[tuple[int, float]]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from elastic_moe.metrics.jsonl import last_lines
+from elastic_moe.metrics.jsonl import last_line
 from elastic_moe.metrics.sinks.marks import Mark, read_mark, write_mark
 from elastic_moe.run_dir import GOODPUT, METRICS
 
@@ -27,7 +27,6 @@ POLL_S = 0.5  # between two looks at the file
 MARK_EVERY_S = 1.0  # a start that is killed sends what came after its last mark once more
 CLOSE_TIMEOUT_S = 20.0
 READ_BYTES = 1 << 20
-LAST_BYTES = 1 << 14  # of goodput.jsonl, in which its newest line is
 _LOG = logging.getLogger(__name__)
 
 Json = dict[str, Any]
@@ -189,10 +188,9 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _goodput(run_dir: Path) -> dict[str, float]:
     """The newest line of goodput.jsonl, as values for a tracker."""
-    lines = last_lines(run_dir / GOODPUT, LAST_BYTES)
-    if not lines:
+    line = last_line(run_dir / GOODPUT)
+    if line is None:
         return {}
-    line = lines[-1]
     plain = {key: line[key] for key in ("goodput", "ettr", "failures", "mttr_s", "mtbf_s", "cost")}
     named = {f"goodput/{key}": value for key, value in plain.items() if value is not None}
     return named | {f"goodput/{cause}_s": seconds for cause, seconds in line["worker_s"].items()}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from elastic_moe.metrics import jsonl
-from elastic_moe.metrics.jsonl import JsonLines, Tail, last_lines, lines_since, read_jsonl, stream
+from elastic_moe.metrics.jsonl import JsonLines, Tail, last_line, last_lines, lines_since, read_jsonl, stream
 
 
 def test_values_become_types_that_json_has(tmp_path: Path) -> None:
@@ -156,3 +156,15 @@ def test_a_damaged_line_far_from_the_end_is_moved_too(long_file: Path, line: int
     assert file.damaged == 1 + (damage == b"\n")
     assert _steps(long_file) == [step for step in range(1, 42) if step != line + 1]
     assert len(long_file.read_bytes().splitlines()) == 40
+
+
+def test_the_last_line_is_found_however_long_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "LINE_BYTES", 16)
+    path = tmp_path / "a.jsonl"
+    assert last_line(path) is None
+    path.write_text('{"step": 1}\n' + json.dumps({"step": 2, "text": "x" * 500}) + '\n{"st')
+    found = last_line(path)
+    assert found is not None
+    assert found["step"] == 2
+    path.write_text('{"st')
+    assert last_line(path) is None

@@ -9,22 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from elastic_moe.data.shards import TokenShard, TokenShardWriter
 from elastic_moe.runtime import session
 from elastic_moe.runtime.exchange.one_memory import _joined
 from elastic_moe.runtime.exchange.windows import windows_of
 from elastic_moe.runtime.session import ContextBuilder
 from elastic_moe.runtime.state import HeldState
-from tests.unit.runtime.test_step import VOCABULARY, Lone
+from tests.unit.runtime.test_step import Lone, workers
 
 
 @pytest.fixture
 def lone(tmp_path: Path) -> Callable[[], Lone]:
-    """Makes workers that begin alike."""
-    writer = TokenShardWriter(tmp_path / "train.bin", VOCABULARY)
-    writer.append([(i * i + i // 7) % VOCABULARY for i in range(2000)])
-    writer.close()
-    return lambda: Lone(TokenShard.open(tmp_path / "train.bin"))
+    return workers(tmp_path)
 
 
 def _in_place(worker: Lone, held: HeldState) -> set[str]:

@@ -120,13 +120,17 @@ class Lone:
         return {unit.name for unit in self.context.held.units if unit.rule.has_gradient}
 
 
-@pytest.fixture
-def lone(tmp_path: Path) -> Callable[[], Lone]:
+def workers(tmp_path: Path) -> Callable[[], Lone]:
     """Makes workers that begin alike."""
     writer = TokenShardWriter(tmp_path / "train.bin", VOCABULARY)
     writer.append([(i * i + i // 7) % VOCABULARY for i in range(2000)])
     writer.close()
     return lambda: Lone(TokenShard.open(tmp_path / "train.bin"))
+
+
+@pytest.fixture
+def lone(tmp_path: Path) -> Callable[[], Lone]:
+    return workers(tmp_path)
 
 
 def _changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from elastic_moe.checkpoint.weights import find_checkpoint, locate, weight_reader
-from elastic_moe.config.build import build
-from elastic_moe.config.renamed import translate
-from elastic_moe.config.schema import ModelConfig, TrainConfig
-from elastic_moe.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load_tokenizer, read_tokenizer_file
+from elastic_moe.config.saved import read_config
+from elastic_moe.config.schema import ModelConfig
+from elastic_moe.data.tokenizer import (
+    TOKENIZER_FILE,
+    TextTokenizer,
+    load_tokenizer,
+    read_tokenizer_file,
+    with_tokenizer,
+)
 from elastic_moe.errors import UserError
 from elastic_moe.model.experts.local import LocalExperts
 from elastic_moe.model.hf.checkpoint import HFCheckpoint, named_tensors, read_fields
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.transformer import Transformer
-from elastic_moe.run_dir import CONFIG, TOKENIZER, checkpoint_root
+from elastic_moe.run_dir import TOKENIZER, checkpoint_root
 from elastic_moe.types import ParamSpec
 
 
@@ -62,22 +65,6 @@ def open_run(path: str, step: int | None = None) -> SavedModel:
     manifest = find_checkpoint(root, own_step if step is None else step)
     what = f"step {manifest.step} of {run_dir.name}"
     return SavedModel(cfg, weight_reader(manifest, cfg), tokenizer, config.data.seq_len, what)
-
-
-def read_config(run_dir: Path) -> TrainConfig:
-    """The configuration with which a run was started last, under the present names of its keys.
-
-    Raises:
-        UserError: it is no configuration.
-        OSError: it cannot be read.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        node = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG))
-        if not isinstance(node, dict):
-            raise UserError(f"{run_dir / CONFIG} is no configuration of a run.")
-        node.pop("hydra", None)
-        return build(translate(node), inputs=False)
 
 
 def open_hf(path: str) -> SavedModel:
@@ -124,19 +111,3 @@ def load_model(saved: SavedModel) -> Transformer:
             raise UserError(f"{saved.what}: {spec.name} has values that are not finite, so no text can be made.")
         tensors[spec.name].copy_(value)
     return model
-
-
-def with_tokenizer(cfg: ModelConfig, tokenizer: TextTokenizer) -> ModelConfig:
-    """Fill in the vocabulary size and the end token of a model from its tokenizer.
-
-    Raises:
-        UserError: the weights to start from have no row for some of the tokenizer's tokens.
-    """
-    if not cfg.init_from:
-        return replace(cfg, vocab_size=tokenizer.vocab_size, end_token=tokenizer.end_id)
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise UserError(
-            f"data.tokenizer has {tokenizer.vocab_size} tokens, and the model of model.init_from has only "
-            f"{cfg.vocab_size}: use its own tokenizer.json, or a smaller data.vocab_size."
-        )
-    return replace(cfg, end_token=tokenizer.end_id)

@@ -22,10 +22,9 @@ from elastic_moe.config.schema import (
 )
 from elastic_moe.coordination.coordinator import RunCoordinator
 from elastic_moe.data.prepare import Prepared, prepare
-from elastic_moe.data.tokenizer import load_tokenizer
+from elastic_moe.data.tokenizer import load_tokenizer, with_tokenizer
 from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.run_dir import EVENTS, METRICS
-from elastic_moe.saved import with_tokenizer
 from tests.declared import assert_declared
 from tests.processes import start
 

@@ -14,8 +14,6 @@ import logging
 import os
 from typing import Any
 
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-
 import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._private.state import actors
@@ -26,8 +24,8 @@ from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectoryS
 from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import RayTrainCallback  # pyright: ignore[reportPrivateImportUsage]
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.controller import TrainControllerLoopIterationResult
 from ray.train.v2._internal.execution.controller.state import (
@@ -37,6 +35,7 @@ from ray.train.v2._internal.execution.controller.state import (
     ShuttingDownState,
     TrainControllerState,
 )
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.metrics.base import EnumMetric
 from ray.train.v2._internal.util import time_monotonic
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -46,6 +45,7 @@ from elastic_moe.actors.link import CoordinatorLink, TrainNames, this_node
 from elastic_moe.actors.train_state import ShownRun
 from elastic_moe.actors.train_state import wanted as is_shown
 from elastic_moe.actors.worker_group import ElasticWorkerGroup, ElasticWorkerGroups, WorkerExit, worker_id
+from elastic_moe.actors.worker_start import own_environment
 from elastic_moe.errors import Diverged, Evicted, UserError, reason_of
 
 POLL_S = 0.25  # between two polls of the workers; the coordinator hears of a death earlier, by the closed connection
@@ -73,6 +73,20 @@ class ElasticBackendConfig(BackendConfig):
         return ElasticBackend
 
 
+class RoomOnDemand(FixedScalingPolicy):
+    """Asks the autoscaler for nothing: the pending placement groups of the slots are the demand.
+
+    The stock policy starts an actor for its request and waits for it, up to 5 s. And its request is for the largest
+    number of workers, whatever the run's limit is.
+    """
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        del train_run_context
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
 class ElasticController(TrainController):
     """Runs the worker group until the coordinator says that the run has finished or failed.
 
@@ -86,6 +100,7 @@ class ElasticController(TrainController):
     """
 
     def __init__(self, *, coordinator: str, last_save_s: float, first_limit: int = 0, **stock: Any) -> None:
+        os.environ.setdefault(RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, "0")  # the links poll, and do not wait
         self._link, self._last_save_s = CoordinatorLink(coordinator), last_save_s
         self._error: TrainingFailedError | None = None  # the first one that ends the run
         self._error_since_s = self._ask_s = 0.0
@@ -254,15 +269,8 @@ class ElasticTrainer(DataParallelTrainer):
         return [*used, ShownRun()] if is_shown() else used
 
     def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
-        env_vars = get_env_vars_to_propagate() | {
-            "RAY_TRAIN_V2_ENABLED": "1",
-            RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0",
-        }
-        controller_cls = ray.remote(
-            num_cpus=0,
-            label_selector=this_node(),
-            runtime_env={"env_vars": env_vars},
-        )(ElasticController)
+        controller_cls = ray.remote(num_cpus=0, label_selector=this_node(), **own_environment({}))(ElasticController)
+        controller_init_kwargs["scaling_policy"] = RoomOnDemand(self.scaling_config)
         self.controller = controller_cls.remote(**self._ours, **controller_init_kwargs)
         ray.get(self.controller.run.remote())
         return ray.get(self.controller.get_result.remote())

@@ -6,6 +6,7 @@ coordinator. The first Ctrl-C asks for a final checkpoint and a clean end, the s
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 import signal
@@ -21,25 +22,20 @@ import ray
 from ray.exceptions import RayError
 
 from elastic_moe.actors.cluster import max_workers, ray_session, resolve, resources_per_worker, start_workers
-from elastic_moe.actors.controller import ElasticTrainer
 from elastic_moe.actors.coordinator import Coordinator
 from elastic_moe.actors.corpus_progress import CorpusProgress
 from elastic_moe.actors.demand import Demand, EndlessWait, demand, patience
-from elastic_moe.actors.fit import fit
 from elastic_moe.actors.identify import begin, changes, fingerprint_of, run_of
-from elastic_moe.actors.kept import end_all, origin
+from elastic_moe.actors.kept import end_all
 from elastic_moe.actors.link import (
     LAST_SAVE_MARGIN_S,
     NAMESPACE,
     OVER,
     CoordinatorLink,
-    Finder,
     actor_name,
-    fetch_token,
     this_node,
     train_names,
 )
-from elastic_moe.actors.metrics import WorkerExporter
 from elastic_moe.actors.operate import announced
 from elastic_moe.actors.outcome import Ended, conclude
 from elastic_moe.actors.progress import Progress
@@ -52,15 +48,13 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.lease import Lease, lost, own
 from elastic_moe.coordination.start import check_start, look
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
-from elastic_moe.data.tokenizer import load_tokenizer
+from elastic_moe.data.tokenizer import load_tokenizer, with_tokenizer
 from elastic_moe.errors import UserError, of_storage, reason_of
 from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.tracker import Tracker, check_tracking
-from elastic_moe.model.hf.checkpoint import HFCheckpoint
-from elastic_moe.run_dir import EVENTS, RAY, TOKENIZER, checkpoint_root, make_run_dir
+from elastic_moe.run_dir import EVENTS, TOKENIZER, checkpoint_root, make_run_dir
 from elastic_moe.run_log import RunLog
-from elastic_moe.saved import with_tokenizer
 
 POLL_S = 0.2
 ASK_AGAIN_S = 5.0  # between two requests to stop: a coordinator that was just lost may not have heard the first
@@ -123,10 +117,14 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
     tokenizer = load_tokenizer(prepared.tokenizer_path)
     config = replace(config, model=with_tokenizer(config.model, tokenizer))
     if config.model.init_from:
+        from elastic_moe.model.hf.checkpoint import HFCheckpoint  # it needs torch, which takes seconds to import
+
         HFCheckpoint(config.model.init_from, config.model)
     config.seal()
     new = fingerprint_of(config, prepared)
     changed = changes(found, new) if resume else ()
+    # Ray Train takes seconds to import, and starting Ray is mostly waiting.
+    threading.Thread(target=importlib.import_module, args=("elastic_moe.actors.fit",), daemon=True).start()
     with ray_session(config), signals() as stop:
         if take_over(found):
             found = look(config)
@@ -143,30 +141,14 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
             tracker.close()
 
 
-def train_function(settings: dict[str, Any]) -> dict[str, Any]:
-    """The train function of every Ray Train worker. Its id is its actor's, by which the controller names it too."""
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    from elastic_moe.runtime.worker import run_worker
-
-    config, find = settings["config"], settings["find"]
-    context = ray.get_runtime_context()
-    worker = context.get_actor_id()
-    assert worker is not None, "a train function runs in an actor"
-    names, token = train_names(find.name, config.run.dir), fetch_token(find.name)
-    with WorkerExporter(names, get_train_context().get_world_rank(), worker):
-        node, prepared = context.get_node_id(), settings["prepared"]
-        return run_worker(config, find, token, node, prepared, worker, names.name, origin())
-
-
 def start_coordinator(config: TrainConfig, name: str, token: str, prepared: Prepared | None = None) -> Any:
-    """Start the coordinator actor on this node. Ray restarts it when it dies, and repeats unanswered calls.
+    """Start the coordinator actor on this node, without waiting for it. Ray restarts it when it dies.
 
-    It has to be on this node, where the run directory is. It is detached: it outlives this process, and then ends the
-    run (`actors/driver_watcher.py`).
+    Ray repeats calls that were not answered. It has to be on this node, where the run directory is. It is detached: it
+    outlives this process, and then ends the run (`actors/driver_watcher.py`).
     """
     host = ray.util.get_node_ip_address() if config.cluster.kind == "address" else "127.0.0.1"
-    actor = (
+    return (
         ray.remote(Coordinator)
         .options(
             name=name,
@@ -180,37 +162,11 @@ def start_coordinator(config: TrainConfig, name: str, token: str, prepared: Prep
         )
         .remote(config, token, _target(config), host, prepared, time.time())
     )
-    ray.get(actor.address.remote())
-    return actor
 
 
 def _target(config: TrainConfig) -> int:
     """Number of workers that the run waits for before its first step."""
     return min(start_workers(config.cluster), max_workers(config), config.sweep.workers or max_workers(config))
-
-
-def make_trainer(config: TrainConfig, prepared: Prepared, name: str) -> ElasticTrainer:
-    """The trainer of a run whose coordinator was started under this name.
-
-    Ray Train shows `train_loop_config` to whoever sees its dashboard, so the run's token is not in it.
-    """
-    from ray.train import RunConfig, ScalingConfig
-
-    names = train_names(name, config.run.dir)
-    return ElasticTrainer(
-        train_function,
-        train_loop_config={"config": config, "find": Finder(name), "prepared": prepared},
-        coordinator=name,
-        names=names,
-        last_save_s=config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S,
-        first_limit=config.sweep.workers,
-        scaling_config=ScalingConfig(
-            num_workers=max_workers(config),
-            use_gpu=config.cluster.gpus_per_worker > 0,
-            resources_per_worker=resources_per_worker(config.cluster),
-        ),
-        run_config=RunConfig(name=names.name, storage_path=str(Path(config.run.dir) / RAY)),
-    )
 
 
 @dataclass
@@ -226,7 +182,7 @@ class _Driver:
     error: BaseException | None = None
     last_step: int = 0
     status: dict[str, Any] = field(default_factory=dict)
-    trainer: ElasticTrainer | None = None
+    trainer: Any = None
 
     def __post_init__(self) -> None:
         self._events = Tail(Path(self.config.run.dir) / EVENTS)
@@ -236,6 +192,11 @@ class _Driver:
         coordinator = start_coordinator(self.config, self.name, secrets.token_hex(16), self.prepared)
         training = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         training.start()
+        try:
+            ray.get(coordinator.address.remote())  # while the controller starts
+        except RayError:
+            self._end(coordinator)
+            raise
         link = CoordinatorLink(self.name)
         waits = EndlessWait(self._demand, patience(self.config.cluster))
         asked_s, interrupted, taken = -ASK_AGAIN_S, False, ""
@@ -273,6 +234,11 @@ class _Driver:
                 ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
             self.log.tell(f"the coordinator did not end cleanly: {error}", "warning")
+        self._end(coordinator)
+        return conclude(Ended(self.config, self.stop, self.error, self.status, self.log))
+
+    def _end(self, coordinator: Any) -> None:
+        """End what is left of the run in Ray."""
         try:
             if self.trainer is not None and self.trainer.controller is not None:
                 ray.kill(self.trainer.controller)  # where it still runs, it would start workers again
@@ -280,10 +246,11 @@ class _Driver:
             ray.kill(coordinator)
         except Exception as error:  # noqa: BLE001 - Ray's head is away: the outcome is told all the same
             self.log.tell(f"what is left of the run in Ray could not be ended: {reason_of(error)}", "warning")
-        return conclude(Ended(self.config, self.stop, self.error, self.status, self.log))
 
     def _fit(self) -> None:
-        def make() -> ElasticTrainer:
+        from elastic_moe.actors.fit import fit, make_trainer
+
+        def make() -> Any:
             self.trainer = make_trainer(self.config, self.prepared, self.name)
             return self.trainer
 
@@ -328,4 +295,4 @@ class _Driver:
         shown.records(records)
 
 
-__all__ = ["launch", "make_trainer", "start", "start_coordinator", "train_function"]
+__all__ = ["launch", "start", "start_coordinator"]

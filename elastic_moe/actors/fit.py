@@ -1,4 +1,4 @@
-"""Runs a trainer to its end; where its Ray Train controller dies, another one takes over the workers.
+"""Makes the trainer of a run, and runs it to its end. Where its controller dies, another one takes over the workers.
 
 The workers are detached (`actors/kept.py`) and train on without a controller. The coordinator decides about the
 training, so what is missing meanwhile is only the replacement of workers that end.
@@ -9,17 +9,46 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError
+from ray.train import RunConfig, ScalingConfig
 
+from elastic_moe.actors.cluster import max_workers, resources_per_worker
 from elastic_moe.actors.controller import ElasticTrainer
-from elastic_moe.actors.link import CoordinatorLink
+from elastic_moe.actors.link import LAST_SAVE_MARGIN_S, CoordinatorLink, Finder, train_names
+from elastic_moe.actors.worker import train_function
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.data.prepare import Prepared
+from elastic_moe.run_dir import RAY
 
 DEATHS = 3  # controllers that may die one after another without a step between them
 PATIENCE_S = 60.0  # for the coordinator's answer
 POLL_S = 0.05
+
+
+def make_trainer(config: TrainConfig, prepared: Prepared, name: str) -> ElasticTrainer:
+    """The trainer of a run whose coordinator was started under this name.
+
+    Ray Train shows `train_loop_config` to whoever sees its dashboard, so the run's token is not in it.
+    """
+    names = train_names(name, config.run.dir)
+    return ElasticTrainer(
+        train_function,
+        train_loop_config={"config": config, "find": Finder(name), "prepared": prepared},
+        coordinator=name,
+        names=names,
+        last_save_s=config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S,
+        first_limit=config.sweep.workers,
+        scaling_config=ScalingConfig(
+            num_workers=max_workers(config),
+            use_gpu=config.cluster.gpus_per_worker > 0,
+            resources_per_worker=resources_per_worker(config.cluster),
+        ),
+        run_config=RunConfig(name=names.name, storage_path=str(Path(config.run.dir) / RAY)),
+    )
 
 
 def _tell(text: str) -> None:

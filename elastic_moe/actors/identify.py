@@ -20,16 +20,16 @@ from typing import Any
 from elastic_moe.checkpoint.identity import RunIdentity
 from elastic_moe.checkpoint.sweep import sweep
 from elastic_moe.config.fingerprint import compare, fingerprint
+from elastic_moe.config.saved import read_config
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.identity import IdentityFiles
 from elastic_moe.coordination.start import Found
 from elastic_moe.data.prepare import Prepared
 from elastic_moe.data.shards import file_sha256, token_digest
-from elastic_moe.data.tokenizer import load_tokenizer
+from elastic_moe.data.tokenizer import load_tokenizer, with_tokenizer
 from elastic_moe.errors import UserError
 from elastic_moe.metrics.recorder import Recorder
 from elastic_moe.run_dir import CONFIG, CONFIGS, START, TOKENIZER
-from elastic_moe.saved import read_config, with_tokenizer
 
 
 def fingerprint_of(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:

@@ -8,34 +8,19 @@ their state is saved, when the driver has died; or they end themselves, when nob
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
-import time
 import uuid
 from contextlib import suppress
 from typing import Any
 
 import ray
-from ray._raylet import RAY_NODE_GROUP_KEY, RAY_NODE_MARKET_TYPE_KEY  # pyright: ignore[reportAttributeAccessIssue]
 from ray.exceptions import RayError
-from ray.train.v2._internal.execution.context import get_train_context
-from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
-from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from ray.util.placement_group import (
     PlacementGroup,
-    get_current_placement_group,
     placement_group_table,
     remove_placement_group,
 )
 
 from elastic_moe.actors.link import NAMESPACE, named_actors
-from elastic_moe.control.goodput import node_kind
-from elastic_moe.types import Origin
-
-CHECKS = 20
-
-logger = logging.getLogger(__name__)
 
 
 def new_name(coordinator: str) -> str:
@@ -78,57 +63,3 @@ def end_actor(name: str) -> None:
 
 def _prefix(coordinator: str) -> str:
     return f"{coordinator}/"
-
-
-class ElasticWorker(RayTrainWorker):
-    """Ray Train's worker, which ends itself where it does not train and no controller asks for it any more.
-
-    Args:
-        placed_s: wall clock at which Ray had reserved its room.
-
-    Attributes:
-        placed_s: of the one worker of this process; 0 before there is one.
-        uncollected_s: it waits for a question for so many seconds, and looks `CHECKS` times meanwhile.
-    """
-
-    uncollected_s = 180.0
-    placed_s = 0.0
-
-    def __init__(self, placed_s: float) -> None:
-        super().__init__()
-        ElasticWorker.placed_s = placed_s
-        self._asked_s = time.monotonic()
-        threading.Thread(target=self._watch, name="uncollected", daemon=True).start()
-
-    def poll_status(self) -> WorkerStatus:
-        """The state of the train function; the controller asks for it again and again."""
-        self._asked_s = time.monotonic()
-        return super().poll_status()
-
-    def _watch(self) -> None:
-        while True:
-            time.sleep(self.uncollected_s / CHECKS)
-            if _trains():
-                self._asked_s = time.monotonic()
-            elif (silent_s := time.monotonic() - self._asked_s) > self.uncollected_s:
-                logger.warning("nobody asked for this worker for %.0f s, and it does not train: it ends", silent_s)
-                try:
-                    if (placement := get_current_placement_group()) is not None:
-                        remove_placement_group(placement)
-                finally:
-                    os._exit(0)
-
-
-def origin() -> Origin:
-    """When and on what kind of node the worker of this process was placed."""
-    labels: Any = ray.get_runtime_context().get_node_labels()
-    kind = node_kind(labels.get(RAY_NODE_MARKET_TYPE_KEY, ""), labels.get(RAY_NODE_GROUP_KEY, ""))
-    return Origin(ElasticWorker.placed_s, kind)
-
-
-def _trains() -> bool:
-    """Whether a train function runs in this process."""
-    try:
-        return get_train_context().execution_context.training_thread_runner.is_running()
-    except RuntimeError:  # there was none yet
-        return False

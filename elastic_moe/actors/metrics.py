@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from elastic_moe.actors.link import TrainNames
@@ -199,6 +198,8 @@ class WorkerExporter(_Exporter):
     def _export(self) -> None:
         if self._instruments is None:
             self._instruments = Instruments(self._names, (WORKER_MEMORY, WORKER_DEVICE_MEMORY), self._tags)
+        import torch  # which the worker has: the coordinator, of whose process the rest of this file is, has not
+
         held = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
         rss = psutil.Process().memory_info().rss
         self._instruments.apply([Sample(WORKER_MEMORY.name, rss), Sample(WORKER_DEVICE_MEMORY.name, held)])

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from elastic_moe.checkpoint.writer import remove_all
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.start import Found
@@ -35,7 +33,11 @@ def absolute(config: TrainConfig) -> TrainConfig:
 
 def check_device(config: TrainConfig) -> None:
     """Refuse a GPU where there is none. On a cluster of other machines each worker checks its own."""
-    if config.device == "cuda" and config.cluster.kind != "address" and not torch.cuda.is_available():
+    if config.device != "cuda" or config.cluster.kind == "address":
+        return
+    import torch  # for this alone, and it takes seconds
+
+    if not torch.cuda.is_available():
         raise UserError("device is cuda, and this machine has no GPU that torch can use; set device=cpu or auto.")
 
 

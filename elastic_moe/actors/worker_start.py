@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.train.v2._internal.constants import V2_ENABLED_ENV_VAR, get_env_vars_to_propagate
 from ray.train.v2._internal.execution.worker_group import ReplicaGroup, WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2._internal.execution.worker_group.worker import Worker
@@ -22,8 +23,9 @@ from ray.train.v2._internal.util import bundle_to_remote_args, time_monotonic
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from elastic_moe.actors.kept import ElasticWorker, new_name
+from elastic_moe.actors.kept import new_name
 from elastic_moe.actors.link import NAMESPACE
+from elastic_moe.actors.worker import ElasticWorker
 from elastic_moe.errors import reason_of
 
 READY_POLL_S = 1.0  # a thread that waits for its placement group checks this often whether it was cancelled
@@ -114,6 +116,18 @@ def running_workers(names: Sequence[str], resources: dict[str, float], patience_
     return found
 
 
+def own_environment(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The option `runtime_env` of an actor with this environment and the variables of Ray Train that the user has set.
+
+    Without any there is no option, so that Ray takes a process that it has started in advance. The stock start-up names
+    one variable always, and each actor then waits for a process of its own.
+    """
+    given = {name: value for name, value in get_env_vars_to_propagate().items() if name != V2_ENABLED_ENV_VAR}
+    env_vars = given | dict(wanted.get("env_vars", {}))
+    environment = dict(wanted) | ({"env_vars": env_vars} if env_vars else {})
+    return {"runtime_env": environment} if environment else {}
+
+
 def _create(group: WorkerGroup, name: str, placement: PlacementGroup) -> Worker:
     """Start the actor of one worker. The stock `_create_workers` makes one that its controller owns.
 
@@ -122,7 +136,7 @@ def _create(group: WorkerGroup, name: str, placement: PlacementGroup) -> Worker:
     """
     resources = group.get_resources_per_worker()
     actor_cls: Any = ray.remote(
-        runtime_env=group._get_worker_runtime_env(group._train_run_context.run_config.worker_runtime_env or {}),
+        **own_environment(group._train_run_context.run_config.worker_runtime_env or {}),
         **bundle_to_remote_args(resources),
     )(ElasticWorker)
     strategy = PlacementGroupSchedulingStrategy(placement_group=placement, placement_group_bundle_index=0)

@@ -74,7 +74,7 @@ class Run:
     @cached_property
     def config(self) -> TrainConfig:
         """The configuration of the newest start when this was read first."""
-        from elastic_moe.saved import read_config
+        from elastic_moe.config.saved import read_config
 
         return read_config(self.dir)
 

@@ -10,7 +10,8 @@ import torch
 
 from elastic_moe.checkpoint.identity import RunIdentity, find_identity
 from elastic_moe.checkpoint.manifest import Manifest
-from elastic_moe.checkpoint.reader import RetiredCheckpoint, load_manifest, read_units, require_current, verify_alone
+from elastic_moe.checkpoint.reader import RetiredCheckpoint, load_manifest, require_current, verify_alone
+from elastic_moe.checkpoint.shards import read_units
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
 from elastic_moe.checkpoint.writer import list_steps
 

@@ -1,16 +1,18 @@
 """The shards that workers have reported for each step; the coordinator decides from them when a checkpoint is complete.
 
 Pure. Workers die between writing and reporting, and the next generation may write a step again. So reports come in any
-order and more than once, and shards overlap. A step is complete when every unit is in some shard.
+order and more than once, and shards overlap. A step is complete when every unit is in some shard. The workers tell how
+many units there are: a coordinator that named them itself would have to build the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from elastic_moe.checkpoint.manifest import ShardInfo
 
+NUM_UNITS = "num_units"  # key of a report: units of the whole model
 MAX_PENDING = 8  # incomplete steps that are remembered; beyond this, the oldest one is forgotten
 
 
@@ -23,22 +25,21 @@ class PendingShards:
 
     def __init__(self, max_pending: int = MAX_PENDING) -> None:
         self._max_pending = max_pending
-        self._expected: dict[int, frozenset[str]] = {}
-        self._missing: dict[int, set[str]] = {}  # of the steps with expected units
+        self._expected: dict[int, int] = {}  # units of a checkpoint of this step
+        self._present: dict[int, set[str]] = {}  # units that some shard of the step holds
         self._shards: dict[int, dict[str, ShardInfo]] = {}
         self._generation: dict[tuple[int, str], int] = {}  # step, file -> generation that wrote it
         self._complete: dict[int, tuple[ShardInfo, ...]] = {}
 
-    def expect(self, step: int, unit_names: Iterable[str]) -> bool:
-        """Name the units that a checkpoint of this step must hold.
+    def expect(self, step: int, num_units: int) -> bool:
+        """Tell how many units a checkpoint of this step must hold.
 
         Returns:
             True if the shards reported before make the step complete: write the manifest now.
         """
         if step in self._complete:
             return False
-        self._expected[step] = frozenset(unit_names)
-        self._count_missing(step)
+        self._expected[step] = num_units
         for old in sorted(self._expected)[: -self._max_pending]:
             self._drop(old)
         return self._completed(step)
@@ -55,16 +56,16 @@ class PendingShards:
         shards = self._shards.setdefault(step, {})
         before, shards[info.file] = shards.get(info.file), info
         if before is not None and before.units != info.units:
-            self._count_missing(step)
-        elif step in self._missing:
-            self._missing[step].difference_update(info.units)
+            self._count(step)
+        else:
+            self._present.setdefault(step, set()).update(info.units)
         self._generation[step, info.file] = generation
         for old in sorted(self._shards)[: -self._max_pending]:
             self._drop(old)
         return self._completed(step)
 
     def _completed(self, step: int) -> bool:
-        if step not in self._expected or step not in self._shards or self._missing[step]:
+        if step not in self._expected or len(self._present.get(step, ())) < self._expected[step]:
             return False
         self._complete[step] = self._cover(step)
         self._drop(step)
@@ -72,15 +73,9 @@ class PendingShards:
             del self._complete[old]
         return True
 
-    def missing(self, step: int) -> frozenset[str]:
-        """Units of the step that no shard holds yet."""
-        return frozenset(self._missing.get(step, ()))
-
-    def _count_missing(self, step: int) -> None:
-        """Count the missing units from scratch. Each shard is subtracted as it comes, so this is rarely needed."""
-        if step in self._expected:
-            present = {unit for shard in self._shards.get(step, {}).values() for unit in shard.units}
-            self._missing[step] = set(self._expected[step] - present)
+    def _count(self, step: int) -> None:
+        """Collect the units of the step from scratch. Each shard's are added as it comes, so this is rarely needed."""
+        self._present[step] = {unit for shard in self._shards[step].values() for unit in shard.units}
 
     def shards(self, step: int) -> tuple[ShardInfo, ...]:
         """The shards that the manifest of a complete step names."""
@@ -105,7 +100,7 @@ class PendingShards:
                 del self._generation[later, file]
             if kept:
                 self._shards[later] = kept
-                self._count_missing(later)
+                self._count(later)
             else:
                 self._drop(later)
         for later in [s for s in self._complete if s > step]:
@@ -113,13 +108,13 @@ class PendingShards:
 
     def _drop(self, step: int) -> None:
         self._expected.pop(step, None)
-        self._missing.pop(step, None)
+        self._present.pop(step, None)
         for file in self._shards.pop(step, ()):
             self._generation.pop((step, file), None)
 
     def _cover(self, step: int) -> tuple[ShardInfo, ...]:
         """Choose shards that hold all units, the newest first, so that one generation's set is preferred."""
-        left, chosen = set(self._expected[step]), []
+        left, chosen = set(self._present[step]), []
         for shard in reversed(self._shards[step].values()):
             if left.intersection(shard.units):
                 chosen.append(shard)

@@ -1,16 +1,16 @@
-"""Reads checkpoints: finds the newest complete one that verifies, and loads the units that the caller names."""
+"""Finds checkpoints: the newest complete one that verifies. `checkpoint.shards` reads what is in it.
+
+Without torch: a coordinator or a driver has no use for it, and importing it takes seconds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
 from elastic_moe.checkpoint.bounded import Activity
 from elastic_moe.checkpoint.identity import RunIdentity, find_identity
-from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo
-from elastic_moe.checkpoint.shard_file import TensorEntry, bytes_of, header_length, parse_header
+from elastic_moe.checkpoint.manifest import MANIFEST, Manifest
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
 from elastic_moe.run_dir import step_dir, step_of
 
@@ -35,7 +35,7 @@ def load_manifest(root_uri: str, step: int) -> Manifest:
     try:
         check_sizes(storage, manifest)
     except CorruptCheckpoint as error:
-        raise _damaged(storage, manifest, str(error)) from error
+        raise damaged(storage, manifest, str(error)) from error
     return manifest
 
 
@@ -89,7 +89,7 @@ def _read_manifest(storage: Storage, root_uri: str, step: int) -> Manifest:
     return manifest
 
 
-def _damaged(storage: Storage, manifest: Manifest, reason: str) -> OSError:
+def damaged(storage: Storage, manifest: Manifest, reason: str) -> OSError:
     """The error of a checkpoint that lacks something. Removing one begins with its manifest, which tells the two apart.
 
     Raises:
@@ -135,7 +135,7 @@ def verify_shards(manifest: Manifest, rank: int = 0, world_size: int = 1, activi
         try:
             found = persistent(lambda name=name, size=shard.bytes: storage.sha256(name, size))
         except FileNotFoundError as error:
-            raise _damaged(storage, manifest, f"{storage.path(name)} is missing") from error
+            raise damaged(storage, manifest, f"{storage.path(name)} is missing") from error
         if found != shard.sha256:
             raise CorruptCheckpoint(f"{storage.path(name)} does not match its checksum")
 
@@ -210,81 +210,3 @@ def require_current(history: RunIdentity, manifest: Manifest) -> None:
     timeline = RunIdentity.of_meta(manifest.meta).timeline
     if not history.holds(timeline, manifest.step):
         raise CorruptCheckpoint(f"abandoned: the run went back behind step {manifest.step} of timeline {timeline}")
-
-
-def read_units(
-    manifest: Manifest,
-    names: Sequence[str],
-    fields: Sequence[str] | None = None,
-    activity: Activity | None = None,
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Read the state of some units.
-
-    Args:
-        manifest: the checkpoint.
-        names: units to read.
-        fields: fields to read, "weight" among them; None for all that were written.
-        activity: told of the bytes that are read.
-
-    Returns:
-        Unit name -> field name -> flat fp32 tensor. The caller may change the tensors.
-
-    Raises:
-        KeyError: the checkpoint lacks a unit, so it is of another model.
-        CorruptCheckpoint: a file is damaged.
-        RetiredCheckpoint: the checkpoint was removed meanwhile.
-        StorageUnavailable: a file cannot be read.
-    """
-    home = {unit: shard for shard in manifest.shards for unit in shard.units}
-    unknown = [name for name in names if name not in home]
-    if unknown:
-        raise KeyError(f"checkpoint of step {manifest.step} has no unit {unknown[0]} ({len(unknown)} unknown)")
-    wanted: dict[str, set[str]] = {}
-    for name in names:
-        wanted.setdefault(home[name].file, set()).add(name)
-    storage = Storage(manifest.root_uri, activity)
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for shard in manifest.shards:
-        if shard.file in wanted:
-            read = lambda shard=shard: _read_shard(storage, manifest, shard, wanted[shard.file], fields)  # noqa: E731
-            found.update(persistent(read))
-    return {name: found[name] for name in names}
-
-
-def _read_shard(
-    storage: Storage, manifest: Manifest, shard: ShardInfo, units: set[str], fields: Sequence[str] | None
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Read some units of one file."""
-    file = f"{manifest.directory}/{shard.file}"
-    try:
-        size = storage.size(file)
-        if size != shard.bytes:
-            raise CorruptCheckpoint(f"{size} bytes, not {shard.bytes}")
-        prefix = bytearray(min(8, size))
-        storage.read_into(file, [(0, memoryview(prefix))])
-        header = bytearray(header_length(bytes(prefix), size))
-        storage.read_into(file, [(8, memoryview(header))])
-        wanted = [
-            entry
-            for entry in parse_header(bytes(header), size).values()
-            if entry.unit in units and (fields is None or entry.field in fields)
-        ]
-        found = _read_entries(storage, file, wanted)
-    except FileNotFoundError as error:
-        raise _damaged(storage, manifest, f"{storage.path(file)} has disappeared") from error
-    except CorruptCheckpoint as error:
-        raise _damaged(storage, manifest, f"{storage.path(file)} cannot be read: {error}") from error
-    tensors: dict[str, dict[str, torch.Tensor]] = {unit: {} for unit in units}
-    for entry in wanted:
-        tensors[entry.unit][entry.field] = found[entry.name]
-    if any("weight" not in parts for parts in tensors.values()):
-        raise CorruptCheckpoint(f"{storage.path(file)} lacks a unit that the manifest names")
-    return tensors
-
-
-def _read_entries(storage: Storage, file: str, entries: Sequence[TensorEntry]) -> dict[str, torch.Tensor]:
-    """Read these tensors, which are in the order of their places."""
-    found = {entry.name: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries}
-    spans = [(entry.start, bytes_of(found[entry.name])) for entry in entries if entry.stop > entry.start]
-    storage.read_into(file, spans)
-    return found

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from elastic_moe.checkpoint.manifest import Manifest
-from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
+from elastic_moe.checkpoint.reader import find_latest, load_manifest
+from elastic_moe.checkpoint.shards import read_units
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, StorageUnavailable
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError

@@ -1,7 +1,6 @@
-"""Writes checkpoints: the workers write shards, then the coordinator writes the manifest and deletes old checkpoints.
+"""Completes checkpoints, once the workers have written the shards (`checkpoint.shards`), and deletes old ones.
 
-Shards are safetensors files named after their content. So writing a step again never changes a file that a manifest
-names.
+Without torch, as `checkpoint.reader`.
 """
 
 from __future__ import annotations
@@ -9,35 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from elastic_moe.checkpoint.identity import find_identity
 from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo, as_shards
 from elastic_moe.checkpoint.reader import check_sizes, load_manifest, require_current
-from elastic_moe.checkpoint.shard_file import file_parts, sha256_of
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
 from elastic_moe.run_dir import step_dir, step_of
-
-
-def write_shard(root_uri: str, step: int, tag: str, tensors: Mapping[str, torch.Tensor]) -> ShardInfo:
-    """Write one worker's part of a checkpoint, in pieces and without a copy of it.
-
-    Args:
-        root_uri: the checkpoint root.
-        step: the committed step.
-        tag: begins the file's name, so that people see the writer (generation and rank).
-        tensors: tensor of each `{unit}/{field}`; may be empty. They must not change until it is written.
-
-    Raises:
-        StorageUnavailable: the storage failed at every attempt.
-    """
-    parts = file_parts({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    sha256 = sha256_of(parts)
-    units = tuple(dict.fromkeys(name.rsplit("/", 1)[0] for name in tensors))
-    info = ShardInfo(f"{tag}-{sha256[:12]}.safetensors", sum(map(len, parts)), sha256, units)
-    storage = Storage(root_uri)
-    persistent(lambda: storage.write_pieces(f"{step_dir(step)}/{info.file}", parts))
-    return info
 
 
 def write_manifest(

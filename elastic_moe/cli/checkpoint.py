@@ -17,10 +17,10 @@ from elastic_moe.checkpoint.identity import RunIdentity
 from elastic_moe.checkpoint.inventory import ABANDONED, COMPLETE, DAMAGED, UNFINISHED, differences, list_checkpoints
 from elastic_moe.checkpoint.reader import load_manifest
 from elastic_moe.checkpoint.writer import remove
+from elastic_moe.config.saved import read_config
 from elastic_moe.coordination.lease import Lease
 from elastic_moe.errors import UserError
 from elastic_moe.run_dir import CONFIG, checkpoint_root, split_step
-from elastic_moe.saved import read_config
 
 GIB = 1 << 30
 

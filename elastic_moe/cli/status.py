@@ -16,13 +16,13 @@ from pathlib import Path
 
 from elastic_moe.actors.operate import LiveRun, live_run
 from elastic_moe.cli.seconds import check_seconds
+from elastic_moe.config.saved import read_config
 from elastic_moe.errors import UserError
 from elastic_moe.metrics.goodput import account
 from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.status_view import render
 from elastic_moe.metrics.summary import failure_line, time_line
 from elastic_moe.run_dir import CONFIG, EVENTS, METRICS
-from elastic_moe.saved import read_config
 
 CLEAR = "\x1b[H\x1b[2J"
 

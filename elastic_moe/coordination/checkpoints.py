@@ -11,12 +11,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from elastic_moe.checkpoint.manifest import SKIPPED_BATCHES
-from elastic_moe.checkpoint.pending_shards import PendingShards
+from elastic_moe.checkpoint.pending_shards import NUM_UNITS, PendingShards
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
 from elastic_moe.checkpoint.writer import list_steps, retain, write_manifest
 from elastic_moe.coordination.identity import IdentityFiles
@@ -32,7 +32,6 @@ class CheckpointCommitter:
     Args:
         root: directory or URI of the checkpoints.
         keep: complete checkpoints to keep.
-        unit_names: every unit that a complete checkpoint holds.
         meta: written into every manifest.
         report: takes events; called in the committer's thread.
         identity: of the run; only the committer's thread changes it.
@@ -44,13 +43,12 @@ class CheckpointCommitter:
         self,
         root: str,
         keep: int,
-        unit_names: Iterable[str],
         meta: Mapping[str, Any],
         report: Callable[[dict[str, Any]], None],
         identity: IdentityFiles,
         completed: tuple[int, int] = (0, 0),
     ) -> None:
-        self._root, self._keep, self._units, self._meta = root, keep, tuple(unit_names), dict(meta)
+        self._root, self._keep, self._meta = root, keep, dict(meta)
         self._report, self._identity, self._completed = report, identity, completed
         self._forked = identity.identity.last_fork  # generation that went back last, and to which step
         self._shards = PendingShards()
@@ -59,7 +57,7 @@ class CheckpointCommitter:
         self._thread.start()
 
     def add(self, shard: Mapping[str, Any]) -> None:
-        """Take the report of a written shard: its `ShardInfo` as a dictionary, with `step` and `generation`."""
+        """Take a report of a shard: its `ShardInfo` as a dictionary, with `step`, `generation`, `num_units`."""
         shard, step = dict(shard), int(shard["step"])
         self._jobs.put((step, lambda: self._add(step, shard)))
 
@@ -102,7 +100,7 @@ class CheckpointCommitter:
         if generation <= self._completed[0] and step <= self._completed[1]:
             return  # it is complete, or was retired since
         if step not in self._shards.pending:
-            self._shards.expect(step, self._units)
+            self._shards.expect(step, int(shard[NUM_UNITS]))
         if not self._shards.add(step, shard, generation):
             return
         started_s = time.perf_counter()

@@ -27,8 +27,6 @@ from elastic_moe.data.prepare import Prepared
 from elastic_moe.metrics.goodput import GoodputLog
 from elastic_moe.metrics.jsonl import last_lines, read_jsonl
 from elastic_moe.metrics.recorder import Listener, Recorder
-from elastic_moe.model.params import param_specs
-from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import EVENTS, LOGS, METRICS, OPERATOR, checkpoint_root
 
 RECENT_BYTES = 1 << 16  # of each file, some hundred lines, for `status` from another machine
@@ -69,7 +67,6 @@ class RunCoordinator:
         self._recorder = Recorder(run_dir, listeners=tuple(filter(None, (self._goodput, listener))))
         self._recorder.event({"event": "started", "restarted": restarted, "step": self._recorder.last_step})
         self._records = StepRecords(run_dir, self._recorder)
-        units = build_units(param_specs(config.model), config.model.max_unit_elements)
         root = checkpoint_root(config)
         self._identity = IdentityFiles.open(run_dir, root)
         if not restarted:
@@ -80,7 +77,6 @@ class RunCoordinator:
         self._checkpoints = CheckpointCommitter(
             root,
             config.checkpoint.keep,
-            [unit.name for unit in units],
             {"seed": config.seed, "steps": config.run.steps},
             self._recorder.event,
             self._identity,

@@ -97,7 +97,10 @@ def _found(config: DataConfig) -> tuple[list[Path], Path, int]:
     """Paths of the corpus, the directory that they are relative to, and the number of files left out by their names."""
     if config.corpus == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
-        found = [p for p in root.rglob("*.py") if not EXCLUDED_DIRS.intersection(p.relative_to(root).parts[:-1])]
+        found = []
+        for directory, below, files in os.walk(root):
+            below[:] = [name for name in below if name not in EXCLUDED_DIRS]
+            found += [Path(directory, name) for name in files if name.endswith(".py")]
         return found, root, 0
     root = Path(config.corpus).expanduser()
     if not config.corpus.strip() or not root.exists():

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError
 
 END = "<|end|>"
@@ -177,3 +179,19 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
         raise UserError(f"the tokenizer {path} is damaged; delete its directory and start again") from error
+
+
+def with_tokenizer(cfg: ModelConfig, tokenizer: TextTokenizer) -> ModelConfig:
+    """Fill in the vocabulary size and the end token of a model from its tokenizer.
+
+    Raises:
+        UserError: the weights to start from have no row for some of the tokenizer's tokens.
+    """
+    if not cfg.init_from:
+        return replace(cfg, vocab_size=tokenizer.vocab_size, end_token=tokenizer.end_id)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise UserError(
+            f"data.tokenizer has {tokenizer.vocab_size} tokens, and the model of model.init_from has only "
+            f"{cfg.vocab_size}: use its own tokenizer.json, or a smaller data.vocab_size."
+        )
+    return replace(cfg, end_token=tokenizer.end_id)

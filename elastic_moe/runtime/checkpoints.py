@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import torch
 
 from elastic_moe.checkpoint.manifest import SKIPPED_BATCHES
+from elastic_moe.checkpoint.pending_shards import NUM_UNITS
 from elastic_moe.checkpoint.reader import load_manifest
+from elastic_moe.checkpoint.shards import write_shard
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, StorageUnavailable
-from elastic_moe.checkpoint.writer import write_shard
 from elastic_moe.runtime.state import HeldState
 
 CLOSE_TIMEOUT_S = 30.0  # at the end of the worker, for a shard that is being written
@@ -42,6 +43,7 @@ class _Job:
     tensors: dict[str, torch.Tensor]
     generation: int
     skipped_batches: int
+    num_units: int
 
 
 class ShardWriter:
@@ -90,7 +92,7 @@ class ShardWriter:
             {f"{held.units[u].name}/{name}": tensor for u in primary for name, tensor in held.states[u].fields.items()}
         )
         with self._changed:
-            self._waiting = _Job(step, tag, tensors, generation, skipped_batches)
+            self._waiting = _Job(step, tag, tensors, generation, skipped_batches, len(held.units))
             self._changed.notify_all()
 
     def wait_written(self, step: int, timeout_s: float) -> bool:
@@ -151,7 +153,7 @@ class ShardWriter:
         info = write_shard(self._root, job.step, job.tag, job.tensors)
         write_s = time.perf_counter() - started
         about = {"step": job.step, "generation": job.generation, SKIPPED_BATCHES: job.skipped_batches}
-        self._reports.shard({**about, **info.as_dict(), "write_s": write_s})
+        self._reports.shard({**about, **info.as_dict(), NUM_UNITS: job.num_units, "write_s": write_s})
         with self._changed:
             self._written_step = job.step
 

@@ -20,7 +20,8 @@ import torch
 from elastic_moe.checkpoint.bounded import Activity, Call
 from elastic_moe.checkpoint.identity import never_saved
 from elastic_moe.checkpoint.manifest import Manifest
-from elastic_moe.checkpoint.reader import RetiredCheckpoint, newest_manifest, read_units, verify_shards
+from elastic_moe.checkpoint.reader import RetiredCheckpoint, newest_manifest, verify_shards
+from elastic_moe.checkpoint.shards import read_units
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, StorageUnavailable
 from elastic_moe.errors import StorageFailed, UserError
 from elastic_moe.parallel.collectives.group import Group

@@ -28,7 +28,8 @@ from omegaconf import OmegaConf
 from ray.exceptions import RayError
 
 from elastic_moe.actors.cluster import GIB, ray_session
-from elastic_moe.actors.driver import make_trainer, start_coordinator
+from elastic_moe.actors.driver import start_coordinator
+from elastic_moe.actors.fit import make_trainer
 from elastic_moe.actors.link import CoordinatorLink, actor_name
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import TrainConfig

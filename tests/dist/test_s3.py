@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from elastic_moe.checkpoint import storage as storage_module
-from elastic_moe.checkpoint.reader import find_latest, load_manifest, read_units
+from elastic_moe.checkpoint.reader import find_latest, load_manifest
+from elastic_moe.checkpoint.shards import read_units, write_shard
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, StorageUnavailable, probe
-from elastic_moe.checkpoint.writer import list_steps, retain, write_manifest, write_shard
+from elastic_moe.checkpoint.writer import list_steps, retain, write_manifest
 from elastic_moe.cli.checkpoint import main
 from elastic_moe.errors import UserError
 from elastic_moe.run_dir import step_dir

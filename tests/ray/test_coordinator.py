@@ -28,6 +28,7 @@ def test_comes_back_with_records_and_a_new_address(
     name = actor_name("back")
     actor = start_coordinator(config, name, "token")
     find = Finder(name)
+    until(lambda: find() is not None, "the coordinator's address")
     address = find()
     assert address is not None
 

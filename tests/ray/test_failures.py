@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from elastic_moe.actors import driver
+from elastic_moe.actors import fit
 from elastic_moe.errors import UserError
 from tests.ray.test_full_runs import WORKERS, FullRun, add_node, full_run
 
 Until = Callable[..., None]
 REFUSAL = "device is cuda, and a worker sees no GPU"
-train = driver.train_function
+train = fit.train_function
 
 
 def train_or_refuse(settings: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def assert_saved(run: FullRun, until: Until) -> None:
 def test_a_worker_with_bad_input_ends_the_run_with_the_others_state_saved(
     cluster: Cluster, tmp_path: Path, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "train_function", train_or_refuse)
+    monkeypatch.setattr(fit, "train_function", train_or_refuse)
     add_node(cluster, WORKERS)
     with full_run(tmp_path) as run:
         until(lambda: run.steps() >= 5 and run.world() == WORKERS, "three workers train", 240.0)

@@ -20,11 +20,12 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from elastic_moe.actors.driver import make_trainer, start_coordinator
-from elastic_moe.actors.fit import fit
-from elastic_moe.actors.kept import ElasticWorker, end_all, new_name, placements, worker_names
+from elastic_moe.actors.driver import start_coordinator
+from elastic_moe.actors.fit import fit, make_trainer
+from elastic_moe.actors.kept import end_all, new_name, placements, worker_names
 from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, actor_name
 from elastic_moe.actors.take_over import take_over
+from elastic_moe.actors.worker import ElasticWorker
 from elastic_moe.config.schema import ClusterConfig, TrainConfig
 from elastic_moe.coordination.identity import IdentityFiles
 from elastic_moe.coordination.start import look

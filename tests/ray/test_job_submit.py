@@ -50,7 +50,7 @@ def coordinators(head: Any) -> list[psutil.Process]:
 
 def title(process: psutil.Process) -> str:
     with suppress(psutil.Error):
-        return process.cmdline()[0]
+        return " ".join(process.cmdline()[:1])  # it has none while it ends
     return ""
 
 

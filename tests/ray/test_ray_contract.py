@@ -29,6 +29,7 @@ from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.controller import TrainControllerLoopIterationResult
 from ray.train.v2._internal.execution.controller.state import ErroredState, ShuttingDownState
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import ReplicaGroup, WorkerGroup
 from ray.train.v2._internal.execution.worker_group.poll import PollTask, WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupContext, WorkerGroupState, _shutdown_workers
@@ -275,5 +276,8 @@ def test_what_the_trainer_replaces_of_stock_start_up() -> None:
     source = inspect.getsource(DataParallelTrainer._initialize_and_run_controller)
     assert "get_env_vars_to_propagate()" in source
     assert isinstance(get_env_vars_to_propagate(), dict)
+    asks = [FixedScalingPolicy._maybe_send_resource_request, FixedScalingPolicy.after_controller_start]
+    assert all("_send_resource_request" in inspect.getsource(function) for function in asks)
+    assert inspect.getsource(ScalingPolicy).count("self._send_resource_request()") == 1
     replaced = {DatasetsCallback, WorkingDirectorySetupCallback, PlacementGroupCleanerCallback, StateManagerCallback}
     assert replaced == set(NOT_USED)

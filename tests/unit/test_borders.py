@@ -73,11 +73,18 @@ def test_decisions_need_no_torch() -> None:
     paths = [path.relative_to(PACKAGE) for path in FILES if part_of(path) in ("plan", "control")]
     modules = [".".join(("elastic_moe", *path.with_suffix("").parts)).removesuffix(".__init__") for path in paths]
     assert {"elastic_moe.control.rebalance", "elastic_moe.plan.state.schedule"} <= set(modules)
-    code = (
-        "import importlib, sys\n"
-        "for name in sys.argv[1:]: importlib.import_module(name)\n"
-        "print(*sorted({'torch', 'ray'} & set(sys.modules)))"
-    )
+    assert loaded(modules, "torch", "ray") == set()
+
+
+def test_only_workers_have_torch() -> None:
+    """A start imports this much in one process after another, and each import of torch takes seconds."""
+    assert loaded(["elastic_moe.actors.driver", "elastic_moe.actors.coordinator"], "torch", "ray.train") == set()
+    assert loaded(["elastic_moe.actors.fit"], "torch") == set()
+
+
+def loaded(modules: list[str], *names: str) -> set[str]:
+    """Those of the names that a process has after it has imported these modules."""
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == []
+    return set(names) & set(result.stdout.split())

@@ -11,15 +11,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from elastic_moe.checkpoint.writer import write_manifest, write_shard
+from elastic_moe.checkpoint.shards import write_shard
+from elastic_moe.checkpoint.writer import write_manifest
 from elastic_moe.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
-from elastic_moe.data.tokenizer import BytesTokenizer
+from elastic_moe.data.tokenizer import BytesTokenizer, with_tokenizer
 from elastic_moe.errors import UserError
 from elastic_moe.model.init import init_param
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import CONFIG, TOKENIZER, checkpoint_root, step_dir
-from elastic_moe.saved import open_model, with_tokenizer
+from elastic_moe.saved import open_model
 
 MODEL = ModelConfig(
     hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, dense_hidden=16,

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from elastic_moe.actors import driver
+from elastic_moe.actors import driver, fit
 from elastic_moe.actors.stop import Stop
 from elastic_moe.config.schema import RunConfig, TrainConfig
 from elastic_moe.data.prepare import prepare
@@ -21,10 +21,10 @@ def test_the_token_is_in_nothing_that_ray_train_shows(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     config = tiny_config(tmp_path / "run", corpus)
-    trainer = driver.make_trainer(config, prepare(config.data, tmp_path / "cache"), "name")
+    trainer = fit.make_trainer(config, prepare(config.data, tmp_path / "cache"), "name")
     assert trainer.train_loop_config is not None
     assert set(trainer.train_loop_config) == {"config", "find", "prepared"}
-    assert "token" not in inspect.signature(driver.make_trainer).parameters
+    assert "token" not in inspect.signature(fit.make_trainer).parameters
 
 
 class Link:

@@ -40,7 +40,8 @@ def test_nothing_more_is_written_and_it_is_told_which_directory_was_taken(
     shown, submitted, ended, killed = list[int](), list[Any](), list[str](), list[Any]()
     trains, concluded = threading.Event(), list[Ended]()
     closed, status = list[int](), {"reason": TAKES_OVER if on_this_cluster else "join"}
-    coordinator = SimpleNamespace(close=SimpleNamespace(remote=lambda: closed.append(1)))
+    begun = SimpleNamespace(remote=lambda: ("127.0.0.1", 1))
+    coordinator = SimpleNamespace(address=begun, close=SimpleNamespace(remote=lambda: closed.append(1)))
     link = SimpleNamespace(submit=submitted.append, poll=lambda: status)
 
     def show(*_: Any) -> None:
@@ -53,7 +54,7 @@ def test_nothing_more_is_written_and_it_is_told_which_directory_was_taken(
 
     monkeypatch.setattr(driver, "start_coordinator", lambda *_: coordinator)
     monkeypatch.setattr(driver, "CoordinatorLink", lambda _: link)
-    monkeypatch.setattr(driver, "ray", SimpleNamespace(get=lambda value, timeout: value, kill=killed.append))
+    monkeypatch.setattr(driver, "ray", SimpleNamespace(get=lambda value, timeout=None: value, kill=killed.append))
     monkeypatch.setattr(driver, "Progress", lambda *_, **__: Bar())
     monkeypatch.setattr(driver, "end_all", ended.append)
     monkeypatch.setattr(driver, "conclude", conclude)

@@ -13,8 +13,9 @@ from elastic_moe.checkpoint import bounded as bounded_module
 from elastic_moe.checkpoint import storage as storage_module
 from elastic_moe.checkpoint.bounded import Abandoned, Activity, Call, bounded
 from elastic_moe.checkpoint.reader import find_latest
+from elastic_moe.checkpoint.shards import write_shard
 from elastic_moe.checkpoint.storage import StorageUnavailable, probe
-from elastic_moe.checkpoint.writer import write_manifest, write_shard
+from elastic_moe.checkpoint.writer import write_manifest
 from elastic_moe.errors import UserError
 from tests.patience import PATIENCE_S, attempt, until
 from tests.storage_faults import install, set_fault

@@ -14,9 +14,10 @@ from elastic_moe.checkpoint import local_file
 from elastic_moe.checkpoint import reader as reader_module
 from elastic_moe.checkpoint import storage as storage_module
 from elastic_moe.checkpoint.manifest import MANIFEST, SKIPPED_BATCHES, Manifest
-from elastic_moe.checkpoint.reader import RetiredCheckpoint, find_latest, load_manifest, read_units
+from elastic_moe.checkpoint.reader import RetiredCheckpoint, find_latest, load_manifest
+from elastic_moe.checkpoint.shards import read_units, write_shard
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, StorageUnavailable, persistent
-from elastic_moe.checkpoint.writer import remove_all, retain, write_manifest, write_shard
+from elastic_moe.checkpoint.writer import remove_all, retain, write_manifest
 from elastic_moe.errors import UserError
 from elastic_moe.run_dir import step_dir, step_of
 

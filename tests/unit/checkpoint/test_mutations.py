@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from elastic_moe.checkpoint.manifest import MANIFEST, _checksum
-from elastic_moe.checkpoint.reader import find_latest, read_units
+from elastic_moe.checkpoint.reader import find_latest
+from elastic_moe.checkpoint.shards import read_units, write_shard
 from elastic_moe.checkpoint.storage import PIECE, CorruptCheckpoint
-from elastic_moe.checkpoint.writer import write_manifest, write_shard
+from elastic_moe.checkpoint.writer import write_manifest
 from elastic_moe.run_dir import step_dir
 
 ROUNDS, SEED = 150, 0

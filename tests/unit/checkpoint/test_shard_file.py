@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from elastic_moe.checkpoint.reader import read_units
 from elastic_moe.checkpoint.shard_file import file_parts, header_length, parse_header, sha256_of
+from elastic_moe.checkpoint.shards import read_units, write_shard
 from elastic_moe.checkpoint.storage import PIECE, CorruptCheckpoint
-from elastic_moe.checkpoint.writer import write_manifest, write_shard
+from elastic_moe.checkpoint.writer import write_manifest
 
 TENSORS = {
     "a#0/weight": torch.arange(7, dtype=torch.float32),

@@ -12,9 +12,10 @@ import torch
 
 from elastic_moe.checkpoint.identity import RunIdentity, write_identity
 from elastic_moe.checkpoint.reader import find_latest
+from elastic_moe.checkpoint.shards import write_shard
 from elastic_moe.checkpoint.storage import TIMEOUT_S, Storage
 from elastic_moe.checkpoint.sweep import sweep
-from elastic_moe.checkpoint.writer import write_manifest, write_shard
+from elastic_moe.checkpoint.writer import write_manifest
 from elastic_moe.run_dir import LEASE, RUN, step_dir
 
 FOREIGN = (".hidden.tmp", "notes.tmp", ".probe-x", "step_5/.keep")

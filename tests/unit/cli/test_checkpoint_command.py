@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from elastic_moe.checkpoint.identity import RunIdentity, write_identity
+from elastic_moe.checkpoint.shards import write_shard
 from elastic_moe.checkpoint.storage import Storage
-from elastic_moe.checkpoint.writer import write_manifest, write_shard
+from elastic_moe.checkpoint.writer import write_manifest
 from elastic_moe.cli.checkpoint import main
 from elastic_moe.coordination.lease import Lease
 from elastic_moe.run_dir import step_dir

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load
 
 from elastic_moe.checkpoint import served, storage
-from elastic_moe.checkpoint.reader import newest_manifest, read_units, verify_shards
+from elastic_moe.checkpoint.reader import newest_manifest, verify_shards
+from elastic_moe.checkpoint.shards import read_units, write_shard
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, StorageUnavailable
-from elastic_moe.checkpoint.writer import write_manifest, write_shard
+from elastic_moe.checkpoint.writer import write_manifest
 from elastic_moe.coordination import file_server, incoming
 from elastic_moe.coordination.file_server import MAX_STRANGERS, FileServer, Place
 from elastic_moe.coordination.incoming import HEAD_BYTES, Incoming

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from elastic_moe.checkpoint.identity import RunIdentity, write_identity
+from elastic_moe.checkpoint.shards import write_shard
 from elastic_moe.checkpoint.storage import Storage
-from elastic_moe.checkpoint.writer import write_manifest, write_shard
+from elastic_moe.checkpoint.writer import write_manifest
 from elastic_moe.config.schema import CheckpointConfig, RunConfig, TrainConfig
 from elastic_moe.coordination.start import check_start, look
 from elastic_moe.errors import UserError

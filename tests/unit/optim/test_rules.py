@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from elastic_moe.checkpoint.manifest import Manifest
-from elastic_moe.checkpoint.reader import load_manifest, read_units
-from elastic_moe.checkpoint.writer import write_manifest, write_shard
+from elastic_moe.checkpoint.reader import load_manifest
+from elastic_moe.checkpoint.shards import read_units, write_shard
+from elastic_moe.checkpoint.writer import write_manifest
 from elastic_moe.config.schema import ModelConfig, OptimConfig
 from elastic_moe.control.vote import Measures, VoteResult
 from elastic_moe.errors import UserError

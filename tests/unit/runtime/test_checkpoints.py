@@ -13,7 +13,8 @@ import torch
 
 from elastic_moe.checkpoint import local_file
 from elastic_moe.checkpoint import storage as storage_module
-from elastic_moe.checkpoint.reader import load_manifest, read_units
+from elastic_moe.checkpoint.reader import load_manifest
+from elastic_moe.checkpoint.shards import read_units
 from elastic_moe.checkpoint.writer import write_manifest
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.plan.state.ownership import MIRROR, NONE, PRIMARY

@@ -14,8 +14,9 @@ import torch
 from elastic_moe.checkpoint import storage as storage_module
 from elastic_moe.checkpoint.identity import RunIdentity, write_identity
 from elastic_moe.checkpoint.manifest import MANIFEST
+from elastic_moe.checkpoint.shards import write_shard
 from elastic_moe.checkpoint.storage import Storage
-from elastic_moe.checkpoint.writer import retain, write_manifest, write_shard
+from elastic_moe.checkpoint.writer import retain, write_manifest
 from elastic_moe.errors import StorageFailed, UserError
 from elastic_moe.run_dir import RUN, step_dir
 from elastic_moe.runtime import durable as durable_module

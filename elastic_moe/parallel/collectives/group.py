@@ -201,6 +201,15 @@ class Group:
         """Copy rank src's tensor to all, in place."""
         self._begin(Broadcast(tensor, src)).wait()
 
+    def get_on(self) -> None:
+        """Show that this rank gets on where it needs no other one, and end here if the generation is over.
+
+        Raises:
+            GroupAborted: it is over.
+        """
+        self._abort.check()
+        self._activity[0] += 1
+
     def barrier(self) -> None:
         """Return once every rank has entered."""
         self.all_reduce(torch.zeros(1, device=HOST))

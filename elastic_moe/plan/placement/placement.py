@@ -33,9 +33,9 @@ _MOST_THREADS = 8  # other workers of the machine plan at the same time
 _MIN_SPEED = 1e-3  # of the fastest rank's speed; slower ranks are planned for with this speed
 
 
-def default_slots(num_experts: int, view: View, spare: int, limit: int) -> list[int]:
-    """Expert slots per rank and layer: an even number and `spare` more, within the limits of the run and of each
-    member.
+def default_slots(num_experts: int, view: View, spare: int, limit: int, copies: int = 1) -> list[int]:
+    """Expert slots per rank and layer: an even number for so many copies and `spare` more, within the limits of the run
+    and of each member.
 
     If some members hold less than the even number, the others take more. A draining rank gets none.
 
@@ -44,6 +44,7 @@ def default_slots(num_experts: int, view: View, spare: int, limit: int) -> list[
         view: the membership.
         spare: slots beyond the even number.
         limit: the run's limit per rank; 0 for none.
+        copies: of each expert.
 
     Raises:
         UserError: the ranks cannot hold all experts.
@@ -57,7 +58,7 @@ def default_slots(num_experts: int, view: View, spare: int, limit: int) -> list[
             f"elastic.slots_per_worker: {len(active)} workers hold at most {sum(max_slots.values())} of {num_experts}"
             " experts per layer; raise it or add workers"
         )
-    even = min(num_experts, math.ceil(num_experts / len(active)) + spare)
+    even = min(num_experts, math.ceil(num_experts * copies / len(active)) + spare)
     while sum(min(even, most) for most in max_slots.values()) < num_experts:
         even += 1
     return [min(even, max_slots[rank]) if rank in max_slots else 0 for rank in range(view.world_size)]
@@ -119,6 +120,13 @@ def plan_placement(
         )
 
     _for_each(num_layers, plan, num_layers * len(rank_P) >= _WORTH_THREADS)
+    if set(slots_R.tolist()) <= {
+        0,
+        num_experts,
+    }:  # room for a copy everywhere: there is nothing to choose but the homes
+        expert_LP[:], time_L[:] = EMPTY, 1.0
+        for start in start_R[:-1][slots_R > 0].tolist():
+            expert_LP[:, start : start + num_experts] = np.arange(num_experts)
     sort_slots(expert_LP, home_LE, start_R)
     return Placement(
         expert_LP.astype(np.int32), rank_P.astype(np.int32), home_LE.astype(np.int32), node_R.astype(np.int32), time_L

@@ -29,19 +29,20 @@ LIMIT_S = 2400.0  # for a sweep
 CORPUS_BYTES = 1_000_000
 REPLACED_S = 10.0  # until another node comes in place of the lost one
 
+PROXY = [  # so small that four workers spend their steps waiting for one another, as many a sweep's proxy model is
+    "model=tiny", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1",
+    "model.head_dim=16", "model.dense_hidden=64", "model.num_experts=8", "model.experts_per_token=2",
+    "model.expert_hidden=16", "data.seq_len=64", "data.global_batch=16",
+]  # fmt: skip
+MODELS = {"proxy": PROXY, "tiny": ["model=tiny"], "small": ["model=small"]}
 Json = dict[str, Any]
 
 
 def overrides(root: Path, trials: int, steps: int, model: str) -> list[str]:
     """The same model and corpus, with another seed in each trial."""
-    values = [
-        f"model={model}",
-        "device=cpu",
-        f"run.steps={steps}",
-        f"data.max_bytes={CORPUS_BYTES}",
-        "tracking.wandb=off",
-    ]
+    values = [*MODELS[model], "device=cpu", f"run.steps={steps}", f"data.max_bytes={CORPUS_BYTES}"]
     values += [f"data.cache_dir={root / 'cache'}", "run.eval_every_steps=0", "run.sample_tokens=0"]
+    values += ["tracking.wandb=off"]
     return [*values, f"cluster.workers={WORKERS}", f"seed={','.join(map(str, range(trials)))}"]
 
 
@@ -134,8 +135,8 @@ def benchmark(trials: int, steps: int, model: str, quick: bool) -> Json:
 def main() -> int:
     parser = arguments("sweep", "Six trials side by side, with deaths, against one by one.")
     parser.add_argument("--trials", type=int, default=6, help="trials: 6")
-    parser.add_argument("--steps", type=int, default=60, help="steps of a trial: 60")
-    parser.add_argument("--model", default="tiny", help="preset of the trials' model: tiny")
+    parser.add_argument("--steps", type=int, default=600, help="steps of a trial: 600")
+    parser.add_argument("--model", choices=MODELS, default="proxy", help="model of the trials: proxy")
     options = parser.parse_args()
     trials, steps = (3, 12) if options.quick else (options.trials, options.steps)
     return run(lambda: benchmark(trials, steps, options.model, options.quick), options.json)

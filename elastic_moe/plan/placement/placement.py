@@ -120,10 +120,7 @@ def plan_placement(
         )
 
     _for_each(num_layers, plan, num_layers * len(rank_P) >= _WORTH_THREADS)
-    if set(slots_R.tolist()) <= {
-        0,
-        num_experts,
-    }:  # room for a copy everywhere: there is nothing to choose but the homes
+    if all(slots in (0, num_experts) for slots in slots_R.tolist()):  # there is nothing to choose but the homes
         expert_LP[:], time_L[:] = EMPTY, 1.0
         for start in start_R[:-1][slots_R > 0].tolist():
             expert_LP[:, start : start + num_experts] = np.arange(num_experts)

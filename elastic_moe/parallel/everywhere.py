@@ -82,7 +82,7 @@ class ExpertsEverywhere:
         self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
     ) -> torch.Tensor:
         self.before_experts()
-        self._group.get_on()
+        self._get_on()
         if not len(x_TD):
             return x_TD * gates_TK.sum(dim=1, keepdim=True)  # no rows, but a part of the graph
         slots_TK = expert_ids_TK if self._in_order else self._slot_LE[moe_layer][expert_ids_TK]
@@ -98,7 +98,7 @@ class ExpertsEverywhere:
         self.local_tokens += rows
         self.chunks = max(self.chunks, chunks)
         if y_TD.requires_grad:
-            y_TD.register_hook(lambda _: self._group.get_on())
+            y_TD.register_hook(lambda _: self._get_on())
         return y_TD
 
     def _chunk(
@@ -111,3 +111,8 @@ class ExpertsEverywhere:
         """A chunk whose rows are computed again in the backward pass."""
         arguments = (x_TD, slots_TK, gates_TK, stacks, self._limit, True)
         return checkpoint(local_experts, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    def _get_on(self) -> None:
+        """Show that this rank gets on where it needs no other one, and end here if the generation is over."""
+        self._group.abort.check()
+        self._group.activity[0] += 1

@@ -85,8 +85,7 @@ def plan_placement(
     Raises:
         UserError: there are fewer slots than experts.
     """
-    load_LE = np.asarray(load, dtype=np.float64)
-    num_layers, num_experts = load_LE.shape
+    num_layers, num_experts = (load_LE := np.asarray(load, dtype=np.float64)).shape
     start_R = np.concatenate([[0], np.cumsum(slots)]).astype(np.int64)
     rank_P = np.repeat(np.arange(len(slots), dtype=np.int64), np.asarray(slots, dtype=np.int64))
     if len(rank_P) < num_experts:
@@ -95,7 +94,6 @@ def plan_placement(
     share_R = _speed_shares(topology.speeds, slots_R)
     node_R = np.unique(np.asarray(topology.nodes), return_inverse=True)[1].astype(np.int64)
     round_robin_R = _round_robin(node_R)
-    max_homes_R = np.minimum(slots_R, -(-num_experts * slots_R // slots_R.sum()))
     expert_LP = np.full((num_layers, len(rank_P)), EMPTY, dtype=np.int64)
     home_LE, time_L = np.full((num_layers, num_experts), LOST, dtype=np.int64), np.empty(num_layers)
 
@@ -111,7 +109,7 @@ def plan_placement(
             rank_P,
             node_R,
             round_robin_R,
-            max_homes_R,
+            np.minimum(slots_R, -(-num_experts * slots_R // slots_R.sum())),  # homes at most
             resident_ER,
             expert_LP[layer],
             home_LE[layer],
@@ -120,14 +118,21 @@ def plan_placement(
         )
 
     _for_each(num_layers, plan, num_layers * len(rank_P) >= _WORTH_THREADS)
-    if all(slots in (0, num_experts) for slots in slots_R.tolist()):  # there is nothing to choose but the homes
-        expert_LP[:], time_L[:] = EMPTY, 1.0
-        for start in start_R[:-1][slots_R > 0].tolist():
-            expert_LP[:, start : start + num_experts] = np.arange(num_experts)
+    if all(number in (0, num_experts) for number in slots_R.tolist()):
+        _place_everywhere(expert_LP, time_L, start_R[:-1][slots_R > 0], num_experts)
     sort_slots(expert_LP, home_LE, start_R)
     return Placement(
         expert_LP.astype(np.int32), rank_P.astype(np.int32), home_LE.astype(np.int32), node_R.astype(np.int32), time_L
     )
+
+
+def _place_everywhere(
+    expert_LP: NDArray[np.int64], time_L: NDArray[np.float64], first_slots: NDArray[np.int64], num_experts: int
+) -> None:
+    """Put a copy of each expert on each rank whose first slot is given: there is nothing to choose but the homes."""
+    expert_LP[:], time_L[:] = EMPTY, 1.0
+    for first in first_slots.tolist():
+        expert_LP[:, first : first + num_experts] = np.arange(num_experts)
 
 
 def _for_each(number: int, plan: Callable[[int], None], in_threads: bool) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from elastic_moe.config.schema import (
+    BalanceConfig,
     CheckpointConfig,
     DataConfig,
     ElasticConfig,
@@ -51,6 +52,7 @@ def tiny_config(run_dir: Path, corpus: Path, **elastic: Any) -> TrainConfig:
         optim=OptimConfig(lr=2e-4, warmup_steps=5),
         elastic=ElasticConfig(**({"heartbeat_s": 0.2, "heartbeat_timeout_s": 10.0, "join_settle_s": 0.1} | elastic)),
         checkpoint=CheckpointConfig(every_steps=10),
+        balance=BalanceConfig(copies="1"),  # rows travel; `auto` would give each rank all of so few experts
     )  # fmt: skip
 
 

@@ -166,6 +166,7 @@ def _simulated(cluster: ClusterConfig) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     node: dict[str, Any] = {
+        "include_log_monitor": False,  # nobody reads what it collects
         "num_cpus": math.ceil(cluster.cpus_per_worker * cluster.workers_per_node),
         "num_gpus": math.ceil(cluster.gpus_per_worker * cluster.workers_per_node),
         **_common(cluster),
@@ -173,7 +174,7 @@ def _simulated(cluster: ClusterConfig) -> Iterator[Any]:
     nodes: Any = Cluster()
 
     def start() -> None:
-        nodes.add_node(**(node | {"num_cpus": 0, "num_gpus": 0}))
+        nodes.add_node(**(node | {"num_cpus": 0, "num_gpus": 0, "no_monitor": True}))  # nothing scales it
         for _ in range(cluster.nodes):
             nodes.add_node(**node)
 

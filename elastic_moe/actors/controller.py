@@ -48,7 +48,7 @@ from elastic_moe.actors.worker_group import ElasticWorkerGroup, ElasticWorkerGro
 from elastic_moe.actors.worker_start import own_environment
 from elastic_moe.errors import Diverged, Evicted, UserError, reason_of
 
-POLL_S = 0.25  # between two polls of the workers; the coordinator hears of a death earlier, by the closed connection
+POLL_S = 0.5  # between two polls of the workers; the coordinator hears of a death earlier, by the closed connection
 END_GRACE_S = 60.0  # after the end of the run, train functions are waited for so long
 EVICTED_GRACE_S = 10.0  # an evicted worker that has not ended by itself is killed after so long
 COORDINATOR_SILENT_S = 300.0

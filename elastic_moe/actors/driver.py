@@ -56,7 +56,7 @@ from elastic_moe.metrics.sinks.tracker import Tracker, check_tracking
 from elastic_moe.run_dir import EVENTS, TOKENIZER, checkpoint_root, make_run_dir
 from elastic_moe.run_log import RunLog
 
-POLL_S = 0.2
+POLL_S = 0.5  # each look asks the coordinator, whose processor time is the workers' on a small machine
 ASK_AGAIN_S = 5.0  # between two requests to stop: a coordinator that was just lost may not have heard the first
 CLOSE_TIMEOUT_S = 60.0
 STOPPING = "stopping: waiting for the final checkpoint (once more to end at once)"

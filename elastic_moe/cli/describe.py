@@ -19,6 +19,7 @@ from elastic_moe.errors import UserError
 from elastic_moe.model.attention.compressed import layer_kind
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.residual.connections import segment_length
+from elastic_moe.plan.placement import copies_of
 
 GIB = 1 << 30
 MOST_WORKERS = 1 << 20
@@ -112,8 +113,8 @@ class Memory:
 
 
 def slots_per_layer(config: TrainConfig, workers: int) -> int:
-    """Expert slots of a worker per MoE layer: an even share and the spare ones."""
-    even = -(-config.model.num_experts // workers)
+    """Expert slots of a worker per MoE layer: an even share of the copies, and the spare ones."""
+    even = -(-config.model.num_experts * copies_of(config, workers) // workers)
     wanted = min(even + config.elastic.spare_slots, config.model.num_experts)
     return min(wanted, config.elastic.slots_per_worker or wanted)
 

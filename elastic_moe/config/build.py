@@ -100,8 +100,8 @@ def _value(kind: Any, value: Any, key: str) -> Any:
         if not math.isfinite(value):
             raise UserError(f"{key} must be a finite number, not {value!r}.")
         return float(value)
-    if kind is str and isinstance(value, str):
-        return value
+    if kind is str and isinstance(value, str | int) and not isinstance(value, bool):
+        return str(value)
     if kind == list[str] and isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [_value(str, item, key) for item in cast(Sequence[Any], value)]
     if kind == dict[str, float] and isinstance(value, Mapping):

@@ -113,6 +113,9 @@ def check_rules(config: TrainConfig, inputs: bool = True) -> list[str]:
         lambda value: bool(value.strip()) and "://" not in value,
         "the path of a directory (checkpoint.dir may be an object store's)",
     )
+    copies = config.balance.copies
+    if copies not in ("auto", "all") and not (copies.isdecimal() and int(copies)):
+        raise UserError(f"balance.copies must be auto, all or a number of at least 1, not {copies!r}.")
     check_paths(config)
     step = 8 if config.precision == "bf16" else 4
     for key in MULTIPLE_OF_4:

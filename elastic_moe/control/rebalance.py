@@ -138,6 +138,7 @@ class Rebalancer:
     ) -> None:
         self._config, self._view, self._units, self._redundancy = config, view, units, redundancy
         self.placement, self.ownership = placement, ownership
+        self._fixed = placement.everywhere  # no row travels, whatever the load
         self.finished: list[dict[str, Any]] = []
         self._speeds = [0.0 if m.draining else m.speed for m in view.members]
         self._topology = Topology(tuple(m.node for m in view.members), tuple(m.speed for m in view.members))
@@ -156,7 +157,7 @@ class Rebalancer:
         """Add a step's vote to the averages, and return a change if one is due and pays."""
         config = self._config
         experts_s = self._observe(vote)
-        if not config.every_steps or vote.step % config.every_steps:
+        if self._fixed or not config.every_steps or vote.step % config.every_steps:
             return None
         look = self._look()
         if look is None:

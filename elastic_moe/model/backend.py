@@ -1,9 +1,9 @@
 """The interfaces of the routed experts: the call that the model makes, and the members that a trainer needs besides.
 
 The model calls a backend once per MoE layer and knows nothing else of it. So one process that holds every expert
-(`experts.local.LocalExperts`), a rank of an expert-parallel group (`parallel.expert_parallel.ExpertParallel`) and the
-only rank of a generation (`parallel.one_rank.OneRankExperts`) serve the same model. A new way to place or compute
-experts is one new class that implements these Protocols.
+(`experts.local.LocalExperts`), a rank of an expert-parallel group (`parallel.expert_parallel.ExpertParallel`) and a
+rank of a group with all experts everywhere (`parallel.everywhere.ExpertsEverywhere`) serve the same model. A new way to
+place or compute experts is one new class that implements these Protocols.
 
 Shapes: T tokens, K experts per token, D hidden, F expert hidden, S slots of this rank, L MoE layers.
 """

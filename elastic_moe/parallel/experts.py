@@ -1,4 +1,4 @@
-"""The expert backend of a generation: with a dispatch between ranks, or without one where there is one rank."""
+"""The expert backend of a generation: with a dispatch between ranks, or without one where each has every expert."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.backend import TrainableExperts
 from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.everywhere import ExpertsEverywhere
 from elastic_moe.parallel.expert_parallel import ExpertParallel
-from elastic_moe.parallel.one_rank import OneRankExperts
 from elastic_moe.parallel.reproducible import Grid
 from elastic_moe.plan.placement import Placement
 
@@ -29,6 +29,6 @@ def experts_of(
 
     With exact sums, the computation is the same at every world size.
     """
-    if group.world_size == 1 and grid is None:
-        return OneRankExperts(group, placement, cfg, device, memory_limit)
+    if placement.everywhere and grid is None:
+        return ExpertsEverywhere(group, placement, cfg, device, memory_limit)
     return ExpertParallel(group, placement, cfg, device, speeds, grid, memory_limit, by_node)

@@ -52,6 +52,17 @@ class Placement:
         rank_of_R = np.asarray(rank_of, dtype=np.int32)
         return Placement(self.expert_of_slot, rank_of_R[self.rank_of_slot], rank_of_R[self.home])
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether every rank that has slots has a copy of each expert."""
+        num_experts = self.home.shape[1]
+        all_E: NDArray[np.int64] = np.arange(num_experts, dtype=np.int64)
+        for rank in np.unique(self.rank_of_slot).tolist():
+            experts_LE = np.sort(self.expert_of_slot[:, self.slots_of(rank)], axis=1)[:, -num_experts:]
+            if experts_LE.shape[1] < num_experts or not (experts_LE == all_E).all():
+                return False
+        return True
+
     def slots_of(self, rank: int) -> slice:
         """The slots of one rank."""
         start, stop = np.searchsorted(self.rank_of_slot, [rank, rank + 1])

@@ -14,14 +14,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from elastic_moe.config.schema import ElasticConfig
+from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.protocol import Recovery, Status, choose
 from elastic_moe.control.spikes import DataPosition, SpikeGuard
 from elastic_moe.control.vote import VoteResult, VoteShape, pack, packed_size, unpack
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.parallel.collectives.group import HOST, Group
 from elastic_moe.parallel.transfer import exchange
-from elastic_moe.plan.placement import Placement, Topology, default_slots, plan_placement
+from elastic_moe.plan.placement import Placement, Topology, copies_of, default_slots, plan_placement
 from elastic_moe.plan.state.ownership import NONE, Ownership, homes_from_roles, plan_ownership
 from elastic_moe.plan.state.transfers import Transfer, plan_transfers
 from elastic_moe.runtime.local_state import LocalState
@@ -156,7 +156,7 @@ class Reconfigurer:
     """Brings one worker's state from view to view.
 
     Args:
-        elastic: mirrors per unit, slots.
+        config: mirrors per unit, slots, copies of experts.
         units: all units.
         shape: (MoE layers, experts).
         local: this worker's state, updated.
@@ -168,7 +168,7 @@ class Reconfigurer:
 
     def __init__(
         self,
-        elastic: ElasticConfig,
+        config: TrainConfig,
         units: Sequence[Unit],
         shape: tuple[int, int],
         local: LocalState,
@@ -177,7 +177,8 @@ class Reconfigurer:
         initial: Callable[[Unit], torch.Tensor],
         fault: Callable[[int, str], None],
     ) -> None:
-        self._elastic, self._units, self._shape, self._local = elastic, units, shape, local
+        self._config, self._elastic = config, config.elastic
+        self._units, self._shape, self._local = units, shape, local
         self._roll_forward, self._storage, self._initial, self._fault = roll_forward, storage, initial, fault
 
     def agree(self, group: Group, only_whole: bool = False) -> tuple[np.ndarray, Recovery]:
@@ -211,7 +212,8 @@ class Reconfigurer:
         elastic, shape = self._elastic, self._shape
         load_LE = np.ones(shape) if vote is None else vote.load_LE + 1.0
         topology = Topology(tuple(m.node for m in view.members), tuple(m.speed for m in view.members))
-        slots = default_slots(shape[1], view, elastic.spare_slots, elastic.slots_per_worker)
+        copies = copies_of(self._config, len(view.active_ranks))
+        slots = default_slots(shape[1], view, elastic.spare_slots, elastic.slots_per_worker, copies)
         homes = homes_from_roles(self._units, roles_RU, view.active_ranks, shape)
         unplaced = Placement(np.zeros((shape[0], 0), np.int32), np.zeros(0, np.int32), homes)
         placement = plan_placement(load_LE, topology, slots, unplaced, home_moves=0)

@@ -104,7 +104,7 @@ class Worker:
             config.data.micro_batch if config.elastic.reproducible else 1,
         )
         self._reconfigurer = Reconfigurer(
-            config.elastic,
+            config,
             self._units,
             shape,
             local,

@@ -28,6 +28,7 @@ SIDES = {
     "on": ["balance.every_steps=1", "elastic.spare_slots=1", "balance.home_every_steps=5", "balance.home_moves=4"],
 }
 MODEL = [
+    "balance.copies=1",
     "model.hidden_size=128", "model.num_layers=4", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=32",
     "model.num_experts=8", "model.experts_per_token=1", "model.num_hash_layers=3",
     "model.expert_hidden=1024", "model.num_shared_experts=0",

@@ -118,7 +118,7 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     local = LocalState()
     initial = InitialWeights(config.model, specs, config.seed)
     reconfigurer = Reconfigurer(
-        config.elastic,
+        config,
         units,
         shape,
         local,

@@ -29,21 +29,29 @@ LIMIT_S = 2400.0  # for a sweep
 CORPUS_BYTES = 1_000_000
 REPLACED_S = 10.0  # until another node comes in place of the lost one
 
+PROXY = [  # so small that four workers spend their steps waiting for one another, as many a sweep's proxy model is
+    "model=tiny", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1",
+    "model.head_dim=16", "model.dense_hidden=64", "model.num_experts=8", "model.experts_per_token=2",
+    "model.expert_hidden=16", "data.seq_len=64", "data.global_batch=16",
+]  # fmt: skip
+MODELS = {"proxy": PROXY, "tiny": ["model=tiny"], "small": ["model=small"]}
 Json = dict[str, Any]
 
 
-def overrides(root: Path, trials: int, steps: int) -> list[str]:
-    """The quickstart's model and corpus, with another seed in each trial."""
-    values = ["model=small", "device=cpu", f"run.steps={steps}", f"data.max_bytes={CORPUS_BYTES}", "tracking.wandb=off"]
+def overrides(root: Path, trials: int, steps: int, model: str) -> list[str]:
+    """The same model and corpus, with another seed in each trial."""
+    values = [*MODELS[model], "device=cpu", f"run.steps={steps}", f"data.max_bytes={CORPUS_BYTES}"]
     values += [f"data.cache_dir={root / 'cache'}", "run.eval_every_steps=0", "run.sample_tokens=0"]
+    values += ["tracking.wandb=off"]
     return [*values, f"cluster.workers={WORKERS}", f"seed={','.join(map(str, range(trials)))}"]
 
 
 class Sweep:
     """One sweep on a cluster."""
 
-    def __init__(self, cluster: ChaosCluster, root: Path, trials: int, steps: int) -> None:
+    def __init__(self, cluster: ChaosCluster, root: Path, trials: int, steps: int, model: str) -> None:
         self._cluster, self._root, self.trials, self.steps = cluster, root, trials, steps
+        self._words = overrides(root, trials, steps, model)
 
     def run(self, name: str, *more: str, disturb: Callable[[Path], None] | None = None) -> Json:
         """Run the command to its end, and tell what it took.
@@ -57,7 +65,7 @@ class Sweep:
             TimeoutError: it did not end in time.
         """
         folder, log = self._root / name, self._root / f"{name}.log"
-        words = [*overrides(self._root, self.trials, self.steps), f"run.dir={folder}", *more]
+        words = [*self._words, f"run.dir={folder}", *more]
         address = f"cluster.address={self._cluster.cluster.address}"
         say(f"{name}: {self.trials} trials of {self.steps} steps")
         began_s = time.monotonic()
@@ -109,13 +117,13 @@ def disturbed(cluster: ChaosCluster, steps: int) -> Callable[[Path], None]:
     return disturb
 
 
-def benchmark(trials: int, steps: int, quick: bool) -> Json:
+def benchmark(trials: int, steps: int, model: str, quick: bool) -> Json:
     adopt_orphans()
     with tempfile.TemporaryDirectory(prefix="emoe-bench") as root, ChaosCluster(WORKERS) as cluster:
         prepare(build({"data": {"max_bytes": CORPUS_BYTES}}).data, Path(root) / "cache")  # neither side waits for it
-        sweep = Sweep(cluster, Path(root), trials, steps)
+        sweep = Sweep(cluster, Path(root), trials, steps, model)
         result: Json = {"benchmark": "sweep", "quick": quick, "machine": machine(), "workers": WORKERS}
-        result |= {"trials": trials, "steps": steps}
+        result |= {"trials": trials, "steps": steps, "model": model}
         result["serial"] = serial = sweep.run("serial")
         cluster.restore(WORKERS)
         elastic = sweep.run("elastic", "hydra/launcher=elastic", disturb=disturbed(cluster, steps))
@@ -127,10 +135,11 @@ def benchmark(trials: int, steps: int, quick: bool) -> Json:
 def main() -> int:
     parser = arguments("sweep", "Six trials side by side, with deaths, against one by one.")
     parser.add_argument("--trials", type=int, default=6, help="trials: 6")
-    parser.add_argument("--steps", type=int, default=60, help="steps of a trial: 60")
+    parser.add_argument("--steps", type=int, default=600, help="steps of a trial: 600")
+    parser.add_argument("--model", choices=MODELS, default="proxy", help="model of the trials: proxy")
     options = parser.parse_args()
     trials, steps = (3, 12) if options.quick else (options.trials, options.steps)
-    return run(lambda: benchmark(trials, steps, options.quick), options.json)
+    return run(lambda: benchmark(trials, steps, options.model, options.quick), options.json)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ class Group:
     Attributes:
         generation, rank, world_size: of the member.
         device: of the tensors that travel.
+        abort, activity: as they were given. Who computes for long without a collective checks the one and raises the
+            other.
         completed: operations of this group that have completed.
         waited: one-element sum of the seconds that the thread has waited for operations, those of subgroups included.
 
@@ -99,11 +101,11 @@ class Group:
         backends: Mapping[str, Callable[[], CollectiveBackend[Any]]] = BACKENDS,
         waited: list[float] | None = None,
     ) -> None:
-        self._member, self._rendezvous, self._abort = member, rendezvous, abort
+        self._member, self._rendezvous, self.abort = member, rendezvous, abort
         self.device, self._make = device, backends
         self.generation, self.rank, self.world_size = member.generation, member.rank, member.world_size
         self.completed = 0
-        self._activity = activity if activity is not None else [0]
+        self.activity = activity if activity is not None else [0]
         self.waited = waited if waited is not None else [0.0]
         self._subgroups: list[Group] = []
         self._subgroup_names: Counter[str] = Counter()
@@ -135,11 +137,11 @@ class Group:
         try:
             for kind, backend in self._backends.items():
                 if only in ("", kind):
-                    self._abort.add_callback(backend.abort)
+                    self.abort.add_callback(backend.abort)
                     backend.form(self._member, self._rendezvous)
         except BackendError as error:
             self.close()
-            self._abort.check()
+            self.abort.check()
             raise FormingFailed(f"forming generation {self.generation}: {error}") from error
 
     def subgroup(self, name: str, ranks: Sequence[int]) -> Group:
@@ -160,8 +162,8 @@ class Group:
         group = Group(
             place,
             self._rendezvous,
-            self._abort,
-            self._activity,
+            self.abort,
+            self.activity,
             device=self.device,
             backends=self._make,
             waited=self.waited,
@@ -219,17 +221,17 @@ class Group:
     def close(self) -> None:
         """Release the group and its subgroups. Never blocks; the caller may use its tensors again."""
         for backend in self._backends.values():
-            self._abort.remove_callback(backend.abort)
+            self.abort.remove_callback(backend.abort)
             backend.release()
         for subgroup in self._subgroups:
             subgroup.close()
 
     def _begin(self, operation: Operation) -> Pending:
         """Start an operation on the backend of its device."""
-        self._abort.check()
+        self.abort.check()
         if self._failure is not None:
             raise GroupAborted(self._failure)
-        self._activity[0] += 1
+        self.activity[0] += 1
         if self.world_size == 1:
             return Pending(self)
         backend = self._backends.get(operation.device.type, self._backends["cpu"])
@@ -246,19 +248,19 @@ class Group:
             since_s = time.perf_counter()
             try:
                 while not pending.backend.poll(pending.work, SLICE_S):
-                    if self._abort.is_set:
+                    if self.abort.is_set:
                         self._fail(None)
             except BackendError as error:
                 self._fail(error)
             self.waited[0] += time.perf_counter() - since_s
-        self._activity[0] += 1
+        self.activity[0] += 1
         self.completed += 1
 
     def _fail(self, error: BackendError | None) -> NoReturn:
         """Report a failed operation. If the generation is over, report that instead, and let go of everything."""
-        if self._abort.is_set:
-            self._failure = str(self._abort.reason)
+        if self.abort.is_set:
+            self._failure = str(self.abort.reason)
             self.close()
-            raise GroupAborted(self._abort.reason)
+            raise GroupAborted(self.abort.reason)
         self._failure = f"collective failed: {error}"
         raise GroupAborted(self._failure) from error

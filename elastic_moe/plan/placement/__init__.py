@@ -1,7 +1,8 @@
 """Placement of experts in the slots of ranks."""
 
+from elastic_moe.plan.placement.copies import copies_of
 from elastic_moe.plan.placement.placement import default_slots, plan_placement
 from elastic_moe.plan.placement.replicas import EMPTY
 from elastic_moe.plan.values import LOST, Placement, Topology
 
-__all__ = ["EMPTY", "LOST", "Placement", "Topology", "default_slots", "plan_placement"]
+__all__ = ["EMPTY", "LOST", "Placement", "Topology", "copies_of", "default_slots", "plan_placement"]

@@ -33,9 +33,9 @@ _MOST_THREADS = 8  # other workers of the machine plan at the same time
 _MIN_SPEED = 1e-3  # of the fastest rank's speed; slower ranks are planned for with this speed
 
 
-def default_slots(num_experts: int, view: View, spare: int, limit: int) -> list[int]:
-    """Expert slots per rank and layer: an even number and `spare` more, within the limits of the run and of each
-    member.
+def default_slots(num_experts: int, view: View, spare: int, limit: int, copies: int = 1) -> list[int]:
+    """Expert slots per rank and layer: an even number for so many copies and `spare` more, within the limits of the run
+    and of each member.
 
     If some members hold less than the even number, the others take more. A draining rank gets none.
 
@@ -44,6 +44,7 @@ def default_slots(num_experts: int, view: View, spare: int, limit: int) -> list[
         view: the membership.
         spare: slots beyond the even number.
         limit: the run's limit per rank; 0 for none.
+        copies: of each expert.
 
     Raises:
         UserError: the ranks cannot hold all experts.
@@ -57,7 +58,7 @@ def default_slots(num_experts: int, view: View, spare: int, limit: int) -> list[
             f"elastic.slots_per_worker: {len(active)} workers hold at most {sum(max_slots.values())} of {num_experts}"
             " experts per layer; raise it or add workers"
         )
-    even = min(num_experts, math.ceil(num_experts / len(active)) + spare)
+    even = min(num_experts, math.ceil(num_experts * copies / len(active)) + spare)
     while sum(min(even, most) for most in max_slots.values()) < num_experts:
         even += 1
     return [min(even, max_slots[rank]) if rank in max_slots else 0 for rank in range(view.world_size)]
@@ -84,8 +85,7 @@ def plan_placement(
     Raises:
         UserError: there are fewer slots than experts.
     """
-    load_LE = np.asarray(load, dtype=np.float64)
-    num_layers, num_experts = load_LE.shape
+    num_layers, num_experts = (load_LE := np.asarray(load, dtype=np.float64)).shape
     start_R = np.concatenate([[0], np.cumsum(slots)]).astype(np.int64)
     rank_P = np.repeat(np.arange(len(slots), dtype=np.int64), np.asarray(slots, dtype=np.int64))
     if len(rank_P) < num_experts:
@@ -94,7 +94,6 @@ def plan_placement(
     share_R = _speed_shares(topology.speeds, slots_R)
     node_R = np.unique(np.asarray(topology.nodes), return_inverse=True)[1].astype(np.int64)
     round_robin_R = _round_robin(node_R)
-    max_homes_R = np.minimum(slots_R, -(-num_experts * slots_R // slots_R.sum()))
     expert_LP = np.full((num_layers, len(rank_P)), EMPTY, dtype=np.int64)
     home_LE, time_L = np.full((num_layers, num_experts), LOST, dtype=np.int64), np.empty(num_layers)
 
@@ -110,7 +109,7 @@ def plan_placement(
             rank_P,
             node_R,
             round_robin_R,
-            max_homes_R,
+            np.minimum(slots_R, -(-num_experts * slots_R // slots_R.sum())),  # homes at most
             resident_ER,
             expert_LP[layer],
             home_LE[layer],
@@ -119,10 +118,21 @@ def plan_placement(
         )
 
     _for_each(num_layers, plan, num_layers * len(rank_P) >= _WORTH_THREADS)
+    if all(number in (0, num_experts) for number in slots_R.tolist()):
+        _place_everywhere(expert_LP, time_L, start_R[:-1][slots_R > 0], num_experts)
     sort_slots(expert_LP, home_LE, start_R)
     return Placement(
         expert_LP.astype(np.int32), rank_P.astype(np.int32), home_LE.astype(np.int32), node_R.astype(np.int32), time_L
     )
+
+
+def _place_everywhere(
+    expert_LP: NDArray[np.int64], time_L: NDArray[np.float64], first_slots: NDArray[np.int64], num_experts: int
+) -> None:
+    """Put a copy of each expert on each rank whose first slot is given: there is nothing to choose but the homes."""
+    expert_LP[:], time_L[:] = EMPTY, 1.0
+    for first in first_slots.tolist():
+        expert_LP[:, first : first + num_experts] = np.arange(num_experts)
 
 
 def _for_each(number: int, plan: Callable[[int], None], in_threads: bool) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from elastic_moe.cli.compose import check, register_schema
 from elastic_moe.cli.describe import count, main, memory, report, slots_per_layer, smallest, training_flops
-from elastic_moe.config.schema import ClusterConfig, DataConfig, ElasticConfig, ModelConfig, TrainConfig
+from elastic_moe.config.schema import BalanceConfig, ClusterConfig, DataConfig, ElasticConfig, ModelConfig, TrainConfig
 from elastic_moe.errors import UserError
-from elastic_moe.plan.placement import default_slots
+from elastic_moe.plan.placement import copies_of, default_slots
 from elastic_moe.types import Member, View
 
 
@@ -42,11 +42,13 @@ def test_flops_by_hand() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7, 16, 40])
 @pytest.mark.parametrize("limit", [0, 6])
-def test_slots_are_the_planners(workers: int, limit: int) -> None:
-    config = TrainConfig(elastic=ElasticConfig(spare_slots=2, slots_per_worker=limit))
+@pytest.mark.parametrize("copies", ["auto", "1", "2", "all"])
+def test_slots_are_the_planners(workers: int, limit: int, copies: str) -> None:
+    balance = BalanceConfig(copies=copies)
+    config = TrainConfig(elastic=ElasticConfig(spare_slots=2, slots_per_worker=limit), balance=balance)
     view = View(1, tuple(Member(str(i), "n", i) for i in range(workers)))
     try:
-        planned = max(default_slots(config.model.num_experts, view, 2, limit))
+        planned = max(default_slots(config.model.num_experts, view, 2, limit, copies_of(config, workers)))
     except UserError:
         return
     assert slots_per_layer(config, workers) == planned

@@ -76,7 +76,7 @@ class Lone:
         )
         self.group = Group(GroupMember(VIEW.generation, 0, 1), Rendezvous("nowhere", 0, "", 1.0), AbortSignal())
         reconfigurer = Reconfigurer(
-            config.elastic,
+            config,
             units,
             shape,
             self.local,

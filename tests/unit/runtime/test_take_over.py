@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastic_moe.config.schema import ElasticConfig
+from elastic_moe.config.schema import ElasticConfig, TrainConfig
 from elastic_moe.errors import GroupAborted
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.plan.state.ownership import MIRROR, NONE, PRIMARY, Ownership
@@ -77,9 +77,8 @@ def _local() -> LocalState:
 
 def _take_over(local: LocalState, group: PoisonedGroup, transfers: list[Transfer] = TRANSFERS) -> HeldState:
     anything: Any = None
-    reconfigurer = Reconfigurer(
-        ElasticConfig(check_every_steps=0), UNITS, (0, 0), local, anything, anything, anything, lambda *_: None
-    )  # fmt: skip
+    config = TrainConfig(elastic=ElasticConfig(check_every_steps=0))
+    reconfigurer = Reconfigurer(config, UNITS, (0, 0), local, anything, anything, anything, lambda *_: None)
     return reconfigurer.take_over(cast(Any, group), AFTER, transfers, STEP)[0]
 
 

@@ -1,4 +1,4 @@
-"""The experts of a generation with one rank against those behind a dispatch: values, gradients, statistics."""
+"""Experts with a copy on every rank against those behind a dispatch: values, gradients, statistics."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.parallel.collectives.backend import GroupMember
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.collectives.store import Rendezvous
+from elastic_moe.parallel.everywhere import ExpertsEverywhere
 from elastic_moe.parallel.expert_parallel import ExpertParallel
 from elastic_moe.parallel.experts import experts_of
-from elastic_moe.parallel.one_rank import OneRankExperts
 from elastic_moe.parallel.reproducible import Grid
 from elastic_moe.plan.placement import Placement
 
@@ -77,7 +77,7 @@ def trained(experts: TrainableExperts, experts_LS: list[list[int]], twice: bool 
 def test_equals_the_dispatched_way(order: str, memory_limit: int) -> None:
     slots = ORDERS[order]
     local = experts_of(alone(), placed(slots), CONFIG, CPU, memory_limit=memory_limit)
-    assert isinstance(local, OneRankExperts)
+    assert isinstance(local, ExpertsEverywhere)
     dispatched = ExpertParallel(alone(), placed(slots), CONFIG, CPU)
     kept = [grad.data_ptr() for layer in range(2) for grad in local.slot_grads(layer)]
     pairs = zip(trained(local, slots, True), trained(dispatched, slots, True), strict=True)

@@ -1,4 +1,4 @@
-"""Experts of a generation with one rank: every row is local, so nothing is counted, sent or sorted by source.
+"""Experts with a copy on every rank: every row is local, so nothing is counted, sent or sorted by source.
 
 The computation is that of `model.experts.local`. It differs in rounding from the one behind a dispatch, which computes
 the gradient of a gate from the expert's output, and not from its hidden units: outputs need not be kept here. Sums over
@@ -23,12 +23,12 @@ from elastic_moe.parallel.slots import Slots, most_rows
 from elastic_moe.plan.placement import Placement
 
 
-class OneRankExperts:
-    """Expert backend of a generation with one rank; implements `model.backend.TrainableExperts`.
+class ExpertsEverywhere:
+    """Backend of a generation whose ranks have a copy of each expert; implements `model.backend.TrainableExperts`.
 
     Args:
-        group: the generation's collectives, of one rank.
-        placement: experts in slots; every expert is in one.
+        group: the generation's collectives.
+        placement: experts in slots; each rank that has slots has every expert.
         cfg: the model's shape.
         device: of the slot weights.
         memory_limit: bytes that one layer's rows may take, their part kept for the backward pass included; 0 for no
@@ -44,24 +44,20 @@ class OneRankExperts:
     def __init__(
         self, group: Group, placement: Placement, cfg: ModelConfig, device: torch.device, memory_limit: int = 0
     ) -> None:
-        assert group.world_size == 1, "rows of other ranks need a dispatch"
+        assert placement.everywhere, "rows that are not local need a dispatch"
         self.before_experts: Callable[[], None] = lambda: None
         self._group, self._limit, self._device = group, cfg.swiglu_limit, device
         self._most_rows = most_rows(memory_limit, cfg)
-        self.num_layers, num_slots = placement.expert_of_slot.shape
-        self._slots = Slots(self.num_layers, num_slots, cfg, device)
+        self.num_layers, self._span = len(placement.expert_of_slot), placement.slots_of(group.rank)
+        self._slots = Slots(self.num_layers, self._span.stop - self._span.start, cfg, device)
         self._num_experts = cfg.num_experts
         self.adopt(placement)
         self.begin_step()
 
     def adopt(self, placement: Placement) -> None:
         """Use another placement with the same slots. The caller then sets the weights of the slots anew."""
-        self._slot_LE = torch.full((self.num_layers, self._num_experts), -1, device=self._device)
-        for layer, expert_S in enumerate(placement.expert_of_slot.tolist()):
-            for slot, expert in enumerate(expert_S):
-                if expert >= 0:
-                    self._slot_LE[layer, expert] = slot
-        assert bool((self._slot_LE >= 0).all()), "an expert is in no slot"
+        experts_LS = torch.from_numpy(placement.expert_of_slot[:, self._span]).to(self._device, torch.int64)
+        self._slot_LE = experts_LS.argsort(dim=1)[:, -self._num_experts :]  # empty slots are -1; a rank may have none
         self._in_order = bool((self._slot_LE == torch.arange(self._num_experts, device=self._device)).all())
 
     def slot_params(self, moe_layer: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
@@ -86,7 +82,9 @@ class OneRankExperts:
         self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
     ) -> torch.Tensor:
         self.before_experts()
-        self._check_alive()
+        self._get_on()
+        if not len(x_TD):
+            return x_TD * gates_TK.sum(dim=1, keepdim=True)  # no rows, but a part of the graph
         slots_TK = expert_ids_TK if self._in_order else self._slot_LE[moe_layer][expert_ids_TK]
         rows, stacks = slots_TK.numel(), self.slot_params(moe_layer)
         chunks = max(1, -(-rows // self._most_rows)) if self._most_rows else 1
@@ -100,7 +98,7 @@ class OneRankExperts:
         self.local_tokens += rows
         self.chunks = max(self.chunks, chunks)
         if y_TD.requires_grad:
-            y_TD.register_hook(lambda _: self._check_alive())
+            y_TD.register_hook(lambda _: self._get_on())
         return y_TD
 
     def _chunk(
@@ -114,6 +112,7 @@ class OneRankExperts:
         arguments = (x_TD, slots_TK, gates_TK, stacks, self._limit, True)
         return checkpoint(local_experts, *arguments, use_reentrant=False, preserve_rng_state=False)
 
-    def _check_alive(self) -> None:
-        """Show that this rank gets on, and end here if the generation is over, as collectives do."""
-        self._group.barrier()
+    def _get_on(self) -> None:
+        """Show that this rank gets on where it needs no other one, and end here if the generation is over."""
+        self._group.abort.check()
+        self._group.activity[0] += 1

@@ -1,0 +1,127 @@
+"""Tokens a second of real runs against a plain DistributedDataParallel script with the same model.
+
+The product's side is the user's command, through Ray, with a mirror of all state: with rows that travel
+(`balance.copies=1`), and as it decides by itself (`auto`). The other side is `plain_ddp.py`, which survives nothing.
+All train on the same prepared corpus with the same batches. Rounds are made in turn; a step's time is the median of
+those after the first ones, and the ratios are of medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.config.build import build
+from elastic_moe.config.schema import TrainConfig
+from elastic_moe.data.prepare import prepare
+from elastic_moe.metrics.jsonl import read_jsonl
+from elastic_moe.run_dir import METRICS
+from scripts.benchmarks.common import arguments, machine, median, run, say
+
+Json = dict[str, Any]
+
+WARM_UP = 4  # steps that do not count
+LIMIT_S = 900.0  # for one run
+CORPUS_BYTES = 1_000_000
+SHAPES = {
+    "tiny": ["model=tiny"],
+    "small": ["model=small"],
+    "wide": [
+        "model=tiny", "model.hidden_size=512", "model.num_heads=8", "model.num_kv_heads=4", "model.head_dim=64",
+        "model.dense_hidden=1536", "model.num_experts=32", "model.expert_hidden=256",
+    ],
+}  # fmt: skip
+SIDES = ("rows", "auto", "plain")
+
+
+class Bench:
+    """The runs of one shape on so many workers, in directories below `root`."""
+
+    def __init__(self, root: Path, shape: str, workers: int, steps: int) -> None:
+        self._root, self._workers, self.steps = root, workers, steps
+        self._words = [*SHAPES[shape], "device=cpu", f"data.max_bytes={CORPUS_BYTES}", "optim.schedule=constant"]
+        self.config = self._composed()
+        self._prepared = prepare(self.config.data, root / "cache")
+        self.config = replace(self.config, model=replace(self.config.model, vocab_size=self._prepared.vocab_size))
+
+    def _composed(self) -> TrainConfig:
+        from hydra import compose, initialize_config_dir
+
+        from elastic_moe.cli.compose import register_schema
+        from elastic_moe.config.reference import config_dir
+
+        register_schema()
+        with initialize_config_dir(str(config_dir()), version_base=None):
+            return build(compose("train", overrides=self._words))
+
+    def seconds_of_steps(self, side: str, number: int) -> list[float]:
+        """Seconds of each step that counts."""
+        folder = self._root / f"{side}-{number}"
+        folder.mkdir()
+        if side == "plain":
+            data, log = asdict(self.config.data), folder / "log"
+            words = {"model": asdict(self.config.model), "data": data, "shard": self._prepared.train_path}
+            words |= {"log": str(log), "steps": self.steps, "workers": self._workers}
+            words |= {"lr": self.config.optim.lr, "grad_clip": self.config.optim.grad_clip}
+            self._command(["scripts.benchmarks.plain_ddp", json.dumps(words)])
+        else:
+            words = [*self._words, f"run.dir={folder}", f"run.steps={self.steps}", f"cluster.workers={self._workers}"]
+            words += [f"data.cache_dir={self._root / 'cache'}", "run.eval_every_steps=0", "run.sample_tokens=0"]
+            words += ["tracking.wandb=off", "checkpoint.every_steps=0"]
+            words += ["balance.copies=1"] if side == "rows" else []
+            self._command(["elastic_moe.train", *words])
+            log = folder / METRICS
+        times = [line["time"] for line in read_jsonl(log)]
+        return [after - before for before, after in itertools.pairwise(times)][WARM_UP - 1 :]
+
+    def _command(self, words: Sequence[str]) -> None:
+        with (self._root / "log").open("a") as log:
+            command = [sys.executable, "-m", *words]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, env=environment, stdout=log, stderr=log, timeout=LIMIT_S)
+
+    def measure(self, rounds: int) -> Json:
+        steps_s: dict[str, list[float]] = {side: [] for side in SIDES}
+        for number in range(rounds):
+            for side, found in steps_s.items():
+                found.append(median(self.seconds_of_steps(side, number)) or 0.0)
+                say(f"{side}, round {number + 1}: a step takes {found[-1]:.3f} s")
+        tokens = self.config.data.global_batch * self.config.data.seq_len
+        rates = {side: tokens / (median(found) or 1.0) for side, found in steps_s.items()}
+        ratios = {f"{side}_over_plain": rates[side] / rates["plain"] for side in ("rows", "auto")}
+        return {"step_s": steps_s, "tokens_per_s": rates, **ratios, "model": asdict(self.config.model)}
+
+
+def benchmark(quick: bool, shapes: Sequence[str], workers: Sequence[int], steps: int, rounds: int) -> Json:
+    result: Json = {"benchmark": "throughput", "quick": quick, "machine": machine(), "steps": steps, "shapes": {}}
+    for shape, number in itertools.product(shapes, workers):
+        with tempfile.TemporaryDirectory(prefix="emoe-bench") as root:
+            say(f"{shape} on {number} workers")
+            found = Bench(Path(root), shape, number, steps).measure(rounds)
+        say(str({key: value for key, value in found.items() if key.endswith("_plain")}))
+        result["shapes"].setdefault(shape, {})[str(number)] = found
+    return result
+
+
+def main() -> int:
+    parser = arguments("throughput", "Tokens a second against a plain DDP script.")
+    parser.add_argument("--shapes", nargs="+", default=["small", "wide"], choices=SHAPES, help="models: small wide")
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2, 4], help="numbers of workers: 1 2 4")
+    parser.add_argument("--steps", type=int, default=24, help="steps of a run: 24")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each side: 2")
+    options = parser.parse_args()
+    shapes, workers = (["tiny"], [2]) if options.quick else (options.shapes, options.workers)
+    steps, rounds = (8, 1) if options.quick else (options.steps, options.rounds)
+    return run(lambda: benchmark(options.quick, shapes, workers, steps, rounds), options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -65,7 +65,7 @@ class PendingShards:
         return self._completed(step)
 
     def _completed(self, step: int) -> bool:
-        if step not in self._expected or len(self._present.get(step, ())) < self._expected[step]:
+        if step not in self._expected or step not in self._shards or len(self._present[step]) < self._expected[step]:
             return False
         self._complete[step] = self._cover(step)
         self._drop(step)

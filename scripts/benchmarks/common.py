@@ -10,9 +10,10 @@ import os
 import platform
 import signal
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,6 +61,31 @@ def until(what: str, holds: Callable[[], Any], timeout_s: float, alive: Callable
             raise TimeoutError(f"not within {timeout_s:.0f} s: {what}")
         time.sleep(0.02)
     return found
+
+
+def call(words: Sequence[str], log: Path, limit_s: float, variables: Mapping[str, str] | None = None) -> None:
+    """Run a module of Python to its end, with one thread a process; what it prints is added to `log`.
+
+    Args:
+        words: the module, and its arguments.
+        log: file.
+        limit_s: it gets at most so long.
+        variables: of its environment, beside this one's.
+
+    Raises:
+        CalledProcessError: it failed.
+        TimeoutExpired: it did not end in time.
+    """
+    environment = os.environ | dict(variables or {}) | {"OMP_NUM_THREADS": "1"}
+    with log.open("a") as file:
+        command = [sys.executable, "-m", *words]
+        subprocess.run(command, check=True, env=environment, stdout=file, stderr=file, timeout=limit_s)
+
+
+def quiet_run(cache: Path, corpus_bytes: int) -> list[str]:
+    """Arguments of a run that does nothing besides its steps, on a part of the standard corpus prepared in `cache`."""
+    values = [f"data.cache_dir={cache}", f"data.max_bytes={corpus_bytes}", "device=cpu", "tracking.wandb=off"]
+    return [*values, "run.eval_every_steps=0", "run.sample_tokens=0"]
 
 
 def median(values: Sequence[float]) -> float | None:

@@ -7,8 +7,6 @@ end after two steps. They run in turn, some rounds, after one round that only wa
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +18,7 @@ from elastic_moe.config.build import build
 from elastic_moe.data.prepare import prepare
 from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.run_dir import EVENTS, METRICS
-from scripts.benchmarks.common import arguments, machine, median, run, say
+from scripts.benchmarks.common import arguments, call, machine, median, quiet_run, run, say
 from scripts.benchmarks.stock import TUNED
 
 Json = dict[str, Any]
@@ -42,10 +40,9 @@ class Start:
 
     def elastic(self, number: int) -> Json:
         folder = self._root / f"elastic-{number}"
-        words = [f"run.dir={folder}", f"run.steps={STEPS}", f"cluster.workers={WORKERS}", "device=cpu"]
-        words += [f"data.cache_dir={self._root / 'cache'}", f"data.max_bytes={CORPUS_BYTES}", "tracking.wandb=off"]
-        words += ["run.eval_every_steps=0", "run.sample_tokens=0"]
-        began_s, took_s = self._command(["elastic_moe.train", *words], {})
+        words = [f"run.dir={folder}", f"run.steps={STEPS}", f"cluster.workers={WORKERS}"]
+        words += quiet_run(self._root / "cache", CORPUS_BYTES)
+        began_s, took_s = self._took(["elastic_moe.train", *words], {})
         events = [event for event in read_jsonl(folder / EVENTS) if event["event"] == "worker_connected"]
         return {
             "placed_s": max(event["placed_s"] for event in events) - began_s,
@@ -60,15 +57,13 @@ class Start:
         loop = {"model": asdict(self.config.model), "data": asdict(self.config.data), "steps": STEPS}
         loop |= {"shard": self._prepared.train_path, "log": str(folder / "log"), "stop_file": str(folder / "stop")}
         given = {"loop": loop, "min_workers": WORKERS, "max_workers": WORKERS, "storage": str(folder / "ray")}
-        began_s, took_s = self._command(["scripts.benchmarks.stock", "local", json.dumps(given)], TUNED)
+        began_s, took_s = self._took(["scripts.benchmarks.stock", "local", json.dumps(given)], TUNED)
         return {"first_step_s": read_jsonl(folder / "log")[0]["time"] - began_s, "end_s": took_s}
 
-    def _command(self, words: list[str], variables: dict[str, str]) -> tuple[float, float]:
+    def _took(self, words: list[str], variables: dict[str, str]) -> tuple[float, float]:
         """Run a module to its end. Returns the wall clock at its start, and the seconds that it took."""
-        environment, command = os.environ | variables | {"OMP_NUM_THREADS": "1"}, [sys.executable, "-m", *words]
         began_s = time.time()
-        with (self._root / "log").open("a") as log:
-            subprocess.run(command, check=True, env=environment, stdout=log, stderr=log, timeout=LIMIT_S)
+        call(words, self._root / "log", LIMIT_S, variables)
         return began_s, time.time() - began_s
 
 

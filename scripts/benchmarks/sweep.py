@@ -22,7 +22,7 @@ from elastic_moe.data.prepare import prepare
 from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.run_dir import EVENTS, METRICS
 from scripts.benchmarks.chaos_cluster import ChaosCluster, adopt_orphans, send
-from scripts.benchmarks.common import arguments, machine, run, say, until
+from scripts.benchmarks.common import arguments, machine, quiet_run, run, say, until
 
 WORKERS = 4
 LIMIT_S = 2400.0  # for a sweep
@@ -40,9 +40,7 @@ Json = dict[str, Any]
 
 def overrides(root: Path, trials: int, steps: int, model: str) -> list[str]:
     """The same model and corpus, with another seed in each trial."""
-    values = [*MODELS[model], "device=cpu", f"run.steps={steps}", f"data.max_bytes={CORPUS_BYTES}"]
-    values += [f"data.cache_dir={root / 'cache'}", "run.eval_every_steps=0", "run.sample_tokens=0"]
-    values += ["tracking.wandb=off"]
+    values = [*MODELS[model], f"run.steps={steps}", *quiet_run(root / "cache", CORPUS_BYTES)]
     return [*values, f"cluster.workers={WORKERS}", f"seed={','.join(map(str, range(trials)))}"]
 
 

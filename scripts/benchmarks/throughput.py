@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,12 +17,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.config.build import build
-from elastic_moe.config.schema import TrainConfig
+from elastic_moe.cli.compose import check, register_schema
 from elastic_moe.data.prepare import prepare
 from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.run_dir import METRICS
-from scripts.benchmarks.common import arguments, machine, median, run, say
+from scripts.benchmarks.common import arguments, call, machine, median, quiet_run, run, say
 
 Json = dict[str, Any]
 
@@ -47,20 +44,11 @@ class Bench:
 
     def __init__(self, root: Path, shape: str, workers: int, steps: int) -> None:
         self._root, self._workers, self.steps = root, workers, steps
-        self._words = [*SHAPES[shape], "device=cpu", f"data.max_bytes={CORPUS_BYTES}", "optim.schedule=constant"]
-        self.config = self._composed()
+        self._words = [*SHAPES[shape], "optim.schedule=constant", *quiet_run(root / "cache", CORPUS_BYTES)]
+        register_schema()
+        (self.config,) = check(self._words)
         self._prepared = prepare(self.config.data, root / "cache")
         self.config = replace(self.config, model=replace(self.config.model, vocab_size=self._prepared.vocab_size))
-
-    def _composed(self) -> TrainConfig:
-        from hydra import compose, initialize_config_dir
-
-        from elastic_moe.cli.compose import register_schema
-        from elastic_moe.config.reference import config_dir
-
-        register_schema()
-        with initialize_config_dir(str(config_dir()), version_base=None):
-            return build(compose("train", overrides=self._words))
 
     def seconds_of_steps(self, side: str, number: int) -> list[float]:
         """Seconds of each step that counts."""
@@ -71,22 +59,14 @@ class Bench:
             words = {"model": asdict(self.config.model), "data": data, "shard": self._prepared.train_path}
             words |= {"log": str(log), "steps": self.steps, "workers": self._workers}
             words |= {"lr": self.config.optim.lr, "grad_clip": self.config.optim.grad_clip}
-            self._command(["scripts.benchmarks.plain_ddp", json.dumps(words)])
+            call(["scripts.benchmarks.plain_ddp", json.dumps(words)], self._root / "log", LIMIT_S)
         else:
             words = [*self._words, f"run.dir={folder}", f"run.steps={self.steps}", f"cluster.workers={self._workers}"]
-            words += [f"data.cache_dir={self._root / 'cache'}", "run.eval_every_steps=0", "run.sample_tokens=0"]
-            words += ["tracking.wandb=off", "checkpoint.every_steps=0"]
-            words += ["balance.copies=1"] if side == "rows" else []
-            self._command(["elastic_moe.train", *words])
+            words += ["checkpoint.every_steps=0"] + (["balance.copies=1"] if side == "rows" else [])
+            call(["elastic_moe.train", *words], self._root / "log", LIMIT_S)
             log = folder / METRICS
         times = [line["time"] for line in read_jsonl(log)]
         return [after - before for before, after in itertools.pairwise(times)][WARM_UP - 1 :]
-
-    def _command(self, words: Sequence[str]) -> None:
-        with (self._root / "log").open("a") as log:
-            command = [sys.executable, "-m", *words]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run(command, check=True, env=environment, stdout=log, stderr=log, timeout=LIMIT_S)
 
     def measure(self, rounds: int) -> Json:
         steps_s: dict[str, list[float]] = {side: [] for side in SIDES}

@@ -58,7 +58,8 @@ class ExpertsEverywhere:
         """Use another placement with the same slots. The caller then sets the weights of the slots anew."""
         experts_LS = torch.from_numpy(placement.expert_of_slot[:, self._span]).to(self._device, torch.int64)
         self._slot_LE = experts_LS.argsort(dim=1)[:, -self._num_experts :]  # empty slots are -1; a rank may have none
-        self._in_order = bool((self._slot_LE == torch.arange(self._num_experts, device=self._device)).all())
+        in_order_E = torch.arange(self._num_experts, device=self._device)
+        self._in_order = torch.equal(self._slot_LE, in_order_E.expand(self.num_layers, -1))
 
     def slot_params(self, moe_layer: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
         """See `Slots.params`."""

@@ -49,6 +49,8 @@ def test_a_disturbed_run_has_the_losses_of_one_whose_rows_travel(
         run.wait_end()
         assert_same(run.losses(), undisturbed)
         assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")
+        assert {e["worker"] for e in run.events() if e["event"] == "worker_lost"} == {"w0", "w1"}
+        assert "w2" in {e["worker"] for e in run.events() if e["event"] == "worker_left"}
         travelled = any(record["cross_node_rows"] for record in run.records() if record["world_size"] > 2)
         assert travelled == (copies == "2")
 

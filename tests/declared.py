@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jsonschema import Draft202012Validator  # Ray depends on it
-
 from elastic_moe.metrics.json_schema import json_schema
 from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.run_dir import EVENTS, EXPERTS, GOODPUT, METRICS
@@ -17,6 +15,8 @@ def assert_declared(run_dir: Path) -> None:
     Raises:
         AssertionError: one has not; the message shows the first such record of a file.
     """
+    from jsonschema import Draft202012Validator  # Ray depends on it, and is not needed where no run is checked
+
     for file in (METRICS, EVENTS, EXPERTS, GOODPUT):
         validator = Draft202012Validator(json_schema(file))
         for record in read_jsonl(run_dir / file):

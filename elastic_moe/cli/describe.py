@@ -120,8 +120,11 @@ def slots_per_layer(config: TrainConfig, workers: int) -> int:
 
 
 def memory(config: TrainConfig, workers: int, counts: Counts | None = None) -> Memory:
-    """Memory of the fullest of so many workers."""
+    """Memory of the fullest of so many workers. One that is alone computes with its state: `exchange.one_memory`."""
     cfg, counts = config.model, counts or count(config.model)
+    elsewhere = config.elastic.state_on == "host" and config.device != "cpu"
+    if workers == 1 and not config.elastic.reproducible and not elsewhere:
+        return Memory(0.0, 0.0, STATE * counts.total, 0.0, activation_bytes(config))
     computed = counts.dense + slots_per_layer(config, workers) * cfg.num_moe_layers * counts.expert
     copies = min(1 + config.elastic.redundancy, workers)
     owned = counts.total * copies / workers
@@ -186,6 +189,7 @@ def report(config: TrainConfig) -> str:
     routed = f"{cfg.num_moe_layers} layers of {cfg.num_experts} with {_number(counts.expert)} each"
     flops = f"{_number(training_flops(cfg, seq_len))} forward and backward"
     batch = f"{config.data.micro_batch} sequences of {seq_len}"
+    slots = f"{slots_per_layer(config, workers)} expert slots per layer" if held.weights else "those of the state"
     lines = [
         ("parameters", f"{_number(counts.total)}{mtp}"),
         ("  active per token", f"{_number(counts.active)} without the input embedding ({_number(counts.embedding)})"),
@@ -193,7 +197,7 @@ def report(config: TrainConfig) -> str:
         ("  on every worker", _number(counts.dense)),
         ("FLOPs per token", f"{flops}, at {seq_len} tokens per sequence"),
         (f"memory per worker, {workers} of them", f"{held.total / GIB:,.2f} GiB"),
-        ("  weights", f"{held.weights / GIB:,.2f} GiB ({slots_per_layer(config, workers)} expert slots per layer)"),
+        ("  weights", f"{held.weights / GIB:,.2f} GiB ({slots})"),
         ("  gradients", f"{held.gradients / GIB:,.2f} GiB"),
         ("  owned and mirrored state", f"{held.state / GIB:,.2f} GiB (redundancy {config.elastic.redundancy})"),
         ("  exchange, about", f"{held.exchange / GIB:,.2f} GiB"),

@@ -39,6 +39,14 @@ class DeclaredModule(nn.Module):
         self.inits[name] = init
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """In which products of x are computed: autocast's dtype where it is on, else that of x."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
 class Linear(DeclaredModule):
     """y = x W^T (+ b); weight [out, in]."""
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.backend import ExpertBackend
-from elastic_moe.model.layers import SwiGLU
+from elastic_moe.model.experts.grouped import count_of
+from elastic_moe.model.layers import SwiGLU, compute_dtype
 from elastic_moe.model.router import Router
 
 
@@ -61,10 +62,11 @@ class MoE(nn.Module):
         cfg = self._cfg
         x_TD = x_BSD.flatten(0, 1)
         ids_TK, gates_TK, scores_TE = self.router(x_TD, tokens_BS.flatten())
+        x_TD = x_TD.to(compute_dtype(x_TD))  # once for all experts, behind the router, which computes in fp32
         y_BSD = experts(self.moe_layer, x_TD, ids_TK, gates_TK).view(x_BSD.shape)
         if self.shared is not None:
-            y_BSD = y_BSD + self.shared(x_BSD)
-        load_E = torch.bincount(ids_TK.flatten(), minlength=cfg.num_experts)
+            y_BSD = y_BSD + self.shared(x_TD).view(x_BSD.shape)
+        load_E = count_of(ids_TK.flatten(), cfg.num_experts)
         if self.router.hashed or not cfg.seq_balance_weight:
             return MoEOutput(y_BSD, scores_TE.new_zeros(()), load_E)
         balance = sequence_balance(scores_TE.unflatten(0, x_BSD.shape[:2]), cfg.experts_per_token)

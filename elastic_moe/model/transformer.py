@@ -27,7 +27,7 @@ from elastic_moe.model.attention.context import AttentionContext, KVCache
 from elastic_moe.model.attention.dense import Attention, GroupedQueryAttention, LatentAttention
 from elastic_moe.model.backend import ExpertBackend
 from elastic_moe.model.init import Init, init_in, init_param
-from elastic_moe.model.layers import DeclaredModule, Embedding, Linear, RMSNorm, SwiGLU
+from elastic_moe.model.layers import DeclaredModule, Embedding, Linear, RMSNorm, SwiGLU, compute_dtype
 from elastic_moe.model.moe import MoE
 from elastic_moe.model.residual.connections import (
     ReadOut,
@@ -52,6 +52,8 @@ class LossOutput:
         num_tokens: number of targets.
         load_LE: int64, tokens routed to each expert of each MoE layer.
         stats: fp64, the values of `ModelStats` in its order; the gains are 0 unless asked for.
+
+    All are on the device of the model, which nothing waits for.
     """
 
     loss_sum: torch.Tensor
@@ -127,7 +129,8 @@ class Block(nn.Module):
         experts: ExpertBackend,
     ) -> BlockOutput:
         x, h_BSD, attn_link = self.attn_mix.read(x, segments)
-        y_BSD, index_loss = self.attn(self.attn_norm(h_BSD), context)
+        normed_BSD = self.attn_norm(h_BSD)
+        y_BSD, index_loss = self.attn(normed_BSD.to(compute_dtype(normed_BSD)), context)  # once for all products
         x = self.attn_mix.write(x, y_BSD, attn_link)
         x, h_BSD, ffn_link = self.ffn_mix.read(x, segments)
         h_BSD = self.ffn_norm(h_BSD)
@@ -136,7 +139,7 @@ class Block(nn.Module):
             y_BSD, balance_loss, load_E = self.moe(h_BSD, tokens_BS, experts)
         else:
             assert self.mlp is not None
-            y_BSD = self.mlp(h_BSD)
+            y_BSD = self.mlp(h_BSD.to(compute_dtype(h_BSD)))
         x = self.ffn_mix.write(x, y_BSD, ffn_link)
         maps = [self.attn_mix.residual_map(attn_link), self.ffn_mix.residual_map(ffn_link)]
         return BlockOutput(x, balance_loss, index_loss, load_E, [m for m in maps if m is not None])
@@ -225,7 +228,7 @@ class Transformer(nn.Module):
         x, balance_loss, index_loss, loads, maps = self._run(tokens_BS, context)
         ce_sum = self._cross_entropy(self.readout(x), self.norm, targets_BS)
         loss_sum = ce_sum + cfg.index_loss_weight * index_loss
-        stats = torch.zeros(len(STATS), dtype=torch.float64)
+        stats = torch.zeros(len(STATS), dtype=torch.float64, device=ce_sum.device)
         if self.mtp is not None:
             weight = cfg.mtp_weight if mtp_weight is None else mtp_weight
             mtp = self._predict_after_next(self.mtp, x, tokens_BS, targets_BS)
@@ -237,8 +240,8 @@ class Transformer(nn.Module):
             )  # scales a sum over its targets to the number of all targets
             loss_sum = loss_sum + weight * per_target * mtp.ce_sum + cfg.index_loss_weight * mtp.index_loss
             index_loss = index_loss + mtp.index_loss
-            stats[0], stats[1] = float(mtp.ce_sum.detach()), count
-        stats[2] = float(index_loss.detach())
+            stats[0], stats[1] = mtp.ce_sum.detach(), count
+        stats[2] = index_loss.detach()
         if gains and maps and len(tokens_BS):
             stats[3:] = composite_gains([m.view(*tokens_BS.shape, *m.shape[-2:])[0] for m in maps])
         loss_sum = loss_sum + cfg.seq_balance_weight * tokens_BS.shape[1] * balance_loss

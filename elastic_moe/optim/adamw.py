@@ -2,8 +2,9 @@
 
 Twins apply the same update to the same numbers and must stay equal bit for bit. Their vectors lie differently in
 memory, and their CPUs may have different vector widths. So every operation here rounds once (IEEE add, multiply,
-divide, square root). On a CPU one compiled loop does all (`adamw_loop.py`), and each thread takes a part. On a GPU, it
-is a few passes; fused kernels (lerp, addcmul, addcdiv) may contract to FMA.
+divide, square root), on a GPU too, so twins may lie on both. One pass over memory does all: a compiled loop on a CPU
+(`adamw_loop.py`), of which each thread takes a part, and a kernel of Triton on a GPU (`adamw_triton.py`). Where Triton
+does not work, a GPU makes a few passes of torch; its fused kernels (lerp, addcmul, addcdiv) may contract to FMA.
 Source: Loshchilov and Hutter (https://arxiv.org/abs/1711.05101), as in `torch.optim.AdamW`.
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from elastic_moe.config.schema import OptimConfig
+from elastic_moe.model.has_triton import has_triton
 from elastic_moe.optim.adamw_loop import update
 from elastic_moe.optim.committed import CommittedStep
 from elastic_moe.optim.unit_state import UnitState
@@ -49,17 +51,28 @@ def apply_adamw(state: UnitState, grad: torch.Tensor, step: int, lr: float, cfg:
     keep = 1.0 - lr * cfg.weight_decay if decay else 1.0
     step_size = lr / (1.0 - cfg.beta1**step)
     root_scale = 1.0 / math.sqrt(1.0 - cfg.beta2**step)  # a GPU divides by a number by such a product too
+    tensors = (state.weight, state["m"], state["v"], grad)
+    exact = (keep, cfg.beta1, 1.0 - cfg.beta1, cfg.beta2, 1.0 - cfg.beta2, step_size, root_scale, cfg.eps)
+    factors = [np.float32(factor) for factor in exact]
     if grad.device.type == "cpu":
-        factors = (keep, cfg.beta1, 1.0 - cfg.beta1, cfg.beta2, 1.0 - cfg.beta2, step_size, root_scale, cfg.eps)
-        _on_cpu((state.weight, state["m"], state["v"], grad), [np.float32(factor) for factor in factors])
-        return
-    chunks = zip(*(tensor.split(DEVICE_CHUNK) for tensor in (state.weight, state["m"], state["v"], grad)), strict=True)
-    for weight, m, v, g in chunks:
+        _on_cpu(tensors, factors)
+    elif has_triton(grad.device):
+        from elastic_moe.optim.adamw_triton import update as update_on_gpu
+
+        update_on_gpu(tensors, [float(factor) for factor in factors])
+    else:
+        in_passes(tensors, [float(factor) for factor in factors])
+
+
+def in_passes(tensors: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
+    """One update in place on any device, in a few passes. Arguments as of `adamw_triton.update`."""
+    keep, beta1, rest1, beta2, rest2, step_size, root_scale, eps = factors
+    for weight, m, v, g in zip(*(tensor.split(DEVICE_CHUNK) for tensor in tensors), strict=True):
         if keep != 1.0:
             weight.mul_(keep)
-        m.mul_(cfg.beta1).add_(g * (1.0 - cfg.beta1))
-        v.mul_(cfg.beta2).add_((g * g).mul_(1.0 - cfg.beta2))
-        denominator = v.sqrt().mul_(root_scale).add_(cfg.eps)
+        m.mul_(beta1).add_(g * rest1)
+        v.mul_(beta2).add_((g * g).mul_(rest2))
+        denominator = v.sqrt().mul_(root_scale).add_(eps)
         weight.sub_((m * step_size).div_(denominator))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from elastic_moe.model.layers import swiglu, swiglu_backward
+from elastic_moe.model.layers import compute_dtype, swiglu, swiglu_backward
 
 RANGE_BITS = 8  # elements of the mean gradient up to 2**7 are summed exactly; AdamW normalises far smaller ones
 
@@ -107,8 +107,7 @@ def segmented_swiglu(
     Returns:
         y_MD in the dtype of x. Under autocast the products run in autocast's dtype.
     """
-    dtype, kind = x_MD.dtype, x_MD.device.type
-    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    dtype, compute = x_MD.dtype, compute_dtype(x_MD)
     used = [(slot, rows) for slot, rows in segments if rows]
     cast = (weights[0].detach().to(compute), weights[1].detach().to(compute))
     return _SegmentedSwiglu.apply(x_MD.to(compute), used, cast, sums, grid, limit).to(dtype)

@@ -20,7 +20,7 @@ class MicroBatches:
     """
 
     def __init__(self, config: DataConfig, device: torch.device) -> None:
-        self._config, self._device = config, device
+        self.device, self._config = device, config
 
     def of(
         self, shard: TokenShard, ids: np.ndarray, shares: Sequence[slice], rank: int
@@ -37,4 +37,4 @@ class MicroBatches:
         longest = max(share.stop - share.start for share in shares)
         for start in range(0, longest, self._config.micro_batch):
             tokens, targets = shard.batch(mine[start : start + self._config.micro_batch], self._config.seq_len)
-            yield torch.from_numpy(tokens).to(self._device), torch.from_numpy(targets).to(self._device)
+            yield torch.from_numpy(tokens).to(self.device), torch.from_numpy(targets).to(self.device)

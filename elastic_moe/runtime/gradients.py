@@ -29,8 +29,7 @@ class DenseGradients:
     def zero(self) -> None:
         """Set all sums to zero, at the beginning of a step."""
         sums = () if self.tensors is self._grads else self.tensors.values()
-        for tensor in (*self._grads.values(), *sums):
-            tensor.zero_()
+        torch._foreach_zero_([*self._grads.values(), *sums])  # pyright: ignore[reportPrivateImportUsage]
 
     def finite(self) -> bool:
         """Whether all sums are finite; one pass over them."""

@@ -179,24 +179,25 @@ class StepRunner:
         ids = sample_ids(config.seed, batch, config.data.global_batch, samples)
         context.experts.begin_step()
         self.gradients.zero()
-        ce_sum, tokens = 0.0, 0
-        stats = np.array(astuple(ModelStats()))
+        tokens, device = 0, self._batches.device
+        ce_sum = torch.zeros((), dtype=torch.float64, device=device)
+        stats = torch.tensor(astuple(ModelStats()), dtype=torch.float64, device=device)
         late = step > model.mtp_switch * config.run.steps
         mtp_weight = model.mtp_late_weight if late else model.mtp_weight
         watch = context.shares[context.rank].start == 0 and context.rank in context.layout.view.active_ranks
-        load_LE = torch.zeros((model.num_moe_layers, model.num_experts), dtype=torch.int64)
+        load_LE = torch.zeros((model.num_moe_layers, model.num_experts), dtype=torch.int64, device=device)
         for inputs, targets in self._batches.of(self._train, ids, context.shares, context.rank):
             with self._autocast():
                 out = self._model.loss(inputs, targets, mtp_weight, watch)
             watch = False  # the batch's first sequence: the same one at every world size
             out.loss_sum.backward()
             self.gradients.add()
-            stats += out.stats.numpy()
-            ce_sum += float(out.ce_sum)
-            tokens += int(out.num_tokens)
-            load_LE += out.load_LE.cpu()
+            stats += out.stats
+            ce_sum += out.ce_sum
+            tokens += out.num_tokens
+            load_LE += out.load_LE
         context.exchanger.wait_expert_weights()  # no-op if there is a MoE layer: the first one has waited already
-        return ComputedShare(ce_sum, tokens, ModelStats(*stats.tolist()), load_LE)
+        return ComputedShare(float(ce_sum), tokens, ModelStats(*stats.tolist()), load_LE.cpu())
 
     def _ballot(self, context: GenerationContext, share: ComputedShare, grad_square: float, wishes: Wishes) -> Ballot:
         """This rank's contribution to the vote."""

@@ -201,7 +201,7 @@ def main() -> int:
                     found = blocks[-1]
                     common.say(f"{name} {found['dtype']}: ours is {found['ratio_median']:.2f} times as fast")
         if options.only in ("", "mhc"):
-            for hidden in (1024,) if options.quick else (1024, 2048):
+            for hidden in (1024,) if options.quick else (1024, 2560):
                 for dtype in (torch.float32, torch.bfloat16):
                     for fused in options.fused.split(","):
                         costs.append(mhc_cost(hidden, dtype, device, fused, options.sequences, rounds))

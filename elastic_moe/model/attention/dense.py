@@ -19,6 +19,7 @@ from torch import nn
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.attention.context import AttentionContext, LayerCache
 from elastic_moe.model.attention.rope import rotate, rotate_front, yarn_mscale
+from elastic_moe.model.has_triton import has_triton
 from elastic_moe.model.init import init_in, init_out
 from elastic_moe.model.layers import Linear, RMSNorm
 
@@ -115,12 +116,15 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BSD: torch.Tensor, context: AttentionContext) -> tuple[torch.Tensor, None]:
         cfg, cache = self._cfg, context.layer_cache(self._layer)
-        tables = context.rope(cfg.rope_dim, cfg.rope_theta, yarn=True)
         query = self.q_up(self.q_norm(self.q_down(x_BSD))) if cfg.query_latent else self.q(x_BSD)
-        q_BHSd = query.unflatten(-1, (cfg.num_heads, -1)).transpose(1, 2)
-        q_nope_BHSd, q_rope_BHSr = q_BHSd.split([cfg.head_dim, cfg.rope_dim], dim=-1)
+        q_BSHd = query.unflatten(-1, (cfg.num_heads, -1))
         latent_BSC, k_rope_BSr = self.kv_down(x_BSD).split([cfg.kv_latent, cfg.rope_dim], dim=-1)
         latent_BSC = self.kv_norm(latent_BSC)
+        if cache is None and cfg.value_dim <= cfg.head_dim + cfg.rope_dim and has_triton(x_BSD.device):
+            out_BHSv = self._expanded_by_triton(q_BSHd, latent_BSC, k_rope_BSr, context)
+            return self.o(out_BHSv.transpose(1, 2).flatten(2)), None
+        tables = context.rope(cfg.rope_dim, cfg.rope_theta, yarn=True)
+        q_nope_BHSd, q_rope_BHSr = q_BSHd.transpose(1, 2).split([cfg.head_dim, cfg.rope_dim], dim=-1)
         q_rope_BHSr = rotate(q_rope_BHSr, tables, cfg.rope_interleave)
         k_rope_BSr = rotate(k_rope_BSr, tables, cfg.rope_interleave)
         if cache is None:
@@ -128,6 +132,21 @@ class LatentAttention(nn.Module):
         else:
             out_BHSv = self._absorbed(q_nope_BHSd, q_rope_BHSr, latent_BSC, k_rope_BSr, context, cache)
         return self.o(out_BHSv.transpose(1, 2).flatten(2)), None
+
+    def _expanded_by_triton(
+        self, q_BSHd: torch.Tensor, latent_BSC: torch.Tensor, k_rope_BSr: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
+        """As `_expanded`, from queries and keys that are not rotated yet."""
+        from elastic_moe.model.attention.triton import ExpandKeys, TurnTail
+
+        cfg = self._cfg
+        tables = context.rope(cfg.rope_dim, cfg.rope_theta, yarn=True)
+        kv_BSHd = self.kv_up(latent_BSC).unflatten(-1, (cfg.num_heads, -1))
+        q = TurnTail.apply(q_BSHd, *tables, cfg.rope_interleave)
+        k, v = ExpandKeys.apply(kv_BSHd, k_rope_BSr, *tables, cfg.head_dim, cfg.rope_interleave)
+        q_BHSd, k_BHSd, v_BHSd = (t.transpose(1, 2) for t in (q, k, v))
+        out = attend(q_BHSd, k_BHSd, v_BHSd, context.mask(), self._scale)
+        return out[..., : cfg.value_dim]
 
     def _expanded(
         self,

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from elastic_moe.model.layers import swiglu, swiglu_backward
+from elastic_moe.model.experts.kernels import swiglu_kernels
+from elastic_moe.model.layers import compute_dtype, swiglu
 
 
 def grouped_swiglu(
@@ -33,7 +34,7 @@ def grouped_swiglu(
 
     Args:
         x_ND: rows sorted by slot.
-        counts_S: int64 rows per slot, summing to N; zeros are fine.
+        counts_S: int64 rows per slot, summing to N; zeros are fine. On a GPU they are best there: nothing waits then.
         w_gate_up_SGD, w_down_SDF: the slots' weights.
         limit: clamp of the SwiGLU's inputs; 0 for none.
         direct: the backward pass adds the weights' gradients to their `grad`, which must exist, and returns none to
@@ -42,12 +43,10 @@ def grouped_swiglu(
     Returns:
         y_ND in the dtype of x. Under autocast the products run in autocast's dtype.
     """
-    dtype, kind = x_ND.dtype, x_ND.device.type
-    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and dtype != torch.float64 else dtype
+    dtype, compute = x_ND.dtype, compute_dtype(x_ND)
     grad_sums = (w_gate_up_SGD.grad, w_down_SDF.grad) if direct else None
-    counts = counts_S.tolist()
-    with torch.autocast(kind, enabled=False):
-        out = _GroupedSwiGLU.apply(x_ND.to(compute), counts, w_gate_up_SGD, w_down_SDF, limit, compute, grad_sums)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        out = _GroupedSwiGLU.apply(x_ND.to(compute), counts_S, w_gate_up_SGD, w_down_SDF, limit, compute, grad_sums)
     return out.to(dtype)
 
 
@@ -56,13 +55,17 @@ class _Products:
 
     On CPUs `grouped_mm` is such a loop itself. Our loop costs no more, and it can add to existing gradients. On GPUs
     `grouped_mm` is one kernel. Its conditions were found by measurement: bf16, and strides in multiples of 16 bytes.
+
+    Attributes:
+        swiglu: what is between the products.
     """
 
-    def __init__(self, x_ND: torch.Tensor, counts: list[int], width: int) -> None:
-        self._counts = counts
+    def __init__(self, x_ND: torch.Tensor, counts_S: torch.Tensor, width: int) -> None:
         rows_fit = all(n * x_ND.element_size() % 16 == 0 for n in (x_ND.shape[1], width))
         self._grouped = x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and rows_fit and len(x_ND) > 0
-        self._offs = torch.tensor(counts, device=x_ND.device).cumsum(0).to(torch.int32) if self._grouped else None
+        self._offs = counts_S.to(x_ND.device).cumsum(0).to(torch.int32) if self._grouped else None
+        self._counts: list[int] = [] if self._grouped else counts_S.tolist()
+        self.swiglu = swiglu_kernels(x_ND.device)
 
     def rows(self, x: torch.Tensor, w_SKN: torch.Tensor) -> torch.Tensor:
         """[N, K], [S, K, N'] -> [N, N']."""
@@ -89,7 +92,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_ND: torch.Tensor,
-        counts: list[int],
+        counts_S: torch.Tensor,
         w_gate_up_SGD: torch.Tensor,
         w_down_SDF: torch.Tensor,
         limit: float,
@@ -97,10 +100,9 @@ class _GroupedSwiGLU(torch.autograd.Function):
         grad_sums: tuple[torch.Tensor, ...] | None,
     ) -> torch.Tensor:
         w_gate_up, w_down = w_gate_up_SGD.to(compute), w_down_SDF.to(compute)
-        products = _Products(x_ND, counts, w_down.shape[2])
+        products = _Products(x_ND, counts_S, w_down.shape[2])
         gate_up_NG = products.rows(x_ND, w_gate_up.transpose(1, 2))
-        gate, up = gate_up_NG.chunk(2, dim=1)
-        y_ND = products.rows(swiglu(gate, up, limit), w_down.transpose(1, 2))
+        y_ND = products.rows(products.swiglu.forward(gate_up_NG, limit), w_down.transpose(1, 2))
         ctx.save_for_backward(x_ND, gate_up_NG, w_gate_up_SGD, w_down_SDF)
         ctx.rest = (products, limit, compute, grad_sums)
         return y_ND
@@ -113,11 +115,18 @@ class _GroupedSwiGLU(torch.autograd.Function):
         w_gate_up, w_down = (w.to(compute) for w in weights)
         totals = [torch.zeros_like(w) for w in weights] if grad_sums is None else grad_sums
         d_y = grads[0].contiguous()
-        hidden, d_gate_up = swiglu_backward(products.rows(d_y, w_down), gate_up_NG, limit)
+        hidden, d_gate_up = products.swiglu.backward(products.rows(d_y, w_down), gate_up_NG, limit)
         products.weights(d_gate_up, x_ND, totals[0])
         products.weights(d_y, hidden, totals[1])
         returned = (None, None) if grad_sums is not None else totals
         return products.rows(d_gate_up, w_gate_up), None, *returned, None, None, None
+
+
+def count_of(ids_N: torch.Tensor, num: int) -> torch.Tensor:
+    """How often each number below `num` is among the ids: int64 [num], on their device, without waiting for it."""
+    if ids_N.device.type == "cpu":
+        return torch.bincount(ids_N, minlength=num)
+    return torch.zeros(num, dtype=torch.int64, device=ids_N.device).scatter_add_(0, ids_N, torch.ones_like(ids_N))
 
 
 def busy_slots(counts: list[int], *tensors: torch.Tensor) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:

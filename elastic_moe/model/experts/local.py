@@ -20,10 +20,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.experts.grouped import add_product, busy_slots, grouped_swiglu, weighted_sum
+from elastic_moe.model.experts.grouped import add_product, busy_slots, count_of, grouped_swiglu
+from elastic_moe.model.experts.kernels import routed_sums
+from elastic_moe.model.experts.routed_sum import Combine, Gather
 from elastic_moe.model.experts.specs import expert_specs
 from elastic_moe.model.init import init_param
-from elastic_moe.model.layers import swiglu, swiglu_backward
+from elastic_moe.model.layers import compute_dtype, swiglu, swiglu_backward
 
 Stacks = tuple[torch.Tensor, torch.Tensor]
 
@@ -92,37 +94,6 @@ class _SwiGLUByExpert(torch.autograd.Function):
         return d_x_TD, d_gates_TK, None, None, None, None, *returned
 
 
-class _Gather(torch.autograd.Function):
-    """x_TD -> the rows of every choice, in a given order. The backward pass is a gather too, followed by a sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, order_N: torch.Tensor, undo_N: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(undo_N)
-        ctx.tokens = len(x_TD)
-        return x_TD[order_N // (len(order_N) // max(ctx.tokens, 1) or 1)]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (undo_N,) = ctx.saved_tensors
-        grad_ND = grads[0][undo_N]
-        return grad_ND.view(ctx.tokens, -1 if ctx.tokens else 1, grad_ND.shape[1]).sum(dim=1), None, None
-
-
-class _Permute(torch.autograd.Function):
-    """Rows in another order; backward by the inverse permutation."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_ND: torch.Tensor, order_N: torch.Tensor, undo_N: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(undo_N)
-        return rows_ND[order_N]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grads[0][ctx.saved_tensors[0]], None, None
-
-
 def local_experts(
     x_TD: torch.Tensor,
     expert_ids_TK: torch.Tensor,
@@ -146,12 +117,10 @@ def local_experts(
     """
     if x_TD.device.type != "cpu" or not len(expert_ids_TK):
         return local_experts_grouped(x_TD, expert_ids_TK, gates_TK, stacks, limit, direct)
-    dtype = x_TD.dtype
-    autocast = torch.is_autocast_enabled("cpu") and dtype != torch.float64
-    compute = torch.get_autocast_dtype("cpu") if autocast else dtype
+    dtype, x = x_TD.dtype, x_TD.to(compute_dtype(x_TD))
     order_N, counts_E = _by_expert(expert_ids_TK, len(stacks[0]))
     with torch.autocast("cpu", enabled=False):
-        out = _SwiGLUByExpert.apply(x_TD.to(compute), gates_TK, order_N, counts_E.tolist(), limit, direct, *stacks)
+        out = _SwiGLUByExpert.apply(x, gates_TK, order_N, counts_E.tolist(), limit, direct, *stacks)
     return out.to(dtype)
 
 
@@ -164,20 +133,21 @@ def local_experts_grouped(
     direct: bool = False,
 ) -> torch.Tensor:
     """As `local_experts`, on any device and for any number of tokens: gather, all experts at once, weighted sum."""
+    dtype, x = x_TD.dtype, x_TD.to(compute_dtype(x_TD))
     order_N, counts_E = _by_expert(expert_ids_TK, len(stacks[0]))
-    undo_N = torch.empty_like(order_N)
-    undo_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    rows_ND = _Gather.apply(x_TD, order_N, undo_N)
-    y_ND = grouped_swiglu(rows_ND, counts_E, *stacks, limit, direct)
-    y_TKD = _Permute.apply(y_ND, undo_N, order_N).view(*expert_ids_TK.shape, x_TD.shape[1])
-    return weighted_sum(y_TKD, gates_TK)
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    place_TK, sums = place_N.view(expert_ids_TK.shape), routed_sums(x_TD.device)
+    with torch.autocast(x.device.type, enabled=False):
+        rows_ND = Gather.apply(x, order_N, place_TK, sums)
+        y_ND = grouped_swiglu(rows_ND, counts_E, *stacks, limit, direct)
+        return Combine.apply(y_ND, place_TK, gates_TK, sums).to(dtype)
 
 
 def _by_expert(expert_ids_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(order of the rows by expert, rows per expert)."""
     flat_N = expert_ids_TK.flatten()
-    counts_E = torch.bincount(flat_N, minlength=num_experts)
-    return flat_N.argsort(stable=True), counts_E
+    return flat_N.argsort(stable=True), count_of(flat_N, num_experts)
 
 
 class LocalExperts(nn.Module):

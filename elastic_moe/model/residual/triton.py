@@ -26,8 +26,8 @@ from elastic_moe.model.residual.eager import (
 )
 
 PADDED = 32  # coefficients in a product: Triton's products want powers of two, 16 at least
-ROWS = 16  # tokens in a product
-SMALL = 32  # tokens in a kernel of coefficients
+ROWS = 32  # tokens in a product
+SMALL = 32  # tokens in a kernel of coefficients, which one warp computes
 
 
 def _block(width: int) -> int:
@@ -61,7 +61,7 @@ class TritonKernels(EagerKernels):
             k,
             ROWS=ROWS,
             PADDED=max(PADDED, triton.next_power_of_2(k)),
-            BLOCK=64,
+            BLOCK=128,
             PRECISION=_precision(x),
         )
         jit.coefficients[(triton.cdiv(tokens, SMALL),)](
@@ -78,6 +78,7 @@ class TritonKernels(EagerKernels):
             settings.eps,
             N=n,
             SMALL=SMALL,
+            num_warps=1,
         )
         h, block = x.new_empty((tokens, width)), _block(width)
         jit.collapse[(tokens, triton.cdiv(width, block))](x, pre, h, width, N=n, BLOCK=block)
@@ -89,7 +90,8 @@ class TritonKernels(EagerKernels):
         (d_x, d_h, d_post, d_res), (u, r), (proj, base, alphas) = grads, saved, weights
         (tokens, n, width), k, x = x.shape, len(proj), x.contiguous()
         alphas_k = expand_alphas(alphas, n)
-        d_pre, d_z = torch.empty_like(d_post), torch.empty_like(u)
+        d_pre, d_z, steps = torch.empty_like(d_post), torch.empty_like(u), 2 * settings.iters - 1
+        sums = u.new_empty((steps, tokens, n))
         jit.pre_backward[(tokens,)](d_h, x, d_pre, width, N=n, BLOCK=_block(width))
         jit.coefficients_backward[(triton.cdiv(tokens, SMALL),)](
             u,
@@ -100,12 +102,14 @@ class TritonKernels(EagerKernels):
             d_post,
             d_res,
             d_z,
+            sums,
             tokens,
             k,
-            2 * settings.iters - 1,
+            steps,
             settings.eps,
             N=n,
             SMALL=SMALL,
+            num_warps=1,
         )
         d_alphas = alphas_gradient(d_z, u, r, n)
         scaled = d_z * alphas_k

@@ -54,25 +54,19 @@ def project(
 
 
 @triton.jit
-def _normalize(m, eps, rows):
-    """One step of Sinkhorn: rows or columns of [T, to, from]."""
+def _sums(m, rows):
+    """What a step of Sinkhorn divides by, but for eps: sums [T, n] of the rows, or of the columns, of [T, to, from]."""
     if rows:  # noqa: SIM108 - Triton has no conditional expression here
-        m = m / (tl.sum(m, axis=2, keep_dims=True) + eps)
+        sums = tl.sum(m, axis=2)
     else:
-        m = m / (tl.sum(m, axis=1, keep_dims=True) + eps)
-    return m
+        sums = tl.sum(m, axis=1)
+    return sums
 
 
 @triton.jit
-def _normalize_backward(grad, m, eps, rows):
-    """The gradient of m before `_normalize`, from that of its result."""
-    if rows:
-        sums = tl.sum(m, axis=2, keep_dims=True) + eps
-        grad = (grad - tl.sum(grad * m / sums, axis=2, keep_dims=True)) / sums
-    else:
-        totals = tl.sum(m, axis=1, keep_dims=True) + eps
-        grad = (grad - tl.sum(grad * m / totals, axis=1, keep_dims=True)) / totals
-    return grad
+def _over(sums, rows):
+    """Sums [T, n] along the axis of [T, to, from] that they belong to."""
+    return tl.where(rows, sums[:, :, None], sums[:, None, :])
 
 
 @triton.jit
@@ -125,7 +119,8 @@ def coefficients(
     tl.store(post_ptr + token[:, None] * N + n[None, :], 2.0 / (1.0 + tl.exp(-z)), mask=inside[:, None])
     m = _softmax_to(_load_res_logits(u_ptr, base_ptr, alphas_ptr, r, token, inside, k, N), eps) + eps
     for step in range(steps):
-        m = _normalize(m, eps, step % 2 == 0)
+        rows = step % 2 == 0
+        m = m / _over(_sums(m, rows) + eps, rows)
     at = n[:, None] * N + n[None, :]
     tl.store(res_ptr + token[:, None, None] * N * N + at[None, :, :], m, mask=inside[:, None, None])
 
@@ -140,6 +135,7 @@ def coefficients_backward(
     d_post_ptr,
     d_res_ptr,
     d_z_ptr,
+    sums_ptr,
     tokens,
     k,
     steps,
@@ -147,7 +143,11 @@ def coefficients_backward(
     N: tl.constexpr,
     SMALL: tl.constexpr,
 ):
-    """Gradient of the logits. Sinkhorn's iterates are each computed again from the first: cheaper than memory."""
+    """Gradient of the logits.
+
+    Sinkhorn is computed again, and the sums of each step, [steps, T, n], are left in memory. From the last iterate back
+    to the first, each one is the next one times the sums that it was divided by.
+    """
     token = tl.program_id(0) * SMALL + tl.arange(0, SMALL)
     inside = token < tokens
     r = tl.load(r_ptr + token, mask=inside, other=1.0)
@@ -161,13 +161,21 @@ def coefficients_backward(
     tl.store(d_z_ptr + token[:, None] * k + N + n[None, :], d, mask=inside[:, None])
     soft = _softmax_to(_load_res_logits(u_ptr, base_ptr, alphas_ptr, r, token, inside, k, N), eps)
     at = n[:, None] * N + n[None, :]
+    m = soft + eps
+    for step in range(steps):
+        rows = step % 2 == 0
+        sums = _sums(m, rows) + eps
+        tl.store(sums_ptr + (step * tokens + token[:, None]) * N + n[None, :], sums, mask=inside[:, None])
+        m = m / _over(sums, rows)
+    tl.debug_barrier()  # another thread may read what this one has stored
     grad = tl.load(d_res_ptr + token[:, None, None] * N * N + at[None, :, :], mask=inside[:, None, None], other=0.0)
     for back in range(steps):
-        last = steps - 1 - back
-        m = soft + eps
-        for step in range(last):
-            m = _normalize(m, eps, step % 2 == 0)
-        grad = _normalize_backward(grad, m, eps, last % 2 == 0)
+        step = steps - 1 - back
+        rows = step % 2 == 0
+        sums = tl.load(sums_ptr + (step * tokens + token[:, None]) * N + n[None, :], mask=inside[:, None], other=1.0)
+        divisor = _over(sums, rows)
+        grad = (grad - _over(_sums(grad * m, rows), rows)) / divisor
+        m = m * divisor
     grad = soft * (grad - tl.sum(grad * soft, axis=1, keep_dims=True))
     tl.store(d_z_ptr + token[:, None, None] * k + 2 * N + at[None, :, :], grad, mask=inside[:, None, None])
 

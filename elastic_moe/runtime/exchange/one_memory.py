@@ -22,7 +22,7 @@ from elastic_moe.runtime.state import HeldState
 def share(layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: HeldState) -> None:
     """Lay compute weights and gradients into the held state. Does nothing where this rank is not alone.
 
-    Nor where gradients are fp64, since the update reads fp32, nor on a GPU, where a copy costs little.
+    Nor where gradients are fp64, since the update reads fp32, nor where the state lies on another device.
 
     Args:
         layout: the view, and the experts in slots.
@@ -31,7 +31,7 @@ def share(layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: 
     """
     of_update = next(iter(grads.dense.values()))
     alone = layout.view.world_size == 1 and len(held.states) == len(layout.units) and not held.damaged
-    if not alone or of_update.dtype != torch.float32 or {of_update.device.type, held.device.type} != {"cpu"}:
+    if not alone or of_update.dtype != torch.float32 or of_update.device.type != held.device.type:
         return
     _lay(layout, weights, lambda u: held.states[u].weight)
     _lay(layout, grads, held.grad_of)

@@ -6,9 +6,6 @@ machine with a GPU they are compiled and run there too.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,19 +13,15 @@ import torch
 
 from elastic_moe.model.residual import mhc
 from elastic_moe.model.residual.eager import EagerKernels, Kernels, MixSettings
+from tests.triton_kernels import INTERPRETED, assert_compiles, run_interpreted
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
 def test_in_the_interpreter() -> None:
-    """Triton looks for the interpreter's switch when it is imported, so a process of its own is needed."""
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "4 passed" in done.stdout, done.stdout[-500:]
+    run_interpreted(__file__)
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +75,14 @@ def test_equals_plain_torch(kernels: Kernels, tokens: int, n: int, width: int, d
 
 BLOCKS = {"N": 4, "BLOCK": 64}
 SIZES = {
-    "project": {"ROWS": 16, "PADDED": 32, "BLOCK": 64},
+    "project": {"ROWS": 32, "PADDED": 32, "BLOCK": 128},
     "coefficients": {"N": 4, "SMALL": 32},
     "coefficients_backward": {"N": 4, "SMALL": 32},
     "collapse": BLOCKS,
     "write": BLOCKS,
     "write_backward": BLOCKS,
     "pre_backward": BLOCKS,
-    "read_backward": {**BLOCKS, "ROWS": 16, "PADDED": 32},
+    "read_backward": {**BLOCKS, "BLOCK": 128, "ROWS": 32, "PADDED": 32},
 }
 
 
@@ -100,26 +93,12 @@ SIZES = {
 def test_every_kernel_compiles_for_a_gpu(
     name: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To machine code of a Hopper GPU, which needs none. The interpreter takes what the compiler refuses."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from elastic_moe.model.residual import triton_jit
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(triton_jit, name)
-    names = [parameter.name for parameter in kernel.params]
     constants = dict(SIZES[name])
-    if "PRECISION" in names:
+    if any(parameter.name == "PRECISION" for parameter in kernel.params):
         constants["PRECISION"] = precision
     elif precision != "tf32":
         pytest.skip("has no products")
-    kinds = {"eps": "fp32"} | {n: "*fp32" for n in names if n.endswith("_ptr")} | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(
-        kernel,
-        signature={n: kinds.get(n, "i32") for n in names},
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert compiled.asm["cubin"]
+    assert_compiles(kernel, constants, {"eps": "fp32"}, tmp_path, monkeypatch)

@@ -1,0 +1,34 @@
+"""Runs that compute in bf16: rows travel in it, and the losses follow those of fp32, disturbed or not."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.dist.test_copies import config_of
+from tests.local_run import LocalRun
+
+pytestmark = pytest.mark.timeout(600)
+STEPS = 30
+
+
+@pytest.mark.parametrize("copies", ["1", "all"])
+def test_a_disturbed_run_in_bf16_ends_near_the_loss_of_fp32(tmp_path: Path, copies: str) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        config = replace(config_of(tmp_path / precision / "run", STEPS, copies), precision=precision)
+        with LocalRun(config, 3) as run:
+            if precision == "bf16":
+                run.wait_step(5)
+                run.signal("w1", signal.SIGKILL)
+            run.wait_end()
+            losses[precision] = run.losses()
+            assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")
+    exact, rounded = losses["fp32"], losses["bf16"]
+    assert exact != rounded
+    assert len(exact) == len(rounded) == STEPS
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert exact[-1] < 0.95 * exact[0]

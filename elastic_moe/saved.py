@@ -64,7 +64,7 @@ def open_run(path: str, step: int | None = None) -> SavedModel:
     cfg = with_tokenizer(config.model, tokenizer)
     manifest = find_checkpoint(root, own_step if step is None else step)
     what = f"step {manifest.step} of {run_dir.name}"
-    return SavedModel(cfg, weight_reader(manifest, cfg), tokenizer, config.data.seq_len, what)
+    return SavedModel(cfg, weight_reader(manifest, cfg, config.optim.name), tokenizer, config.data.seq_len, what)
 
 
 def open_hf(path: str) -> SavedModel:

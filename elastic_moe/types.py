@@ -100,6 +100,9 @@ RULE_FACTS: dict[str, RuleFacts] = {
     "adamw": RuleFacts(
         fields=("weight", "m", "v"), has_gradient=True, may_be_cut=True, published_each_step=True, elementwise=True
     ),
+    "muon": RuleFacts(
+        fields=("weight", "m"), has_gradient=True, may_be_cut=False, published_each_step=True, elementwise=False
+    ),
     "bias": RuleFacts(
         fields=("weight",), has_gradient=False, may_be_cut=False, published_each_step=True, elementwise=False
     ),
@@ -122,6 +125,7 @@ class ParamSpec:
         bound: number of experts, for "experts".
         optimizer: name of its update rule in `RULE_FACTS`.
         decay: weight decay applies.
+        stacked: independent matrices that lie one above the other in it.
         layer: transformer layer, if it belongs to one.
         expert: index of the routed expert within its layer, for expert weights only.
         moe_layer: index among the MoE layers, for expert weights and router biases.
@@ -135,6 +139,7 @@ class ParamSpec:
     bound: int = 0
     optimizer: str = "adamw"
     decay: bool = True
+    stacked: int = 1
     layer: int | None = None
     expert: int | None = None
     moe_layer: int | None = None
@@ -180,6 +185,7 @@ class Part:
         numel: elements in the piece.
         offset: where the piece begins in the unit's flat vector.
         shape: shape of the piece; that of the parameter, or of a block of its rows.
+        stacked: independent matrices that lie one above the other in it.
     """
 
     param: str
@@ -187,6 +193,7 @@ class Part:
     numel: int
     offset: int
     shape: tuple[int, ...]
+    stacked: int = 1
 
 
 @dataclass(frozen=True, slots=True)

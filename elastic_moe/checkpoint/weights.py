@@ -60,14 +60,16 @@ def locate(path: str) -> tuple[Path, str | None, int | None]:
     return run_dir, None if step is None else str(given.parent), step
 
 
-def weight_reader(manifest: Manifest, cfg: ModelConfig) -> Callable[[ParamSpec], torch.Tensor]:
+def weight_reader(manifest: Manifest, cfg: ModelConfig, optimizer: str) -> Callable[[ParamSpec], torch.Tensor]:
     """Make a function that reads the fp32 value of a parameter from a checkpoint.
+
+    `optimizer` is the run's `optim.name`, on which the cuts of large tensors depend.
 
     The function returns a tensor of the parameter's shape on the CPU. It raises UserError if the checkpoint is of
     another model.
     """
     pieces: dict[str, list[tuple[str, Part]]] = {}
-    for unit in build_units(param_specs(cfg), cfg.max_unit_elements):
+    for unit in build_units(param_specs(cfg, optimizer), cfg.max_unit_elements):
         for part in unit.parts:
             pieces.setdefault(part.param, []).append((unit.name, part))
     last: dict[

@@ -24,7 +24,6 @@ from elastic_moe.plan.placement import copies_of
 GIB = 1 << 30
 MOST_WORKERS = 1 << 20
 FP32 = 4
-STATE = 4 * FP32  # weight, two moments, and the reduced gradient of each owned or mirrored element
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Counts:
         experts: those of all routed experts.
         active: those that compute a token, without the input embedding (as papers count) and multi-token prediction.
         mtp: those of the multi-token prediction, part of the total.
+        state: numbers kept of all: weights, moments, and reduced gradients.
     """
 
     total: int
@@ -48,11 +48,12 @@ class Counts:
     experts: int
     active: int
     mtp: int
+    state: int
 
 
-def count(cfg: ModelConfig) -> Counts:
-    """Exact parameter counts, from the meta device."""
-    specs = param_specs(cfg)
+def count(cfg: ModelConfig, optimizer: str = "adamw") -> Counts:
+    """Exact parameter counts, from the meta device. `optimizer`: as `optim.name`."""
+    specs = param_specs(cfg, optimizer)
     total = sum(s.numel for s in specs)
     experts = sum(s.numel for s in specs if s.expert is not None)
     embedding = cfg.vocab_size * cfg.hidden_size
@@ -62,7 +63,8 @@ def count(cfg: ModelConfig) -> Counts:
     mtp_dense = sum(s.numel for s in specs if s.name.startswith("mtp.") and s.expert is None)
     routed = (cfg.num_layers - cfg.num_dense_layers) * cfg.experts_per_token * expert
     active = total - experts - embedding - mtp_dense - tables + routed
-    return Counts(total, embedding, total - experts, expert, experts, active, mtp)
+    state = sum(s.numel * (len(s.rule.fields) + s.rule.has_gradient) for s in specs)
+    return Counts(total, embedding, total - experts, expert, experts, active, mtp, state)
 
 
 def attention_flops(cfg: ModelConfig, seq_len: int) -> float:
@@ -121,18 +123,18 @@ def slots_per_layer(config: TrainConfig, workers: int) -> int:
 
 def memory(config: TrainConfig, workers: int, counts: Counts | None = None) -> Memory:
     """Memory of the fullest of so many workers. One that is alone computes with its state: `exchange.one_memory`."""
-    cfg, counts = config.model, counts or count(config.model)
+    cfg, counts = config.model, counts or count(config.model, config.optim.name)
     elsewhere = config.elastic.state_on == "host" and config.device != "cpu"
     if workers == 1 and not config.elastic.reproducible and not elsewhere:
-        return Memory(0.0, 0.0, STATE * counts.total, 0.0, activation_bytes(config))
+        return Memory(0.0, 0.0, FP32 * counts.state, 0.0, activation_bytes(config))
     computed = counts.dense + slots_per_layer(config, workers) * cfg.num_moe_layers * counts.expert
     copies = min(1 + config.elastic.redundancy, workers)
-    owned = counts.total * copies / workers
+    owned = counts.state * copies / workers
     received = counts.total / workers + counts.dense
     return Memory(
         weights=FP32 * computed,
         gradients=FP32 * computed,
-        state=STATE * owned,
+        state=FP32 * owned,
         exchange=FP32 * (computed + received),
         activations=activation_bytes(config),
     )
@@ -167,7 +169,7 @@ def activation_bytes(config: TrainConfig) -> float:
 
 def smallest(config: TrainConfig, limit: float) -> int | None:
     """The smallest number of workers whose fullest one fits into so many bytes; None when none does."""
-    low, high, counts = 0, 1, count(config.model)
+    low, high, counts = 0, 1, count(config.model, config.optim.name)
     while memory(config, high, counts).total > limit:
         low, high = high, 2 * high
         if high > MOST_WORKERS:
@@ -180,7 +182,7 @@ def smallest(config: TrainConfig, limit: float) -> int | None:
 
 def report(config: TrainConfig) -> str:
     """The description as text."""
-    cfg, counts = config.model, count(config.model)
+    cfg, counts = config.model, count(config.model, config.optim.name)
     workers, seq_len = start_workers(config), config.data.seq_len
     held, limit = memory(config, workers, counts), config.cluster.worker_memory_gib * GIB
     fits = smallest(config, limit)

@@ -60,7 +60,7 @@ def fingerprint(config: TrainConfig, digests: Mapping[str, str]) -> dict[str, An
     for group in ("model", "data", "optim"):
         node = getattr(config, group)
         keys |= {f"{group}.{item.name}": _plain(getattr(node, item.name)) for item in fields(node)}
-    return {"keys": keys, "shape": shape_keys(config.model)} | dict(digests)
+    return {"keys": keys, "shape": [*shape_keys(config.model), "optim.name"]} | dict(digests)
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Comparison:

@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.residual": ("plain", "hc", "mhc"),
     "model.readout": ("mean", "learned"),
     "model.fused": ("auto", "off", "compile", "triton"),
+    "optim.name": ("adamw", "muon"),
     "optim.schedule": ("cosine", "constant"),
     "elastic.state_on": ("device", "host"),
     "optim.spike": ("off", "skip", "rollback", "stop"),
@@ -91,7 +92,7 @@ def check_rules(config: TrainConfig, inputs: bool = True) -> list[str]:
         inputs: the corpus and the tokenizer have to be there.
     """
     _check_ranges(config, "")
-    for key in ("optim.beta1", "optim.beta2"):
+    for key in ("optim.beta1", "optim.beta2", "optim.momentum"):
         _need(config, key, lambda value: 0 <= value < 1, "from 0 to below 1")
     _need(config, "seed", lambda value: value < 2**63, "below 2^63")
     _need(config, "optim.min_lr_ratio", lambda value: value <= 1, "at most 1")

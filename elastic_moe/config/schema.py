@@ -132,6 +132,7 @@ class DataConfig(Sealed):
 
 @dataclass(kw_only=True)
 class OptimConfig(Sealed):
+    name: str = "adamw"  # muon: for the matrices of the layers, with the same learning rate; the rest stays AdamW's
     lr: float = 2e-3  # highest learning rate
     min_lr_ratio: float = 0.1  # last learning rate over the highest
     warmup_steps: int = 20  # steps in which the learning rate rises from 0
@@ -139,7 +140,8 @@ class OptimConfig(Sealed):
     beta1: float = 0.9  # AdamW: decay of the first moment
     beta2: float = 0.95  # AdamW: decay of the second moment
     eps: float = 1e-8  # AdamW: added to the denominator
-    weight_decay: float = 0.1  # AdamW: decoupled weight decay
+    weight_decay: float = 0.1  # decoupled weight decay
+    momentum: float = 0.95  # Muon: decay of the momentum
     spike: str = "off"  # what follows a step whose loss or gradient norm is 6 deviations above the last 128
     max_skipped: int = 50  # steps in a row without an update that end the run; 0: no limit
     grad_clip: float = 1.0  # largest norm of the gradient; larger ones are scaled down

@@ -43,7 +43,7 @@ class HelloMessage:
         version: version of the protocol that it speaks.
         address: as in `Member`.
         sources: digest of the package's sources that it runs; "" if it is not known.
-        updates_on: kind of the device on which it updates its state, such as "cuda"; "" if it is not known.
+        updates_on: where and how it updates its state, such as "cuda"; "" if it is not known. Equal words, equal bits.
         placed_s, node_kind: as in `Origin`.
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from elastic_moe.control.messages import HelloMessage
 
-Facts = tuple[str, str]  # digest of the sources, and kind of the device on which state is updated; "" if not known
+Facts = tuple[str, str]  # digest of the sources, and where and how state is updated; "" if not known
 
 
 def facts_of(hello: HelloMessage) -> Facts:
@@ -37,6 +37,7 @@ def objection(node: str, facts: Facts, others: Collection[Facts]) -> str:
     if device and devices and device not in devices:
         return (
             f"node {node} updates its state on {device}, and the run's workers on "
-            f"{', '.join(sorted(devices))}: with workers of both kinds, set elastic.state_on=host"
+            f"{', '.join(sorted(devices))}, which rounds otherwise: with CPUs beside GPUs set elastic.state_on=host, "
+            "and with processors of different kinds optim.name=adamw"
         )
     return ""

@@ -28,6 +28,7 @@ class Init:
     bound: int = 0
     optimizer: str = "adamw"
     decay: bool = True
+    stacked: int = 1
 
 
 def init_in(cfg: ModelConfig) -> Init:

@@ -19,8 +19,14 @@ from elastic_moe.model.transformer import Transformer
 from elastic_moe.types import RULE_FACTS, ParamSpec
 
 
-def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
-    """The specification of every parameter and persistent buffer, in the order of the model."""
+def param_specs(cfg: ModelConfig, optimizer: str = "adamw") -> tuple[ParamSpec, ...]:
+    """The specification of every parameter and persistent buffer, in the order of the model.
+
+    Args:
+        cfg: the model's shape.
+        optimizer: `optim.name`. Muon is for the matrices of the layers; embedding, head, norms, biases and gating
+            factors are AdamW's in any case (DeepSeek-V4's report).
+    """
     with torch.device("meta"):
         model = Transformer(cfg)
     specs: list[ParamSpec] = []
@@ -38,7 +44,13 @@ def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
                 specs.append(
                     ParamSpec(f"{path}.{name}", shape, **dataclasses.asdict(init), layer=layer, moe_layer=index)
                 )
-    return tuple(specs)
+    return tuple(dataclasses.replace(s, optimizer=optimizer) if _is_matrix(s) else s for s in specs)
+
+
+def _is_matrix(spec: ParamSpec) -> bool:
+    """Whether it is a matrix of a layer that a gradient trains, and no vector or table."""
+    inside = spec.optimizer == "adamw" and spec.layer is not None and spec.decay and len(spec.shape) == 2
+    return inside and min(spec.shape[0] // spec.stacked, spec.shape[1]) > 1
 
 
 def _layer_of(cfg: ModelConfig, path: str) -> int | None:

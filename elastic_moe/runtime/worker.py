@@ -27,6 +27,7 @@ from elastic_moe.errors import GroupAborted, UserError
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.residual.connections import warm_up_kernels
 from elastic_moe.model.transformer import Transformer
+from elastic_moe.optim.muon import arithmetic
 from elastic_moe.parallel.collectives.abort import AbortSignal
 from elastic_moe.parallel.collectives.backend import GroupMember
 from elastic_moe.parallel.collectives.choice import GpuCollectives
@@ -67,8 +68,6 @@ class Worker:
     """
 
     def __init__(self, config: TrainConfig, prepared: Prepared, client: CoordinatorClient, token: str) -> None:
-        if config.threads:
-            torch.set_num_threads(config.threads)
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device is cuda, and a worker sees no GPU: set cluster.gpus_per_worker=1, or device=cpu.")
         self._config, self._client, self._token = config, client, token
@@ -78,7 +77,7 @@ class Worker:
         )
         self._device = accelerator.device
         self._gpu_collectives, self._told = GpuCollectives(config.cluster.collectives, self._device), ""
-        specs = param_specs(config.model)
+        specs = param_specs(config.model, config.optim.name)
         self._units = build_units(specs, config.model.max_unit_elements)
         self._model = Transformer(config.model, None).to(self._device)
         if config.elastic.reproducible:
@@ -316,12 +315,13 @@ def run_worker(
     """
     elastic = config.elastic
     set_timeout(config.checkpoint.timeout_s)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     client = CoordinatorClient(
         find, token, worker, node, os.getpid(), elastic.slots_per_worker, elastic.heartbeat_s, elastic.lease_s
     )
-    on_gpu = config.device != "cpu" and elastic.state_on == "device" and torch.cuda.is_available()
     origin = origin or Origin(psutil.Process().create_time())
-    client.start("cuda" if on_gpu else "cpu", origin.placed_s, origin.node_kind)
+    client.start(_updates_on(config), origin.placed_s, origin.node_kind)
     made: list[Worker] = []
 
     def where() -> tuple[int, int]:
@@ -341,3 +341,10 @@ def run_worker(
         raise
     finally:
         client.close()
+
+
+def _updates_on(config: TrainConfig) -> str:
+    """Where this worker updates its state, and by which arithmetic: workers that say the same get the same bits."""
+    on_gpu = config.device != "cpu" and config.elastic.state_on == "device" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    return arithmetic(device) if config.optim.name == "muon" else device.type

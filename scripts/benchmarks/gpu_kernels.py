@@ -143,7 +143,7 @@ def _both_ways(
 
 def one_worker(config: TrainConfig, prepared: Prepared) -> Callable[[], Result]:
     """A worker that is alone, in this process. A call makes a step and returns its record."""
-    specs = param_specs(config.model)
+    specs = param_specs(config.model, config.optim.name)
     units, model = build_units(specs, config.model.max_unit_elements), Transformer(config.model, None).to(DEVICE)
 
     def autocast() -> AbstractContextManager[object]:

@@ -99,7 +99,7 @@ def full_worker(config: TrainConfig, address: tuple[str, int], prepared: Prepare
 def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int, results: Any) -> None:
     """The loop without elasticity: one generation, set up as `Worker` does it, and steps until the last one."""
     torch.set_num_threads(config.threads)
-    specs = param_specs(config.model)
+    specs = param_specs(config.model, config.optim.name)
     units = build_units(specs, config.model.max_unit_elements)
     shape = (config.model.num_moe_layers, config.model.num_experts)
     device = torch.device("cpu")

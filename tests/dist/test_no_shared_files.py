@@ -19,6 +19,7 @@ import pytest
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.runtime.places import copies_dir
 from tests.local_run import LocalRun, tiny_config
+from tests.patience import until
 from tests.processes import start
 
 CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split" / "split.py"
@@ -76,7 +77,11 @@ def test_nodes_that_share_no_files_train_save_and_resume(tmp_path: Path) -> None
         run.wait_step(12)
         run.signal("w1", signal.SIGKILL)
         run.wait("the view of two", lambda s: s["world_size"] == 2 and s["entered"])
+        run.coordinator.submit({"event": "pause"})  # or a slow machine ends the run before the joiner is there
+        run.wait("a pause", lambda s: s["phase"] == "waiting")
         run.add("n7")
+        until(lambda: len([e for e in run.events() if e["event"] == "files_served"]) == 4, "files of the joiner")
+        run.coordinator.submit({"event": "resume"})
         run.wait_end()
         events = run.events()
         served = [e for e in events if e["event"] == "files_served"]

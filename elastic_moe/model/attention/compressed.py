@@ -149,7 +149,8 @@ class CompressedAttention(DeclaredModule):
         self.kv = Linear(cfg.hidden_size, width, init_in(cfg))
         self.kv_norm = RMSNorm(width, cfg.norm_eps)
         self.declare("sinks", (heads,), constant(0.0))
-        self.declare("group_out", (groups * cfg.output_latent, heads * width // groups), Init(std=cfg.init_std))
+        shape = (groups * cfg.output_latent, heads * width // groups)
+        self.declare("group_out", shape, Init(std=cfg.init_std, stacked=groups))
         self.o = Linear(groups * cfg.output_latent, cfg.hidden_size, init_out(cfg))
         if self.kind == "csa":
             self.compressor = Compressor(cfg, "entries", width, cfg.csa_rate, overlap=True)

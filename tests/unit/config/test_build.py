@@ -102,7 +102,7 @@ def test_every_number_has_a_range() -> None:
     built = build({})
     ruled = {*AT_LEAST_ONE, *AT_LEAST_ZERO, *ABOVE_ZERO}
     ruled |= {"optim.beta1", "optim.beta2", "data.val_fraction", "data.vocab_size", "cluster.object_store_gib"}
-    ruled |= {"model.end_token", "model.recompute", "sweep.rung_factor"}
+    ruled |= {"model.end_token", "model.recompute", "sweep.rung_factor", "optim.momentum"}
     for key in key_names():
         value: Any = built
         for name in key.split("."):

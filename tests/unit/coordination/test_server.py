@@ -99,8 +99,8 @@ def test_a_newcomer_that_updates_its_state_on_another_device_is_turned_away(serv
     assert isinstance(decode_from_coordinator(served.connect(hello("a", "cuda")).readline()), msg.WelcomeMessage)
     (line,) = served.connect(hello("b", "cpu")).readlines()
     assert decode_from_coordinator(line) == msg.EvictedMessage(
-        "node n7 updates its state on cpu, and the run's workers on cuda: with workers of both kinds, set "
-        "elastic.state_on=host"
+        "node n7 updates its state on cpu, and the run's workers on cuda, which rounds otherwise: with CPUs beside "
+        "GPUs set elastic.state_on=host, and with processors of different kinds optim.name=adamw"
     )
     view = View(4, (Member("c", "n7", 1),))
     for welcome in (hello("a", "cuda"), hello("d", "cuda"), hello("e", ""), hello("c", "cpu", view)):

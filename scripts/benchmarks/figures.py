@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 420, 64, 40, 150, 48
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 800, 420, 64, 40, 190, 48
 COLOURS = ("#4c6a92", "#c8553d", "#2a9d6f", "#8f6bb3", "#b58b00")
 
 

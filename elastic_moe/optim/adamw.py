@@ -61,10 +61,10 @@ def apply_adamw(state: UnitState, grad: torch.Tensor, step: int, lr: float, cfg:
 
         update_on_gpu(tensors, [float(factor) for factor in factors])
     else:
-        in_passes(tensors, [float(factor) for factor in factors])
+        _in_passes(tensors, [float(factor) for factor in factors])
 
 
-def in_passes(tensors: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
+def _in_passes(tensors: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
     """One update in place on any device, in a few passes. Arguments as of `adamw_triton.update`."""
     keep, beta1, rest1, beta2, rest2, step_size, root_scale, eps = factors
     for weight, m, v, g in zip(*(tensor.split(DEVICE_CHUNK) for tensor in tensors), strict=True):

@@ -14,7 +14,6 @@ Shapes: B matrices of one shape, N rows, M columns, N <= M.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -88,7 +87,6 @@ def orthogonal(g_BNM: torch.Tensor) -> torch.Tensor:
     return x_BNM.float()
 
 
-@functools.cache
 def arithmetic(device: torch.device) -> str:
     """A name of what decides the rounding of the products on a device: their result for a fixed matrix, and threads."""
     fixed = torch.randn((3, 96, 320), generator=torch.Generator().manual_seed(0)).to(device)

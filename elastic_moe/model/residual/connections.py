@@ -30,7 +30,7 @@ from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.init import Init, init_in
-from elastic_moe.model.layers import DeclaredModule
+from elastic_moe.model.layers import DeclaredModule, compute_dtype
 from elastic_moe.model.residual import mhc
 from elastic_moe.model.residual.eager import EagerKernels, MixSettings
 from elastic_moe.model.residual.kernels import choose_kernels
@@ -213,9 +213,7 @@ def expand_streams(x_BSD: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
     """[B, S, D] -> streams [B, S, n, D], all equal, in the compute dtype; without streams x itself."""
     if not cfg.has_streams:
         return x_BSD
-    kind = x_BSD.device.type
-    if torch.is_autocast_enabled(kind):
-        x_BSD = x_BSD.to(torch.get_autocast_dtype(kind))
+    x_BSD = x_BSD.to(compute_dtype(x_BSD))
     return x_BSD.unsqueeze(2).expand(-1, -1, cfg.num_streams, -1).contiguous()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-BEATS_PER_S = 1000  # of all members together, from which on each sends fewer
+BEATS_PER_S = 600  # of all members together, from which on each sends fewer
 MOST_STRETCHED = 3.0
 
 

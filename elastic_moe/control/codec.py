@@ -159,6 +159,11 @@ def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
 
 def _read(hint: Any, value: Any, path: str) -> Any:
     """The value of a field. `hint`: the field's type."""
+    if hint is float:
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max  # neither infinite nor NaN
+        return float(_expect(fits, PLAIN[float], value, path))
+    if type(value) is hint:  # nearly every field: a thousand heartbeats a second are read so
+        return value
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is UnionType:  # the only unions are of a type and None
         return None if value is None else _read(arguments[0], value, path)
@@ -169,10 +174,7 @@ def _read(hint: Any, value: Any, path: str) -> Any:
     if is_dataclass(hint):
         _expect(isinstance(value, dict), "an object", value, path)
         return _build(cast("type[Any]", hint), value, path + ".")
-    if hint is float:
-        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max  # neither infinite nor NaN
-        return float(_expect(fits, PLAIN[float], value, path))
-    return _expect(type(value) is hint, PLAIN[hint], value, path)
+    return _expect(False, PLAIN[hint], value, path)
 
 
 def _read_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:

@@ -56,7 +56,11 @@ def look_at(
 
     def plan(moves: int) -> tuple[Placement, NDArray[np.float64]]:
         new = plan_placement(load_LE, topology, slots, old, home_moves=moves)
-        new = _keep_unless_better(old, new, now_L)
+        assert new.time_L is not None
+        better_L = new.time_L < now_L - MIN_TIME_GAIN
+        if not better_L.any():
+            return replace(old, time_L=now_L), now_L
+        new = _chosen(better_L, new, replace(old, time_L=now_L))
         return new, slowest_times(load_LE, new, speeds)
 
     replicas, replicas_L = plan(0)
@@ -94,14 +98,14 @@ def _joined_placement(parts: Sequence[Placement]) -> Placement:
     )
 
 
-def _keep_unless_better(old: Placement, new: Placement, now_L: NDArray[np.float64]) -> Placement:
-    """The new placement of the layers that it makes faster, the old one of the others."""
-    assert new.time_L is not None
-    better_L = new.time_L < now_L - MIN_TIME_GAIN
+def _chosen(which_L: NDArray[np.bool_], a: Placement, b: Placement) -> Placement:
+    """The one placement of the layers where `which_L` is true, the other of the rest."""
+    assert a.time_L is not None
+    assert b.time_L is not None
     return Placement(
-        np.where(better_L[:, None], new.expert_of_slot, old.expert_of_slot),
-        new.rank_of_slot,
-        np.where(better_L[:, None], new.home, old.home),
-        new.node_of_rank,
-        np.where(better_L, new.time_L, now_L),
+        np.where(which_L[:, None], a.expert_of_slot, b.expert_of_slot),
+        a.rank_of_slot,
+        np.where(which_L[:, None], a.home, b.home),
+        a.node_of_rank,
+        np.where(which_L, a.time_L, b.time_L),
     )

@@ -12,6 +12,7 @@ ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ LOOK_WORK = 1 << 17  # ranks times slots of the layers that one step looks at: a
 STATE_BYTES = 4  # per element of a unit's state, which is fp32
 
 Estimate = dict[str, float | int]  # the keys are declared with the event `rebalanced`
+LookArguments = tuple[NDArray[np.float64], Placement, Topology, list[int], list[float], int]
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ class _Trial:
 class Rebalancer:
     """Proposes changes of placement from the votes of one generation.
 
-    A look at all layers takes longer than a step allows if the ranks are many. A step then looks at some layers, and
-    the proposal follows when all have had their turn.
+    A look at all layers takes longer than a step allows if the ranks are many. A step then begins a look at some
+    layers, which goes on beside the next step and is taken there. The proposal follows when all layers have had their
+    turn.
 
     Args:
         config: steps between proposals, and limits of what may move.
@@ -146,6 +149,8 @@ class Rebalancer:
         self._rates, self._load_LE = _Rates(), np.zeros(0)
         self._proposals = 0  # times that a change was considered
         self._looks: list[Look] = []  # at the first layers, since the last proposal
+        self._ahead: Future[Look] | None = None  # at the next ones, in a thread: compiled loops let others run
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="look")  # has no thread before its first look
         num_layers, num_slots = placement.expert_of_slot.shape
         self._layers_per_look = min(num_layers, max(1, LOOK_WORK // (view.world_size * num_slots)))
         steps = config.every_steps * -(-num_layers // self._layers_per_look)  # of a whole look
@@ -202,23 +207,25 @@ class Rebalancer:
 
     def _look(self) -> Look | None:
         """Look at the next layers. Returns the whole look when all layers have had their turn, else None."""
+        num_layers = len(self._load_LE)
+        if self._layers_per_look == num_layers:
+            return look_at(*self._next_layers())
+        if self._ahead is not None:
+            self._looks.append(self._ahead.result())
+            self._ahead = None
+            if sum(len(look.now_L) for look in self._looks) == num_layers:
+                looks, self._looks = self._looks, []
+                return joined(looks)
+        self._ahead = self._pool.submit(look_at, *self._next_layers())
+        return None
+
+    def _next_layers(self) -> LookArguments:
+        """What the next look is at: the next layers, with the load and the placement of now."""
         first = sum(len(look.now_L) for look in self._looks)
         layers = slice(first, first + self._layers_per_look)
         moves = self._config.home_moves if (self._proposals + 1) % self._home_every == 0 else 0
-        self._looks.append(
-            look_at(
-                self._load_LE[layers],
-                layers_of(self.placement, layers),
-                self._topology,
-                self._slots,
-                self._speeds,
-                moves,
-            )
-        )
-        if layers.stop < len(self._load_LE):
-            return None
-        looks, self._looks = self._looks, []
-        return joined(looks)
+        old = layers_of(self.placement, layers)
+        return self._load_LE[layers], old, self._topology, self._slots, self._speeds, moves
 
     def _estimate(
         self, before_L: NDArray[np.float64], after_L: NDArray[np.float64], steps: int, moved_bytes: int

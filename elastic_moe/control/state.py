@@ -224,12 +224,16 @@ class State:
     @property
     def view_workers(self) -> tuple[str, ...]:
         """Ids of the newest view's members that still live, in rank order."""
-        return tuple(m.worker for m in self.view.members if m.worker in self.records) if self.view else ()
+        records = self.records
+        return tuple([m.worker for m in self.view.members if m.worker in records]) if self.view else ()
 
     @property
     def all_entered(self) -> bool:
         """Every active member of the newest view has entered it."""
-        return self.view is not None and all(m.draining or m.worker in self.entered for m in self.view.members)
+        if self.view is None:
+            return False
+        entered = self.entered
+        return not [m for m in self.view.members if m.worker not in entered and not m.draining]
 
     def in_view(self, worker: str) -> bool:
         """Whether the worker is a member of the newest view."""

@@ -3,7 +3,8 @@
 - Coordinator: a real `ControlServer` in this process. The workers are connections of one other process, which send
   heartbeats at the default interval and enter every view. Its processor time is that of this process.
 - Planning: everything that one rank computes on entering a view after a death, at DeepSeek-V3's units.
-- Step: what one rank computes in each step (a look for a better placement) and in each layer (the token split).
+- Step: what one rank computes in each layer (the token split) and in each step (a look for a better placement; if the
+  ranks are many, it goes on in a thread of its own beside the next step, and `look` is what is left to the step).
 
 Planning and step are measured in processor time of the one thread that does the work, the placement of a whole view,
 for which all cores are used, in wall-clock time.
@@ -45,6 +46,7 @@ RANKS_PER_NODE = 8
 FORM_LIMIT_S = 40.0
 DEATHS = 3
 TOKENS_PER_RANK = 4096
+STEP_S = 0.1  # of the model's work between two looks; at this size it is longer
 UNIT_ELEMENTS = 3_460_000  # cuts DeepSeek-V3 into about 20,800 units
 
 
@@ -135,7 +137,7 @@ def planning(units: Units, load_LE: np.ndarray, num_ranks: int) -> dict[str, flo
 
 
 def step(units: Units, load_LE: np.ndarray, num_ranks: int) -> dict[str, float]:
-    """Seconds of one rank's control work: the split of one layer, and a look for a better placement."""
+    """Seconds of one rank's control work in its step: the split of one layer, and a look for a better placement."""
     view, shape = _view(num_ranks), load_LE.shape
     placement = plan_placement(load_LE, _topology(view), default_slots(shape[1], view, 1, 0))
     none_RU = np.zeros((num_ranks, len(units)), np.uint8)
@@ -146,9 +148,10 @@ def step(units: Units, load_LE: np.ndarray, num_ranks: int) -> dict[str, float]:
     balancer = Rebalancer(BalanceConfig(home_moves=0), view, units, 1, placement, ownership)
     times_L = slowest_times(load_LE, placement, [1.0] * num_ranks)
     looks = []
-    for number in range(1, 4):
+    for number in range(1, 7):
         vote = _vote(number, load_LE * rng.uniform(0.9, 1.1, shape), times_L, num_ranks)
         looks.append(seconds_of(lambda vote=vote: balancer.propose(vote), repeats=1))
+        time.sleep(STEP_S)
     return {"split": seconds_of(lambda: split_for_rank(counts_RE, placement, 0, 0), 10), "look": max(looks)}
 
 

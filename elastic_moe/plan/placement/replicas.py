@@ -100,13 +100,14 @@ def _find(parent_V: Ints, vertex: int) -> int:
 class _Filling(NamedTuple):
     """A plan in construction: its copies, each rank's free slots and load, and the components of linked ranks.
 
-    parent_V: union-find forest. holds_R, holds_N: ranks and nodes that hold the expert at hand.
+    time_R: time of a rank per unit of load, 1 / target. parent_V: union-find forest. holds_R, holds_N: ranks and nodes
+    that hold the expert at hand.
     """
 
     start_R: Ints
     rank_P: Ints
     node_R: Ints
-    target_R: Floats
+    time_R: Floats
     expert_P: Ints
     slots_of_ER: Ints
     copies_E: Ints
@@ -133,15 +134,14 @@ def _choose_rank(state: _Filling, expert: int, load_per_copy: float, linking: bo
         state.holds_R[rank] = True
         state.holds_N[state.node_R[rank]] = True
     mine = _find(state.parent_V, num_ranks + expert)
+    free_R, load_R, time_R, holds_R = state.free_R, state.load_R, state.time_R, state.holds_R
     best, best_cost = -1, np.inf
     for turn in range(2):
         if turn == 1 and best >= 0:
             break
         for rank in range(num_ranks):
-            if state.free_R[rank] <= 0 or state.holds_R[rank]:
-                continue
-            cost = (state.load_R[rank] + load_per_copy) / state.target_R[rank]
-            if cost >= best_cost:  # the search for the component is slower than this test
+            cost = (load_R[rank] + load_per_copy) * time_R[rank]
+            if cost >= best_cost or free_R[rank] <= 0 or holds_R[rank]:  # these tests are the cheap ones
                 continue
             if turn == 0 and linking and _find(state.parent_V, rank) == mine:
                 continue
@@ -244,8 +244,9 @@ def construct(layer: LayerPlan, expert_P: Ints) -> None:
     for slot in range(len(expert_P)):
         if expert_P[slot] >= 0:
             load_R[rank_P[slot]] += load_E[expert_P[slot]] / wanted_E[expert_P[slot]]
+    time_R = 1 / np.maximum(target_R, 1e-300)
     state = _Filling(
-        start_R, rank_P, node_R, target_R, expert_P, slots_of_ER, copies_E, free_R, parent_V, load_R, holds_R, holds_N
+        start_R, rank_P, node_R, time_R, expert_P, slots_of_ER, copies_E, free_R, parent_V, load_R, holds_R, holds_N
     )
     load_per_copy_E = load_E / wanted_E
     by_load_per_copy = np.argsort(-load_per_copy_E, kind="mergesort")

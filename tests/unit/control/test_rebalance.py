@@ -158,8 +158,9 @@ def test_many_ranks_look_at_some_layers_in_each_step(monkeypatch: pytest.MonkeyP
     whole, spread = _rebalancer(**settings), _rebalancer(**settings)
     whole._layers_per_look = LAYERS  # pyright: ignore[reportPrivateUsage]
     load_LE = _hot(_on_one_rank(whole)[:2])
-    assert spread.propose(_vote(spread, 1, load_LE)) is None, "the second layer has not had its turn"
-    late, change = spread.propose(_vote(spread, 2, load_LE)), whole.propose(_vote(whole, 1, load_LE))
+    for step in (1, 2):
+        assert spread.propose(_vote(spread, step, load_LE)) is None, "the second layer has not had its turn"
+    late, change = spread.propose(_vote(spread, 3, load_LE)), whole.propose(_vote(whole, 1, load_LE))
     assert late is not None
     assert change is not None
     assert np.array_equal(late.placement.expert_of_slot, change.placement.expert_of_slot)

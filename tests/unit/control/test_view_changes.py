@@ -95,4 +95,4 @@ def test_changes_that_are_lost_repeated_or_out_of_order_give_the_right_view_or_n
 
 
 def test_the_pace_follows_the_number_of_members() -> None:
-    assert [pace(0.5, members) for members in (0, 64, 500, 1024, 10_000)] == [0.5, 0.5, 0.5, 1.024, 1.5]
+    assert [pace(0.5, members) for members in (0, 64, 300, 600, 10_000)] == [0.5, 0.5, 0.5, 1.0, 1.5]

@@ -22,6 +22,7 @@ PATIENCE_S = 60.0  # for what a test has ended, and what has not gone yet, on a 
 DURATIONS = Path(".cache") / "test_durations.json"
 NOT_OURS = (
     "RAY_TRAIN_V2_ENABLED",  # set for good by the import of `elastic_moe.actors`, in whatever test that comes first
+    "RAY_CLIENT_MODE",  # by that of Ray
     "PYTEST_",
     "COLUMNS",
     "LINES",

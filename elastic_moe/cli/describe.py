@@ -17,7 +17,7 @@ from elastic_moe.config.build import start_workers
 from elastic_moe.config.schema import ModelConfig, TrainConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.attention.compressed import layer_kind
-from elastic_moe.model.params import param_specs
+from elastic_moe.model.params import dense_product_numel, param_specs
 from elastic_moe.model.residual.connections import segment_length
 from elastic_moe.plan.placement import copies_of
 
@@ -34,6 +34,7 @@ class Counts:
         total: all of them.
         embedding: the input embedding.
         dense: those every worker computes with.
+        dense_products: those of them that are in matrices of products only.
         expert: those of one routed expert.
         experts: those of all routed experts.
         active: those that compute a token, without the input embedding (as papers count) and multi-token prediction.
@@ -44,6 +45,7 @@ class Counts:
     total: int
     embedding: int
     dense: int
+    dense_products: int
     expert: int
     experts: int
     active: int
@@ -64,7 +66,8 @@ def count(cfg: ModelConfig, optimizer: str = "adamw") -> Counts:
     routed = (cfg.num_layers - cfg.num_dense_layers) * cfg.experts_per_token * expert
     active = total - experts - embedding - mtp_dense - tables + routed
     state = sum(s.numel * (len(s.rule.fields) + s.rule.has_gradient) for s in specs)
-    return Counts(total, embedding, total - experts, expert, experts, active, mtp, state)
+    products = dense_product_numel(cfg)
+    return Counts(total, embedding, total - experts, products, expert, experts, active, mtp, state)
 
 
 def attention_flops(cfg: ModelConfig, seq_len: int) -> float:
@@ -127,15 +130,18 @@ def memory(config: TrainConfig, workers: int, counts: Counts | None = None) -> M
     elsewhere = config.elastic.state_on == "host" and config.device != "cpu"
     if workers == 1 and not config.elastic.reproducible and not elsewhere:
         return Memory(0.0, 0.0, FP32 * counts.state, 0.0, activation_bytes(config))
-    computed = counts.dense + slots_per_layer(config, workers) * cfg.num_moe_layers * counts.expert
+    slots = slots_per_layer(config, workers) * cfg.num_moe_layers * counts.expert
+    computed, size = counts.dense + slots, 2 if config.precision == "bf16" else FP32
+    narrow = FP32 - size  # bytes that an element in products takes less, as a copy and on its way
+    saved = narrow * (counts.dense_products + slots)
     copies = min(1 + config.elastic.redundancy, workers)
     owned = counts.state * copies / workers
-    received = counts.total / workers + counts.dense
+    received = FP32 * (counts.total / workers + counts.dense) - narrow * counts.dense_products
     return Memory(
-        weights=FP32 * computed,
+        weights=FP32 * computed - saved,
         gradients=FP32 * computed,
         state=FP32 * owned,
-        exchange=FP32 * (computed + received),
+        exchange=FP32 * computed + received,
         activations=activation_bytes(config),
     )
 

@@ -14,7 +14,7 @@ import torch
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.experts.specs import expert_specs
-from elastic_moe.model.layers import DeclaredModule
+from elastic_moe.model.layers import DeclaredModule, Linear
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.types import RULE_FACTS, ParamSpec
 
@@ -45,6 +45,13 @@ def param_specs(cfg: ModelConfig, optimizer: str = "adamw") -> tuple[ParamSpec, 
                     ParamSpec(f"{path}.{name}", shape, **dataclasses.asdict(init), layer=layer, moe_layer=index)
                 )
     return tuple(dataclasses.replace(s, optimizer=optimizer) if _is_matrix(s) else s for s in specs)
+
+
+def dense_product_numel(cfg: ModelConfig) -> int:
+    """Elements of the matrices outside the routed experts that are used in products only: those of `Linear`."""
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
 
 
 def _is_matrix(spec: ParamSpec) -> bool:

@@ -14,8 +14,9 @@ from elastic_moe.plan.batch import share_of_batch
 from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.state.ownership import Ownership
 from elastic_moe.plan.state.schedule import Layout
+from elastic_moe.runtime.compute_copies import set_dtype
 from elastic_moe.runtime.exchange.exchanger import Exchanger
-from elastic_moe.runtime.exchange.one_memory import share
+from elastic_moe.runtime.exchange.one_memory import computes_with_masters, share
 from elastic_moe.runtime.exchange.windows import ComputeTensors
 from elastic_moe.runtime.state import HeldState
 from elastic_moe.types import Unit, View
@@ -61,6 +62,7 @@ class ContextBuilder:
         num_moe_layers: MoE layers of the model.
         global_batch: sequences per step.
         batch_multiple: each rank's share of the batch is a multiple of so many sequences.
+        products: dtype in which products are computed.
     """
 
     def __init__(
@@ -71,10 +73,11 @@ class ContextBuilder:
         num_moe_layers: int,
         global_batch: int,
         batch_multiple: int = 1,
+        products: torch.dtype = torch.float32,
     ) -> None:
         self._units, self._model, self._dense_gradients = units, model, dense_gradients
         self._layers = range(num_moe_layers)
-        self._global_batch, self._batch_multiple = global_batch, batch_multiple
+        self._global_batch, self._batch_multiple, self._products = global_batch, batch_multiple, products
 
     def build(
         self,
@@ -88,9 +91,14 @@ class ContextBuilder:
     ) -> GenerationContext:
         """The context for a placement. The experts wait for the exchanger's weights from now on."""
         layout = Layout(self._units, view, group.rank, ownership, placement)
+        gradients = ComputeTensors(self._dense_gradients, [experts.slot_grads(i) for i in self._layers])
+        set_dtype(
+            self._model,
+            [stack for i in self._layers for stack in experts.slot_params(i)],
+            torch.float32 if computes_with_masters(layout, gradients, held) else self._products,
+        )
         dense = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
         weights = ComputeTensors(dense, [experts.slot_params(i) for i in self._layers])
-        gradients = ComputeTensors(self._dense_gradients, [experts.slot_grads(i) for i in self._layers])
         share(layout, weights, gradients, held)
         exchanger = Exchanger(layout, weights.detached(), gradients, held, group)
         experts.before_experts = exchanger.wait_expert_weights

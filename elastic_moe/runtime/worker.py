@@ -71,10 +71,9 @@ class Worker:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device is cuda, and a worker sees no GPU: set cluster.gpus_per_worker=1, or device=cpu.")
         self._config, self._client, self._token = config, client, token
-        accelerator = Accelerator(
-            cpu=config.device == "cpu" or not torch.cuda.is_available(),
-            mixed_precision="bf16" if config.precision == "bf16" else "no",
-        )
+        on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
+        self._products = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self._device = accelerator.device
         self._gpu_collectives, self._told = GpuCollectives(config.cluster.collectives, self._device), ""
         specs = param_specs(config.model, config.optim.name)
@@ -101,6 +100,7 @@ class Worker:
             config.model.num_moe_layers,
             config.data.global_batch,
             config.data.micro_batch if config.elastic.reproducible else 1,
+            self._products,
         )
         self._reconfigurer = Reconfigurer(
             config,
@@ -133,8 +133,7 @@ class Worker:
             Evicted: the coordinator no longer counts this worker as a member.
             CoordinatorLost: it was not heard for `elastic.hold_s`.
         """
-        dtype = torch.bfloat16 if self._config.precision == "bf16" else torch.float32
-        warm_up_kernels(self._config.model, self._device, dtype)
+        warm_up_kernels(self._config.model, self._device, self._products)
         warm_up_planner(lambda reason: self._client.event({"event": "planner_compiles", "reason": reason}))
         self._client.ready()
         try:

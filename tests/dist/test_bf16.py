@@ -1,4 +1,4 @@
-"""Runs that compute in bf16: rows travel in it, and the losses follow those of fp32, disturbed or not."""
+"""Runs that compute in bf16: rows and weights travel in it, and the losses follow those of fp32, disturbed or not."""
 
 from __future__ import annotations
 
@@ -32,3 +32,23 @@ def test_a_disturbed_run_in_bf16_ends_near_the_loss_of_fp32(tmp_path: Path, copi
     assert len(exact) == len(rounded) == STEPS
     assert rounded == pytest.approx(exact, rel=0.02)
     assert exact[-1] < 0.95 * exact[0]
+
+
+def test_a_disturbed_run_in_bf16_equals_the_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
+    """From three workers, with weights in bf16, to one that is alone; against one that was always alone."""
+    losses = []
+    for workers in (3, 1):
+        config = replace(config_of(tmp_path / str(workers) / "run", STEPS, "1"), precision="bf16")
+        config = replace(config, elastic=replace(config.elastic, reproducible=True))
+        with LocalRun(config, workers) as run:
+            if workers > 1:
+                run.wait_step(5)
+                run.signal("w1", signal.SIGKILL)
+                run.wait("2 workers", lambda s: s["world_size"] == 2 and s["entered"] and s["step"] > 10)
+                run.signal("w0", signal.SIGKILL)
+                run.wait("a worker alone", lambda s: s["world_size"] == 1 and s["entered"])
+            run.wait_end()
+            losses.append(run.losses())
+            assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < 0.95 * losses[0][0]

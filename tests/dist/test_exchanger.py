@@ -53,11 +53,13 @@ def _computes(rank: int, unit: Unit) -> bool:
     return unit.expert is None or unit.expert in SLOTS[rank]
 
 
-def _tensors(rank: int, buffers: bool) -> ComputeTensors:
-    """Compute tensors full of -1, with the buffers that have no gradient if wanted."""
+def _tensors(rank: int, buffers: bool, matrices: torch.dtype = torch.float32) -> ComputeTensors:
+    """Compute tensors full of -1, with the buffers that have no gradient if wanted. `matrices`: dtype of matrices."""
     dense = {s.name: torch.full(s.shape, -1.0) for s in SPECS if s.expert is None and (buffers or s.rule.has_gradient)}
+    dense["embed"] = dense["embed"].to(matrices)
     num_slots = len(SLOTS[rank])
-    return ComputeTensors(dense, [(torch.full((num_slots, 4, 3), -1.0), torch.full((num_slots, 3, 2), -1.0))])
+    slots = torch.full((num_slots, 4, 3), -1.0, dtype=matrices), torch.full((num_slots, 3, 2), -1.0, dtype=matrices)
+    return ComputeTensors(dense, [slots])
 
 
 def _flat(rank: int, tensors: ComputeTensors, unit: Unit) -> torch.Tensor:
@@ -79,14 +81,14 @@ def _fill(layout: Layout, tensors: ComputeTensors, kind: int) -> None:
                 window.copy_(value)
 
 
-def _exchange(seat: Seat, dtype: torch.dtype) -> dict[str, float]:
+def _exchange(seat: Seat, dtype: torch.dtype, matrices: torch.dtype) -> dict[str, float]:
     rank, ownership = seat.rank, _ownership()
     group = seat.form(1, rank, seat.world)
     layout = Layout(UNITS, VIEW, rank, ownership, PLACEMENT)
     roles_U = ownership.role(rank)
     source = {u: UnitState.initial(UNITS[u], _value(u, 9)) for u in np.flatnonzero(roles_U != NONE).tolist()}
     held = HeldState.build(UNITS, roles_U, source, torch.device("cpu"))
-    weights, grads = _tensors(rank, True), _tensors(rank, False)
+    weights, grads = _tensors(rank, True, matrices), _tensors(rank, False)
     grads = ComputeTensors(
         {name: t.to(dtype) for name, t in grads.dense.items()}, [tuple(t.to(dtype) for t in s) for s in grads.slots]
     )
@@ -116,7 +118,8 @@ def _exchange(seat: Seat, dtype: torch.dtype) -> dict[str, float]:
         if _computes(rank, unit):
             frozen = torch.full((unit.numel,), -1.0)
             expected = frozen if unit.optimizer == "frozen" else _value(u, 9)
-            assert torch.equal(_flat(rank, weights, unit), expected), f"weight of {unit.name}"
+            found = _flat(rank, weights, unit)
+            assert torch.equal(found, expected.to(found.dtype)), f"weight of {unit.name}"
     if -1 in SLOTS[rank]:
         assert all((stacked[SLOTS[rank].index(-1)] == -1).all() for stacked in weights.slots[0]), "an empty slot"
     exchanger.publish(frozen=True)
@@ -126,11 +129,17 @@ def _exchange(seat: Seat, dtype: torch.dtype) -> dict[str, float]:
     return {"first": first_bytes, "second": exchanger.publish_bytes, "seconds": exchanger.publish_s}
 
 
+@pytest.mark.parametrize("matrices", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_add_up_and_weights_come_back(dtype: torch.dtype) -> None:
-    for rank, found in enumerate(results(WORLD, _exchange, dtype)):
+def test_gradients_add_up_and_weights_come_back(dtype: torch.dtype, matrices: torch.dtype) -> None:
+    def size(unit: Unit) -> int:
+        """Bytes of a unit on its way."""
+        is_matrix = unit.expert is not None or unit.name.startswith("embed")
+        return unit.numel * (matrices.itemsize if is_matrix else 4)
+
+    for rank, found in enumerate(results(WORLD, _exchange, dtype, matrices)):
         primary_U = _ownership().primary
         others = [u for i, u in enumerate(UNITS) if _computes(rank, u) and primary_U[i] != rank]
-        assert found["first"] == 4 * sum(u.numel for u in others if u.optimizer != "frozen")
-        assert found["second"] == 4 * sum(u.numel for u in others)
+        assert found["first"] == sum(size(u) for u in others if u.optimizer != "frozen")
+        assert found["second"] == sum(size(u) for u in others)
         assert found["seconds"] > 0

@@ -10,7 +10,7 @@ in its slots. Draining ranks compute with dense units too, although they process
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -47,6 +47,14 @@ class Schedule:
     def received_units(self) -> list[int]:
         """All received units, in the order of the receive buffer. A unit occurs once for every rank that sends it."""
         return [unit for units in self.receive for unit in units]
+
+    def only(self, wanted: Container[int]) -> Schedule:
+        """The same exchange of these units alone."""
+        send, receive = (
+            tuple(tuple(unit for unit in units if unit in wanted) for units in units_R)
+            for units_R in (self.send, self.receive)
+        )
+        return Schedule(send, receive)
 
     def without(self, rank: int) -> Schedule:
         """The same exchange without the units that `rank`, whose part this is, sends to itself."""

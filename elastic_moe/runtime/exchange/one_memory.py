@@ -19,6 +19,13 @@ from elastic_moe.runtime.exchange.windows import ComputeTensors
 from elastic_moe.runtime.state import HeldState
 
 
+def computes_with_masters(layout: Layout, grads: ComputeTensors, held: HeldState) -> bool:
+    """Whether this rank computes with its master weights, which are fp32. Arguments as in `share`."""
+    of_update = next(iter(grads.dense.values()))
+    alone = layout.view.world_size == 1 and len(held.states) == len(layout.units) and not held.damaged
+    return alone and of_update.dtype == torch.float32 and of_update.device.type == held.device.type
+
+
 def share(layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: HeldState) -> None:
     """Lay compute weights and gradients into the held state. Does nothing where this rank is not alone.
 
@@ -29,9 +36,7 @@ def share(layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: 
         weights, grads: the tensors themselves, not aliases; `weights.dense` has the buffers too.
         held: the state, of all units.
     """
-    of_update = next(iter(grads.dense.values()))
-    alone = layout.view.world_size == 1 and len(held.states) == len(layout.units) and not held.damaged
-    if not alone or of_update.dtype != torch.float32 or of_update.device.type != held.device.type:
+    if not computes_with_masters(layout, grads, held):
         return
     _lay(layout, weights, lambda u: held.states[u].weight)
     _lay(layout, grads, held.grad_of)

@@ -1,7 +1,8 @@
 """Publication: updated weights from primaries to the ranks that compute with them.
 
 Experts are most of the weights, and the forward pass needs them later than the dense ones. They are sent first and
-travel while the next step begins. `wait_expert_weights` waits for them before the first expert is used.
+travel while the next step begins. `wait_expert_weights` waits for them before the first expert is used. What all ranks
+compute with in bf16 is sent in bf16.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ from elastic_moe.plan.state.schedule import Layout, Schedule
 from elastic_moe.runtime.exchange.unit_exchange import UnitExchange
 from elastic_moe.runtime.exchange.windows import ComputeTensors, copy_all, windows_of
 from elastic_moe.runtime.state import HeldState
+from elastic_moe.types import Unit
 
 
 class _Weights:
     """Sends weights by one schedule and installs those that arrive."""
 
     def __init__(
-        self, layout: Layout, schedule: Schedule, weights: ComputeTensors, held: HeldState, group: Group
+        self,
+        layout: Layout,
+        schedule: Schedule,
+        weights: ComputeTensors,
+        held: HeldState,
+        group: Group,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         own, others = schedule.send[layout.rank], schedule.without(layout.rank)
         self._held, self._sent_units = held, others.sent_units
@@ -32,7 +40,7 @@ class _Weights:
             for u in own
             for piece in held.states[u].weight.split([window.numel() for window in windows_of(layout, weights, u)])
         ]
-        self._exchange = UnitExchange(layout, others, group, held.device)
+        self._exchange = UnitExchange(layout, others, group, held.device, dtype)
 
     def begin(self) -> tuple[Pending, torch.Tensor]:
         """Begin the exchange, and meanwhile copy the weights that this rank owns and computes with."""
@@ -52,6 +60,17 @@ class _Weights:
         return received.nbytes
 
 
+def dtype_of_matrices(weights: ComputeTensors) -> torch.dtype:
+    """The dtype of the narrowest compute weights, which is that of the experts."""
+    tensors = [*weights.dense.values(), *(tensor for stacks in weights.slots for tensor in stacks)]
+    return min((tensor.dtype for tensor in tensors if tensor.is_floating_point()), key=lambda dtype: dtype.itemsize)
+
+
+def _all_in(weights: ComputeTensors, unit: Unit, dtype: torch.dtype) -> bool:
+    """Whether all of a dense unit is computed with in this dtype."""
+    return all(weights.dense[part.param].dtype == dtype for part in unit.parts)
+
+
 class WeightPublisher:
     """Publishes the weights of the units whose primary is this rank, and receives those that it computes with.
 
@@ -68,8 +87,14 @@ class WeightPublisher:
 
     def __init__(self, layout: Layout, weights: ComputeTensors, held: HeldState, group: Group) -> None:
         self.seconds, self.received_bytes = 0.0, 0
-        self._dense = _Weights(layout, layout.dense_weights, weights, held, group)
-        self._experts = _Weights(layout, layout.expert_weights, weights, held, group)
+        narrow, units = dtype_of_matrices(weights), layout.units
+        matrices = {u for u, unit in enumerate(units) if unit.expert is None and _all_in(weights, unit, narrow)}
+        schedules = [(layout.dense_weights.only(matrices), narrow)]
+        if narrow != torch.float32:
+            others = set(range(len(units))) - matrices
+            schedules.append((layout.dense_weights.only(others), torch.float32))
+        self._dense = [_Weights(layout, each, weights, held, group, dtype) for each, dtype in schedules]
+        self._experts = _Weights(layout, layout.expert_weights, weights, held, group, narrow)
         self._frozen = _Weights(layout, layout.frozen_weights, weights, held, group)
         self._in_flight: tuple[Pending, torch.Tensor, float] | None = None
 
@@ -83,7 +108,7 @@ class WeightPublisher:
         started = time.perf_counter()
         pending, received = self._experts.begin()
         self._in_flight = pending, received, started
-        self.received_bytes = received.nbytes + self._dense.run()
+        self.received_bytes = received.nbytes + sum(dense.run() for dense in self._dense)
         if frozen:
             self.received_bytes += self._frozen.run()
 

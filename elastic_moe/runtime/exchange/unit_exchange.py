@@ -40,12 +40,15 @@ class UnitExchange:
         """Begin the exchange.
 
         Args:
-            pieces: 1-D tensors that together are the sent units, in the order of `Schedule.sent_units`.
+            pieces: 1-D tensors that together are the sent units, in the order of `Schedule.sent_units`; they may be
+                wider than what is sent.
 
         Returns:
             The exchange in progress, and the buffer that has the units of `Schedule.received_units` when it is done.
         """
-        sent = torch.cat(list(pieces)) if pieces else torch.empty(0, dtype=self._dtype, device=self._device)
+        sent = torch.empty(sum(self._sent_numel_R), dtype=self._dtype, device=self._device)
+        if pieces:
+            torch.cat(list(pieces), out=sent)
         received = torch.empty(sum(self._received_numel_R), dtype=self._dtype, device=self._device)
         pending = self._group.begin_all_to_all(received, sent, self._received_numel_R, self._sent_numel_R)
         return pending, received

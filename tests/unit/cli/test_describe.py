@@ -66,6 +66,14 @@ def test_smallest_number_of_workers_is_the_smallest() -> None:
     assert smallest(config, memory(config, 1 << 19).weights) is None
 
 
+def test_weights_in_bf16_take_half_the_room() -> None:
+    wide = memory(TrainConfig(model=preset("mhc_9b")), 8)
+    narrow = memory(TrainConfig(model=preset("mhc_9b"), precision="bf16"), 8)
+    assert 0.5 < narrow.weights / wide.weights < 0.6, "all but the embedding, norms, routers and maps of streams"
+    assert narrow.exchange < wide.exchange
+    assert (narrow.gradients, narrow.state) == (wide.gradients, wide.state)
+
+
 def test_redundancy_costs_state() -> None:
     plain = TrainConfig(elastic=ElasticConfig(redundancy=0))
     twin = replace(plain, elastic=ElasticConfig(redundancy=1))

@@ -77,14 +77,16 @@ class Walk:
         root: empty directory.
         places: names that stand for a place -> the place.
         env: environment of the commands.
+        out: file that takes the transcript.
     """
 
     root: Path
     places: dict[str, str]
     env: Mapping[str, str]
+    out: Path
 
     def __post_init__(self) -> None:
-        self.text = ""
+        self.out.write_text("")
 
     def put_in(self, command: str) -> str:
         """The command with places for their names."""
@@ -94,7 +96,8 @@ class Walk:
         return command
 
     def tell(self, text: str) -> None:
-        self.text += text + "\n"
+        with self.out.open("a") as transcript:
+            print(text, file=transcript)
         print(text, flush=True)
 
     def run(self, command: str) -> int:
@@ -145,14 +148,14 @@ class Walk:
         return text.replace(str(self.root), "WORK").replace(str(ROOT), "CHECKOUT")
 
 
-def walk(walk: Walk, head: Head, chosen: str) -> list[str]:
-    """Go through the commands that `chosen`, a regular expression, is found in. Returns those that failed."""
+def walk(walk: Walk, head: Head, guides: Sequence[str]) -> list[str]:
+    """Go through the commands of these guides. Returns those that failed."""
     failed: list[str] = []
     submitted: subprocess.Popen[bytes] | None = None
-    for guide in GUIDES:
-        walk.tell(f"\n===== {guide} =====")
+    for guide in guides:
+        walk.tell(f"===== {guide} =====")
         walk.places |= {"runs/": f"{walk.root}/{Path(guide).parent.name or 'first'}/runs/"}  # both have a runs/a
-        for command in filter(re.compile(chosen).search, commands(ROOT / guide)):
+        for command in commands(ROOT / guide):
             if why := reason(command):
                 walk.tell(f"\n$ {command}\n[not run: it needs {why}]")
             elif command.startswith("elastic-moe status RUN"):
@@ -220,9 +223,10 @@ def make_model(path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.walkthrough", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="file that takes the transcript")
-    parser.add_argument("--match", default="", help="a regular expression: only the commands in which it is found")
+    parser.add_argument("--guides", nargs="+", default=GUIDES, choices=GUIDES, help="which of them")
     options = parser.parse_args(argv)
     adopt_orphans()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored, and its children
     root = Path(tempfile.mkdtemp(prefix="emoe"))
     (root / "ray").mkdir()
     (gcs, dashboard), programs = free_ports(2), Path(sys.executable).parent
@@ -235,14 +239,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "OMP_NUM_THREADS": "1",
     }
     head = Head(root, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env)
-    walked = Walk(root, places(root, head), env)
+    walked = Walk(root, places(root, head), env, options.out)
     try:
         make_model(root / "hf")
-        failed = walk(walked, head, options.match)
+        failed = walk(walked, head, options.guides)
         walked.tell(
             f"\n{len(failed)} commands failed: {failed}" if failed else "\nEvery command that was run succeeded."
         )
-        options.out.write_text(walked.text.lstrip())
     finally:
         head.stop()
         for process in descendants():

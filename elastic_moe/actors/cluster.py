@@ -62,6 +62,24 @@ def unreachable(address: str) -> str:
     return ""
 
 
+def check_reachable(config: TrainConfig) -> None:
+    """Ask whether the cluster that the run is to join listens. A start that cannot reach it should touch nothing.
+
+    Raises:
+        UserError: nobody listens at its address.
+    """
+    cluster = config.cluster
+    address = _address(cluster) if cluster.kind == "address" else ""
+    if reason := unreachable(address):
+        raise UserError(
+            f"cluster.address: no Ray cluster answers at {address} ({reason}); start one, or set RAY_ADDRESS"
+        )
+
+
+def _address(cluster: ClusterConfig) -> str:
+    return cluster.address or os.environ.get("RAY_ADDRESS") or "auto"
+
+
 def silent(address: str) -> str:
     """The sentence about an address where no cluster lets this process in. Ray tells a wrong token in its log only."""
     wants = "or it wants another token (RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN)"
@@ -97,6 +115,7 @@ def ray_session(config: TrainConfig) -> Iterator[Any]:
     if ray.is_initialized():
         yield None
     elif kind == "address":
+        check_reachable(config)
         with _existing(config.cluster):
             yield None
     else:
@@ -190,13 +209,9 @@ def _simulated(cluster: ClusterConfig) -> Iterator[Any]:
 @contextmanager
 def _existing(cluster: ClusterConfig) -> Iterator[None]:
     """Join a cluster. Unless a job's own runtime environment brings the package, it is shipped with the job."""
-    address = cluster.address or os.environ.get("RAY_ADDRESS") or "auto"
+    address = _address(cluster)
     shipped = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "site-packages" in PACKAGE.parts
     runtime_env = {} if shipped else {"py_modules": [str(PACKAGE)]}
-    if reason := unreachable(address):
-        raise UserError(
-            f"cluster.address: no Ray cluster answers at {address} ({reason}); start one, or set RAY_ADDRESS"
-        )
     try:
         ray.init(
             address=address,

@@ -21,7 +21,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from elastic_moe.actors.cluster import max_workers, ray_session, resolve, resources_per_worker, start_workers
+from elastic_moe.actors.cluster import (
+    check_reachable,
+    max_workers,
+    ray_session,
+    resolve,
+    resources_per_worker,
+    start_workers,
+)
 from elastic_moe.actors.coordinator import Coordinator
 from elastic_moe.actors.corpus_progress import CorpusProgress
 from elastic_moe.actors.demand import Demand, EndlessWait, demand, patience
@@ -96,6 +103,7 @@ def start(config: TrainConfig, raw_yaml: str) -> int:
     check_tracking(config.tracking)
     set_timeout(config.checkpoint.timeout_s)
     check_start(config, look(config))
+    check_reachable(config)
     make_run_dir(Path(config.run.dir))
     probe(checkpoint_root(config))
     with own(Path(config.run.dir), checkpoint_root(config)) as leases:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from elastic_moe.control.rebalance import Change, moves_between
+from elastic_moe.control.speeds import Adjustment, Straggler
 from elastic_moe.control.twins import Repair
 from elastic_moe.control.vote import VoteResult
 from elastic_moe.errors import StateUnclear
@@ -15,6 +16,8 @@ from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.state.schedule import Layout
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
 from elastic_moe.runtime.local_state import MAX_RECORDS, LocalState
+from elastic_moe.runtime.reconfigure import Reconfigured
+from elastic_moe.runtime.session import GenerationContext
 from elastic_moe.types import Member, View
 
 LOAD_NUMBERS = 1 << 22  # of experts.jsonl before loads are recorded less often: some 30 MB
@@ -96,6 +99,18 @@ class Reporter:
         units, workers, nodes = list(unclear.units), list(unclear.workers), list(unclear.nodes)
         self.event("state_unclear", step, units=units, workers=workers, nodes=nodes, reason=str(unclear))
 
+    def straggler(self, step: int, straggler: Straggler, member: Member) -> None:
+        """A worker has become a straggler, or is one no longer."""
+        values = {"rank": straggler.rank, "workers": [member.worker], "nodes": [member.node]}
+        kind = "straggler" if straggler.begins else "straggler_recovered"
+        self.event(kind, step, **values, factor=round(straggler.factor, 2), phase=straggler.phase)
+
+    def changed_speeds(self, step: int, change: Adjustment) -> None:
+        """Measured speeds have changed the shares."""
+        sequences, rows = ([round(speed, 3) for speed in s] for s in (change.speeds.sequences, change.speeds.rows))
+        gain_s = round(change.before_s - change.after_s, 6)
+        self.event("speeds", step, shares=change.shares, sequences=sequences, rows=rows, gain_s=gain_s)
+
     def load(self, vote: VoteResult) -> None:
         """Tokens of every expert, summed over the steps since the last record."""
         if not self._load_every_steps:
@@ -105,6 +120,28 @@ class Reporter:
             load = self._load_LE.astype(int).tolist()
             self.event("expert_load", vote.step, steps=self._load_steps, load=load)
             self._load_LE, self._load_steps = np.zeros(self._shape), 0
+
+    def entered(
+        self, context: GenerationContext, local: LocalState, result: Reconfigured, form_s: float, reconfigure_s: float
+    ) -> None:
+        """This rank has its state; the leader also sends the costs, recent records and the placement."""
+        view = context.layout.view
+        if not context.leads:
+            self._client.entered(view.generation, None)
+            return
+        info = {
+            "step": local.committed,
+            "source": result.source,
+            "lost_steps": result.lost_steps,
+            "skipped_batches": local.position.skipped,
+            "rolled_forward": result.rolled_forward,
+            "moved_bytes": result.moved_bytes,
+            "form_s": form_s,
+            "reconfigure_s": reconfigure_s,
+        }
+        self._client.entered(view.generation, info)
+        self.recent(local)
+        self.entered_placement(local.committed, view, result.placement)
 
     def entered_placement(self, step: int, view: View, placement: Placement) -> None:
         """The whole placement of a new view."""

@@ -27,6 +27,7 @@ from elastic_moe.parallel.collectives.backend import GroupMember
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.collectives.store import Rendezvous
 from elastic_moe.parallel.experts import experts_of
+from elastic_moe.plan.shares import Batching
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import METRICS
 from elastic_moe.runtime.batches import MicroBatches
@@ -87,7 +88,13 @@ class Lone:
         )
         result = reconfigurer.enter(VIEW, self.group)
         model.experts = experts = experts_of(self.group, result.placement, config.model, CPU)
-        builder = ContextBuilder(units, model, self.runner.gradients.tensors, shape[0], config.data.global_batch)
+        builder = ContextBuilder(
+            units,
+            model,
+            self.runner.gradients.tensors,
+            shape[0],
+            Batching(config.data.global_batch, config.data.micro_batch),
+        )
         self.context = builder.build(VIEW, self.group, experts, result.held, result.ownership, result.placement)
         self.context.exchanger.publish(frozen=True)
 

@@ -1,0 +1,52 @@
+"""Carries out changes of shares in one view, and reports them and the stragglers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from elastic_moe.control.rebalance import Rebalancer
+from elastic_moe.control.speeds import SpeedRule
+from elastic_moe.control.vote import Ballot
+from elastic_moe.plan.shares import slices_of
+from elastic_moe.runtime.local_state import LocalState
+from elastic_moe.runtime.reporter import Reporter
+from elastic_moe.runtime.session import GenerationContext
+
+
+class BySpeed:
+    """Takes in the votes of one view.
+
+    A change is local to each rank, and all make it after the same vote: the next batch is divided anew, the next split
+    of rows knows the new speeds, and so does the next look at the placement. No state moves.
+
+    Args:
+        rule: decides, alike on every rank.
+        balancer: plans placements.
+        local: this worker's state; knows its speed for the next view.
+        reporter: sends events.
+    """
+
+    def __init__(self, rule: SpeedRule, balancer: Rebalancer, local: LocalState, reporter: Reporter) -> None:
+        self._rule, self._balancer, self._local, self._reporter = rule, balancer, local, reporter
+
+    def __call__(self, context: GenerationContext, total: Ballot) -> GenerationContext:
+        """The context for the steps that follow.
+
+        Args:
+            context: of the step that was committed.
+            total: the sum of its ballots.
+        """
+        rule, step, members = self._rule, self._local.committed, context.layout.view.members
+        change = rule.observe(total)
+        self._local.speed = rule.member(context.rank)
+        if context.leads:
+            for straggler in rule.news:
+                self._reporter.straggler(step, straggler, members[straggler.rank])
+        rule.news.clear()
+        if change is None:
+            return context
+        if context.leads:
+            self._reporter.changed_speeds(step, change)
+        self._balancer.use(change.speeds.rows)
+        context.experts.adopt(self._balancer.placement, change.speeds.rows)
+        return replace(context, speeds=change.speeds, shares=slices_of(change.shares))

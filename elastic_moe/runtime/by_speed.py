@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from elastic_moe.control.rebalance import Rebalancer
-from elastic_moe.control.speeds import SpeedRule
+from elastic_moe.control.speeds import Adjustment, SpeedRule
 from elastic_moe.control.vote import Ballot
 from elastic_moe.plan.shares import slices_of
 from elastic_moe.runtime.local_state import LocalState
@@ -36,17 +36,26 @@ class BySpeed:
             context: of the step that was committed.
             total: the sum of its ballots.
         """
-        rule, step, members = self._rule, self._local.committed, context.layout.view.members
+        rule, step = self._rule, self._local.committed
         change = rule.observe(total)
         self._local.speed = rule.member(context.rank)
         if context.leads:
-            for straggler in rule.news:
-                self._reporter.straggler(step, straggler, members[straggler.rank])
+            self._report(step, context, change)
         rule.news.clear()
         if change is None:
             return context
-        if context.leads:
-            self._reporter.changed_speeds(step, change)
         self._balancer.use(change.speeds.rows)
         context.experts.adopt(self._balancer.placement, change.speeds.rows)
         return replace(context, speeds=change.speeds, shares=slices_of(change.shares))
+
+    def _report(self, step: int, context: GenerationContext, change: Adjustment | None) -> None:
+        """Events about who has become a straggler or is one no longer, and about other shares."""
+        for news in self._rule.news:
+            member = context.layout.view.members[news.rank]
+            kind = "straggler" if news.begins else "straggler_recovered"
+            who = {"rank": news.rank, "workers": [member.worker], "nodes": [member.node]}
+            self._reporter.event(kind, step, **who, factor=round(news.factor, 2), phase=news.phase)
+        if change is not None:
+            sequences, rows = ([round(speed, 3) for speed in s] for s in (change.speeds.sequences, change.speeds.rows))
+            gain_s = round(change.before_s - change.after_s, 6)
+            self._reporter.event("speeds", step, shares=change.shares, sequences=sequences, rows=rows, gain_s=gain_s)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from elastic_moe.control.rebalance import Change, moves_between
-from elastic_moe.control.speeds import Adjustment, Straggler
 from elastic_moe.control.twins import Repair
 from elastic_moe.control.vote import VoteResult
 from elastic_moe.errors import StateUnclear
@@ -98,18 +97,6 @@ class Reporter:
         """Copies of state that differ, and none is known to be right."""
         units, workers, nodes = list(unclear.units), list(unclear.workers), list(unclear.nodes)
         self.event("state_unclear", step, units=units, workers=workers, nodes=nodes, reason=str(unclear))
-
-    def straggler(self, step: int, straggler: Straggler, member: Member) -> None:
-        """A worker has become a straggler, or is one no longer."""
-        values = {"rank": straggler.rank, "workers": [member.worker], "nodes": [member.node]}
-        kind = "straggler" if straggler.begins else "straggler_recovered"
-        self.event(kind, step, **values, factor=round(straggler.factor, 2), phase=straggler.phase)
-
-    def changed_speeds(self, step: int, change: Adjustment) -> None:
-        """Measured speeds have changed the shares."""
-        sequences, rows = ([round(speed, 3) for speed in s] for s in (change.speeds.sequences, change.speeds.rows))
-        gain_s = round(change.before_s - change.after_s, 6)
-        self.event("speeds", step, shares=change.shares, sequences=sequences, rows=rows, gain_s=gain_s)
 
     def load(self, vote: VoteResult) -> None:
         """Tokens of every expert, summed over the steps since the last record."""

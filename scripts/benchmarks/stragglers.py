@@ -11,6 +11,7 @@ Beside that, `speed_world.py` runs the rule alone in virtual time, with up to 1,
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ Json = dict[str, Any]
 
 WORKERS, PART, SLOWED = 4, 0.4, 0.5  # part of a core that a worker gets; of that, what the slow one gets
 CORPUS_BYTES = 500_000
+SETTLE_STEPS = 14  # under the throttle, before steps are measured
 LIMIT_S = 300.0
 SIDES = ("even", "by_speed")
 MODEL = [
@@ -56,7 +58,7 @@ def seconds_of_steps(root: Path, name: str, by_speed: bool, slow: bool, seconds:
             def alive() -> bool:
                 return process.poll() is None
 
-            until("the first steps", lambda: len(_read(folder / METRICS)) >= 3, LIMIT_S, alive)
+            until("the first steps", lambda: _trains(folder), LIMIT_S, alive)
             events = _read(folder / EVENTS)
             members = next(e["members"] for e in reversed(events) if e["event"] == "view")
             pid_of = {e["worker"]: e["pid"] for e in events if e["event"] == "worker_connected"}
@@ -65,13 +67,16 @@ def seconds_of_steps(root: Path, name: str, by_speed: bool, slow: bool, seconds:
                 parts[pid_of[members[-1]]] *= SLOWED
             with Throttle(parts):
                 first = len(_read(folder / METRICS))
-                until("steps to settle", lambda: len(_read(folder / METRICS)) >= first + 16, LIMIT_S, alive)
+                until("steps to settle", lambda: len(_read(folder / METRICS)) >= first + SETTLE_STEPS, LIMIT_S, alive)
                 settled = len(_read(folder / METRICS))
                 time.sleep(seconds)
                 records = _read(folder / METRICS)[settled:]
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
     changes = [e for e in _read(folder / EVENTS) if e["event"] == "speeds"]
     stragglers = [e for e in _read(folder / EVENTS) if e["event"] == "straggler"]
     spans = [after["time"] - before["time"] for before, after in pairwise(records)]
@@ -86,6 +91,12 @@ def seconds_of_steps(root: Path, name: str, by_speed: bool, slow: bool, seconds:
         "changes": len(changes),
         "stragglers": [[e["rank"], e["factor"], e["phase"]] for e in stragglers],
     }
+
+
+def _trains(folder: Path) -> bool:
+    """Whether all workers are there and have made steps together."""
+    together = [r for r in _read(folder / METRICS) if r["world_size"] == WORKERS]
+    return len(together) >= 3
 
 
 def _read(path: Path) -> list[Json]:
@@ -142,13 +153,13 @@ def benchmark(seconds: float, rounds: int, most: int) -> Json:
         "machine": machine(),
         **facts,
         "measured": measured(seconds, rounds),
-        "simulated": simulated(most, 300),
+        "simulated": simulated(most, 200),
     }
 
 
 def main() -> int:
     parser = arguments("stragglers", "One of four workers at half speed, with even shares and with shares by speed.")
-    parser.add_argument("--seconds", type=float, default=25.0, help="that are measured in each run: 25")
+    parser.add_argument("--seconds", type=float, default=20.0, help="that are measured in each run: 20")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each kind: 1")
     options = parser.parse_args()
     seconds, rounds, most = (4.0, 1, 64) if options.quick else (options.seconds, options.rounds, 1024)

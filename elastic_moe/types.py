@@ -35,7 +35,6 @@ class Member:
         worker: unique id of one life of one worker process; a restarted process has a new id.
         node: fault domain (Ray node id, or host name).
         pid: operating system process id on that node.
-        speed: relative speed, sequences per second in any common unit.
         slots: largest number of expert slots per MoE layer that it can hold; 0 for no limit.
         draining: takes part only to hand its state over; it owns nothing and computes nothing in this view.
         address: host and port at which other workers try whether they reach it; port 0: none.
@@ -44,7 +43,6 @@ class Member:
     worker: str
     node: str
     pid: int
-    speed: float = 1.0
     slots: int = 0
     draining: bool = False
     address: tuple[str, int] = ("", 0)

@@ -23,6 +23,7 @@ from elastic_moe.config.schema import BalanceConfig
 from elastic_moe.control.look import Look, joined, layers_of, look_at
 from elastic_moe.control.vote import VoteResult
 from elastic_moe.plan.placement import Placement, Topology
+from elastic_moe.plan.shares import Speeds
 from elastic_moe.plan.state.ownership import Ownership, plan_ownership
 from elastic_moe.plan.state.transfers import Transfer, plan_transfers
 from elastic_moe.types import Unit, View
@@ -123,6 +124,7 @@ class Rebalancer:
         redundancy: mirrors per unit.
         placement: the first one.
         ownership: the first one.
+        speeds: of the ranks at first; None for equal ones.
 
     Attributes:
         placement: the present one.
@@ -138,13 +140,13 @@ class Rebalancer:
         redundancy: int,
         placement: Placement,
         ownership: Ownership,
+        speeds: Speeds | None = None,
     ) -> None:
         self._config, self._view, self._units, self._redundancy = config, view, units, redundancy
         self.placement, self.ownership = placement, ownership
         self._fixed = placement.everywhere  # no row travels, whatever the load
         self.finished: list[dict[str, Any]] = []
-        self._speeds = [0.0 if m.draining else m.speed for m in view.members]
-        self._topology = Topology(tuple(m.node for m in view.members), tuple(m.speed for m in view.members))
+        self.use((speeds or Speeds.equal(view)).rows)
         self._slots = np.bincount(placement.rank_of_slot, minlength=view.world_size).tolist()
         self._rates, self._load_LE = _Rates(), np.zeros(0)
         self._proposals = 0  # times that a change was considered
@@ -157,6 +159,11 @@ class Rebalancer:
         self._home_every = max(1, config.home_every_steps // max(steps, 1))  # proposals
         self._unchanged_steps = 0  # since the last change
         self._trial: _Trial | None = None
+
+    def use(self, speeds: Sequence[float]) -> None:
+        """Plan for these speeds from now on; in rows, 0 for a rank that computes nothing."""
+        self._speeds = list(speeds)
+        self._topology = Topology(tuple(m.node for m in self._view.members), tuple(speeds))
 
     def propose(self, vote: VoteResult) -> Change | None:
         """Add a step's vote to the averages, and return a change if one is due and pays."""

@@ -11,7 +11,8 @@ Axes: L MoE layers, E experts, R ranks of the view.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.control.goodput import idle_of_step
+from elastic_moe.plan.shares import Speeds
 from elastic_moe.types import ModelStats, View
 
 T = TypeVar("T")
@@ -51,6 +53,31 @@ class Measures:
     publish_bytes: float
     switch_s: float
     wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """Seconds of each rank's own work in the step up to the vote, waits for others left out. A rank fills in its own
+    elements.
+
+    Attributes:
+        dense_s_R: forward and backward passes, but for the routed experts where rows travel to them.
+        expert_s_R: both passes of the routed experts where rows travel to them, else 0.
+        data_s_R: reading the micro-batches.
+        exchange_s_R: adding up, packing and unpacking gradients, for the primaries and for the mirrors.
+        checkpoint_s_R: since the vote before, in which training stood still for a checkpoint.
+    """
+
+    dense_s_R: NDArray[np.float64] = _array("R")
+    expert_s_R: NDArray[np.float64] = _array("R")
+    data_s_R: NDArray[np.float64] = _array("R")
+    exchange_s_R: NDArray[np.float64] = _array("R")
+    checkpoint_s_R: NDArray[np.float64] = _array("R")
+
+    @property
+    def busy_s_R(self) -> NDArray[np.float64]:
+        """Seconds of the step in which each rank worked up to the vote."""
+        return self.dense_s_R + self.expert_s_R + self.data_s_R + self.exchange_s_R
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,12 +132,12 @@ class Ballot(Sums):
         nonfinite_R: 1 for a rank whose loss, or own gradients of the dense part, are not finite: it is a cause, while
             the reduced gradients show the outcome. A rank fills in its own element.
         expert_rows_R: rows that each rank's experts computed. A rank fills in its own element.
-        busy_s_R: seconds of the step in which each rank did not wait in a collective. A rank fills in its own element.
+        spent: seconds of each rank's own work.
     """
 
     nonfinite_R: NDArray[np.float64] = _array("R")
     expert_rows_R: NDArray[np.float64] = _array("R")
-    busy_s_R: NDArray[np.float64] = _array("R")
+    spent: Spent
 
     @property
     def nonfinite_ranks(self) -> tuple[int, ...]:
@@ -122,10 +149,15 @@ class Ballot(Sums):
         """Whether every rank knows of a newer view. Only then may all of them leave this one."""
         return self.reconfigure == len(self.expert_rows_R)
 
-    def balance(self, active_ranks: tuple[int, ...]) -> float:
-        """Mean over largest number of expert rows of the active ranks; 1 is perfect balance."""
-        busiest = max(float(self.expert_rows_R[rank]) for rank in active_ranks)
-        return float(self.expert_rows_R.sum()) / len(active_ranks) / busiest if busiest else 1.0
+    def balance(self, speeds: Sequence[float]) -> float:
+        """Mean over longest time that the ranks take for their expert rows; 1 is perfect balance.
+
+        Args:
+            speeds: relative speed of each rank, in rows; 0 for a rank that is not active.
+        """
+        able = [(float(rows), speed) for rows, speed in zip(self.expert_rows_R, speeds, strict=True) if speed > 0]
+        longest = max(rows / speed for rows, speed in able)
+        return math.fsum(rows for rows, _ in able) / math.fsum(speed for _, speed in able) / longest if longest else 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,10 +168,10 @@ class VoteResult(Sums):
         step: the step that it commits.
         generation: generation of the view that voted.
         world_size: active ranks of that view.
-        balance: mean over largest number of expert rows of the active ranks; 1 is perfect balance.
+        balance: mean over longest time of the active ranks for their expert rows; 1 is perfect balance.
         spike: the loss or the gradient's norm lies far above those before, and `optim.spike` says to skip that.
         imbalance_s, straggler_s: idle time of the mean rank, see `goodput.idle_of_step`.
-        layer_time_L: expert rows of the slowest rank over the mean, per MoE layer.
+        layer_time_L: time of the slowest rank for its expert rows over the mean, per MoE layer.
     """
 
     step: int
@@ -185,19 +217,25 @@ class VoteShape:
         return tuple(lengths[axis] for axis in axes)
 
 
-def result_of(total: Ballot, step: int, view: View, layer_time_L: NDArray[np.float64], spike: bool) -> VoteResult:
+def result_of(
+    total: Ballot, step: int, view: View, layer_time_L: NDArray[np.float64], spike: bool, speeds: Speeds | None = None
+) -> VoteResult:
     """The result of a vote.
 
     Args:
         total: the sum of all ballots.
         step: the step that was voted on.
         view: the view that voted.
-        layer_time_L: expert rows of the slowest rank over the mean, which every rank knows.
+        layer_time_L: time of the slowest rank for its expert rows over the mean, which every rank knows.
         spike: the step is to have no update, because its loss or gradient is a spike.
+        speeds: that were in use; None for equal ones.
     """
     active, measures = view.active_ranks, total.measures
     imbalance_s, straggler_s = idle_of_step(
-        total.busy_s_R[list(active)], measures.wait_s / view.world_size, measures.expert_s / len(active), layer_time_L
+        total.spent.busy_s_R[list(active)],
+        measures.wait_s / view.world_size,
+        measures.expert_s / len(active),
+        layer_time_L,
     )
     sums = {item.name: getattr(total, item.name) for item in fields(Sums)}
     return VoteResult(
@@ -205,7 +243,7 @@ def result_of(total: Ballot, step: int, view: View, layer_time_L: NDArray[np.flo
         step=step,
         generation=view.generation,
         world_size=len(active),
-        balance=total.balance(active),
+        balance=total.balance((speeds or Speeds.equal(view)).rows),
         spike=spike,
         imbalance_s=imbalance_s,
         straggler_s=straggler_s,

@@ -8,7 +8,7 @@ from typing import Any
 _WARNINGS = (
     *("worker_lost", "worker_evicted", "worker_set_aside", "members_in_doubt", "node_backoff", "pause"),
     *("checkpoint_failed", "not_finite", "loss_spike", "state_repaired", "state_damaged", "worker_faulty"),
-    *("sample_failed", "rolled_back", "storage_unavailable"),
+    *("sample_failed", "rolled_back", "storage_unavailable", "straggler"),
 )
 
 
@@ -49,12 +49,23 @@ def format_event(event: dict[str, Any]) -> str | None:
             return f"{step}: state of {len(event['units'])} unit(s) is damaged: {_short(event['reason'])}"
         case "worker_faulty":
             return f"{step}: worker {_short(event['worker'])} on node {event.get('node')}: {event['reason']}"
+        case "straggler" | "straggler_recovered":
+            begins, who = event["event"] == "straggler", f"rank {event['rank']} on node {_short(event['nodes'][0])}"
+            times = f"{event['factor']:.1f} times as long as others ({event['phase']})"
+            return f"{step}: {who} {'takes' if begins else 'is no straggler any more:'} {times}"
+        case "speeds":
+            return f"{step}: shares follow measured speeds: {_shares(event['shares'])} sequences"
         case "sample_failed":
             return f"{step}: no sample: {event.get('reason')}"
         case "evaluated":
             return f"{step}: validation loss {format_loss(event['val_loss'])}"
         case _:
             return None
+
+
+def _shares(shares: list[int]) -> str:
+    """Shares of all ranks, or of many ranks the smallest and the largest one."""
+    return ", ".join(map(str, shares)) if len(shares) <= 16 else f"{min(shares)} to {max(shares)}"
 
 
 def level_of(event: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from elastic_moe.control.causes import CAUSES
 from elastic_moe.control.goodput import TIME_CAUSES
+from elastic_moe.control.speeds import PHASES as PHASES_OF_WORK
 from elastic_moe.metrics.declaration import Event, Key
 
 PHASES = {
@@ -33,7 +34,7 @@ STEP_KEYS = (
     Key("world_size", "integer", "", "Number of active ranks of that view; a draining rank does not count."),
     Key("step_s", "number", "s", "Duration of the step on the rank that reports it."),
     Key("tokens_per_s", "number", "tokens/s", "`tokens` over `step_s`."),
-    Key("balance", "number", "", "Expert rows of the mean rank over those of the slowest one; 1 is perfect."),
+    Key("balance", "number", "", "Time of the mean rank for its expert rows over the slowest one's; 1 is perfect."),
     Key("layer_balance", "list of numbers", "", "The same for each MoE layer."),
     Key("layer_max_load", "list of numbers", "", "For each MoE layer: tokens of its most loaded expert over the mean."),
     Key("cross_node_rows", "integer", "rows", "Token rows that were dispatched to an expert on another node."),
@@ -114,6 +115,14 @@ _UNITS = Key("units", "list of strings", "", "Names of the units.")
 _ORIGIN = (
     Key("placed_s", "number", "s", "Wall clock at which it was placed on its node; 0: not known.", True),
     Key("node_kind", "string", "", "Market type and node group of its node, as far as they are known.", True),
+)
+
+_STRAGGLER = (
+    Key("rank", "integer", "", "Rank of the worker in its view."),
+    Key("workers", "list of strings", "", "The worker."),
+    Key("nodes", "list of strings", "", "Its node."),
+    Key("factor", "number", "", "Its time for equal work over that of the others."),
+    Key("phase", "string", "", f"Where it loses most: {', '.join(PHASES_OF_WORK)}."),
 )
 
 EVENT_KINDS = (
@@ -257,6 +266,18 @@ EVENT_KINDS = (
             _UNITS,
         ),
     ),
+    Event(
+        "speeds",
+        "Measured speeds have changed the shares of the ranks, from the next step on.",
+        (
+            Key("shares", "list of integers", "sequences", "Of each rank in a batch."),
+            Key("sequences", "list of numbers", "", "Speed of each rank outside of the routed experts; 1: the mean."),
+            Key("rows", "list of numbers", "", "Speed of each rank in the routed experts; 1 is the mean."),
+            Key("gain_s", "number", "s", "Time by which a step is to become shorter."),
+        ),
+    ),
+    Event("straggler", "A worker takes clearly longer than others for equal work, for some time.", _STRAGGLER),
+    Event("straggler_recovered", "A worker that was a straggler is none any more.", _STRAGGLER),
     Event("sample_failed", "The text at the end of the run could not be written; the run has finished all the same."),
     Event(
         "sample",

@@ -53,7 +53,7 @@ def render(
         )
     lines += [f"{'goodput' if index == 0 else '':12}{line}" for index, line in enumerate(goodput)]
     if live is not None:
-        lines += _members(live, hosts)
+        lines += _members(live, hosts, _stragglers(events))
         if pending:
             lines.append(f"pending     {pending} workers: Ray has no room for them yet")
     told = [(event, line) for event in events if (line := format_event(event))]
@@ -82,10 +82,21 @@ def _left(records: Sequence[Mapping[str, Any]], steps: int, now_s: float, live: 
     return f", {duration(took_s * (steps - int(recent[-1]['step'])))} left"
 
 
-def _members(live: Mapping[str, Any], hosts: Mapping[str, tuple[str, str]]) -> list[str]:
+def _stragglers(events: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Worker -> what it loses, for those that were stragglers last."""
+    found: dict[str, str] = {}
+    for event in events:
+        if event["event"] == "straggler":
+            found[event["workers"][0]] = f" (straggler: {event['factor']:.1f} times as long, {event['phase']})"
+        elif event["event"] == "straggler_recovered":
+            found.pop(event["workers"][0], None)
+    return found
+
+
+def _members(live: Mapping[str, Any], hosts: Mapping[str, tuple[str, str]], stragglers: Mapping[str, str]) -> list[str]:
     by_node: dict[str, list[str]] = {}
     for rank, (worker, node, pid, draining) in enumerate(live["members"]):
-        mark = " (leaves)" if draining else ""
+        mark = " (leaves)" if draining else stragglers.get(worker, "")
         by_node.setdefault(node, []).append(f"{rank}: {worker[:8]}, process {pid}{mark}")
     lines = ["members"] if by_node else []
     for node, members in by_node.items():

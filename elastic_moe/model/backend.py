@@ -10,7 +10,7 @@ Shapes: T tokens, K experts per token, D hidden, F expert hidden, S slots of thi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -49,13 +49,17 @@ class ExpertStatistics:
         local_tokens: rows that this rank's slots computed.
         cross_node_rows: rows sent to another node, of all ranks together; counted on rank 0, and 0 on the others.
         compute_s: seconds of this rank's experts in the forward passes.
-        layer_time_L: fp64, rows of the slowest rank over the mean, per MoE layer; 1 is perfect. Equal on every rank.
+        layer_time_L: fp64, time of the slowest rank for its rows over the mean, per MoE layer; 1 is perfect. Equal on
+            every rank.
+        dispatched_s: seconds of this rank's experts in both passes where rows travel to them; 0 where each rank
+            computes the rows of its own tokens.
     """
 
     local_tokens: int
     cross_node_rows: int
     compute_s: float
     layer_time_L: torch.Tensor
+    dispatched_s: float = 0.0
 
 
 class TrainableExperts(ExpertBackend, Protocol):
@@ -63,9 +67,11 @@ class TrainableExperts(ExpertBackend, Protocol):
 
     Attributes:
         before_experts: called before the slots' weights are used; it may wait until they have arrived.
+        together: the ranks wait for one another in every layer.
     """
 
     before_experts: Callable[[], None]
+    together: bool
 
     def slot_params(self, moe_layer: int) -> tuple[torch.Tensor, ...]:
         """(w_gate_up [S, 2F, D], w_down [S, D, F]) of one layer. The tensors are never replaced, only written to."""
@@ -83,6 +89,9 @@ class TrainableExperts(ExpertBackend, Protocol):
         """Statistics of the calls since `begin_step`."""
         ...
 
-    def adopt(self, placement: Placement) -> None:
-        """Use another placement with the same number of slots per rank. The caller then sets the slots' weights."""
+    def adopt(self, placement: Placement, speeds: Sequence[float] | None = None) -> None:
+        """Use another placement with the same number of slots per rank. The caller then sets the slots' weights.
+
+        `speeds`: of the ranks, in rows, if they have changed.
+        """
         ...

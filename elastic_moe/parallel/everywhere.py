@@ -10,7 +10,7 @@ Shapes: T tokens, K experts per token, S slots, D hidden, E experts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -46,6 +46,7 @@ class ExpertsEverywhere:
     ) -> None:
         assert placement.everywhere, "rows that are not local need a dispatch"
         self.before_experts: Callable[[], None] = lambda: None
+        self.together = False
         self._group, self._limit, self._device = group, cfg.swiglu_limit, device
         self._most_rows = most_rows(memory_limit, cfg)
         self.num_layers, self._span = len(placement.expert_of_slot), placement.slots_of(group.rank)
@@ -54,8 +55,11 @@ class ExpertsEverywhere:
         self.adopt(placement)
         self.begin_step()
 
-    def adopt(self, placement: Placement) -> None:
-        """Use another placement with the same slots. The caller then sets the weights of the slots anew."""
+    def adopt(self, placement: Placement, speeds: Sequence[float] | None = None) -> None:
+        """Use another placement with the same slots. The caller then sets the weights of the slots anew.
+
+        `speeds`: of no meaning here, where no rank computes another one's rows.
+        """
         experts_LS = torch.from_numpy(placement.expert_of_slot[:, self._span]).to(self._device, torch.int64)
         self._slot_LE = experts_LS.argsort(dim=1)[:, -self._num_experts :]  # empty slots are -1; a rank may have none
         in_order_E = torch.arange(self._num_experts, device=self._device)

@@ -16,15 +16,14 @@ R ranks, D hidden, F expert hidden.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from elastic_moe.config.schema import ModelConfig
@@ -32,75 +31,11 @@ from elastic_moe.model.backend import ExpertStatistics
 from elastic_moe.model.experts.grouped import grouped_swiglu, weighted_sum
 from elastic_moe.parallel.collectives.group import HOST, Group
 from elastic_moe.parallel.reproducible import Grid, segmented_swiglu
+from elastic_moe.parallel.row_exchange import BackwardWatch, FromSlots, Route, ToSlots, finish_own_work
 from elastic_moe.parallel.slots import Slots, most_rows
-from elastic_moe.parallel.transport import Transport, transport_for
+from elastic_moe.parallel.transport import transport_for
 from elastic_moe.plan.placement import Placement
-from elastic_moe.plan.split import RankSplit, of_rank, split_for_rank, split_tokens, split_whole
-
-
-@dataclass(frozen=True)
-class Route:
-    """How the rows of one layer travel. Row n of the N is choice n % K of token n // K.
-
-    Attributes:
-        order_N, undo_N: rows in the order they are sent, by destination slot, and the inverse permutation.
-        by_slot_M, by_source_M: from arrival order to slot order, and back.
-        sent, arrived: rows to and from each rank.
-        rows_RR: rows from each rank to each other, where the transport asks for them.
-        num_choices: K.
-    """
-
-    order_N: torch.Tensor
-    undo_N: torch.Tensor
-    by_slot_M: torch.Tensor
-    by_source_M: torch.Tensor
-    sent: list[int]
-    arrived: list[int]
-    rows_RR: NDArray[np.int64] | None
-    num_choices: int
-
-
-def _dispatch(transport: Transport, rows_ND: torch.Tensor, route: Route) -> torch.Tensor:
-    """Rows in sending order -> rows in slot order at their slots."""
-    return transport(rows_ND, route.sent, route.arrived, route.rows_RR)[route.by_slot_M]
-
-
-def _combine(transport: Transport, rows_MD: torch.Tensor, route: Route) -> torch.Tensor:
-    """Rows in slot order -> rows in (token, choice) order at their origin."""
-    back_RR = None if route.rows_RR is None else route.rows_RR.T
-    return transport(rows_MD[route.by_source_M], route.arrived, route.sent, back_RR)[route.undo_N]
-
-
-class _ToSlots(torch.autograd.Function):
-    """x_TD -> rows in slot order.
-
-    `anchor` requires a gradient, so that every rank joins the backward collectives or none.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, anchor: torch.Tensor, transport: Transport, route: Route) -> torch.Tensor:
-        ctx.transport, ctx.route = transport, route
-        return _dispatch(transport, x_TD[route.order_N // route.num_choices], route)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        grad_ND = _combine(ctx.transport, grad_MD, ctx.route)
-        return grad_ND.view(-1, ctx.route.num_choices, grad_ND.shape[1]).sum(dim=1), None, None, None
-
-
-class _FromSlots(torch.autograd.Function):
-    """Rows in slot order -> rows in (token, choice) order at their origin."""
-
-    @staticmethod
-    def forward(ctx: Any, y_MD: torch.Tensor, transport: Transport, route: Route) -> torch.Tensor:
-        ctx.transport, ctx.route = transport, route
-        return _combine(transport, y_MD, route)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _dispatch(ctx.transport, grad_ND[ctx.route.order_N], ctx.route), None, None
+from elastic_moe.plan.split import RankSplit, of_rank, positive_speeds, split_for_rank, split_tokens, split_whole
 
 
 class ExpertParallel:
@@ -140,9 +75,11 @@ class ExpertParallel:
     ) -> None:
         nodes = placement.node_of_rank
         self.before_experts: Callable[[], None] = lambda: None
+        self.together = True
         self._transport = transport_for(group, None if nodes is None else nodes.tolist(), by_node)
         self._most_rows = most_rows(memory_limit, cfg) if grid is None else 0
-        self._group, self._placement, self._rank, self._speeds = group, placement, group.rank, speeds
+        self._group, self._placement, self._rank = group, placement, group.rank
+        self._speeds = list(speeds or [1.0] * group.world_size)
         self._grid, self._limit = grid, cfg.swiglu_limit
         self._span = placement.slots_of(group.rank)
         self.num_layers, self.num_experts = placement.expert_of_slot.shape[0], cfg.num_experts
@@ -153,10 +90,13 @@ class ExpertParallel:
         self._bounds = np.array([*starts, len(placement.rank_of_slot)])
         self.begin_step()
 
-    def adopt(self, placement: Placement) -> None:
-        """Use another placement with the same slots. The caller then sets the weights of the slots anew."""
+    def adopt(self, placement: Placement, speeds: Sequence[float] | None = None) -> None:
+        """Use another placement with the same slots. The caller then sets the weights of the slots anew.
+
+        `speeds`: of the ranks, if they have changed.
+        """
         assert np.array_equal(placement.rank_of_slot, self._placement.rank_of_slot)
-        self._placement = placement
+        self._placement, self._speeds = placement, list(speeds or self._speeds)
 
     def slot_params(self, moe_layer: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
         """See `Slots.params`."""
@@ -173,20 +113,22 @@ class ExpertParallel:
         self.tokens_R = np.zeros(self._group.world_size, dtype=np.int64)
         self._mean_L, self._max_L = np.zeros(self.num_layers), np.zeros(self.num_layers)
         self.cross_node_rows, self.compute_s, self.chunks = 0, 0.0, 1
+        self._watch = BackwardWatch()
 
     def statistics(self) -> ExpertStatistics:
         """Statistics of the calls since `begin_step`."""
         times = torch.from_numpy(self.layer_time_L)
-        return ExpertStatistics(self.local_tokens, self.cross_node_rows, self.compute_s, times)
+        dispatched_s = self.compute_s + self._watch.seconds
+        return ExpertStatistics(self.local_tokens, self.cross_node_rows, self.compute_s, times, dispatched_s)
 
     @property
     def balance(self) -> float:
-        """Mean over maximum of the rows of the ranks with slots, over the calls since `begin_step`; 1 is perfect."""
+        """Mean over maximum of the times of the ranks with slots, over the calls since `begin_step`; 1 is perfect."""
         return float(self._mean_L.sum() / self._max_L.sum()) if self._max_L.any() else 1.0
 
     @property
     def layer_time_L(self) -> NDArray[np.float64]:
-        """Rows of the slowest rank over the mean, per MoE layer, since `begin_step`; 1 is perfect.
+        """Time of the slowest rank for its rows over the mean, per MoE layer, since `begin_step`; 1 is perfect.
 
         The same on every rank.
         """
@@ -222,18 +164,18 @@ class ExpertParallel:
         if not again:
             self._count(moe_layer, self._per_rank(split.tokens_P), split.cross_node_tokens)
         route = self._route(expert_ids_TK, split, moe_layer, x_TD.device)
-        rows_MD = _ToSlots.apply(x_TD, self._anchor, self._transport, route)
+        rows_MD = ToSlots.apply(x_TD, self._anchor, self._transport, route)
         started = time.perf_counter()
         y_MD = self._compute(moe_layer, rows_MD, split.here_RS)
-        if y_MD.is_cuda:
-            torch.cuda.synchronize(y_MD.device)  # the rows are to go through host memory in any case
+        finish_own_work(y_MD)
         if not again:
             self.compute_s += time.perf_counter() - started
-        y_ND = _FromSlots.apply(y_MD, self._transport, route)
+        y_ND = FromSlots.apply(y_MD, self._transport, route)
         return y_ND.view(num_tokens, num_choices, x_TD.shape[1])
 
     def _split(self, expert_ids_TK: torch.Tensor, moe_layer: int) -> RankSplit:
         """The split of a layer's tokens over replicas, from the counts of all ranks; collective."""
+        finish_own_work(expert_ids_TK)
         mine_E = torch.bincount(expert_ids_TK.reshape(-1), minlength=self.num_experts)
         counts_RE = self._group.all_gather(mine_E, device=HOST).numpy()
         placement, rank, speeds = self._placement, self._rank, self._speeds
@@ -255,8 +197,10 @@ class ExpertParallel:
         self.tokens_R += tokens_R
         self.local_tokens += int(tokens_R[self._rank])
         self.cross_node_rows += far if self._rank == 0 else 0
-        self._mean_L[moe_layer] += float(tokens_R.sum()) / max(1, int((np.diff(self._bounds) > 0).sum()))
-        self._max_L[moe_layer] += float(tokens_R.max())
+        able_R = np.diff(self._bounds) > 0
+        speed_R = np.array(positive_speeds(self._speeds, len(able_R)))
+        self._mean_L[moe_layer] += float(tokens_R.sum()) / max(math.fsum(speed_R[able_R].tolist()), 1e-9)
+        self._max_L[moe_layer] += float((tokens_R / speed_R).max())
 
     def _per_rank(self, rows_P: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows per slot -> rows per rank."""
@@ -276,7 +220,8 @@ class ExpertParallel:
         plan = (order_N, _inverse(order_N), by_slot_M, _inverse(by_slot_M))
         order, undo, by_slot, by_source = (torch.from_numpy(t).to(device) for t in plan)
         sent, arrived = self._per_rank(mine_P).tolist(), here_RS.sum(axis=1).tolist()
-        return Route(order, undo, by_slot, by_source, sent, arrived, split.rows_RR, expert_ids_TK.shape[1])
+        choices = expert_ids_TK.shape[1]
+        return Route(order, undo, by_slot, by_source, sent, arrived, split.rows_RR, choices, self._watch)
 
 
 class _CountedOnce:

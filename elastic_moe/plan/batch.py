@@ -1,4 +1,4 @@
-"""Batch of a step: the samples that make it up, and the samples that each rank computes.
+"""Batch of a step: the samples that make it up. `shares.py` says which of them each rank computes.
 
 `sample_ids` depends on the seed and the step alone, never on the world size. A disturbed run therefore sees the same
 data as an undisturbed one, and the step is the only data state of a checkpoint. Each epoch is a permutation from a
@@ -9,12 +9,8 @@ step costs O(batch), not O(samples). The round function is the finaliser of spli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
-
-from elastic_moe.types import View
 
 _ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -64,42 +60,3 @@ def sample_ids(seed: int, step: int, global_batch: int, num_samples: int) -> NDA
         x[outside] = _permute(x[outside], key[outside], half_bits)
         outside = outside[x[outside] >= num_samples]
     return x.astype(np.int64)
-
-
-def split_batch(global_batch: int, speeds: Sequence[float]) -> list[slice]:
-    """Divide the step's batch into one slice per rank, consecutive and in proportion to speed (largest remainder
-    method).
-
-    Args:
-        global_batch: sequences per step.
-        speeds: speed of each rank in any common unit, at least one above 0; 0 gives an empty slice.
-    """
-    assert all(speed >= 0 for speed in speeds), "a speed must not be negative"
-    assert sum(speeds) > 0, "at least one rank must have a positive speed"
-    total = sum(speeds)
-    exact = [global_batch * (speed / total) for speed in speeds]
-    sizes = [int(value) for value in exact]
-    by_remainder = sorted(
-        (rank for rank, speed in enumerate(speeds) if speed > 0),
-        key=lambda rank: (sizes[rank] - exact[rank], rank),
-    )
-    for turn in range(global_batch - sum(sizes)):
-        sizes[by_remainder[turn % len(by_remainder)]] += 1
-    slices: list[slice] = []
-    start = 0
-    for size in sizes:
-        slices.append(slice(start, start + size))
-        start += size
-    return slices
-
-
-def share_of_batch(view: View, global_batch: int, multiple: int = 1) -> list[slice]:
-    """Slice of the global batch per rank; a draining rank gets an empty one.
-
-    Args:
-        view: the membership.
-        global_batch: sequences of the batch.
-        multiple: each slice but the last is a multiple of so many sequences.
-    """
-    shares = split_batch(-(-global_batch // multiple), [0.0 if m.draining else m.speed for m in view.members])
-    return [slice(min(s.start * multiple, global_batch), min(s.stop * multiple, global_batch)) for s in shares]

@@ -11,7 +11,7 @@ import torch
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.sampling import pick
 from elastic_moe.model.transformer import Transformer
-from elastic_moe.plan.batch import share_of_batch
+from elastic_moe.plan.shares import fastest_split, slices_of
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.session import GenerationContext
 
@@ -45,7 +45,7 @@ class Evaluator:
     def loss(self, context: GenerationContext, num_sequences: int, seq_len: int) -> float:
         """Mean validation loss per token over the first `num_sequences` sequences of the validation shard, in nats."""
         ids = np.arange(min(num_sequences, self._val.num_samples(seq_len)), dtype=np.int64)
-        shares = share_of_batch(context.layout.view, len(ids))
+        shares = slices_of(fastest_split(len(ids), context.speeds.sequences))
         total = torch.zeros(2, dtype=torch.float64)
         for inputs, targets in self._batches.of(self._val, ids, shares, context.rank):
             with self._autocast():

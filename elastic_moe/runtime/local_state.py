@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_moe.control.protocol import Status
+from elastic_moe.control.speeds import MemberSpeed
 from elastic_moe.control.spikes import DataPosition, SpikeGuard
 from elastic_moe.control.vote import VoteResult
 from elastic_moe.runtime.state import HeldState
@@ -34,6 +35,7 @@ class LocalState:
         goes_back: `optim.spike` is rollback.
         position: in the data.
         held_s: seconds since the last step in which training stood still for a checkpoint.
+        speed: of this worker, as it was last measured.
         timeline: generation in which the state was last read from storage or initialised; 0 before.
     """
 
@@ -48,6 +50,7 @@ class LocalState:
     goes_back: bool = False
     position: DataPosition = field(default_factory=DataPosition)
     held_s: float = 0.0
+    speed: MemberSpeed = field(default_factory=MemberSpeed)
     timeline: int = 0
 
     @classmethod

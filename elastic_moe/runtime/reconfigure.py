@@ -16,12 +16,14 @@ import torch
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.protocol import Recovery, Status, choose
+from elastic_moe.control.speeds import MemberSpeed, agreed
 from elastic_moe.control.spikes import DataPosition, SpikeGuard
 from elastic_moe.control.vote import VoteResult, VoteShape, pack, packed_size, unpack
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.parallel.collectives.group import HOST, Group
 from elastic_moe.parallel.transfer import exchange
 from elastic_moe.plan.placement import Placement, Topology, copies_of, default_slots, plan_placement
+from elastic_moe.plan.shares import Speeds
 from elastic_moe.plan.state.ownership import NONE, Ownership, homes_from_roles, plan_ownership
 from elastic_moe.plan.state.transfers import Transfer, plan_transfers
 from elastic_moe.runtime.local_state import LocalState
@@ -36,6 +38,8 @@ class Reconfigured:
     Attributes:
         held: this rank's state in the new view.
         ownership, placement: of the new view.
+        speeds: of the ranks, with which the view begins.
+        straggles: what each rank tells of itself, see `MemberSpeed`.
         source: origin of the state: "peers", "checkpoint" or "initialisation".
         lost_steps: committed steps that have to be made again.
         rolled_forward: ranks that applied the last vote only now.
@@ -45,6 +49,8 @@ class Reconfigured:
     held: HeldState
     ownership: Ownership
     placement: Placement
+    speeds: Speeds
+    straggles: tuple[int, ...]
     source: str
     lost_steps: int
     rolled_forward: int
@@ -192,26 +198,32 @@ class Reconfigurer:
             GroupAborted: a member died on the way; `local` still says truthfully what this rank has.
         """
         roles_RU, decision = self.agree(group)
+        known = [MemberSpeed(*one) for one in group.all_gather(torch.tensor(self._local.speed)).tolist()]
+        speeds = agreed(view, known) if self._config.balance.by_speed else Speeds.equal(view)
+        straggles = tuple(one.straggles for one in known)
         step, rolled = decision.committed, len(decision.forward)
         whole = bool(roles_RU.any(axis=0).all())
         if not whole or self._local.position.go_on_at >= 0:
-            placement, ownership = self._plan(view, np.full_like(roles_RU, NONE), None)
+            placement, ownership = self._plan(view, np.full_like(roles_RU, NONE), None, speeds)
             held, target = self._start_over(group, ownership, step > 0, needed=not whole)
             if held is not None:
                 source = "initialisation" if target < 0 else "checkpoint"
-                return Reconfigured(held, ownership, placement, source, max(0, step - max(target, 0)), rolled, 0)
+                lost = max(0, step - max(target, 0))
+                return Reconfigured(held, ownership, placement, speeds, straggles, source, lost, rolled, 0)
             self._local.position = DataPosition(self._local.position.skipped)  # nothing to go back to
         assert step >= 0, "state without a step"
-        placement, ownership = self._plan(view, roles_RU, self._local.vote)
+        placement, ownership = self._plan(view, roles_RU, self._local.vote, speeds)
         transfers = plan_transfers(roles_RU, ownership).transfers
         held, moved = self.take_over(group, ownership, transfers, step)
-        return Reconfigured(held, ownership, placement, "peers", 0, rolled, moved)
+        return Reconfigured(held, ownership, placement, speeds, straggles, "peers", 0, rolled, moved)
 
-    def _plan(self, view: View, roles_RU: np.ndarray, vote: VoteResult | None) -> tuple[Placement, Ownership]:
+    def _plan(
+        self, view: View, roles_RU: np.ndarray, vote: VoteResult | None, speeds: Speeds
+    ) -> tuple[Placement, Ownership]:
         """Placement and ownership in the view; the same on every rank. The last vote has the experts' loads."""
         elastic, shape = self._elastic, self._shape
         load_LE = np.ones(shape) if vote is None else vote.load_LE + 1.0
-        topology = Topology(tuple(m.node for m in view.members), tuple(m.speed for m in view.members))
+        topology = Topology(tuple(m.node for m in view.members), speeds.rows)
         copies = copies_of(self._config, len(view.active_ranks))
         slots = default_slots(shape[1], view, elastic.spare_slots, elastic.slots_per_worker, copies)
         homes = homes_from_roles(self._units, roles_RU, view.active_ranks, shape)

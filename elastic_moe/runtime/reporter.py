@@ -15,6 +15,8 @@ from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.state.schedule import Layout
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
 from elastic_moe.runtime.local_state import MAX_RECORDS, LocalState
+from elastic_moe.runtime.reconfigure import Reconfigured
+from elastic_moe.runtime.session import GenerationContext
 from elastic_moe.types import Member, View
 
 LOAD_NUMBERS = 1 << 22  # of experts.jsonl before loads are recorded less often: some 30 MB
@@ -105,6 +107,28 @@ class Reporter:
             load = self._load_LE.astype(int).tolist()
             self.event("expert_load", vote.step, steps=self._load_steps, load=load)
             self._load_LE, self._load_steps = np.zeros(self._shape), 0
+
+    def entered(
+        self, context: GenerationContext, local: LocalState, result: Reconfigured, form_s: float, reconfigure_s: float
+    ) -> None:
+        """This rank has its state; the leader also sends the costs, recent records and the placement."""
+        view = context.layout.view
+        if not context.leads:
+            self._client.entered(view.generation, None)
+            return
+        info = {
+            "step": local.committed,
+            "source": result.source,
+            "lost_steps": result.lost_steps,
+            "skipped_batches": local.position.skipped,
+            "rolled_forward": result.rolled_forward,
+            "moved_bytes": result.moved_bytes,
+            "form_s": form_s,
+            "reconfigure_s": reconfigure_s,
+        }
+        self._client.entered(view.generation, info)
+        self.recent(local)
+        self.entered_placement(local.committed, view, result.placement)
 
     def entered_placement(self, step: int, view: View, placement: Placement) -> None:
         """The whole placement of a new view."""

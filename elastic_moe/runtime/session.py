@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from elastic_moe.model.backend import TrainableExperts
 from elastic_moe.parallel.collectives.group import Group
-from elastic_moe.plan.batch import share_of_batch
 from elastic_moe.plan.placement import Placement
+from elastic_moe.plan.shares import Batching, Speeds, plan_shares, slices_of
 from elastic_moe.plan.state.ownership import Ownership
 from elastic_moe.plan.state.schedule import Layout
 from elastic_moe.runtime.compute_copies import set_dtype
@@ -33,6 +33,8 @@ class GenerationContext:
         experts: backend of the routed experts.
         exchanger: moves gradients and weights.
         held: state that this worker owns or mirrors.
+        batching: how the ranks compute a batch.
+        speeds: of the ranks, as they are in use.
         shares: slice of the global batch per rank.
         switch_s: seconds of the change of placement that made this context; 0 if none made it.
     """
@@ -43,6 +45,8 @@ class GenerationContext:
     experts: TrainableExperts
     exchanger: Exchanger
     held: HeldState
+    batching: Batching
+    speeds: Speeds
     shares: list[slice]
     switch_s: float = 0.0
 
@@ -60,8 +64,7 @@ class ContextBuilder:
         model: the compute model without its experts.
         dense_gradients: parameter name -> sum of its gradient.
         num_moe_layers: MoE layers of the model.
-        global_batch: sequences per step.
-        batch_multiple: each rank's share of the batch is a multiple of so many sequences.
+        batching: how the ranks compute a batch; `together` follows from the experts' backend.
         products: dtype in which products are computed.
     """
 
@@ -71,13 +74,12 @@ class ContextBuilder:
         model: nn.Module,
         dense_gradients: Mapping[str, torch.Tensor],
         num_moe_layers: int,
-        global_batch: int,
-        batch_multiple: int = 1,
+        batching: Batching,
         products: torch.dtype = torch.float32,
     ) -> None:
         self._units, self._model, self._dense_gradients = units, model, dense_gradients
         self._layers = range(num_moe_layers)
-        self._global_batch, self._batch_multiple, self._products = global_batch, batch_multiple, products
+        self._batching, self._products = batching, products
 
     def build(
         self,
@@ -87,9 +89,12 @@ class ContextBuilder:
         held: HeldState,
         ownership: Ownership,
         placement: Placement,
-        switch_s: float = 0.0,
+        speeds: Speeds | None = None,
     ) -> GenerationContext:
-        """The context for a placement. The experts wait for the exchanger's weights from now on."""
+        """The context for a placement. The experts wait for the exchanger's weights from now on.
+
+        `speeds`: of the ranks, None for equal ones.
+        """
         layout = Layout(self._units, view, group.rank, ownership, placement)
         gradients = ComputeTensors(self._dense_gradients, [experts.slot_grads(i) for i in self._layers])
         set_dtype(
@@ -102,5 +107,7 @@ class ContextBuilder:
         share(layout, weights, gradients, held)
         exchanger = Exchanger(layout, weights.detached(), gradients, held, group)
         experts.before_experts = exchanger.wait_expert_weights
-        shares = share_of_batch(view, self._global_batch, self._batch_multiple)
-        return GenerationContext(group.rank, layout, group, experts, exchanger, held, shares, switch_s)
+        speeds = speeds or Speeds.equal(view)
+        batching = replace(self._batching, together=experts.together)
+        shares = slices_of(plan_shares(batching, speeds.sequences))
+        return GenerationContext(group.rank, layout, group, experts, exchanger, held, batching, speeds, shares)

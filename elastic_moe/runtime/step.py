@@ -19,7 +19,7 @@ import torch
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.twins import Repair
-from elastic_moe.control.vote import Ballot, Measures, VoteResult, VoteShape, Wishes, pack, result_of, unpack
+from elastic_moe.control.vote import Ballot, Measures, Spent, VoteResult, VoteShape, Wishes, pack, result_of, unpack
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.optim.schedule import lr_at
@@ -29,6 +29,7 @@ from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.gradients import DenseGradients
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.session import GenerationContext
+from elastic_moe.runtime.step_clock import StepClock
 from elastic_moe.runtime.twins import TwinCheck
 from elastic_moe.types import ModelStats
 
@@ -43,7 +44,7 @@ class StepResult:
         stop: a member was asked to end the run.
         save: a member wants a checkpoint of this step.
         context: for the steps that follow.
-        nonfinite_ranks: ranks whose own numbers were not finite.
+        total: the sum of the ballots.
         repairs: copies of state that were wrong and have been replaced.
     """
 
@@ -52,7 +53,7 @@ class StepResult:
     stop: bool
     save: bool
     context: GenerationContext
-    nonfinite_ranks: tuple[int, ...]
+    total: Ballot
     repairs: tuple[Repair, ...]
 
 
@@ -99,8 +100,7 @@ class StepRunner:
     ) -> None:
         self._config, self._model, self._train, self._batches = config, model, train, batches
         self._fault, self._autocast = fault, autocast
-        self._started_s, self._waited_s = time.perf_counter(), 0.0
-        self._phases: dict[str, float] = {}  # phase of the step -> when it began
+        self._clock = StepClock()
         tokens = config.data.global_batch * config.data.seq_len
         self.grid = Grid(tokens) if config.elastic.reproducible else None
         self.gradients = DenseGradients(model, self.grid)
@@ -126,8 +126,7 @@ class StepRunner:
             StateUnclear: copies of a unit differ; the run goes back.
         """
         step = local.committed + 1
-        self._started_s, self._waited_s = time.perf_counter(), context.group.waited[0]
-        self._phases.clear()
+        self._clock.start(context.group.waited)
         local.reduced = -1  # a rank that is alone computes gradients where the reduced ones are
         self._begin(step, "compute")
         share = self._compute(step, context, local.position.batch_of(step))
@@ -137,10 +136,10 @@ class StepRunner:
         context.exchanger.mirror()
         local.reduced = step
         self._begin(step, "vote")
-        total = self._vote(context, self._ballot(context, share, grad_square, wishes()))
+        total = self._vote(context, self._ballot(context, share, grad_square, wishes(), local.held_s))
         guard, times = local.guard, context.experts.statistics().layer_time_L.numpy()
         spike = guard is not None and total.finite and guard.is_spike(total.loss, total.grad_norm)
-        vote = result_of(total, step, context.layout.view, times, spike)
+        vote = result_of(total, step, context.layout.view, times, spike, context.speeds)
         self._begin(step, "apply")
         self._twins.before_update(step, context.held)
         committed_at_s = self._apply(local, vote)
@@ -158,18 +157,18 @@ class StepRunner:
             total.stop > 0,
             total.save > 0,
             context,
-            total.nonfinite_ranks,
+            total,
             repairs,
         )
 
     def _begin(self, step: int, phase: str) -> None:
         """A phase of the step begins, and the one before it ends."""
-        self._phases[phase] = time.perf_counter()
+        self._clock.begin(phase)
         self._fault(step, phase)
 
     def roll_forward(self, local: LocalState, vote: VoteResult) -> None:
         """Commit a step whose vote this rank took part in without seeing its result. Purely local."""
-        self._phases.clear()
+        self._clock.stop()
         self._record(local, vote, self._apply(local, vote))
 
     def _compute(self, step: int, context: GenerationContext, batch: int) -> ComputedShare:
@@ -184,9 +183,10 @@ class StepRunner:
         stats = torch.tensor(astuple(ModelStats()), dtype=torch.float64, device=device)
         late = step > model.mtp_switch * config.run.steps
         mtp_weight = model.mtp_late_weight if late else model.mtp_weight
-        watch = context.shares[context.rank].start == 0 and context.rank in context.layout.view.active_ranks
+        mine = context.shares[context.rank]
+        watch = mine.start == 0 and (mine.stop > 0 or context.leads)
         load_LE = torch.zeros((model.num_moe_layers, model.num_experts), dtype=torch.int64, device=device)
-        for inputs, targets in self._batches.of(self._train, ids, context.shares, context.rank):
+        for inputs, targets in self._clock.reading(self._batches.of(self._train, ids, context.shares, context.rank)):
             with self._autocast():
                 out = self._model.loss(inputs, targets, mtp_weight, watch)
             watch = False  # the batch's first sequence: the same one at every world size
@@ -199,19 +199,22 @@ class StepRunner:
         context.exchanger.wait_expert_weights()  # no-op if there is a MoE layer: the first one has waited already
         return ComputedShare(float(ce_sum), tokens, ModelStats(*stats.tolist()), load_LE.cpu())
 
-    def _ballot(self, context: GenerationContext, share: ComputedShare, grad_square: float, wishes: Wishes) -> Ballot:
-        """This rank's contribution to the vote."""
-        work, exchanger = context.experts.statistics(), context.exchanger
-        expert_rows_R = np.zeros(context.layout.view.world_size)
-        expert_rows_R[context.rank] = work.local_tokens
+    def _ballot(
+        self, context: GenerationContext, share: ComputedShare, grad_square: float, wishes: Wishes, held_s: float
+    ) -> Ballot:
+        """This rank's contribution to the vote. `held_s`: training stood still for a checkpoint."""
+        work, exchanger, clock = context.experts.statistics(), context.exchanger, self._clock
+
+        def own(value: float) -> np.ndarray:
+            """An array of all ranks' values with this rank's in its place."""
+            value_R = np.zeros(context.layout.view.world_size)
+            value_R[context.rank] = value
+            return value_R
+
         finite = math.isfinite(grad_square)
         all_own = finite and context.layout.view.world_size == 1  # the reduced gradients are its own
         own_finite = math.isfinite(share.ce_sum) and (all_own or self.gradients.finite())
-        nonfinite_R = np.zeros_like(expert_rows_R)
-        nonfinite_R[context.rank] = not own_finite
-        waited_s = context.group.waited[0] - self._waited_s
-        busy_s_R = np.zeros_like(expert_rows_R)
-        busy_s_R[context.rank] = time.perf_counter() - self._started_s - waited_s
+        apart_s = work.dispatched_s + clock.data_s
         return Ballot(
             ce_sum=share.ce_sum,
             tokens=share.tokens,
@@ -228,12 +231,18 @@ class StepRunner:
                 publish_s=exchanger.publish_s,
                 publish_bytes=exchanger.publish_bytes,
                 switch_s=context.switch_s,
-                wait_s=waited_s,
+                wait_s=clock.waited_s,
             ),
             load_LE=share.load_LE.numpy().astype(np.float64),
-            nonfinite_R=nonfinite_R,
-            expert_rows_R=expert_rows_R,
-            busy_s_R=busy_s_R,
+            nonfinite_R=own(not own_finite),
+            expert_rows_R=own(work.local_tokens),
+            spent=Spent(
+                dense_s_R=own(max(0.0, clock.own_s("compute") - apart_s)),
+                expert_s_R=own(work.dispatched_s),
+                data_s_R=own(clock.data_s),
+                exchange_s_R=own(clock.own_s("reduce", "mirror")),
+                checkpoint_s_R=own(held_s),
+            ),
         )
 
     def _vote(self, context: GenerationContext, ballot: Ballot) -> Ballot:
@@ -259,9 +268,8 @@ class StepRunner:
         """Make the step's record."""
         lr = lr_at(vote.step, self._config.run.steps, self._config.optim)
         ended_s = time.perf_counter()
-        record = step_record(vote, lr, ended_s - self._started_s, committed_at_s)
-        for (phase, began_s), next_s in zip(self._phases.items(), [*self._phases.values(), ended_s][1:], strict=True):
-            record[f"{phase}_s"] = round(next_s - began_s, 6)
+        record = step_record(vote, lr, ended_s - self._clock.started_s, committed_at_s)
+        record |= {f"{phase}_s": round(seconds, 6) for phase, seconds in self._clock.seconds(ended_s).items()}
         if local.held_s:
             record["held_s"], local.held_s = local.held_s, 0.0
         local.add_record(record)

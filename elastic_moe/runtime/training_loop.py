@@ -12,7 +12,7 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.nonfinite import NonFiniteCount
 from elastic_moe.control.rebalance import Rebalancer
 from elastic_moe.control.spikes import ROLLBACKS, RollbackCount
-from elastic_moe.control.vote import VoteResult, Wishes
+from elastic_moe.control.vote import Ballot, VoteResult, Wishes
 from elastic_moe.data.tokenizer import load_tokenizer
 from elastic_moe.errors import Diverged, FaultyWorker, GoesBack, GroupAborted, StateUnclear
 from elastic_moe.runtime.evaluate import Evaluator
@@ -62,6 +62,7 @@ class TrainingLoop:
         context: GenerationContext,
         wishes: Callable[[], Wishes],
         rebalance: Callable[[GenerationContext, VoteResult], GenerationContext],
+        by_speed: Callable[[GenerationContext, Ballot], GenerationContext] = lambda context, _: context,
     ) -> str:
         """Make steps in one view.
 
@@ -69,6 +70,7 @@ class TrainingLoop:
             context: of the view.
             wishes: as in `StepRunner.train_step`.
             rebalance: as in `StepRunner.train_step`.
+            by_speed: called after each step that stays in the view; may return another context.
 
         Returns:
             "finished" or "stopped" at the end of the run, "" when a newer view is to be entered.
@@ -95,6 +97,7 @@ class TrainingLoop:
             self._fault(self._local.committed, "committed")
             if result.reconfigure:
                 return ""
+            context = by_speed(context, result.total)
         self._finish(context, stop)
         return "stopped" if stop else "finished"
 
@@ -118,7 +121,7 @@ class TrainingLoop:
         """Report a step without an update, and leave or end the run when there are too many; alike on every rank."""
         context, skipped = result.context, bool(result.record["skipped"])
         view, limits = context.layout.view, self._config
-        members = [view.members[rank] for rank in result.nonfinite_ranks]
+        members = [view.members[rank] for rank in result.total.nonfinite_ranks]
         workers = [member.worker for member in members]
         self._nonfinite = count = self._nonfinite.after(skipped, workers, len(view.active_ranks))
         if not skipped:
@@ -265,7 +268,9 @@ class Rebalance:
             step = self._local.committed
             held, _ = self._reconfigurer.take_over(context.group, change.ownership, change.transfers, step)
         context.experts.adopt(change.placement)
-        new = self._builder.build(view, context.group, context.experts, held, balancer.ownership, balancer.placement)
+        new = self._builder.build(
+            view, context.group, context.experts, held, balancer.ownership, balancer.placement, context.speeds
+        )
         if context.leads:
             self._reporter.changed_placement(self._local.committed, view, before, change)
         return replace(new, switch_s=time.perf_counter() - started)

@@ -20,6 +20,7 @@ from elastic_moe.checkpoint.storage import set_timeout
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.messages import HeldMessage, ViewMessage
 from elastic_moe.control.rebalance import Rebalancer
+from elastic_moe.control.speeds import SpeedRule
 from elastic_moe.control.vote import Wishes
 from elastic_moe.data.prepare import Prepared
 from elastic_moe.data.shards import TokenShard
@@ -34,10 +35,12 @@ from elastic_moe.parallel.collectives.choice import GpuCollectives
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.collectives.store import Rendezvous
 from elastic_moe.parallel.experts import experts_of
+from elastic_moe.plan.shares import Batching
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import FAULTS, checkpoint_root
 from elastic_moe.run_log import logging_of_run
 from elastic_moe.runtime.batches import MicroBatches
+from elastic_moe.runtime.by_speed import BySpeed
 from elastic_moe.runtime.checkpoints import ShardWriter
 from elastic_moe.runtime.coordinator_client import CoordinatorClient
 from elastic_moe.runtime.durable import DurableCheckpoints
@@ -85,7 +88,7 @@ class Worker:
         self._faults, self._rank = Faults(config.faults, Path(config.run.dir) / FAULTS), -1
         self._local = local = LocalState.empty(config.optim.spike)
         shape = (config.model.num_moe_layers, config.model.num_experts)
-        batches = MicroBatches(config.data, self._device)
+        batches = MicroBatches(config.data, self._device, config.elastic.reproducible)
         train, val = TokenShard.open(prepared.train_path), TokenShard.open(prepared.val_path)
 
         def autocast() -> AbstractContextManager[None]:
@@ -98,8 +101,7 @@ class Worker:
             self._model,
             self._runner.gradients.tensors,
             config.model.num_moe_layers,
-            config.data.global_batch,
-            config.data.micro_batch if config.elastic.reproducible else 1,
+            Batching(config.data.global_batch, config.data.micro_batch, whole=config.elastic.reproducible),
             self._products,
         )
         self._reconfigurer = Reconfigurer(
@@ -179,14 +181,14 @@ class Worker:
         try:
             self._choose_collectives(view, group)
             formed_s = time.perf_counter() - started
-            context, rebalance, result = self._enter(view, group)
-            self._report_entry(context, result, formed_s, time.perf_counter() - started)
+            context, rebalance, by_speed, result = self._enter(view, group)
+            self._reporter.entered(context, self._local, result, formed_s, time.perf_counter() - started)
 
             def wishes() -> Wishes:
                 client.lease.hold(abort, self._config.elastic.hold_s)
                 return Wishes(client.superseded(view.generation), client.stop_requested, self._saver.wishes())
 
-            ended = self._loop.train(context, wishes, rebalance)
+            ended = self._loop.train(context, wishes, rebalance, by_speed)
             if ended:
                 client.finished()
             return ended
@@ -226,7 +228,7 @@ class Worker:
         finally:
             self._client.outbox.add(HeldMessage(message.view.generation, outcome))
 
-    def _enter(self, view: View, group: Group) -> tuple[GenerationContext, Rebalance, Reconfigured]:
+    def _enter(self, view: View, group: Group) -> tuple[GenerationContext, Rebalance, BySpeed, Reconfigured]:
         """Take this worker's place in a view: state, experts, and the weights to compute with; collective."""
         config = self._config
         self._verify_state()
@@ -235,22 +237,25 @@ class Worker:
             self._local.records.clear()  # of steps that no longer count
             self._client.inbox.recorded = -1
             self._client.outbox.forget_recorded(None)
-        ownership, placement = result.ownership, result.placement
+        ownership, placement, speeds = result.ownership, result.placement, result.speeds
         self._model.experts = experts = experts_of(
             group,
             placement,
             config.model,
             self._device,
-            [m.speed for m in view.members],
+            speeds.rows,
             self._runner.grid,
             round(config.balance.dispatch_gib * 2**30),
             config.balance.by_node,
         )
-        balancer = Rebalancer(config.balance, view, self._units, config.elastic.redundancy, placement, ownership)
-        context = self._builder.build(view, group, experts, result.held, ownership, placement)
+        balancer = Rebalancer(
+            config.balance, view, self._units, config.elastic.redundancy, placement, ownership, speeds
+        )
+        context = self._builder.build(view, group, experts, result.held, ownership, placement, speeds)
         context.exchanger.publish(frozen=True)
         rebalance = Rebalance(balancer, self._builder, self._reconfigurer, self._local, self._reporter)
-        return context, rebalance, result
+        rule = SpeedRule(view, context.batching, speeds, config.balance.by_speed, result.straggles)
+        return context, rebalance, BySpeed(rule, balancer, self._local, self._reporter), result
 
     def _verify_state(self) -> None:
         """Find state that has changed at rest; it counts as not held, so the view brings it from its twin."""
@@ -260,28 +265,6 @@ class Worker:
                 units = [self._units[unit].name for unit in sorted(held.damaged)]
                 reason = "it does not match its checksum, or no copy is known to be right"
                 self._reporter.event("state_damaged", self._local.committed, units=units, reason=reason)
-
-    def _report_entry(
-        self, context: GenerationContext, result: Reconfigured, form_s: float, reconfigure_s: float
-    ) -> None:
-        """Tell the coordinator that this rank has its state; the leader also sends the costs and recent records."""
-        view, local = context.layout.view, self._local
-        if not context.leads:
-            self._client.entered(view.generation, None)
-            return
-        info = {
-            "step": local.committed,
-            "source": result.source,
-            "lost_steps": result.lost_steps,
-            "skipped_batches": local.position.skipped,
-            "rolled_forward": result.rolled_forward,
-            "moved_bytes": result.moved_bytes,
-            "form_s": form_s,
-            "reconfigure_s": reconfigure_s,
-        }
-        self._client.entered(view.generation, info)
-        self._reporter.recent(local)
-        self._reporter.entered_placement(local.committed, view, result.placement)
 
 
 def run_worker(

@@ -40,6 +40,7 @@ from elastic_moe.parallel.collectives.backend import GroupMember
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.collectives.store import Rendezvous
 from elastic_moe.parallel.experts import experts_of
+from elastic_moe.plan.shares import Batching
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.initial import InitialWeights
@@ -160,7 +161,9 @@ def one_worker(config: TrainConfig, prepared: Prepared) -> Callable[[], Result]:
         view, group
     )
     model.experts = experts = experts_of(group, entered.placement, config.model, DEVICE)
-    builder = ContextBuilder(units, model, runner.gradients.tensors, shape[0], config.data.global_batch)
+    builder = ContextBuilder(
+        units, model, runner.gradients.tensors, shape[0], Batching(config.data.global_batch, config.data.micro_batch)
+    )
     context = builder.build(view, group, experts, entered.held, entered.ownership, entered.placement)
     context.exchanger.publish(frozen=True)
     return lambda: runner.train_step(context, local, Wishes).record

@@ -41,6 +41,7 @@ from elastic_moe.parallel.collectives.backend import GroupMember
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.collectives.store import Rendezvous
 from elastic_moe.parallel.experts import experts_of
+from elastic_moe.plan.shares import Batching
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.initial import InitialWeights
@@ -129,7 +130,9 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     )
     result = reconfigurer.enter(view, group)
     model.experts = experts = experts_of(group, result.placement, config.model, device)
-    builder = ContextBuilder(units, model, runner.gradients.tensors, shape[0], config.data.global_batch)
+    builder = ContextBuilder(
+        units, model, runner.gradients.tensors, shape[0], Batching(config.data.global_batch, config.data.micro_batch)
+    )
     context = builder.build(view, group, experts, result.held, result.ownership, result.placement)
     exchanger = context.exchanger
     exchanger.mirror = lambda: None  # type: ignore[method-assign]  # nobody mirrors: not even an empty all-to-all

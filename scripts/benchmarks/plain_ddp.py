@@ -27,7 +27,8 @@ from elastic_moe.model.experts.local import LocalExperts
 from elastic_moe.model.init import init_param
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.transformer import Transformer
-from elastic_moe.plan.batch import sample_ids, split_batch
+from elastic_moe.plan.batch import sample_ids
+from elastic_moe.plan.shares import fastest_split, slices_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def train(rank: int, plain: Plain, meeting: str) -> None:
     model = DistributedDataParallel(Whole(cfg), gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plain.lr, fused=True)
     shard = TokenShard.open(plain.shard)
-    share = split_batch(data.global_batch, [1.0] * plain.workers)[rank]
+    share = slices_of(fastest_split(data.global_batch, [1.0] * plain.workers))[rank]
     per_token = plain.workers / (data.global_batch * data.seq_len)  # DDP averages over ranks
     for step in range(1, plain.steps + 1):
         ids = sample_ids(0, step - 1, data.global_batch, shard.num_samples(data.seq_len))[share]

@@ -33,6 +33,7 @@ from elastic_moe.control.vote import Measures, VoteResult
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.placement import Placement, Topology, default_slots, plan_placement
+from elastic_moe.plan.shares import Speeds
 from elastic_moe.plan.split import slowest_times, split_for_rank
 from elastic_moe.plan.state.ownership import homes_from_roles, plan_ownership
 from elastic_moe.plan.state.schedule import Layout
@@ -106,7 +107,7 @@ def _view(num_ranks: int) -> View:
 
 
 def _topology(view: View) -> Topology:
-    return Topology(tuple(m.node for m in view.members), tuple(m.speed for m in view.members))
+    return Topology(tuple(m.node for m in view.members), Speeds.equal(view).rows)
 
 
 def planning(units: Units, load_LE: np.ndarray, num_ranks: int) -> dict[str, float]:

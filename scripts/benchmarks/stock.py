@@ -39,7 +39,8 @@ def stock_loop(config: dict[str, Any]) -> None:
     from elastic_moe.model.init import init_param
     from elastic_moe.model.params import param_specs
     from elastic_moe.model.transformer import Transformer
-    from elastic_moe.plan.batch import sample_ids, split_batch
+    from elastic_moe.plan.batch import sample_ids
+    from elastic_moe.plan.shares import fastest_split, slices_of
 
     torch.set_num_threads(1)
     model_config, data = ModelConfig(**config["model"]), DataConfig(**config["data"])
@@ -63,7 +64,7 @@ def stock_loop(config: dict[str, Any]) -> None:
         first = state["step"] + 1
     every = config.get("checkpoint_steps", 1)
     rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
-    share = split_batch(data.global_batch, [1.0] * world)[rank]
+    share = slices_of(fastest_split(data.global_batch, [1.0] * world))[rank]
     for step in range(first, config["steps"] + 1):
         ids = sample_ids(0, step - 1, data.global_batch, shard.num_samples(data.seq_len))[share]
         optimizer.zero_grad()

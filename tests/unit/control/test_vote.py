@@ -11,6 +11,7 @@ import pytest
 from elastic_moe.control.vote import (
     Ballot,
     Measures,
+    Spent,
     VoteResult,
     VoteShape,
     pack,
@@ -18,6 +19,7 @@ from elastic_moe.control.vote import (
     result_of,
     unpack,
 )
+from elastic_moe.plan.shares import Speeds
 from elastic_moe.types import Member, ModelStats, View
 
 LAYERS, EXPERTS, RANKS = 2, 3, 4
@@ -27,7 +29,7 @@ VIEW = View(7, tuple(Member(f"w{r}", "n", r, draining=r == 3) for r in range(RAN
 
 def _ballot(seed: int) -> Ballot:
     """A ballot in which no two numbers are equal."""
-    numbers = iter(np.random.default_rng(seed).permutation(100).tolist())
+    numbers = iter(np.random.default_rng(seed).permutation(200).tolist())
 
     def flat(kind: type[Any]) -> dict[str, float]:
         return {item.name: float(next(numbers)) for item in fields(kind)}
@@ -48,7 +50,7 @@ def _ballot(seed: int) -> Ballot:
         load_LE=array(LAYERS, EXPERTS),
         nonfinite_R=array(RANKS),
         expert_rows_R=array(RANKS),
-        busy_s_R=array(RANKS),
+        spent=Spent(**{item.name: array(RANKS) for item in fields(Spent)}),
     )
 
 
@@ -130,5 +132,7 @@ def test_the_sum_of_the_ballots_names_the_ranks_that_were_not_finite() -> None:
 
 def test_balance_counts_the_active_ranks() -> None:
     ballot = replace(_ballot(0), expert_rows_R=np.array([30.0, 60.0, 30.0, 0.0]))
-    assert ballot.balance(VIEW.active_ranks) == pytest.approx(40 / 60)
-    assert replace(ballot, expert_rows_R=np.zeros(RANKS)).balance(VIEW.active_ranks) == 1.0
+    equal = Speeds.equal(VIEW).rows
+    assert ballot.balance(equal) == pytest.approx(40 / 60)
+    assert ballot.balance((1.0, 2.0, 1.0, 0.0)) == 1.0
+    assert replace(ballot, expert_rows_R=np.zeros(RANKS)).balance(equal) == 1.0

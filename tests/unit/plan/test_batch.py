@@ -1,13 +1,12 @@
-"""Data order and its division: nothing lost, nothing repeated within an epoch, nothing dependent on the world size."""
+"""Data order: nothing lost, nothing repeated within an epoch, nothing dependent on the world size."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.plan.batch import sample_ids, split_batch
+from elastic_moe.plan.batch import sample_ids
 
 
 @settings(deadline=None)
@@ -41,23 +40,3 @@ def test_order_costs_the_batch_not_the_corpus() -> None:
     assert len(set(ids.tolist())) == 8
     assert ids.min() >= 0
     assert ids.max() < 10**12
-
-
-@settings(deadline=None)
-@given(st.integers(0, 500), st.lists(st.floats(0, 100).map(lambda v: round(v, 3)), min_size=1, max_size=12))
-def test_split_batch_covers(global_batch: int, speeds: list[float]) -> None:
-    if sum(speeds) == 0:
-        speeds = [*speeds, 1.0]
-    slices = split_batch(global_batch, speeds)
-    covered = [i for part in slices for i in range(global_batch)[part]]
-    assert covered == list(range(global_batch))
-    assert len(slices) == len(speeds)
-    for part, speed in zip(slices, speeds, strict=True):
-        size = part.stop - part.start
-        assert abs(size - global_batch * speed / sum(speeds)) < 1 + 1e-6
-        assert speed > 0 or size == 0
-
-
-@pytest.mark.parametrize(("batch", "speeds", "sizes"), [(32, [1, 1, 1], [11, 11, 10]), (10, [2, 0, 1], [7, 0, 3])])
-def test_split_batch_examples(batch: int, speeds: list[float], sizes: list[int]) -> None:
-    assert [part.stop - part.start for part in split_batch(batch, speeds)] == sizes

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from elastic_moe.plan.shares import Batching
 from elastic_moe.runtime import session
 from elastic_moe.runtime.exchange.one_memory import _joined
 from elastic_moe.runtime.exchange.windows import windows_of
@@ -84,7 +85,7 @@ def test_a_change_of_the_state_moves_the_tensors(lone: Callable[[], Lone]) -> No
     roles_U = context.layout.ownership.role(0)
     new = HeldState.build(context.layout.units, roles_U, old.states, torch.device("cpu"))
     shape = worker.config.model.num_moe_layers
-    builder = ContextBuilder(context.layout.units, worker.model, worker.runner.gradients.tensors, shape, 4)
+    builder = ContextBuilder(context.layout.units, worker.model, worker.runner.gradients.tensors, shape, Batching(4, 2))
     ownership, placement = context.layout.ownership, context.layout.placement
     worker.context = builder.build(context.layout.view, worker.group, context.experts, new, ownership, placement)
     worker.local.holdings[:] = [new]

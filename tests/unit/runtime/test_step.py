@@ -27,6 +27,7 @@ from elastic_moe.parallel.collectives.backend import GroupMember
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.parallel.collectives.store import Rendezvous
 from elastic_moe.parallel.experts import experts_of
+from elastic_moe.plan.shares import Batching
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import METRICS
 from elastic_moe.runtime.batches import MicroBatches
@@ -87,7 +88,13 @@ class Lone:
         )
         result = reconfigurer.enter(VIEW, self.group)
         model.experts = experts = experts_of(self.group, result.placement, config.model, CPU)
-        builder = ContextBuilder(units, model, self.runner.gradients.tensors, shape[0], config.data.global_batch)
+        builder = ContextBuilder(
+            units,
+            model,
+            self.runner.gradients.tensors,
+            shape[0],
+            Batching(config.data.global_batch, config.data.micro_batch),
+        )
         self.context = builder.build(VIEW, self.group, experts, result.held, result.ownership, result.placement)
         self.context.exchanger.publish(frozen=True)
 
@@ -228,12 +235,12 @@ def test_gradients_that_are_not_finite_are_committed_without_an_update(lone: Cal
     assert (vote.step, worker.local.committed) == (2, 2)
     assert not _changed(before, worker.weights()), "the biases of the routers rest too"
     assert (result.record["step"], result.record["grad_norm"], result.record["skipped"]) == (2, 0.0, True)
-    assert result.nonfinite_ranks == (0,)
+    assert result.total.nonfinite_ranks == (0,)
     Draft202012Validator(json_schema(METRICS)).validate(result.record)
     assert math.isfinite(result.record["loss"])
     worker.on_phase = lambda phase: None
     result = worker.step()
-    assert (result.record["skipped"], result.nonfinite_ranks) == (False, ())
+    assert (result.record["skipped"], result.total.nonfinite_ranks) == (False, ())
     assert worker.learned() <= _changed(before, worker.weights()), "the step after it updates again"
     assert all(torch.isfinite(weight).all() for weight in worker.weights().values())
 
@@ -256,7 +263,7 @@ def test_a_spike_is_committed_without_an_update_and_counts_in_the_history(lone: 
     assert vote is not None
     assert (vote.finite, vote.spike, vote.updates) == (True, True, False)
     assert not _changed(before, worker.weights())
-    assert (result.record["skipped"], result.nonfinite_ranks, worker.local.committed) == (True, (), 2)
+    assert (result.record["skipped"], result.total.nonfinite_ranks, worker.local.committed) == (True, (), 2)
     worker.on_phase = lambda phase: None
     assert not worker.step().record["skipped"]
     assert sum(map(math.isfinite, guard.pack().tolist())) == 2 * (FEWEST + 2)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ class GenerationContext:
         experts: backend of the routed experts.
         exchanger: moves gradients and weights.
         held: state that this worker owns or mirrors.
-        shares: slice of the global batch per rank.
+        shares: slice per rank of a batch of so many sequences.
         switch_s: seconds of the change of placement that made this context; 0 if none made it.
     """
 
@@ -42,7 +43,7 @@ class GenerationContext:
     experts: TrainableExperts
     exchanger: Exchanger
     held: HeldState
-    shares: list[slice]
+    shares: Callable[[int], list[slice]]
     switch_s: float = 0.0
 
     @property
@@ -59,7 +60,6 @@ class ContextBuilder:
         model: the compute model without its experts.
         dense_gradients: parameter name -> sum of its gradient.
         num_moe_layers: MoE layers of the model.
-        global_batch: sequences per step.
         batch_multiple: each rank's share of the batch is a multiple of so many sequences.
     """
 
@@ -69,12 +69,11 @@ class ContextBuilder:
         model: nn.Module,
         dense_gradients: Mapping[str, torch.Tensor],
         num_moe_layers: int,
-        global_batch: int,
         batch_multiple: int = 1,
     ) -> None:
         self._units, self._model, self._dense_gradients = units, model, dense_gradients
         self._layers = range(num_moe_layers)
-        self._global_batch, self._batch_multiple = global_batch, batch_multiple
+        self._batch_multiple = batch_multiple
 
     def build(
         self,
@@ -94,5 +93,5 @@ class ContextBuilder:
         share(layout, weights, gradients, held)
         exchanger = Exchanger(layout, weights.detached(), gradients, held, group)
         experts.before_experts = exchanger.wait_expert_weights
-        shares = share_of_batch(view, self._global_batch, self._batch_multiple)
+        shares = partial(share_of_batch, view, multiple=self._batch_multiple)
         return GenerationContext(group.rank, layout, group, experts, exchanger, held, shares, switch_s)

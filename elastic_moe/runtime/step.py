@@ -24,7 +24,8 @@ from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.optim.schedule import lr_at
 from elastic_moe.parallel.reproducible import Grid
-from elastic_moe.plan.batch import sample_ids
+from elastic_moe.plan.batch import samples_at
+from elastic_moe.plan.batch_sizes import BatchSizes
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.gradients import DenseGradients
 from elastic_moe.runtime.local_state import LocalState
@@ -101,7 +102,8 @@ class StepRunner:
         self._fault, self._autocast = fault, autocast
         self._started_s, self._waited_s = time.perf_counter(), 0.0
         self._phases: dict[str, float] = {}  # phase of the step -> when it began
-        tokens = config.data.global_batch * config.data.seq_len
+        self._sizes = BatchSizes(config.data)
+        tokens = config.data.global_batch * config.data.seq_len  # of the largest batch: its grid serves the others too
         self.grid = Grid(tokens) if config.elastic.reproducible else None
         self.gradients = DenseGradients(model, self.grid)
         self._twins = TwinCheck(config)
@@ -176,7 +178,8 @@ class StepRunner:
         """Forward and backward passes of this rank's share of a batch."""
         config, model = self._config, self._config.model
         samples = self._train.num_samples(config.data.seq_len)
-        ids = sample_ids(config.seed, batch, config.data.global_batch, samples)
+        size = self._sizes.size(batch)
+        ids, shares = samples_at(config.seed, self._sizes.start(batch), size, samples), context.shares(size)
         context.experts.begin_step()
         self.gradients.zero()
         tokens, device = 0, self._batches.device
@@ -184,9 +187,9 @@ class StepRunner:
         stats = torch.tensor(astuple(ModelStats()), dtype=torch.float64, device=device)
         late = step > model.mtp_switch * config.run.steps
         mtp_weight = model.mtp_late_weight if late else model.mtp_weight
-        watch = context.shares[context.rank].start == 0 and context.rank in context.layout.view.active_ranks
+        watch = shares[context.rank].start == 0 and context.rank in context.layout.view.active_ranks
         load_LE = torch.zeros((model.num_moe_layers, model.num_experts), dtype=torch.int64, device=device)
-        for inputs, targets in self._batches.of(self._train, ids, context.shares, context.rank):
+        for inputs, targets in self._batches.of(self._train, ids, shares, context.rank):
             with self._autocast():
                 out = self._model.loss(inputs, targets, mtp_weight, watch)
             watch = False  # the batch's first sequence: the same one at every world size
@@ -249,15 +252,19 @@ class StepRunner:
         Returns:
             Wall clock of the commit, seconds.
         """
-        lr = lr_at(vote.step, self._config.run.steps, self._config.optim)
+        lr = self._lr(vote.step)
         for held in local.holdings:
             held.apply(vote, lr, self._config.optim, self._config.model)
         local.commit(vote)
         return time.time()
 
+    def _lr(self, step: int) -> float:
+        """Learning rate of a step's update."""
+        return lr_at(step, self._config.run.steps, self._config.optim, self._sizes.tokens_through)
+
     def _record(self, local: LocalState, vote: VoteResult, committed_at_s: float) -> None:
         """Make the step's record."""
-        lr = lr_at(vote.step, self._config.run.steps, self._config.optim)
+        lr = self._lr(vote.step)
         ended_s = time.perf_counter()
         record = step_record(vote, lr, ended_s - self._started_s, committed_at_s)
         for (phase, began_s), next_s in zip(self._phases.items(), [*self._phases.values(), ended_s][1:], strict=True):

@@ -99,7 +99,6 @@ class Worker:
             self._model,
             self._runner.gradients.tensors,
             config.model.num_moe_layers,
-            config.data.global_batch,
             config.data.micro_batch if config.elastic.reproducible else 1,
         )
         self._reconfigurer = Reconfigurer(

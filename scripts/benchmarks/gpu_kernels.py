@@ -160,7 +160,7 @@ def one_worker(config: TrainConfig, prepared: Prepared) -> Callable[[], Result]:
         view, group
     )
     model.experts = experts = experts_of(group, entered.placement, config.model, DEVICE)
-    builder = ContextBuilder(units, model, runner.gradients.tensors, shape[0], config.data.global_batch)
+    builder = ContextBuilder(units, model, runner.gradients.tensors, shape[0])
     context = builder.build(view, group, experts, entered.held, entered.ownership, entered.placement)
     context.exchanger.publish(frozen=True)
     return lambda: runner.train_step(context, local, Wishes).record

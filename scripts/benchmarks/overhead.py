@@ -129,7 +129,7 @@ def _plain_worker(config: TrainConfig, port: int, prepared: Prepared, rank: int,
     )
     result = reconfigurer.enter(view, group)
     model.experts = experts = experts_of(group, result.placement, config.model, device)
-    builder = ContextBuilder(units, model, runner.gradients.tensors, shape[0], config.data.global_batch)
+    builder = ContextBuilder(units, model, runner.gradients.tensors, shape[0])
     context = builder.build(view, group, experts, result.held, result.ownership, result.placement)
     exchanger = context.exchanger
     exchanger.mirror = lambda: None  # type: ignore[method-assign]  # nobody mirrors: not even an empty all-to-all

@@ -75,6 +75,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"faults.inject": ["1:2:lunch"]}, "faults.inject"),
     ({"faults.inject": [3]}, "faults.inject"),
     ({"optim.spike": "rollback", "checkpoint.every_steps": 0}, "checkpoint.every_minutes"),
+    ({"optim.lr_steps": ["0.8"]}, "optim.lr_steps"),
+    ({"optim.lr_steps": ["0.8:0.3", "0.8:0.1"]}, "optim.lr_steps"),
+    ({"optim.lr_steps": ["80:0.3"]}, "optim.lr_steps"),
+    ({"optim.lr_steps": ["1/0:0.3"]}, "optim.lr_steps"),
+    ({"optim.decay_fraction": 1.5}, "optim.decay_fraction"),
+    ({"data.batch_ramp": 32, "data.batch_ramp_steps": 5}, "data.batch_ramp (32)"),
+    ({"data.batch_ramp": 8}, "data.batch_ramp_steps"),
+    ({"data.batch_ramp": 8, "data.batch_ramp_steps": 5, "data.batch_ramp_tokens": 5}, "data.batch_ramp_tokens"),
+    ({"data.batch_ramp_tokens": 5}, "data.batch_ramp_tokens"),
 ]
 
 
@@ -137,6 +146,7 @@ def test_start_workers_of_a_simulated_cluster() -> None:
 @pytest.mark.parametrize(
     ("dotted", "key"),
     [
+        ({"run.steps": 20, "optim.schedule": "wsd"}, "optim.warmup_steps"),
         ({"cluster.workers": 1}, "elastic.redundancy"),
         ({"device": "cuda"}, "cluster.gpus_per_worker"),
     ],

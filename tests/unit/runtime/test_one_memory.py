@@ -84,7 +84,7 @@ def test_a_change_of_the_state_moves_the_tensors(lone: Callable[[], Lone]) -> No
     roles_U = context.layout.ownership.role(0)
     new = HeldState.build(context.layout.units, roles_U, old.states, torch.device("cpu"))
     shape = worker.config.model.num_moe_layers
-    builder = ContextBuilder(context.layout.units, worker.model, worker.runner.gradients.tensors, shape, 4)
+    builder = ContextBuilder(context.layout.units, worker.model, worker.runner.gradients.tensors, shape)
     ownership, placement = context.layout.ownership, context.layout.placement
     worker.context = builder.build(context.layout.view, worker.group, context.experts, new, ownership, placement)
     worker.local.holdings[:] = [new]

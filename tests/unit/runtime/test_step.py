@@ -87,7 +87,7 @@ class Lone:
         )
         result = reconfigurer.enter(VIEW, self.group)
         model.experts = experts = experts_of(self.group, result.placement, config.model, CPU)
-        builder = ContextBuilder(units, model, self.runner.gradients.tensors, shape[0], config.data.global_batch)
+        builder = ContextBuilder(units, model, self.runner.gradients.tensors, shape[0])
         self.context = builder.build(VIEW, self.group, experts, result.held, result.ownership, result.placement)
         self.context.exchanger.publish(frozen=True)
 

@@ -56,7 +56,8 @@ AT_LEAST_ONE = """
 
 AT_LEAST_ZERO = """
     seed threads run.log_every_s run.eval_every_steps run.eval_sequences run.sample_tokens model.num_dense_layers
-    model.num_shared_experts model.bias_update_speed model.seq_balance_weight model.init_std model.query_latent
+    model.num_shared_experts model.bias_update_speed model.seq_balance_weight
+    model.router_z_loss model.z_loss model.logits_gib model.init_std model.query_latent
     model.rope_mscale model.rope_mscale_all_dim model.index_loss_weight model.num_hash_layers model.swiglu_limit
     model.mix_eps model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes
     data.batch_ramp data.batch_ramp_steps data.batch_ramp_tokens

@@ -87,6 +87,9 @@ class ModelConfig(Sealed):
     swiglu_limit: float = 0.0  # clamp of the SwiGLU's inputs; 0: none
     bias_update_speed: float = 0.001  # change of the router's balancing bias per step; 0: none
     seq_balance_weight: float = 0.0001  # weight of the balance loss within a sequence
+    router_z_loss: float = 0.0  # weight of the squared log-sum-exp of the routers' logits (ST-MoE: 0.001)
+    z_loss: float = 0.0  # weight of the squared log-sum-exp of the head's logits (PaLM: 0.0001)
+    logits_gib: float = 0.0625  # logits of a micro-batch formed at once, in GiB; more come in chunks; 0: no limit
 
     residual: str = "plain"  # residual connections: plain, hyper-connections, or manifold-constrained hyper-connections
     num_streams: int = 4  # hc, mhc: residual streams

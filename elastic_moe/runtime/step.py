@@ -306,7 +306,7 @@ def step_record(vote: VoteResult, lr: float, step_s: float, time_s: float) -> di
 
 
 def _optional_metrics(vote: VoteResult) -> dict[str, float]:
-    """Metrics of multi-token prediction, of indexers and of residual streams, where the model has them."""
+    """Metrics of multi-token prediction, of other losses and of residual streams, where the model has them."""
     stats = vote.stats
     metrics: dict[str, float] = {}
     if stats.gain_forward:
@@ -315,6 +315,10 @@ def _optional_metrics(vote: VoteResult) -> dict[str, float]:
         metrics["gain_backward_min"] = stats.gain_backward_min
     if stats.mtp_tokens:
         metrics["mtp_loss"] = stats.mtp_sum / stats.mtp_tokens
+    if stats.z_sum:
+        metrics["z_loss"] = stats.z_sum / max(vote.tokens, 1.0)
+    if stats.router_z_sum:
+        metrics["router_z_loss"] = stats.router_z_sum / max(vote.tokens, 1.0)
     if stats.index_sum:
         metrics["index_loss"] = stats.index_sum / max(vote.tokens, 1.0)
     return metrics

@@ -1,4 +1,4 @@
-"""Rules between the keys of the model: groups of experts, and attention."""
+"""Rules between the keys of the model: groups of experts, attention, recomputation."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def check_groups(model: ModelConfig) -> None:
         raise UserError(
             f"model.groups_per_token ({model.groups_per_token}) groups of {size} experts are fewer than "
             f"model.experts_per_token ({model.experts_per_token})."
+        )
+
+
+def check_recompute(model: ModelConfig) -> None:
+    """Raise UserError if `model.recompute` is no policy."""
+    value = model.recompute
+    if value not in ("none", "selective", "full") and not (value.isdecimal() and int(value)):
+        raise UserError(
+            f"model.recompute must be none, selective, full or a number of layers, not {value!r}; the segments of "
+            "residual streams have the key model.stream_segment."
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.config.model_rules import check_attention, check_groups
+from elastic_moe.config.model_rules import check_attention, check_groups, check_recompute
 from elastic_moe.config.pace import pace
 from elastic_moe.config.paths import check_paths
 from elastic_moe.config.recipe_rules import check_recipe
@@ -203,7 +203,8 @@ def _check_model(config: TrainConfig) -> None:
     _need(config, "model.mtp_switch", lambda value: value <= 1, "at most 1")
     _need(config, "model.rope_factor", lambda value: value >= 1, "at least 1")
     _need(config, "model.end_token", lambda value: value >= -1, "a token id, or -1")
-    _need(config, "model.recompute", lambda value: value >= -1, "-1, 0 or a number of sub-layers")
+    _need(config, "model.stream_segment", lambda value: value >= -1, "-1, 0 or a number of sub-layers")
+    check_recompute(model)
     check_groups(model)
     check_attention(model)
 

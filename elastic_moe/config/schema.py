@@ -37,7 +37,8 @@ class ModelConfig(Sealed):
     init_std: float = 0.02  # standard deviation of the initial weights
     init_from: str = ""  # directory of a Hugging Face checkpoint: its shape and weights are taken
     document_mask: bool = False  # tokens of a packed sequence see their own document only
-    recompute: int = 0  # with streams: 0 keeps them all, n keeps every n-th sub-layer's, -1 the paper's best n
+    recompute: str = "none"  # made again for the backward pass: none, selective, full (layers), n (n layers at once)
+    stream_segment: int = 0  # with streams: sub-layers for which they are kept once; 0: by recompute; -1: the best n
     fused: str = "auto"  # kernels of mHC
 
     attention: str = "gqa"  # grouped-query, multi-head latent, or compressed sparse attention

@@ -14,6 +14,7 @@ from elastic_moe.model.attention.dense import Attention, GroupedQueryAttention, 
 from elastic_moe.model.backend import ExpertBackend
 from elastic_moe.model.layers import RMSNorm, SwiGLU, compute_dtype
 from elastic_moe.model.moe import MoE
+from elastic_moe.model.recompute import part_of_layer
 from elastic_moe.model.residual.connections import Residual, Segments, make_residual
 
 
@@ -48,6 +49,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
+        self._cfg = cfg
         self.attn_mix: Residual = make_residual(cfg, 2 * layer)
         self.attn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.attn: Attention = make_attention(cfg, layer)
@@ -66,17 +68,25 @@ class Block(nn.Module):
         experts: ExpertBackend,
     ) -> BlockOutput:
         x, h_BSD, attn_link = self.attn_mix.read(x, segments)
-        normed_BSD = self.attn_norm(h_BSD)
-        y_BSD, index_loss = self.attn(normed_BSD.to(compute_dtype(normed_BSD)), context)  # once for all products
+        y_BSD, index_loss = part_of_layer(self._cfg, self._attend, h_BSD, context)
         x = self.attn_mix.write(x, y_BSD, attn_link)
         x, h_BSD, ffn_link = self.ffn_mix.read(x, segments)
-        h_BSD = self.ffn_norm(h_BSD)
         balance_loss, load_E, router_z = None, None, None
         if self.moe is not None:
-            y_BSD, balance_loss, load_E, router_z = self.moe(h_BSD, tokens_BS, experts)
+            y_BSD, balance_loss, load_E, router_z = self.moe(self.ffn_norm(h_BSD), tokens_BS, experts)
         else:
-            assert self.mlp is not None
-            y_BSD = self.mlp(h_BSD.to(compute_dtype(h_BSD)))
+            y_BSD = part_of_layer(self._cfg, self._feed_forward, h_BSD)
         x = self.ffn_mix.write(x, y_BSD, ffn_link)
         maps = [self.attn_mix.residual_map(attn_link), self.ffn_mix.residual_map(ffn_link)]
         return BlockOutput(x, balance_loss, index_loss, router_z, load_E, [m for m in maps if m is not None])
+
+    def _attend(self, h_BSD: torch.Tensor, context: AttentionContext) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Norm and attention."""
+        normed_BSD = self.attn_norm(h_BSD)
+        return self.attn(normed_BSD.to(compute_dtype(normed_BSD)), context)  # cast once for all products
+
+    def _feed_forward(self, h_BSD: torch.Tensor) -> torch.Tensor:
+        """Norm and dense feed-forward."""
+        assert self.mlp is not None
+        normed_BSD = self.ffn_norm(h_BSD)
+        return self.mlp(normed_BSD.to(compute_dtype(normed_BSD)))

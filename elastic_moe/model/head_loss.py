@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from elastic_moe.model.layers import compute_dtype
 
-FEWEST_ROWS = {"cpu": 64, "cuda": 1024}  # of a chunk: products of fewer rows read the head's weight too often
+FEWEST_ROWS = {"cpu": 256, "cuda": 1024}  # of a chunk: products of fewer rows read the head's weight too often
 
 
 class HeadLoss(NamedTuple):

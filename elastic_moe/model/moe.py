@@ -17,6 +17,7 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.backend import ExpertBackend
 from elastic_moe.model.experts.grouped import count_of
 from elastic_moe.model.layers import SwiGLU, compute_dtype
+from elastic_moe.model.recompute import part_of_layer
 from elastic_moe.model.router import Router
 
 
@@ -66,7 +67,7 @@ class MoE(nn.Module):
         x_TD = x_TD.to(compute_dtype(x_TD))  # once for all experts, behind the router, which computes in fp32
         y_BSD = experts(self.moe_layer, x_TD, ids_TK, gates_TK).view(x_BSD.shape)
         if self.shared is not None:
-            y_BSD = y_BSD + self.shared(x_TD).view(x_BSD.shape)
+            y_BSD = y_BSD + part_of_layer(cfg, self.shared, x_TD).view(x_BSD.shape)
         load_E = count_of(ids_TK.flatten(), cfg.num_experts)
         if self.router.hashed or not cfg.seq_balance_weight:
             return MoEOutput(y_BSD, scores_TE.new_zeros(()), load_E, z_sum)

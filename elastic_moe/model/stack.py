@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.attention.context import AttentionContext
 from elastic_moe.model.backend import ExpertBackend
 from elastic_moe.model.block import Block
+from elastic_moe.model.recompute import layers_at_once, whole_layers
 from elastic_moe.model.residual.connections import Segments
 
 
@@ -61,8 +63,26 @@ class Stack:
 
     def run(self, blocks: Sequence[Block], x: torch.Tensor) -> StackOutput:
         """The output of these layers, from the residual before the first one."""
-        zero = torch.zeros((), device=x.device)
-        return self._run(blocks, x, LayerSums(zero, zero, zero), self._experts)
+        zero, size = torch.zeros((), device=x.device), layers_at_once(self._cfg)
+        sums, loads, maps = LayerSums(zero, zero, zero), list[torch.Tensor](), list[torch.Tensor]()
+        if not size or not torch.is_grad_enabled():
+            return self._run(blocks, x, sums, self._experts)
+        for start in range(0, len(blocks), size):
+            group = blocks[start : start + size]
+            x, *rest = whole_layers(partial(self._flat, group), x, *sums)
+            sums, rest = LayerSums(*rest[:3]), rest[3:]
+            with_experts = sum(block.moe is not None for block in group)
+            loads += rest[:with_experts]
+            maps += [each.detach() for each in rest[with_experts:]]
+        return StackOutput(x, sums, loads, maps)
+
+    def _flat(
+        self, blocks: Sequence[Block], x: torch.Tensor, *sums: torch.Tensor, again: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """`_run` as a tuple of tensors. `again`: the backward pass makes the layers once more."""
+        experts = partial(self._experts, again=True) if again else self._experts
+        out = self._run(blocks, x, LayerSums(*sums), experts)
+        return out.x, *out.sums, *out.loads, *out.maps
 
     def _run(self, blocks: Sequence[Block], x: torch.Tensor, sums: LayerSums, experts: ExpertBackend) -> StackOutput:
         """The output of these layers, with losses added to the sums."""

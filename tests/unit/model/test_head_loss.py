@@ -13,8 +13,8 @@ from elastic_moe.model.experts.local import LocalExperts
 from elastic_moe.model.head_loss import FEWEST_ROWS, HeadLoss, chunk_rows, head_loss
 from elastic_moe.model.transformer import Transformer
 
-N, V, D = 300, 1000, 24
-SMALL = 4.0 * V * 128  # bytes: chunks of 128, 128 and 44 rows
+N, V, D = 700, 1000, 24
+SMALL = 4.0 * V * 300  # bytes: chunks of 300, 300 and 100 rows
 
 
 def operands(num: int = N) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,7 +71,7 @@ def test_chunks_are_used_where_the_logits_are_large(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch, "mm", mm)
     both_ways(SMALL, 0.0)
-    assert max(widest) == 128 * V
+    assert max(widest) == 300 * V
     widest.clear()
     both_ways(4.0 * V * N, 0.0)
     assert not widest, "all logits fit: the plain form"
@@ -110,7 +110,7 @@ def test_bf16_products(max_bytes: float) -> None:
 
 @pytest.mark.parametrize("mtp_depth", [0, 1])
 def test_a_model_with_chunks_has_the_plain_gradients(mtp_depth: int) -> None:
-    tokens = torch.randint(0, V, (4, 40), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, V, (8, 80), generator=torch.Generator().manual_seed(1))
     targets = tokens.roll(-1, dims=1)
     found = []
     for gib in (0.0, SMALL / 2**30):
@@ -138,7 +138,7 @@ from elastic_moe.model.head_loss import head_loss
 hidden = torch.randn(1024, 32, requires_grad=True)
 weight = torch.randn(32768, 32, requires_grad=True)
 targets = torch.randint(0, 32768, (1024,))
-small = head_loss(hidden[:64], weight, targets[:64], 0.0, 2.0**23)
+small = head_loss(hidden[:300], weight, targets[:300], 0.0, 2.0**23)
 small.total.backward()  # what the libraries need
 before = peak()
 head_loss(hidden, weight, targets, 0.0, float(sys.argv[1])).total.backward()
@@ -147,10 +147,10 @@ print(peak() - before)
 
 
 def test_peak_memory_in_a_process_of_its_own() -> None:
-    """Logits of 128 MiB: the plain form needs about three times as much, chunks of 8 MiB a few of them."""
+    """Logits of 128 MiB: the plain form needs about three times as much, chunks of 32 MiB less than one of them."""
     peaks = {}
     for name, max_bytes in (("whole", 0.0), ("chunks", 2.0**23)):
         run = subprocess.run([sys.executable, "-c", PEAK, str(max_bytes)], capture_output=True, text=True, check=True)
         peaks[name] = int(run.stdout) / 1024
     assert peaks["whole"] > 250, peaks
-    assert peaks["chunks"] < 64, peaks
+    assert peaks["chunks"] < 96, peaks

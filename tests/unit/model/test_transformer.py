@@ -96,7 +96,12 @@ class _Logging:
         self.inner, self.log = inner, []
 
     def __call__(
-        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        gates_TK: torch.Tensor,
+        again: bool = False,
     ) -> torch.Tensor:
         x_TD = _Counted.apply(x_TD, self.log, moe_layer)
         return self.inner(moe_layer, x_TD, expert_ids_TK, gates_TK)

@@ -160,6 +160,8 @@ class ModelStats:
         mtp_sum: cross-entropy of the multi-token prediction, summed over its targets, in nats.
         mtp_tokens: number of those targets.
         index_sum: loss of the attention's indexers, summed over tokens.
+        z_sum: squares of the log-sum-exp of the head's logits, summed over targets; 0 without a z-loss.
+        router_z_sum: the same of the routers' logits, summed over tokens, as a mean over MoE layers.
         gain_forward: largest absolute row sum of the product of the residual maps, as a mean over the positions of the
             batch's first sequence; 0 where the rank does not observe that sequence.
         gain_backward, gain_backward_min: the same of its largest and of its smallest absolute column sum.
@@ -168,6 +170,8 @@ class ModelStats:
     mtp_sum: float = 0.0
     mtp_tokens: float = 0.0
     index_sum: float = 0.0
+    z_sum: float = 0.0
+    router_z_sum: float = 0.0
     gain_forward: float = 0.0
     gain_backward: float = 0.0
     gain_backward_min: float = 0.0

@@ -60,6 +60,7 @@ from elastic_moe.errors import UserError, of_storage, reason_of
 from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.tracker import Tracker, check_tracking
+from elastic_moe.plan.batch_sizes import RunLength
 from elastic_moe.run_dir import EVENTS, TOKENIZER, checkpoint_root, make_run_dir
 from elastic_moe.run_log import RunLog
 
@@ -210,7 +211,7 @@ class _Driver:
         asked_s, interrupted, taken = -ASK_AGAIN_S, False, ""
         try:
             run = self.config.run
-            progress = Progress(run.steps, run.log_every_s, self._missing, log=self.log)
+            progress = Progress(RunLength.of(self.config), run.log_every_s, self._missing, log=self.log)
             with progress as shown, shortened(progress.line):
                 while training.is_alive():
                     if taken := lost(self.leases):

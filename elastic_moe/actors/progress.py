@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from elastic_moe.metrics.format_event import format_event, format_loss, level_of
 from elastic_moe.metrics.status_view import duration
+from elastic_moe.plan.batch_sizes import RunLength
 from elastic_moe.run_log import TEXT, RunLog
 
 FIRST_WAIT_S, MOST_WAIT_S = 10.0, 600.0  # waiting is told after so long, then after twice as long each time
@@ -25,7 +26,7 @@ class Progress:
     """Shows a run on standard error.
 
     Args:
-        steps: steps of the run.
+        length: of the run.
         every_s: seconds between two lines where there is no terminal; 0: none.
         missing: says what is missing while the run waits, as a sentence; it may ask Ray.
         clock: monotonic seconds.
@@ -34,16 +35,17 @@ class Progress:
 
     def __init__(
         self,
-        steps: int,
+        length: RunLength,
         every_s: float,
         missing: Callable[[], str],
         clock: Callable[[], float] = time.monotonic,
         log: RunLog | None = None,
     ) -> None:
-        self._steps, self._every_s, self._missing, self._clock = steps, every_s, missing, clock
+        self._length, self._steps = length, length.steps
+        self._every_s, self._missing, self._clock = every_s, missing, clock
         self._log = log or RunLog(TEXT, "")
         hidden = self._log.is_json or None  # None: where there is no terminal
-        self._bar: Any = tqdm(total=steps, bar_format=BAR, dynamic_ncols=True, disable=hidden)
+        self._bar: Any = tqdm(total=self._steps, bar_format=BAR, dynamic_ncols=True, disable=hidden)
         self._told_s = clock()
         self._times: list[float] = []  # between the last steps, in seconds
         self._last_time_s = 0.0  # wall clock of the newest record
@@ -77,7 +79,7 @@ class Progress:
         last = records[-1]
         step, loss = int(last["step"]), format_loss(last["loss"])
         speed, world = f"{last.get('tokens_per_s') or 0:,.0f} tokens/s", last.get("world_size", "?")
-        left = f", {duration(median(self._times) * (self._steps - step))} left" if self._times else ""
+        left = f", {duration(median(self._times) * self._length.left(step))} left" if self._times else ""
         self._log.step, self._log.generation = step, int(last["generation"])
         self._bar.n = step
         self._bar.set_postfix_str(f"loss {loss}, {speed}, {world} workers{left}")

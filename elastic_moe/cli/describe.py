@@ -19,6 +19,7 @@ from elastic_moe.errors import UserError
 from elastic_moe.model.attention.compressed import layer_kind
 from elastic_moe.model.params import dense_product_numel, param_specs
 from elastic_moe.model.residual.connections import segment_length
+from elastic_moe.plan.batch_sizes import RunLength
 from elastic_moe.plan.placement import copies_of
 
 GIB = 1 << 30
@@ -198,12 +199,17 @@ def report(config: TrainConfig) -> str:
     flops = f"{_number(training_flops(cfg, seq_len))} forward and backward"
     batch = f"{config.data.micro_batch} sequences of {seq_len}"
     slots = f"{slots_per_layer(config, workers)} expert slots per layer" if held.weights else "those of the state"
+    length = RunLength.of(config)
+    ramp = length.sizes.ramp_steps
+    grows = f", {config.data.batch_ramp} at first, all from step {ramp + 1:,} on" if ramp else ""
+    sequences = f"{config.data.global_batch} sequences of {seq_len}{grows}"
     lines = [
         ("parameters", f"{_number(counts.total)}{mtp}"),
         ("  active per token", f"{_number(counts.active)} without the input embedding ({_number(counts.embedding)})"),
         ("  routed experts", f"{_number(counts.experts)}: {routed}"),
         ("  on every worker", _number(counts.dense)),
         ("FLOPs per token", f"{flops}, at {seq_len} tokens per sequence"),
+        ("tokens of the run", f"{_number(length.tokens)}: {length.steps:,} steps of {sequences}"),
         (f"memory per worker, {workers} of them", f"{held.total / GIB:,.2f} GiB"),
         ("  weights", f"{held.weights / GIB:,.2f} GiB ({slots})"),
         ("  gradients", f"{held.gradients / GIB:,.2f} GiB"),

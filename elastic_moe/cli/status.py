@@ -22,6 +22,7 @@ from elastic_moe.metrics.goodput import account
 from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.status_view import render
 from elastic_moe.metrics.summary import failure_line, time_line
+from elastic_moe.plan.batch_sizes import RunLength
 from elastic_moe.run_dir import CONFIG, EVENTS, METRICS
 
 CLEAR = "\x1b[H\x1b[2J"
@@ -87,7 +88,7 @@ def _show(run: Path, live: LiveRun | None, here: bool, every_s: float) -> None:
         told = (records.lines(), events.lines()) if here or live is None else live.recent()
         goodput = account(run, config.cluster.price_per_hour) if live is None else live.goodput()
         about = list(filter(None, (time_line(goodput), failure_line(goodput))))
-        view = render(*told, config.run.steps, status, hosts, pending, time.time(), about)
+        view = render(*told, RunLength.of(config), status, hosts, pending, time.time(), about)
         print(f"{CLEAR if every_s and sys.stdout.isatty() else ''}{view}", flush=True)
         if not every_s or live is None:
             return

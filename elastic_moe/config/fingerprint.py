@@ -25,7 +25,8 @@ SHAPE_OF_ATTENTION = {
     """.split(),
 }
 SHAPE_OF_STREAMS = "num_streams readout".split()
-_NOT_TOLD = {"data.cache_dir", "model.end_token", "model.init_from", "model.fused", "model.recompute"}
+_NOT_TOLD = {f"model.{name}" for name in "end_token init_from fused recompute stream_segment logits_gib".split()}
+_NOT_TOLD.add("data.cache_dir")
 _SINGLE = ("seed", "precision")
 
 

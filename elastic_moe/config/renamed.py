@@ -88,7 +88,11 @@ def _translate_group(group: str, keys: Mapping[str, Any]) -> Iterator[tuple[str,
     for name, value in keys.items():
         key = f"{group}.{name}"
         new = RENAMED_KEYS.get(key)
-        if new is not None:
+        if key == "model.recompute" and isinstance(
+            value, int
+        ):  # it was the number of sub-layers in a segment of streams
+            yield "stream_segment", value or 1
+        elif new is not None:
             yield new.name.removeprefix(f"{group}."), new.convert(value, keys)
         else:
             yield name, RENAMED_VALUES.get((key, value), value) if isinstance(value, str) else value

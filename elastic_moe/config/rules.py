@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.config.model_rules import check_attention, check_groups, check_recompute
 from elastic_moe.config.pace import pace
 from elastic_moe.config.paths import check_paths
+from elastic_moe.config.recipe_rules import check_recipe
 from elastic_moe.config.renamed import renamed_value
-from elastic_moe.config.schema import ModelConfig, TrainConfig
+from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
 
 FAULT_PHASES = ("compute", "reduce", "mirror", "vote", "apply", "publish", "committed", "transfer", "confirm")
@@ -30,7 +32,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.readout": ("mean", "learned"),
     "model.fused": ("auto", "off", "compile", "triton"),
     "optim.name": ("adamw", "muon"),
-    "optim.schedule": ("cosine", "constant"),
+    "optim.schedule": ("cosine", "constant", "wsd", "steps"),
+    "optim.decay_shape": ("linear", "sqrt", "cosine"),
     "elastic.state_on": ("device", "host"),
     "optim.spike": ("off", "skip", "rollback", "stop"),
     "cluster.kind": ("auto", "local", "simulated", "address"),
@@ -53,10 +56,13 @@ AT_LEAST_ONE = """
 
 AT_LEAST_ZERO = """
     seed threads run.log_every_s run.eval_every_steps run.eval_sequences run.sample_tokens model.num_dense_layers
-    model.num_shared_experts model.bias_update_speed model.seq_balance_weight model.init_std model.query_latent
+    model.num_shared_experts model.bias_update_speed model.seq_balance_weight
+    model.router_z_loss model.z_loss model.logits_gib model.init_std model.query_latent
     model.rope_mscale model.rope_mscale_all_dim model.index_loss_weight model.num_hash_layers model.swiglu_limit
     model.mix_eps model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes
-    optim.max_skipped optim.warmup_steps optim.min_lr_ratio optim.weight_decay elastic.max_workers elastic.redundancy
+    data.batch_ramp data.batch_ramp_steps data.batch_ramp_tokens
+    optim.max_skipped optim.warmup_steps optim.warmup_tokens
+    optim.min_lr_ratio optim.weight_decay elastic.max_workers elastic.redundancy
     elastic.spare_slots elastic.slots_per_worker elastic.join_settle_s elastic.drain_deadline_s
     elastic.wait_below_min_s elastic.max_faults elastic.check_every_steps checkpoint.every_steps
     checkpoint.every_minutes checkpoint.wait_s
@@ -69,11 +75,10 @@ AT_LEAST_ZERO = """
 ABOVE_ZERO = """
     model.routed_scaling model.rope_theta model.rope_fraction model.norm_eps model.rope_factor model.rope_beta_fast
     model.rope_beta_slow model.compress_theta cluster.worker_memory_gib optim.lr optim.eps optim.grad_clip
+    optim.decay_fraction
     elastic.heartbeat_s elastic.heartbeat_timeout_s elastic.lease_s elastic.hold_s elastic.hang_timeout_s
     elastic.form_timeout_s balance.window checkpoint.timeout_s
 """.split()
-
-LAYER_KINDS = {"sliding", "csa", "hca"}
 
 MULTIPLE_OF_4 = "model.hidden_size model.head_dim model.expert_hidden model.dense_hidden".split()
 
@@ -95,7 +100,8 @@ def check_rules(config: TrainConfig, inputs: bool = True) -> list[str]:
     for key in ("optim.beta1", "optim.beta2", "optim.momentum"):
         _need(config, key, lambda value: 0 <= value < 1, "from 0 to below 1")
     _need(config, "seed", lambda value: value < 2**63, "below 2^63")
-    _need(config, "optim.min_lr_ratio", lambda value: value <= 1, "at most 1")
+    for key in ("optim.min_lr_ratio", "optim.decay_fraction"):
+        _need(config, key, lambda value: value <= 1, "at most 1")
     _need(config, "data.val_fraction", lambda value: 0 < value <= 0.5, "above 0 and at most 0.5")
     _need(config, "elastic.redundancy", lambda value: value <= 2, "0, 1 or 2")
     _need(config, "data.vocab_size", lambda value: 256 < value <= 2**31 - 1, "above 256, the number of byte tokens")
@@ -138,7 +144,7 @@ def check_rules(config: TrainConfig, inputs: bool = True) -> list[str]:
         )
     if config.cluster.collectives == "nccl" and config.device == "cpu":
         raise UserError("cluster.collectives=nccl is for GPUs and device is cpu: set device=cuda, or collectives=auto.")
-    return _notes(config)
+    return check_recipe(config) + _notes(config)
 
 
 def check_model_rules(config: TrainConfig) -> None:
@@ -197,62 +203,10 @@ def _check_model(config: TrainConfig) -> None:
     _need(config, "model.mtp_switch", lambda value: value <= 1, "at most 1")
     _need(config, "model.rope_factor", lambda value: value >= 1, "at least 1")
     _need(config, "model.end_token", lambda value: value >= -1, "a token id, or -1")
-    _need(config, "model.recompute", lambda value: value >= -1, "-1, 0 or a number of sub-layers")
-    _check_groups(model)
-    _check_attention(model)
-
-
-def _check_groups(model: ModelConfig) -> None:
-    if model.num_experts % model.num_groups:
-        raise UserError(
-            f"model.num_experts ({model.num_experts}) must be a multiple of model.num_groups ({model.num_groups})."
-        )
-    if model.groups_per_token > model.num_groups:
-        raise UserError(
-            f"model.groups_per_token ({model.groups_per_token}) must not exceed model.num_groups ({model.num_groups})."
-        )
-    size = model.num_experts // model.num_groups
-    if model.num_groups > 1 and size < 2:
-        raise UserError(
-            f"model.num_groups ({model.num_groups}) leaves {size} expert in a group; a group's score is the sum of two."
-        )
-    if model.groups_per_token * size < model.experts_per_token:
-        raise UserError(
-            f"model.groups_per_token ({model.groups_per_token}) groups of {size} experts are fewer than "
-            f"model.experts_per_token ({model.experts_per_token})."
-        )
-
-
-def _check_attention(model: ModelConfig) -> None:
-    if model.attention == "gqa" and model.num_heads % model.num_kv_heads:
-        raise UserError(
-            f"model.num_heads ({model.num_heads}) must be a multiple of model.num_kv_heads ({model.num_kv_heads})."
-        )
-    if model.attention == "gqa" and (model.rope_fraction > 1 or model.rotated_dim < 2 or model.rotated_dim % 2):
-        raise UserError(
-            f"model.rope_fraction ({model.rope_fraction}) must be at most 1 and rotate an even number of the "
-            f"{model.head_dim} channels of a head."
-        )
-    if model.attention != "gqa" and model.rope_dim % 2:
-        raise UserError(f"model.rope_dim ({model.rope_dim}) must be even.")
-    if model.attention != "csa":
-        return
-    if model.rope_dim > min(model.head_dim, model.index_dim):
-        raise UserError(
-            f"model.rope_dim ({model.rope_dim}) must not exceed model.head_dim ({model.head_dim}) and model.index_dim "
-            f"({model.index_dim})."
-        )
-    if model.query_latent == 0:
-        raise UserError("model.query_latent must be above 0 with model.attention=csa.")
-    if model.num_heads % model.output_groups:
-        raise UserError(
-            f"model.num_heads ({model.num_heads}) must be a multiple of model.output_groups ({model.output_groups})."
-        )
-    if model.layer_kinds and (len(model.layer_kinds) != model.num_layers or set(model.layer_kinds) - LAYER_KINDS):
-        raise UserError(
-            f"model.layer_kinds must name one of {', '.join(sorted(LAYER_KINDS))} for each of the {model.num_layers} "
-            f"layers, not {list(model.layer_kinds)!r}."
-        )
+    _need(config, "model.stream_segment", lambda value: value >= -1, "-1, 0 or a number of sub-layers")
+    check_recompute(model)
+    check_groups(model)
+    check_attention(model)
 
 
 def _check_elastic(config: TrainConfig) -> None:

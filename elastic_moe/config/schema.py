@@ -37,7 +37,8 @@ class ModelConfig(Sealed):
     init_std: float = 0.02  # standard deviation of the initial weights
     init_from: str = ""  # directory of a Hugging Face checkpoint: its shape and weights are taken
     document_mask: bool = False  # tokens of a packed sequence see their own document only
-    recompute: int = 0  # with streams: 0 keeps them all, n keeps every n-th sub-layer's, -1 the paper's best n
+    recompute: str = "none"  # made again for the backward pass: none, selective, full (layers), n (n layers at once)
+    stream_segment: int = 0  # with streams: sub-layers for which they are kept once; 0: by recompute; -1: the best n
     fused: str = "auto"  # kernels of mHC
 
     attention: str = "gqa"  # grouped-query, multi-head latent, or compressed sparse attention
@@ -87,6 +88,9 @@ class ModelConfig(Sealed):
     swiglu_limit: float = 0.0  # clamp of the SwiGLU's inputs; 0: none
     bias_update_speed: float = 0.001  # change of the router's balancing bias per step; 0: none
     seq_balance_weight: float = 0.0001  # weight of the balance loss within a sequence
+    router_z_loss: float = 0.0  # weight of the squared log-sum-exp of the routers' logits (ST-MoE: 0.001)
+    z_loss: float = 0.0  # weight of the squared log-sum-exp of the head's logits (PaLM: 0.0001)
+    logits_gib: float = 0.0625  # logits of a micro-batch formed at once, in GiB; more come in chunks; 0: no limit
 
     residual: str = "plain"  # residual connections: plain, hyper-connections, or manifold-constrained hyper-connections
     num_streams: int = 4  # hc, mhc: residual streams
@@ -125,9 +129,17 @@ class DataConfig(Sealed):
     vocab_size: int = 2048  # bpe: tokens in the trained vocabulary
     seq_len: int = 128  # tokens per sequence
     global_batch: int = 32  # sequences per step, whatever the world size
+    batch_ramp: int = 0  # sequences of the first step; the batch then grows to global_batch; 0: no ramp
+    batch_ramp_steps: int = 0  # steps before the batch has its full size
+    batch_ramp_tokens: int = 0  # instead of batch_ramp_steps: tokens before the batch has its full size
     micro_batch: int = 8  # sequences per forward pass on one worker
     val_fraction: float = 0.02  # part of the text that is kept for evaluation
     cache_dir: str = ""  # directory of tokenized text; "": .cache beside the run directories
+
+
+def paper_steps() -> list[str]:
+    """`optim.lr_steps` as the mHC paper trains (arXiv 2512.24880, Table 5)."""
+    return ["0.8:0.316", "0.9:0.1"]
 
 
 @dataclass(kw_only=True)
@@ -136,7 +148,11 @@ class OptimConfig(Sealed):
     lr: float = 2e-3  # highest learning rate
     min_lr_ratio: float = 0.1  # last learning rate over the highest
     warmup_steps: int = 20  # steps in which the learning rate rises from 0
-    schedule: str = "cosine"  # learning rate after the warm-up
+    warmup_tokens: int = 0  # instead of warmup_steps: tokens in which the learning rate rises; 0: warmup_steps holds
+    schedule: str = "cosine"  # learning rate after the warm-up; wsd: stays and decays at the end; steps: by lr_steps
+    decay_fraction: float = 0.2  # wsd: last part of the run's tokens, in which the learning rate decays
+    decay_shape: str = "sqrt"  # wsd: form of the decay; sqrt: 1 - sqrt(x)
+    lr_steps: list[str] = field(default_factory=paper_steps)  # steps: "fraction of the run:factor of lr", in order
     beta1: float = 0.9  # AdamW: decay of the first moment
     beta2: float = 0.95  # AdamW: decay of the second moment
     eps: float = 1e-8  # AdamW: added to the denominator

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -138,6 +138,15 @@ class SpeedRule:
         """What this rank is to know of itself."""
         sequences, rows = (round(speeds[rank] * SCALE) for speeds in (self.speeds.sequences, self.speeds.rows))
         return MemberSpeed(sequences, rows, 1 + self._straggles.get(rank, -1))
+
+    def resize(self, sequences: int) -> None:
+        """The next vote is of a batch of so many sequences. Costs are per sequence, so what is measured stays."""
+        if sequences != self._batching.global_batch:
+            self._batching = replace(self._batching, global_batch=sequences)
+            self.shares = plan_shares(self._batching, self.speeds.sequences)
+            self._work_R = work_of(self._batching, self.shares)[self._active]
+            for meter in (self._sequence, self._row, self._data, self._exchange):
+                meter.drop_block()
 
     def observe(self, total: Ballot) -> Adjustment | None:
         """Take a step's vote in. Returns other shares when they pay; they are to be used from the next step on."""

@@ -48,6 +48,8 @@ STEP_KEYS = (
     Key("gain_backward", "number or null", "", "With residual streams: largest backward gain of that map.", True),
     Key("gain_backward_min", "number or null", "", "With residual streams: smallest backward gain of that map.", True),
     Key("mtp_loss", "number or null", "nats per token", "With multi-token prediction: its cross-entropy.", True),
+    Key("z_loss", "number or null", "", "With `model.z_loss`: mean squared log-sum-exp of the head's logits.", True),
+    Key("router_z_loss", "number or null", "", "With `model.router_z_loss`: the same of the routers' logits.", True),
     Key("index_loss", "number or null", "nats per token", "With sparse attention: loss of its indexers.", True),
 )
 """The keys of metrics.jsonl."""

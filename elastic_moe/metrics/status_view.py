@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from elastic_moe.metrics.format_event import format_event, format_loss
+from elastic_moe.plan.batch_sizes import RunLength
 
 EVENTS = 8  # shown
 RATE_STEPS = 50  # the time left is estimated from so many of the last steps
@@ -17,7 +18,7 @@ RATE_STEPS = 50  # the time left is estimated from so many of the last steps
 def render(
     records: Sequence[Mapping[str, Any]],
     events: Sequence[dict[str, Any]],
-    steps: int,
+    length: RunLength,
     live: Mapping[str, Any] | None,
     hosts: Mapping[str, tuple[str, str]],
     pending: int,
@@ -29,7 +30,7 @@ def render(
     Args:
         records: lines of metrics.jsonl.
         events: lines of events.jsonl.
-        steps: steps of the run.
+        length: of the run.
         live: the coordinator's status; None if the run does not go on.
         hosts: host name and address of the nodes, by id.
         pending: workers for which Ray has no room.
@@ -40,7 +41,7 @@ def render(
     step = int(last.get("step", 0))
     lines = [
         f"state       {_state(live, events)}",
-        f"step        {step:,} of {steps:,}{_left(records, steps, now_s, live)}",
+        f"step        {step:,} of {length.steps:,}{_left(records, length, live)}",
     ]
     if last:
         pace = f", {last['tokens_per_s']:,.0f} tokens/s" if last.get("tokens_per_s") else ""
@@ -73,13 +74,13 @@ def _state(live: Mapping[str, Any] | None, events: Sequence[Mapping[str, Any]]) 
     return f"{phase}{why}, generation {live['generation']}, {live['world_size']} workers{limit}"
 
 
-def _left(records: Sequence[Mapping[str, Any]], steps: int, now_s: float, live: Mapping[str, Any] | None) -> str:
+def _left(records: Sequence[Mapping[str, Any]], length: RunLength, live: Mapping[str, Any] | None) -> str:
     """The time left, from the pace of the last steps; a pause among them is no pace."""
     recent = records[-RATE_STEPS:]
     if live is None or live["phase"] != "running" or len(recent) < 2:
         return ""
     took_s = median(after["time"] - before["time"] for before, after in pairwise(recent))
-    return f", {duration(took_s * (steps - int(recent[-1]['step'])))} left"
+    return f", {duration(took_s * length.left(int(recent[-1]['step'])))} left"
 
 
 def _stragglers(events: Sequence[Mapping[str, Any]]) -> dict[str, str]:

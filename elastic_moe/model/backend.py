@@ -24,7 +24,12 @@ class ExpertBackend(Protocol):
     """Computes the routed experts of one layer, wherever their weights are."""
 
     def __call__(
-        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        gates_TK: torch.Tensor,
+        again: bool = False,
     ) -> torch.Tensor:
         """Apply each token's experts and sum their outputs.
 
@@ -33,6 +38,7 @@ class ExpertBackend(Protocol):
             x_TD: tokens; T may be 0.
             expert_ids_TK: int64, the experts chosen for each token.
             gates_TK: weight of each chosen expert.
+            again: a backward pass makes the layer once more; it does not count in the statistics.
 
         Returns:
             y_TD: per token, the sum over its K experts of gate * expert(x), in the dtype of x. It is differentiable in

@@ -17,15 +17,17 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.backend import ExpertBackend
 from elastic_moe.model.experts.grouped import count_of
 from elastic_moe.model.layers import SwiGLU, compute_dtype
+from elastic_moe.model.recompute import part_of_layer
 from elastic_moe.model.router import Router
 
 
 class MoEOutput(NamedTuple):
-    """Attributes: y_BSD; balance_loss, summed over sequences; load_E int64, tokens per expert."""
+    """Attributes: y_BSD; balance_loss, summed over sequences; load_E int64, tokens per expert; z_sum of the router."""
 
     y_BSD: torch.Tensor
     balance_loss: torch.Tensor
     load_E: torch.Tensor
+    z_sum: torch.Tensor
 
 
 def sequence_balance(scores_BSE: torch.Tensor, num_choices: int) -> torch.Tensor:
@@ -61,13 +63,13 @@ class MoE(nn.Module):
     def forward(self, x_BSD: torch.Tensor, tokens_BS: torch.Tensor, experts: ExpertBackend) -> MoEOutput:
         cfg = self._cfg
         x_TD = x_BSD.flatten(0, 1)
-        ids_TK, gates_TK, scores_TE = self.router(x_TD, tokens_BS.flatten())
+        ids_TK, gates_TK, scores_TE, z_sum = self.router(x_TD, tokens_BS.flatten())
         x_TD = x_TD.to(compute_dtype(x_TD))  # once for all experts, behind the router, which computes in fp32
         y_BSD = experts(self.moe_layer, x_TD, ids_TK, gates_TK).view(x_BSD.shape)
         if self.shared is not None:
-            y_BSD = y_BSD + self.shared(x_TD).view(x_BSD.shape)
+            y_BSD = y_BSD + part_of_layer(cfg, self.shared, x_TD).view(x_BSD.shape)
         load_E = count_of(ids_TK.flatten(), cfg.num_experts)
         if self.router.hashed or not cfg.seq_balance_weight:
-            return MoEOutput(y_BSD, scores_TE.new_zeros(()), load_E)
+            return MoEOutput(y_BSD, scores_TE.new_zeros(()), load_E, z_sum)
         balance = sequence_balance(scores_TE.unflatten(0, x_BSD.shape[:2]), cfg.experts_per_token)
-        return MoEOutput(y_BSD, balance, load_E)
+        return MoEOutput(y_BSD, balance, load_E, z_sum)

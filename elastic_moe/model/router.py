@@ -5,6 +5,8 @@ not the weight (Wang et al., arXiv 2408.15664), node-limited groups; DeepSeek-V4
 sqrt(softplus) affinity, and leading layers whose experts are looked up by token id; softmax affinity as in Qwen3
 (arXiv 2505.09388) and DeepSeek-V2 (arXiv 2405.04434).
 
+The z-loss of the logits keeps them small (ST-MoE, Zoph et al., arXiv 2202.08906, equation 5).
+
 The bias gets no gradient: `optim.apply_bias` moves it once per step by the sign of the global load's deviation.
 
 Shapes: T tokens, D hidden, E experts, K experts per token.
@@ -23,11 +25,19 @@ from elastic_moe.model.layers import DeclaredModule
 
 
 class Routing(NamedTuple):
-    """Attributes: expert_ids_TK int64; gates_TK fp32, the weight of each; scores_TE fp32, before the bias."""
+    """The routing of some tokens.
+
+    Attributes:
+        expert_ids_TK: int64.
+        gates_TK: fp32, the weight of each expert.
+        scores_TE: fp32, before the bias.
+        z_sum: squares of the log-sum-exp of the logits, summed over tokens; 0 without `model.router_z_loss`.
+    """
 
     expert_ids_TK: torch.Tensor
     gates_TK: torch.Tensor
     scores_TE: torch.Tensor
+    z_sum: torch.Tensor
 
 
 def affinity(logits: torch.Tensor, kind: str) -> torch.Tensor:
@@ -73,12 +83,14 @@ class Router(DeclaredModule):
     def forward(self, x_TD: torch.Tensor, tokens_T: torch.Tensor) -> Routing:
         cfg = self._cfg
         with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TE = affinity(F.linear(x_TD.float(), self.weight.float()), cfg.router_score)
+            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            scores_TE = affinity(logits_TE, cfg.router_score)
+            squares = logits_TE.logsumexp(dim=1).square().sum() if cfg.router_z_loss else logits_TE.new_zeros(())
             ids_TK = self.table[tokens_T].long() if self.hashed else self._choose(scores_TE.detach())
             gates_TK = scores_TE.gather(1, ids_TK)
             if cfg.normalize_gates:
                 gates_TK = gates_TK / (gates_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        return Routing(ids_TK, gates_TK * cfg.routed_scaling, scores_TE)
+        return Routing(ids_TK, gates_TK * cfg.routed_scaling, scores_TE, squares)
 
     def _choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
         """Ids [T, K] of the experts with the highest biased scores, within the best groups."""

@@ -18,25 +18,17 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from elastic_moe.config.schema import ModelConfig
-from elastic_moe.model.attention.compressed import CompressedAttention
 from elastic_moe.model.attention.context import AttentionContext, KVCache
-from elastic_moe.model.attention.dense import Attention, GroupedQueryAttention, LatentAttention
 from elastic_moe.model.backend import ExpertBackend
+from elastic_moe.model.block import Block
+from elastic_moe.model.head_loss import HeadLoss, head_loss
 from elastic_moe.model.init import Init, init_in, init_param
-from elastic_moe.model.layers import DeclaredModule, Embedding, Linear, RMSNorm, SwiGLU, compute_dtype
-from elastic_moe.model.moe import MoE
-from elastic_moe.model.residual.connections import (
-    ReadOut,
-    Residual,
-    Segments,
-    composite_gains,
-    expand_streams,
-    make_residual,
-)
+from elastic_moe.model.layers import DeclaredModule, Embedding, Linear, RMSNorm
+from elastic_moe.model.residual.connections import ReadOut, composite_gains, expand_streams
+from elastic_moe.model.stack import LayerSums, Stack, StackOutput
 from elastic_moe.types import ModelStats, ParamSpec
 
 STATS = tuple(item.name for item in fields(ModelStats))
@@ -63,86 +55,12 @@ class LossOutput:
     stats: torch.Tensor
 
 
-class BlockOutput(NamedTuple):
-    """One layer's output.
-
-    Attributes:
-        x: the residual after the layer.
-        balance_loss: summed over sequences; None in a dense layer.
-        index_loss: summed over tokens; None where attention has no indexer.
-        load_E: int64, tokens routed to each expert; None in a dense layer.
-        maps: H_res of both sub-layers; empty without streams.
-    """
-
-    x: torch.Tensor
-    balance_loss: torch.Tensor | None
-    index_loss: torch.Tensor | None
-    load_E: torch.Tensor | None
-    maps: list[torch.Tensor]
-
-
-class StackOutput(NamedTuple):
-    """The output of all layers: as `BlockOutput`, with losses summed over layers, loads and maps in their order."""
-
-    x: torch.Tensor
-    balance_loss: torch.Tensor
-    index_loss: torch.Tensor
-    loads: list[torch.Tensor]
-    maps: list[torch.Tensor]
-
-
 class MTPOutput(NamedTuple):
-    """The output of multi-token prediction: the sum of its cross-entropy, and the rest as in `BlockOutput`."""
+    """The output of multi-token prediction: the loss of its logits, and that of its layer as in `StackOutput`."""
 
-    ce_sum: torch.Tensor
-    balance_loss: torch.Tensor
-    index_loss: torch.Tensor
+    loss: HeadLoss
+    sums: LayerSums
     load_E: torch.Tensor
-
-
-def make_attention(cfg: ModelConfig, layer: int) -> Attention:
-    """The attention of a layer, of the kind `model.attention`."""
-    kinds = {"gqa": GroupedQueryAttention, "mla": LatentAttention, "csa": CompressedAttention}
-    return kinds[cfg.attention](cfg, layer)
-
-
-class Block(nn.Module):
-    """One transformer layer: `mlp` in the leading dense layers, `moe` in the others."""
-
-    def __init__(self, cfg: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.attn_mix: Residual = make_residual(cfg, 2 * layer)
-        self.attn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        self.attn: Attention = make_attention(cfg, layer)
-        self.ffn_mix: Residual = make_residual(cfg, 2 * layer + 1)
-        self.ffn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        dense = layer < cfg.num_dense_layers
-        self.mlp = SwiGLU(cfg, cfg.dense_hidden) if dense else None
-        self.moe = None if dense else MoE(cfg, layer - cfg.num_dense_layers)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        tokens_BS: torch.Tensor,
-        context: AttentionContext,
-        segments: Segments,
-        experts: ExpertBackend,
-    ) -> BlockOutput:
-        x, h_BSD, attn_link = self.attn_mix.read(x, segments)
-        normed_BSD = self.attn_norm(h_BSD)
-        y_BSD, index_loss = self.attn(normed_BSD.to(compute_dtype(normed_BSD)), context)  # once for all products
-        x = self.attn_mix.write(x, y_BSD, attn_link)
-        x, h_BSD, ffn_link = self.ffn_mix.read(x, segments)
-        h_BSD = self.ffn_norm(h_BSD)
-        balance_loss, load_E = None, None
-        if self.moe is not None:
-            y_BSD, balance_loss, load_E = self.moe(h_BSD, tokens_BS, experts)
-        else:
-            assert self.mlp is not None
-            y_BSD = self.mlp(h_BSD.to(compute_dtype(h_BSD)))
-        x = self.ffn_mix.write(x, y_BSD, ffn_link)
-        maps = [self.attn_mix.residual_map(attn_link), self.ffn_mix.residual_map(ffn_link)]
-        return BlockOutput(x, balance_loss, index_loss, load_E, [m for m in maps if m is not None])
 
 
 class MultiTokenPrediction(nn.Module):
@@ -225,27 +143,29 @@ class Transformer(nn.Module):
         """
         cfg = self._cfg
         context = AttentionContext(cfg, tokens_BS.shape[1], tokens_BS.device, self._documents(tokens_BS))
-        x, balance_loss, index_loss, loads, maps = self._run(tokens_BS, context)
-        ce_sum = self._cross_entropy(self.readout(x), self.norm, targets_BS)
-        loss_sum = ce_sum + cfg.index_loss_weight * index_loss
-        stats = torch.zeros(len(STATS), dtype=torch.float64, device=ce_sum.device)
+        x, sums, loads, maps = self._run(tokens_BS, context)
+        head = self._head_loss(self.readout(x), self.norm, targets_BS)
+        loss_sum = head.total + cfg.index_loss_weight * sums.index
+        stats = dict.fromkeys(STATS, torch.zeros((), dtype=torch.float64, device=loss_sum.device))
+        stats["z_sum"] = head.z_sum
         if self.mtp is not None:
             weight = cfg.mtp_weight if mtp_weight is None else mtp_weight
             mtp = self._predict_after_next(self.mtp, x, tokens_BS, targets_BS)
-            balance_loss = balance_loss + mtp.balance_loss
             loads.append(mtp.load_E)
             count = targets_BS[:, 1:].numel()
-            per_target = targets_BS.numel() / max(
-                count, 1
-            )  # scales a sum over its targets to the number of all targets
-            loss_sum = loss_sum + weight * per_target * mtp.ce_sum + cfg.index_loss_weight * mtp.index_loss
-            index_loss = index_loss + mtp.index_loss
-            stats[0], stats[1] = mtp.ce_sum.detach(), count
-        stats[2] = index_loss.detach()
+            per_target = targets_BS.numel() / max(count, 1)  # scales a sum over its targets to the number of all
+            loss_sum = loss_sum + weight * per_target * mtp.loss.total + cfg.index_loss_weight * mtp.sums.index
+            sums = LayerSums(*(own + more for own, more in zip(sums, mtp.sums, strict=True)))
+            stats["mtp_sum"], stats["mtp_tokens"] = mtp.loss.ce_sum, torch.full_like(stats["mtp_tokens"], count)
+        stats["index_sum"], stats["router_z_sum"] = sums.index, sums.router_z / cfg.num_moe_layers
         if gains and maps and len(tokens_BS):
-            stats[3:] = composite_gains([m.view(*tokens_BS.shape, *m.shape[-2:])[0] for m in maps])
-        loss_sum = loss_sum + cfg.seq_balance_weight * tokens_BS.shape[1] * balance_loss
-        return LossOutput(loss_sum, ce_sum.detach(), targets_BS.numel(), torch.stack(loads), stats)
+            found = composite_gains([m.view(*tokens_BS.shape, *m.shape[-2:])[0] for m in maps])
+            stats |= dict(zip(("gain_forward", "gain_backward", "gain_backward_min"), found, strict=True))
+        loss_sum = loss_sum + cfg.seq_balance_weight * tokens_BS.shape[1] * sums.balance
+        if cfg.router_z_loss:
+            loss_sum = loss_sum + cfg.router_z_loss * sums.router_z
+        values = torch.stack([value.detach().double() for value in stats.values()])
+        return LossOutput(loss_sum, head.ce_sum, targets_BS.numel(), torch.stack(loads), values)
 
     def _documents(self, tokens_BS: torch.Tensor) -> torch.Tensor | None:
         """[B, S]: index of each token's document within its row. The token that ends a document belongs to it."""
@@ -254,29 +174,16 @@ class Transformer(nn.Module):
         ends = (tokens_BS == self._cfg.end_token).long()
         return ends.cumsum(dim=1) - ends
 
-    def _cross_entropy(self, hidden: torch.Tensor, norm: nn.Module, targets_BS: torch.Tensor) -> torch.Tensor:
+    def _head_loss(self, hidden: torch.Tensor, norm: nn.Module, targets_BS: torch.Tensor) -> HeadLoss:
         """Summed over the targets, fp32."""
-        logits_BSV = self.head(norm(hidden))
-        return F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction="sum")
+        cfg, rows_ND = self._cfg, norm(hidden).flatten(0, 1)
+        return head_loss(rows_ND, self.head.weight, targets_BS.flatten(), cfg.z_loss, cfg.logits_gib * 2**30)
 
     def _run(self, tokens_BS: torch.Tensor, context: AttentionContext) -> StackOutput:
         assert self.experts is not None, "Transformer.experts must be set before the model runs"
-        balance_loss = torch.zeros((), device=tokens_BS.device)
-        index_loss = torch.zeros((), device=tokens_BS.device)
-        loads: list[torch.Tensor] = []
-        maps: list[torch.Tensor] = []
-        segments = Segments(self._cfg, tokens_BS.device)
         x = expand_streams(self.embed(tokens_BS), self._cfg)
-        for block in self.layers:
-            out = cast(BlockOutput, block(x, tokens_BS, context, segments, self.experts))
-            x = out.x
-            if out.balance_loss is not None and out.load_E is not None:
-                balance_loss = balance_loss + out.balance_loss
-                loads.append(out.load_E)
-            if out.index_loss is not None:
-                index_loss = index_loss + out.index_loss
-            maps += out.maps
-        return StackOutput(x, balance_loss, index_loss, loads, maps)
+        blocks = cast("list[Block]", list(self.layers))
+        return Stack(self._cfg, tokens_BS, context, self.experts).run(blocks, x)
 
     def _predict_after_next(
         self, mtp: MultiTokenPrediction, x: torch.Tensor, tokens_BS: torch.Tensor, targets_BS: torch.Tensor
@@ -287,10 +194,7 @@ class Transformer(nn.Module):
             documents = documents[:, :-1]
         context = AttentionContext(self._cfg, following_BS.shape[1], x.device, documents)
         projected = mtp.project(x[:, :-1], self.embed(following_BS))
-        segments = Segments(self._cfg, x.device)
-        out = cast(BlockOutput, mtp.block(projected, following_BS, context, segments, self.experts))
-        ce_sum = self._cross_entropy(mtp.readout(out.x), mtp.norm, targets_BS[:, 1:])
-        assert out.balance_loss is not None
-        assert out.load_E is not None
-        index_loss = torch.zeros((), device=x.device) if out.index_loss is None else out.index_loss
-        return MTPOutput(ce_sum, out.balance_loss, index_loss, out.load_E)
+        assert self.experts is not None
+        out = Stack(self._cfg, following_BS, context, self.experts).run([mtp.block], projected)
+        loss = self._head_loss(mtp.readout(out.x), mtp.norm, targets_BS[:, 1:])
+        return MTPOutput(loss, out.sums, out.loads[0])

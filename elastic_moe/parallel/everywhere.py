@@ -48,6 +48,7 @@ class ExpertsEverywhere:
         self.before_experts: Callable[[], None] = lambda: None
         self.together = False
         self._group, self._limit, self._device = group, cfg.swiglu_limit, device
+        self._remake = cfg.recompute == "selective"
         self._most_rows = most_rows(memory_limit, cfg)
         self.num_layers, self._span = len(placement.expert_of_slot), placement.slots_of(group.rank)
         self._slots = Slots(self.num_layers, self._span.stop - self._span.start, cfg, device)
@@ -84,7 +85,12 @@ class ExpertsEverywhere:
         return ExpertStatistics(self.local_tokens, 0, self.compute_s, balanced_L)
 
     def __call__(
-        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        gates_TK: torch.Tensor,
+        again: bool = False,
     ) -> torch.Tensor:
         self.before_experts()
         self._get_on()
@@ -95,12 +101,13 @@ class ExpertsEverywhere:
         chunks = max(1, -(-rows // self._most_rows)) if self._most_rows else 1
         started = time.perf_counter()
         if chunks == 1:
-            y_TD = local_experts(x_TD, slots_TK, gates_TK, stacks, self._limit, direct=True)
+            y_TD = local_experts(x_TD, slots_TK, gates_TK, stacks, self._limit, direct=True, remake=self._remake)
         else:
             parts = zip(*(t.tensor_split(chunks) for t in (x_TD, slots_TK, gates_TK)), strict=True)
             y_TD = torch.cat([self._chunk(x, slots, gates, stacks) for x, slots, gates in parts])
-        self.compute_s += time.perf_counter() - started
-        self.local_tokens += rows
+        if not again:
+            self.compute_s += time.perf_counter() - started
+            self.local_tokens += rows
         self.chunks = max(self.chunks, chunks)
         if y_TD.requires_grad:
             y_TD.register_hook(lambda _: self._get_on())

@@ -80,7 +80,7 @@ class ExpertParallel:
         self._most_rows = most_rows(memory_limit, cfg) if grid is None else 0
         self._group, self._placement, self._rank = group, placement, group.rank
         self._speeds = list(speeds or [1.0] * group.world_size)
-        self._grid, self._limit = grid, cfg.swiglu_limit
+        self._grid, self._limit, self._remake = grid, cfg.swiglu_limit, cfg.recompute == "selective"
         self._span = placement.slots_of(group.rank)
         self.num_layers, self.num_experts = placement.expert_of_slot.shape[0], cfg.num_experts
         num_slots = self._span.stop - self._span.start
@@ -135,18 +135,23 @@ class ExpertParallel:
         return np.where(self._mean_L > 0, self._max_L / np.maximum(self._mean_L, 1e-9), 1.0)
 
     def __call__(
-        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        gates_TK: torch.Tensor,
+        again: bool = False,
     ) -> torch.Tensor:
         self.before_experts()
         split = self._split(expert_ids_TK, moe_layer)
         chunks = -(-int(self._per_rank(split.tokens_P).max()) // self._most_rows) if self._most_rows else 1
         self.chunks = max(self.chunks, chunks)
         if chunks <= 1:
-            return weighted_sum(self._experts(moe_layer, x_TD, expert_ids_TK, split, False), gates_TK)
+            return weighted_sum(self._experts(moe_layer, x_TD, expert_ids_TK, split, again), gates_TK)
         outputs = []
         for x, ids in zip(x_TD.tensor_split(chunks), expert_ids_TK.tensor_split(chunks), strict=True):
             rows = x + 0 * self._anchor  # every rank joins the backward collectives, or none
-            run = _CountedOnce(self._experts)
+            run = _CountedOnce(self._experts, again)
             outputs.append(checkpoint(run, moe_layer, rows, ids, None, use_reentrant=False, preserve_rng_state=False))
         return weighted_sum(torch.cat(outputs), gates_TK)
 
@@ -189,9 +194,10 @@ class ExpertParallel:
         weights = self._slots.params[moe_layer]
         if self._grid is None:
             rows_S = torch.from_numpy(here_RS.sum(axis=0))
-            return grouped_swiglu(rows_MD, rows_S, weights[0], weights[1], self._limit, direct=True)
+            return grouped_swiglu(rows_MD, rows_S, *weights, self._limit, direct=True, remake=self._remake)
         segments = [(slot, int(rows)) for slot, rows_R in enumerate(here_RS.T) for rows in rows_R]
-        return segmented_swiglu(rows_MD, segments, weights, self._slots.grads[moe_layer], self._grid, self._limit)
+        sums = self._slots.grads[moe_layer]
+        return segmented_swiglu(rows_MD, segments, weights, sums, self._grid, self._limit, self._remake)
 
     def _count(self, moe_layer: int, tokens_R: NDArray[np.int64], far: int) -> None:
         self.tokens_R += tokens_R
@@ -227,8 +233,8 @@ class ExpertParallel:
 class _CountedOnce:
     """Tells a function whether it was called before: a recomputation must not count its rows again."""
 
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
-        self._function, self._called = function, False
+    def __init__(self, function: Callable[..., torch.Tensor], called: bool) -> None:
+        self._function, self._called = function, called
 
     def __call__(self, *args: Any) -> torch.Tensor:
         again, self._called = self._called, True

@@ -59,6 +59,7 @@ class _SegmentedSwiglu(torch.autograd.Function):
         sums: Weights,
         grid: Grid,
         limit: float,
+        remake: bool,
     ) -> torch.Tensor:
         # Every operand is a copy of its own: BLAS may choose its kernel by a pointer's alignment.
         xs = [x.clone() for x in x_MD.split([rows for _, rows in segments])]
@@ -68,13 +69,14 @@ class _SegmentedSwiglu(torch.autograd.Function):
         for gate_up, (slot, _) in zip(hidden, segments, strict=True):
             gate, up = gate_up.chunk(2, dim=1)
             out.append(swiglu(gate, up, limit) @ w_down_SDF[slot].T)
-        ctx.saved = (xs, hidden, segments, weights, sums, grid, limit)
+        ctx.saved = (xs, None if remake else hidden, segments, weights, sums, grid, limit)
         return torch.cat(out) if out else x_MD.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
-        xs, hidden, segments, (w_gate_up_SGD, w_down_SDF), sums, grid, limit = ctx.saved
+    def backward(ctx: Any, grad_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None, None]:
+        xs, kept, segments, (w_gate_up_SGD, w_down_SDF), sums, grid, limit = ctx.saved
+        hidden = kept or [x @ w_gate_up_SGD[slot].T for x, (slot, _) in zip(xs, segments, strict=True)]
         back: list[torch.Tensor] = []
         grads = grad_MD.split([rows for _, rows in segments])
         for dy, x, gate_up, (slot, _) in zip(grads, xs, hidden, segments, strict=True):
@@ -83,7 +85,7 @@ class _SegmentedSwiglu(torch.autograd.Function):
             grid.add(sums[0][slot], d_gate_up.T @ x)
             grid.add(sums[1][slot], dy.T @ rows)
             back.append(d_gate_up @ w_gate_up_SGD[slot])
-        return torch.cat(back) if back else grad_MD.clone(), None, None, None, None, None
+        return torch.cat(back) if back else grad_MD.clone(), None, None, None, None, None, None
 
 
 def segmented_swiglu(
@@ -93,6 +95,7 @@ def segmented_swiglu(
     sums: Weights,
     grid: Grid,
     limit: float = 0.0,
+    remake: bool = False,
 ) -> torch.Tensor:
     """Twin of `grouped_swiglu` that computes each segment by itself.
 
@@ -103,6 +106,7 @@ def segmented_swiglu(
         sums: fp64 tensors of the same shapes, to which the backward pass adds the weights' gradients.
         grid: of the sums.
         limit: clamp of the SwiGLU's inputs; 0 for none.
+        remake: the backward pass makes the products of gate and up again, which are then not kept.
 
     Returns:
         y_MD in the dtype of x. Under autocast the products run in autocast's dtype.
@@ -110,4 +114,4 @@ def segmented_swiglu(
     dtype, compute = x_MD.dtype, compute_dtype(x_MD)
     used = [(slot, rows) for slot, rows in segments if rows]
     cast = (weights[0].detach().to(compute), weights[1].detach().to(compute))
-    return _SegmentedSwiglu.apply(x_MD.to(compute), used, cast, sums, grid, limit).to(dtype)
+    return _SegmentedSwiglu.apply(x_MD.to(compute), used, cast, sums, grid, limit, remake).to(dtype)

@@ -43,13 +43,25 @@ def sample_ids(seed: int, step: int, global_batch: int, num_samples: int) -> NDA
     Args:
         seed: the run's seed.
         step: 0, 1, 2, ...
-        global_batch: sequences per step.
+        global_batch: sequences per step, the same in all of them.
         num_samples: sequences in the corpus.
     """
-    assert step >= 0
-    assert global_batch >= 0
+    return samples_at(seed, step * global_batch, global_batch, num_samples)
+
+
+def samples_at(seed: int, start: int, count: int, num_samples: int) -> NDArray[np.int64]:
+    """Sample ids of a part of the endless sequence of epochs, int64[count]; see `BatchSizes.start`.
+
+    Args:
+        seed: the run's seed.
+        start: position of the first one.
+        count: of samples.
+        num_samples: sequences in the corpus.
+    """
+    assert start >= 0
+    assert count >= 0
     assert num_samples > 0
-    position = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
+    position = np.arange(start, start + count, dtype=np.int64)
     epoch, index = np.divmod(position, num_samples)
     base = np.uint64((seed * _GOLDEN + 1) & _MASK64)
     key = _mix(_mix(epoch.astype(np.uint64) + base) ^ base)

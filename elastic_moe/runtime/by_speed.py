@@ -7,7 +7,6 @@ from dataclasses import replace
 from elastic_moe.control.rebalance import Rebalancer
 from elastic_moe.control.speeds import Adjustment, SpeedRule
 from elastic_moe.control.vote import Ballot
-from elastic_moe.plan.shares import slices_of
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.reporter import Reporter
 from elastic_moe.runtime.session import GenerationContext
@@ -29,14 +28,16 @@ class BySpeed:
     def __init__(self, rule: SpeedRule, balancer: Rebalancer, local: LocalState, reporter: Reporter) -> None:
         self._rule, self._balancer, self._local, self._reporter = rule, balancer, local, reporter
 
-    def __call__(self, context: GenerationContext, total: Ballot) -> GenerationContext:
+    def __call__(self, context: GenerationContext, total: Ballot, sequences: int) -> GenerationContext:
         """The context for the steps that follow.
 
         Args:
             context: of the step that was committed.
             total: the sum of its ballots.
+            sequences: of its batch.
         """
         rule, step = self._rule, self._local.committed
+        rule.resize(sequences)
         change = rule.observe(total)
         self._local.speed = rule.member(context.rank)
         if context.leads:
@@ -46,7 +47,7 @@ class BySpeed:
             return context
         self._balancer.use(change.speeds.rows)
         context.experts.adopt(self._balancer.placement, change.speeds.rows)
-        return replace(context, speeds=change.speeds, shares=slices_of(change.shares))
+        return replace(context, speeds=change.speeds)
 
     def _report(self, step: int, context: GenerationContext, change: Adjustment | None) -> None:
         """Events about who has become a straggler or is one no longer, and about other shares."""

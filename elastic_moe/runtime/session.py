@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -35,7 +36,6 @@ class GenerationContext:
         held: state that this worker owns or mirrors.
         batching: how the ranks compute a batch.
         speeds: of the ranks, as they are in use.
-        shares: slice of the global batch per rank.
         switch_s: seconds of the change of placement that made this context; 0 if none made it.
     """
 
@@ -47,13 +47,21 @@ class GenerationContext:
     held: HeldState
     batching: Batching
     speeds: Speeds
-    shares: list[slice]
     switch_s: float = 0.0
+
+    def shares(self, sequences: int) -> list[slice]:
+        """The slice that each rank computes of a batch of so many sequences."""
+        return list(_shares(replace(self.batching, global_batch=sequences), self.speeds.sequences))
 
     @property
     def leads(self) -> bool:
         """Whether this rank is the first active one, which reports for all."""
         return self.rank == self.layout.view.active_ranks[0]
+
+
+@lru_cache(maxsize=4)
+def _shares(batching: Batching, speeds: tuple[float, ...]) -> tuple[slice, ...]:
+    return tuple(slices_of(plan_shares(batching, speeds)))
 
 
 class ContextBuilder:
@@ -109,5 +117,4 @@ class ContextBuilder:
         experts.before_experts = exchanger.wait_expert_weights
         speeds = speeds or Speeds.equal(view)
         batching = replace(self._batching, together=experts.together)
-        shares = slices_of(plan_shares(batching, speeds.sequences))
-        return GenerationContext(group.rank, layout, group, experts, exchanger, held, batching, speeds, shares)
+        return GenerationContext(group.rank, layout, group, experts, exchanger, held, batching, speeds)

@@ -24,7 +24,8 @@ from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.optim.schedule import lr_at
 from elastic_moe.parallel.reproducible import Grid
-from elastic_moe.plan.batch import sample_ids
+from elastic_moe.plan.batch import samples_at
+from elastic_moe.plan.batch_sizes import BatchSizes
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.gradients import DenseGradients
 from elastic_moe.runtime.local_state import LocalState
@@ -45,6 +46,7 @@ class StepResult:
         save: a member wants a checkpoint of this step.
         context: for the steps that follow.
         total: the sum of the ballots.
+        sequences: of the batch.
         repairs: copies of state that were wrong and have been replaced.
     """
 
@@ -54,6 +56,7 @@ class StepResult:
     save: bool
     context: GenerationContext
     total: Ballot
+    sequences: int
     repairs: tuple[Repair, ...]
 
 
@@ -101,7 +104,8 @@ class StepRunner:
         self._config, self._model, self._train, self._batches = config, model, train, batches
         self._fault, self._autocast = fault, autocast
         self._clock = StepClock()
-        tokens = config.data.global_batch * config.data.seq_len
+        self._sizes = BatchSizes(config.data)
+        tokens = config.data.global_batch * config.data.seq_len  # of the largest batch: its grid serves the others too
         self.grid = Grid(tokens) if config.elastic.reproducible else None
         self.gradients = DenseGradients(model, self.grid)
         self._twins = TwinCheck(config)
@@ -129,7 +133,8 @@ class StepRunner:
         self._clock.start(context.group.waited)
         local.reduced = -1  # a rank that is alone computes gradients where the reduced ones are
         self._begin(step, "compute")
-        share = self._compute(step, context, local.position.batch_of(step))
+        batch = local.position.batch_of(step)
+        share = self._compute(step, context, batch)
         self._begin(step, "reduce")
         grad_square = context.exchanger.reduce()
         self._begin(step, "mirror")
@@ -158,6 +163,7 @@ class StepRunner:
             total.save > 0,
             context,
             total,
+            self._sizes.size(batch),
             repairs,
         )
 
@@ -175,7 +181,8 @@ class StepRunner:
         """Forward and backward passes of this rank's share of a batch."""
         config, model = self._config, self._config.model
         samples = self._train.num_samples(config.data.seq_len)
-        ids = sample_ids(config.seed, batch, config.data.global_batch, samples)
+        size = self._sizes.size(batch)
+        ids, shares = samples_at(config.seed, self._sizes.start(batch), size, samples), context.shares(size)
         context.experts.begin_step()
         self.gradients.zero()
         tokens, device = 0, self._batches.device
@@ -183,10 +190,10 @@ class StepRunner:
         stats = torch.tensor(astuple(ModelStats()), dtype=torch.float64, device=device)
         late = step > model.mtp_switch * config.run.steps
         mtp_weight = model.mtp_late_weight if late else model.mtp_weight
-        mine = context.shares[context.rank]
+        mine = shares[context.rank]
         watch = mine.start == 0 and (mine.stop > 0 or context.leads)
         load_LE = torch.zeros((model.num_moe_layers, model.num_experts), dtype=torch.int64, device=device)
-        for inputs, targets in self._clock.reading(self._batches.of(self._train, ids, context.shares, context.rank)):
+        for inputs, targets in self._clock.reading(self._batches.of(self._train, ids, shares, context.rank)):
             with self._autocast():
                 out = self._model.loss(inputs, targets, mtp_weight, watch)
             watch = False  # the batch's first sequence: the same one at every world size
@@ -258,15 +265,19 @@ class StepRunner:
         Returns:
             Wall clock of the commit, seconds.
         """
-        lr = lr_at(vote.step, self._config.run.steps, self._config.optim)
+        lr = self._lr(vote.step)
         for held in local.holdings:
             held.apply(vote, lr, self._config.optim, self._config.model)
         local.commit(vote)
         return time.time()
 
+    def _lr(self, step: int) -> float:
+        """Learning rate of a step's update."""
+        return lr_at(step, self._config.run.steps, self._config.optim, self._sizes.tokens_through)
+
     def _record(self, local: LocalState, vote: VoteResult, committed_at_s: float) -> None:
         """Make the step's record."""
-        lr = lr_at(vote.step, self._config.run.steps, self._config.optim)
+        lr = self._lr(vote.step)
         ended_s = time.perf_counter()
         record = step_record(vote, lr, ended_s - self._clock.started_s, committed_at_s)
         record |= {f"{phase}_s": round(seconds, 6) for phase, seconds in self._clock.seconds(ended_s).items()}
@@ -307,7 +318,7 @@ def step_record(vote: VoteResult, lr: float, step_s: float, time_s: float) -> di
 
 
 def _optional_metrics(vote: VoteResult) -> dict[str, float]:
-    """Metrics of multi-token prediction, of indexers and of residual streams, where the model has them."""
+    """Metrics of multi-token prediction, of other losses and of residual streams, where the model has them."""
     stats = vote.stats
     metrics: dict[str, float] = {}
     if stats.gain_forward:
@@ -316,6 +327,10 @@ def _optional_metrics(vote: VoteResult) -> dict[str, float]:
         metrics["gain_backward_min"] = stats.gain_backward_min
     if stats.mtp_tokens:
         metrics["mtp_loss"] = stats.mtp_sum / stats.mtp_tokens
+    if stats.z_sum:
+        metrics["z_loss"] = stats.z_sum / max(vote.tokens, 1.0)
+    if stats.router_z_sum:
+        metrics["router_z_loss"] = stats.router_z_sum / max(vote.tokens, 1.0)
     if stats.index_sum:
         metrics["index_loss"] = stats.index_sum / max(vote.tokens, 1.0)
     return metrics

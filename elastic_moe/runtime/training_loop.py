@@ -62,7 +62,7 @@ class TrainingLoop:
         context: GenerationContext,
         wishes: Callable[[], Wishes],
         rebalance: Callable[[GenerationContext, VoteResult], GenerationContext],
-        by_speed: Callable[[GenerationContext, Ballot], GenerationContext] = lambda context, _: context,
+        by_speed: Callable[[GenerationContext, Ballot, int], GenerationContext] = lambda context, *_: context,
     ) -> str:
         """Make steps in one view.
 
@@ -97,7 +97,7 @@ class TrainingLoop:
             self._fault(self._local.committed, "committed")
             if result.reconfigure:
                 return ""
-            context = by_speed(context, result.total)
+            context = by_speed(context, result.total, result.sequences)
         self._finish(context, stop)
         return "stopped" if stop else "finished"
 

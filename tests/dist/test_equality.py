@@ -37,11 +37,10 @@ def default_scale(config: TrainConfig) -> TrainConfig:
 def deepseek(config: TrainConfig) -> TrainConfig:
     """V4's attention with its indexer, streams, a hash layer, groups' successor scores, and multi-token prediction."""
     model = replace(
-        config.model, attention="csa", residual="mhc", readout="learned", recompute=3, num_hash_layers=1, mtp_depth=1,
-        router_score="sqrtsoftplus", swiglu_limit=10.0, query_latent=16, output_latent=8, index_dim=8, rope_dim=4,
-        window=8,
-        csa_rate=2, hca_rate=4, index_topk=4, layer_kinds=["sliding", "csa", "hca"][: config.model.num_layers],
-        document_mask=True, mtp_switch=1.0,
+        config.model, attention="csa", residual="mhc", readout="learned", stream_segment=3, num_hash_layers=1,
+        mtp_depth=1, router_score="sqrtsoftplus", swiglu_limit=10.0, query_latent=16, output_latent=8, index_dim=8,
+        rope_dim=4, window=8, csa_rate=2, hca_rate=4, index_topk=4, document_mask=True, mtp_switch=1.0,
+        layer_kinds=["sliding", "csa", "hca"][: config.model.num_layers],
     )  # fmt: skip
     return replace(config, model=model)
 

@@ -12,6 +12,7 @@ import pytest
 from elastic_moe.actors.progress import Progress
 from elastic_moe.metrics.format_event import format_event, level_of
 from elastic_moe.metrics.schema import EVENT_KINDS
+from elastic_moe.plan.batch_sizes import RunLength
 from elastic_moe.run_log import JSON, TEXT, RunLog, logging_of_run
 from tests.unit.actors.test_progress import WAITING, Clock, record
 
@@ -24,7 +25,7 @@ def objects(text: str) -> list[dict[str, Any]]:
 
 def test_events_progress_and_waiting_are_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with Progress(100, 30.0, lambda: "two\nare missing", clock, RunLog(JSON, "mine-1")) as shown:
+    with Progress(RunLength(100), 30.0, lambda: "two\nare missing", clock, RunLog(JSON, "mine-1")) as shown:
         for step in range(1, 17):
             clock.now_s = 2.0 * step
             shown.records([record(step)])
@@ -41,7 +42,7 @@ def test_events_progress_and_waiting_are_one_object_a_line(capsys: pytest.Captur
 
 
 def test_text_is_what_it_was(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(100, 30.0, str, Clock(), RunLog(TEXT, "mine-1")) as shown:
+    with Progress(RunLength(100), 30.0, str, Clock(), RunLog(TEXT, "mine-1")) as shown:
         shown.events([LOST])
     RunLog(TEXT, "mine-1").tell("the end", show=print)
     told = capsys.readouterr()

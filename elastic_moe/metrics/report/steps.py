@@ -25,7 +25,7 @@ BLOCK_BYTES = 16 << 20
 DIGITS = 6  # significant ones that the page has
 CURVES = (
     *("loss", "lr", "grad_norm", "world_size", "balance", "cross_node_rows"),
-    *("mtp_loss", "index_loss", "gain_forward", "gain_backward", "gain_backward_min"),
+    *("mtp_loss", "index_loss", "z_loss", "router_z_loss", "gain_forward", "gain_backward", "gain_backward_min"),
     *("step_s", *(f"{phase}_s" for phase in PHASES)),
 )
 _WHOLE = ("step", "tokens", "time")

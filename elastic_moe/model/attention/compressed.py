@@ -187,7 +187,7 @@ class CompressedAttention(DeclaredModule):
         seen = torch.cat((in_window, visible.unsqueeze(1)), dim=-1)
         out, lse_BHS = sink_attention(q_BHSc, torch.cat((k_BLc, entries_BWc), dim=1), self.sinks, seen, scale)
         loss = None
-        if scores is not None and torch.is_grad_enabled():
+        if scores is not None and context.trains:
             loss = index_loss(scores, visible, q_BHSc.detach(), entries_BWc.detach(), lse_BHS, scale)
         return self._project(out, tables), loss
 

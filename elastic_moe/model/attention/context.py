@@ -70,6 +70,7 @@ class AttentionContext:
         assert documents_BS is None or cache is None
         self._cfg, self._cache, self._device = cfg, cache, device
         self.documents_BS, self.seq_len = documents_BS, seq_len
+        self.trains = torch.is_grad_enabled()  # also where layers that are made again have no graph yet
         self.start = 0 if cache is None else cache.length
         self._made: dict[Hashable, Any] = {}
 

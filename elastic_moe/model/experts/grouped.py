@@ -29,6 +29,7 @@ def grouped_swiglu(
     w_down_SDF: torch.Tensor,
     limit: float = 0.0,
     direct: bool = False,
+    remake: bool = False,
 ) -> torch.Tensor:
     """Slot s's SwiGLU on its rows of x, `down(silu(gate(x)) * up(x))`.
 
@@ -39,14 +40,15 @@ def grouped_swiglu(
         limit: clamp of the SwiGLU's inputs; 0 for none.
         direct: the backward pass adds the weights' gradients to their `grad`, which must exist, and returns none to
             autograd. A stack of experts is the largest tensor of a layer; it is then written once, not three times.
+        remake: the backward pass makes the products of gate and up again, which are then not kept.
 
     Returns:
         y_ND in the dtype of x. Under autocast the products run in autocast's dtype.
     """
-    dtype, compute = x_ND.dtype, compute_dtype(x_ND)
+    dtype, x = x_ND.dtype, x_ND.to(compute_dtype(x_ND))
     grad_sums = (w_gate_up_SGD.grad, w_down_SDF.grad) if direct else None
     with torch.autocast(x_ND.device.type, enabled=False):
-        out = _GroupedSwiGLU.apply(x_ND.to(compute), counts_S, w_gate_up_SGD, w_down_SDF, limit, compute, grad_sums)
+        out = _GroupedSwiGLU.apply(x, counts_S, w_gate_up_SGD, w_down_SDF, limit, grad_sums, remake)
     return out.to(dtype)
 
 
@@ -96,23 +98,25 @@ class _GroupedSwiGLU(torch.autograd.Function):
         w_gate_up_SGD: torch.Tensor,
         w_down_SDF: torch.Tensor,
         limit: float,
-        compute: torch.dtype,
         grad_sums: tuple[torch.Tensor, ...] | None,
+        remake: bool,
     ) -> torch.Tensor:
-        w_gate_up, w_down = w_gate_up_SGD.to(compute), w_down_SDF.to(compute)
+        w_gate_up, w_down = w_gate_up_SGD.to(x_ND.dtype), w_down_SDF.to(x_ND.dtype)
         products = _Products(x_ND, counts_S, w_down.shape[2])
         gate_up_NG = products.rows(x_ND, w_gate_up.transpose(1, 2))
         y_ND = products.rows(products.swiglu.forward(gate_up_NG, limit), w_down.transpose(1, 2))
-        ctx.save_for_backward(x_ND, gate_up_NG, w_gate_up_SGD, w_down_SDF)
-        ctx.rest = (products, limit, compute, grad_sums)
+        ctx.save_for_backward(x_ND, None if remake else gate_up_NG, w_gate_up_SGD, w_down_SDF)
+        ctx.rest = (products, limit, grad_sums)
         return y_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_ND, gate_up_NG, *weights = ctx.saved_tensors
-        products, limit, compute, grad_sums = ctx.rest
-        w_gate_up, w_down = (w.to(compute) for w in weights)
+        products, limit, grad_sums = ctx.rest
+        w_gate_up, w_down = (w.to(x_ND.dtype) for w in weights)
+        if gate_up_NG is None:
+            gate_up_NG = products.rows(x_ND, w_gate_up.transpose(1, 2))
         totals = [torch.zeros_like(w) for w in weights] if grad_sums is None else grad_sums
         d_y = grads[0].contiguous()
         hidden, d_gate_up = products.swiglu.backward(products.rows(d_y, w_down), gate_up_NG, limit)

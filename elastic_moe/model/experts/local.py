@@ -45,11 +45,13 @@ class _SwiGLUByExpert(torch.autograd.Function):
         counts: list[int],
         limit: float,
         direct: bool,
+        remake: bool,
         *stacks: torch.Tensor,
     ) -> torch.Tensor:
         """Arguments: x in the compute dtype, rows in the order of their experts, rows per expert, both weight stacks.
 
-        With `direct`, the gradients of the stacks are added to their `grad`, and autograd gets none.
+        With `direct`, the gradients of the stacks are added to their `grad`, and autograd gets none. With `remake`, the
+        backward pass makes gate and up again.
         """
         undo_N = torch.empty_like(order_N)
         undo_N[order_N] = torch.arange(len(order_N))
@@ -61,7 +63,8 @@ class _SwiGLUByExpert(torch.autograd.Function):
             torch.mm(x_TD.index_select(0, tokens), w_gate_up[expert].t(), out=gate_up)
             gate, up = gate_up.chunk(2, dim=1)
             torch.mm(swiglu(gate, up, limit), w_down[expert].t(), out=y)
-        ctx.save_for_backward(x_TD, gates_TK, order_N, undo_N, token_N, gate_up_NG, *stacks)
+        kept = None if remake else gate_up_NG
+        ctx.save_for_backward(x_TD, gates_TK, order_N, undo_N, token_N, kept, *stacks)
         ctx.rest = (counts, limit, tuple(stack.grad for stack in stacks) if direct else None)
         return F.embedding_bag(
             undo_N.view(gates_TK.shape), y_ND, mode="sum", per_sample_weights=gates_TK.to(x_TD.dtype)
@@ -70,10 +73,11 @@ class _SwiGLUByExpert(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TD, gates_TK, order_N, undo_N, token_N, gate_up_NG, *stacks = ctx.saved_tensors
+        x_TD, gates_TK, order_N, undo_N, token_N, kept, *stacks = ctx.saved_tensors
         counts, limit, grad_sums = ctx.rest
         compute = x_TD.dtype
         w_gate_up, w_down = (stack.to(compute) for stack in stacks)
+        gate_up_NG = x_TD.new_empty((len(order_N), w_gate_up.shape[1])) if kept is None else kept
         totals = [torch.zeros_like(stack) for stack in stacks] if grad_sums is None else grad_sums
         gates_N = gates_TK.flatten()[order_N]
         d_gates_N = torch.empty_like(gates_N)
@@ -82,6 +86,8 @@ class _SwiGLUByExpert(torch.autograd.Function):
         for expert, rows in busy_slots(counts, token_N, gate_up_NG, gates_N, d_gates_N, d_x_ND):
             tokens, gate_up, gates, d_gates, d_x = rows
             x, d_y = x_TD.index_select(0, tokens), d_out_TD.index_select(0, tokens)
+            if kept is None:
+                torch.mm(x, w_gate_up[expert].t(), out=gate_up)
             d_hidden, column = d_y @ w_down[expert], gates.to(compute).unsqueeze(1)
             hidden, d_gate_up = swiglu_backward(d_hidden * column, gate_up, limit)
             d_gates.copy_((d_hidden.to(d_gates.dtype) * hidden).sum(dim=1))
@@ -91,7 +97,7 @@ class _SwiGLUByExpert(torch.autograd.Function):
         d_x_TD = F.embedding_bag(undo_N.view(gates_TK.shape), d_x_ND, mode="sum")
         d_gates_TK = d_gates_N[undo_N].view(gates_TK.shape)
         returned = (None, None) if grad_sums is not None else tuple(totals)
-        return d_x_TD, d_gates_TK, None, None, None, None, *returned
+        return d_x_TD, d_gates_TK, None, None, None, None, None, *returned
 
 
 def local_experts(
@@ -101,6 +107,7 @@ def local_experts(
     stacks: Stacks,
     limit: float = 0.0,
     direct: bool = False,
+    remake: bool = False,
 ) -> torch.Tensor:
     """The gated sum of each token's experts, whose weights are all here.
 
@@ -111,16 +118,17 @@ def local_experts(
         stacks: the experts' weights, [E, 2F, D] and [E, D, F].
         limit: clamp of the SwiGLU's inputs; 0 for none.
         direct: the backward pass adds the weights' gradients to their `grad`, and returns none to autograd.
+        remake: the backward pass makes the products of gate and up again, which are then not kept.
 
     Returns:
         y_TD in the dtype of x.
     """
     if x_TD.device.type != "cpu" or not len(expert_ids_TK):
-        return local_experts_grouped(x_TD, expert_ids_TK, gates_TK, stacks, limit, direct)
+        return local_experts_grouped(x_TD, expert_ids_TK, gates_TK, stacks, limit, direct, remake)
     dtype, x = x_TD.dtype, x_TD.to(compute_dtype(x_TD))
     order_N, counts_E = _by_expert(expert_ids_TK, len(stacks[0]))
     with torch.autocast("cpu", enabled=False):
-        out = _SwiGLUByExpert.apply(x, gates_TK, order_N, counts_E.tolist(), limit, direct, *stacks)
+        out = _SwiGLUByExpert.apply(x, gates_TK, order_N, counts_E.tolist(), limit, direct, remake, *stacks)
     return out.to(dtype)
 
 
@@ -131,6 +139,7 @@ def local_experts_grouped(
     stacks: Stacks,
     limit: float = 0.0,
     direct: bool = False,
+    remake: bool = False,
 ) -> torch.Tensor:
     """As `local_experts`, on any device and for any number of tokens: gather, all experts at once, weighted sum."""
     dtype, x = x_TD.dtype, x_TD.to(compute_dtype(x_TD))
@@ -140,7 +149,7 @@ def local_experts_grouped(
     place_TK, sums = place_N.view(expert_ids_TK.shape), routed_sums(x_TD.device)
     with torch.autocast(x.device.type, enabled=False):
         rows_ND = Gather.apply(x, order_N, place_TK, sums)
-        y_ND = grouped_swiglu(rows_ND, counts_E, *stacks, limit, direct)
+        y_ND = grouped_swiglu(rows_ND, counts_E, *stacks, limit, direct, remake)
         return Combine.apply(y_ND, place_TK, gates_TK, sums).to(dtype)
 
 
@@ -168,7 +177,7 @@ class LocalExperts(nn.Module):
     def __init__(self, cfg: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.direct = False
-        self._cfg = cfg
+        self._cfg, self._remake = cfg, cfg.recompute == "selective"
         self.num_layers, self.num_experts, self._limit = cfg.num_moe_layers, cfg.num_experts, cfg.swiglu_limit
         shapes = {
             "gate_up": (self.num_experts, 2 * cfg.expert_hidden, cfg.hidden_size),
@@ -202,7 +211,13 @@ class LocalExperts(nn.Module):
         return views
 
     def forward(
-        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        gates_TK: torch.Tensor,
+        again: bool = False,
     ) -> torch.Tensor:
         """See `ExpertBackend`: y_TD, the gated sum of each token's experts."""
-        return local_experts(x_TD, expert_ids_TK, gates_TK, self.slot_params(moe_layer), self._limit, self.direct)
+        stacks = self.slot_params(moe_layer)
+        return local_experts(x_TD, expert_ids_TK, gates_TK, stacks, self._limit, self.direct, self._remake)

@@ -21,7 +21,7 @@ MODULE = "modeling_elastic_moe"
 NO_SHAPE = set(
     """
     end_token init_from document_mask recompute fused index_loss_weight bias_update_speed seq_balance_weight mtp_weight
-    mtp_late_weight mtp_switch max_unit_elements
+    mtp_late_weight mtp_switch max_unit_elements z_loss router_z_loss logits_gib stream_segment
 """.split()
 )  # fmt: skip - how a model is trained, and not what it is
 SHAPE = [item.name for item in fields(ModelConfig) if item.name not in NO_SHAPE]

@@ -31,6 +31,7 @@ from torch import nn
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.init import Init, init_in
 from elastic_moe.model.layers import DeclaredModule, compute_dtype
+from elastic_moe.model.recompute import layers_at_once
 from elastic_moe.model.residual import mhc
 from elastic_moe.model.residual.eager import EagerKernels, MixSettings
 from elastic_moe.model.residual.kernels import choose_kernels
@@ -56,15 +57,20 @@ class Residual(Protocol):
 
 
 def segment_length(cfg: ModelConfig) -> int:
-    """Number of sub-layers in a segment, by `model.recompute`; see `mhc.Segment`."""
-    return mhc.best_segment(2 * cfg.num_layers, cfg.num_streams) if cfg.recompute < 0 else cfg.recompute or 1
+    """Number of sub-layers in a segment; see `mhc.Segment`. Layers that are made again have segments of their own."""
+    if cfg.stream_segment > 0:
+        return cfg.stream_segment
+    layers = layers_at_once(cfg)
+    if cfg.stream_segment == 0 and not layers and cfg.recompute == "none":
+        return 1
+    return mhc.best_segment(2 * (layers or cfg.num_layers), cfg.num_streams)
 
 
 class Segments:
     """Gives each sub-layer of one forward pass the segment that keeps its streams.
 
     Args:
-        cfg: `recompute` is the number of sub-layers of a segment, `fused` the choice of kernels.
+        cfg: `stream_segment` is the number of sub-layers of a segment, `fused` the choice of kernels.
         device: the streams' device, on which the choice of kernels depends too.
     """
 

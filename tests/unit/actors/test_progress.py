@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from elastic_moe.actors.progress import Progress
+from elastic_moe.plan.batch_sizes import RunLength
 
 WAITING = {"phase": "waiting", "reason": "waiting for workers", "workers": 1, "paused": False}
 RUNNING = WAITING | {"phase": "running"}
@@ -30,7 +31,7 @@ def record(step: int) -> dict[str, Any]:
 
 def test_a_line_about_the_progress_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with Progress(100, 30.0, str, clock) as shown:
+    with Progress(RunLength(100), 30.0, str, clock) as shown:
         for step in range(1, 41):
             clock.now_s = 2.0 * step
             shown.records([record(step)])
@@ -43,7 +44,7 @@ def test_a_line_about_the_progress_now_and_then(capsys: pytest.CaptureFixture[st
 
 def test_no_line_where_none_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with Progress(100, 0.0, str, clock) as shown:
+    with Progress(RunLength(100), 0.0, str, clock) as shown:
         clock.now_s = 1000.0
         shown.records([record(1), record(2)])
     assert capsys.readouterr().err == ""
@@ -51,7 +52,7 @@ def test_no_line_where_none_is_wanted(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_waiting_is_told_after_ten_seconds_and_then_more_and_more_rarely(capsys: pytest.CaptureFixture[str]) -> None:
     clock, told = Clock(), list[float]()
-    with Progress(100, 30.0, lambda: "two are missing", clock) as shown:
+    with Progress(RunLength(100), 30.0, lambda: "two are missing", clock) as shown:
         for second in range(4000):
             clock.now_s = float(second)
             shown.status(WAITING)
@@ -68,7 +69,7 @@ def test_waiting_is_told_after_ten_seconds_and_then_more_and_more_rarely(capsys:
 
 def test_a_pause_is_no_waiting(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with Progress(100, 30.0, str, clock) as shown:
+    with Progress(RunLength(100), 30.0, str, clock) as shown:
         for second in range(100):
             clock.now_s = float(second)
             shown.status(WAITING | {"paused": True})
@@ -86,7 +87,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """It shows the same as a line, and lines stand above it. A resumed run begins with its step."""
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setenv("COLUMNS", "120")
-    with Progress(10_000, 1.0, str) as shown:
+    with Progress(RunLength(10_000), 1.0, str) as shown:
         shown.records([record(5000), record(5001)])
         shown.line("a worker died")
     assert "a worker died\n" in terminal.getvalue()

@@ -75,6 +75,19 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"faults.inject": ["1:2:lunch"]}, "faults.inject"),
     ({"faults.inject": [3]}, "faults.inject"),
     ({"optim.spike": "rollback", "checkpoint.every_steps": 0}, "checkpoint.every_minutes"),
+    ({"model.recompute": -1}, "model.stream_segment"),
+    ({"model.recompute": 0}, "model.recompute"),
+    ({"model.recompute": "some"}, "model.recompute"),
+    ({"model.stream_segment": -2}, "model.stream_segment"),
+    ({"optim.lr_steps": ["0.8"]}, "optim.lr_steps"),
+    ({"optim.lr_steps": ["0.8:0.3", "0.8:0.1"]}, "optim.lr_steps"),
+    ({"optim.lr_steps": ["80:0.3"]}, "optim.lr_steps"),
+    ({"optim.lr_steps": ["1/0:0.3"]}, "optim.lr_steps"),
+    ({"optim.decay_fraction": 1.5}, "optim.decay_fraction"),
+    ({"data.batch_ramp": 32, "data.batch_ramp_steps": 5}, "data.batch_ramp (32)"),
+    ({"data.batch_ramp": 8}, "data.batch_ramp_steps"),
+    ({"data.batch_ramp": 8, "data.batch_ramp_steps": 5, "data.batch_ramp_tokens": 5}, "data.batch_ramp_tokens"),
+    ({"data.batch_ramp_tokens": 5}, "data.batch_ramp_tokens"),
 ]
 
 
@@ -102,7 +115,7 @@ def test_every_number_has_a_range() -> None:
     built = build({})
     ruled = {*AT_LEAST_ONE, *AT_LEAST_ZERO, *ABOVE_ZERO}
     ruled |= {"optim.beta1", "optim.beta2", "data.val_fraction", "data.vocab_size", "cluster.object_store_gib"}
-    ruled |= {"model.end_token", "model.recompute", "sweep.rung_factor", "optim.momentum"}
+    ruled |= {"model.end_token", "model.stream_segment", "sweep.rung_factor", "optim.momentum"}
     for key in key_names():
         value: Any = built
         for name in key.split("."):
@@ -137,6 +150,7 @@ def test_start_workers_of_a_simulated_cluster() -> None:
 @pytest.mark.parametrize(
     ("dotted", "key"),
     [
+        ({"run.steps": 20, "optim.schedule": "wsd"}, "optim.warmup_steps"),
         ({"cluster.workers": 1}, "elastic.redundancy"),
         ({"device": "cuda"}, "cluster.gpus_per_worker"),
     ],

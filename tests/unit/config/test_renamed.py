@@ -40,6 +40,13 @@ def test_the_table_leads_to_keys_and_values_that_exist() -> None:
         assert old not in CHOICES[key]
 
 
+@pytest.mark.parametrize(("old", "segment"), [(-1, -1), (0, 1), (3, 3)])
+def test_sub_layers_in_a_segment_of_streams_have_a_key_of_their_own(old: int, segment: int) -> None:
+    """`model.recompute` was that number; now it is a policy, a text, which stays as it is."""
+    assert translate({"model": {"recompute": old}}) == {"model": {"stream_segment": segment}}
+    assert translate({"model": {"recompute": "3"}}) == {"model": {"recompute": "3"}}
+
+
 def test_an_old_run_is_translated_units_too() -> None:
     old = {
         "seed": 3,

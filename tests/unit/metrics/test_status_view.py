@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from elastic_moe.metrics.status_view import duration, render
+from elastic_moe.plan.batch_sizes import RunLength
 
 NOW_S = 1_000_000.0
 A, B, NODE, OTHER = "a" * 32, "b" * 32, "1" * 56, "2" * 56
@@ -28,7 +29,7 @@ EVENTS: list[dict[str, Any]] = [
 
 
 def test_a_run_that_goes_on() -> None:
-    text = render(RECORDS, EVENTS, 1000, LIVE, {NODE: ("first", "10.0.0.1")}, 1, NOW_S)
+    text = render(RECORDS, EVENTS, RunLength(1000), LIVE, {NODE: ("first", "10.0.0.1")}, 1, NOW_S)
     lines = text.splitlines()
     assert lines[:4] == [
         "state       running, generation 3, 2 workers",
@@ -51,16 +52,18 @@ def test_a_run_that_goes_on() -> None:
 
 def test_a_run_that_waits_says_for_what() -> None:
     live = LIVE | {"phase": "waiting", "reason": "lost a; 1 left", "limit": 4}
-    text = render([], [], 1000, live, {}, 0, NOW_S)
+    text = render([], [], RunLength(1000), live, {}, 0, NOW_S)
     assert "waiting: lost a; 1 left, generation 3, 2 workers, at most 4 workers" in text
     assert "step        0 of 1,000\n" in text
-    assert "paused" in render([], [], 1000, live | {"paused": True}, {}, 0, NOW_S)
+    assert "paused" in render([], [], RunLength(1000), live | {"paused": True}, {}, 0, NOW_S)
 
 
 def test_a_run_that_has_ended() -> None:
     ended = [*EVENTS, {"event": "finished", "step": 90, "time": NOW_S, "reason": "all steps are committed"}]
-    assert render(RECORDS, ended, 90, None, {}, 0, NOW_S).startswith("state       finished: all steps are committed")
-    assert "does not go on" in render(RECORDS, EVENTS, 90, None, {}, 0, NOW_S)
+    assert render(RECORDS, ended, RunLength(90), None, {}, 0, NOW_S).startswith(
+        "state       finished: all steps are committed"
+    )
+    assert "does not go on" in render(RECORDS, EVENTS, RunLength(90), None, {}, 0, NOW_S)
 
 
 @pytest.mark.parametrize(

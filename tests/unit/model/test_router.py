@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from elastic_moe.model.init import init_param
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.router import Router, affinity
 from elastic_moe.model.transformer import Transformer
+from elastic_moe.types import ModelStats
 
 
 def shape(**fields: Any) -> ModelConfig:
@@ -142,3 +144,47 @@ def test_multi_token_prediction_leaves_the_main_loss_alone() -> None:
         assert torch.equal(model(rows), model(rows))
         assert model(rows).shape == (2, 9, 50)
     assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize(("score", "hashed"), [("sigmoid", False), ("softmax", False), ("sqrtsoftplus", True)])
+def test_z_loss_equals_its_formula(score: str, hashed: bool) -> None:
+    """Summed over tokens, the square of the logarithm of the sum of the logits' exponentials."""
+    cfg = shape(vocab_size=9, num_experts=6, router_score=score, router_z_loss=1.0)
+    router = Router(cfg, hashed)
+    dice = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(router.weight.shape, generator=dice))
+    x = torch.randn((11, 16), generator=dice).requires_grad_()
+    z_sum = router(x, torch.zeros(11, dtype=torch.int64)).z_sum
+    z_sum.backward()
+    wide, weight = x.detach().double().requires_grad_(), router.weight.detach().double().requires_grad_()
+    expected = ((wide @ weight.t()).exp().sum(dim=1).log() ** 2).sum()
+    expected.backward()
+    assert x.grad is not None
+    assert router.weight.grad is not None
+    for found, right in ((z_sum, expected), (x.grad, wide.grad), (router.weight.grad, weight.grad)):
+        torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-5)
+
+
+def test_router_z_loss_counts_every_layer_and_is_a_mean_in_the_statistics() -> None:
+    base = shape(vocab_size=30, num_layers=3, mtp_depth=1)
+    tokens = torch.randint(0, 30, (2, 8), generator=torch.Generator().manual_seed(0))
+    sums = []
+    for weight in (0.0, 0.5):
+        model = Transformer(replace(base, router_z_loss=weight), LocalExperts(base, seed=1))
+        model.initialize(1)
+        logits: list[torch.Tensor] = []
+
+        def note(router: Router, args: tuple[torch.Tensor, ...], logits: list[torch.Tensor] = logits) -> None:
+            logits.append(args[0].detach().double() @ router.weight.detach().double().t())
+
+        for module in model.modules():
+            if isinstance(module, Router):
+                module.register_forward_pre_hook(note)
+        out = model.loss(tokens, tokens)
+        sums.append((out, sum(float((one.logsumexp(dim=1) ** 2).sum()) for one in logits), len(logits)))
+    (without, _, _), (with_loss, expected, routers) = sums
+    assert routers == 3, "two of the layers, and that of the multi-token prediction"
+    assert float(with_loss.loss_sum.detach() - without.loss_sum.detach()) == pytest.approx(0.5 * expected, rel=1e-4)
+    assert ModelStats(*with_loss.stats.tolist()).router_z_sum == pytest.approx(expected / 3, rel=1e-5)
+    assert ModelStats(*without.stats.tolist()).router_z_sum == 0.0

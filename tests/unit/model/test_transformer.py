@@ -96,7 +96,12 @@ class _Logging:
         self.inner, self.log = inner, []
 
     def __call__(
-        self, moe_layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        expert_ids_TK: torch.Tensor,
+        gates_TK: torch.Tensor,
+        again: bool = False,
     ) -> torch.Tensor:
         x_TD = _Counted.apply(x_TD, self.log, moe_layer)
         return self.inner(moe_layer, x_TD, expert_ids_TK, gates_TK)
@@ -164,7 +169,7 @@ def test_bias_steers_choice_but_not_weight() -> None:
     x = torch.randn((20, 32), generator=torch.Generator().manual_seed(0))
     torch.nn.init.normal_(moe.router.weight, generator=torch.Generator().manual_seed(1))
     moe.router.bias[3] = 10.0
-    ids, gates, scores = moe.router(x, torch.zeros(20, dtype=torch.int64))
+    ids, gates, scores, _ = moe.router(x, torch.zeros(20, dtype=torch.int64))
     assert bool((ids == 3).any(dim=1).all())
     chosen = scores.gather(1, ids)
     torch.testing.assert_close(gates, chosen / chosen.sum(dim=1, keepdim=True))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from elastic_moe.config.data_rules import check_data
 from elastic_moe.config.pace import pace
 from elastic_moe.config.paths import check_paths
 from elastic_moe.config.renamed import renamed_value
@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.residual": ("plain", "hc", "mhc"),
     "model.readout": ("mean", "learned"),
     "model.fused": ("auto", "off", "compile", "triton"),
+    "data.dedup": ("off", "exact", "near"),
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("cosine", "constant"),
     "elastic.state_on": ("device", "host"),
@@ -55,7 +56,7 @@ AT_LEAST_ZERO = """
     seed threads run.log_every_s run.eval_every_steps run.eval_sequences run.sample_tokens model.num_dense_layers
     model.num_shared_experts model.bias_update_speed model.seq_balance_weight model.init_std model.query_latent
     model.rope_mscale model.rope_mscale_all_dim model.index_loss_weight model.num_hash_layers model.swiglu_limit
-    model.mix_eps model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes
+    model.mix_eps model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes data.processes
     optim.max_skipped optim.warmup_steps optim.min_lr_ratio optim.weight_decay elastic.max_workers elastic.redundancy
     elastic.spare_slots elastic.slots_per_worker elastic.join_settle_s elastic.drain_deadline_s
     elastic.wait_below_min_s elastic.max_faults elastic.check_every_steps checkpoint.every_steps
@@ -123,8 +124,7 @@ def check_rules(config: TrainConfig, inputs: bool = True) -> list[str]:
         _need(config, key, lambda value: value % step == 0, f"a multiple of {step} in {config.precision}")
     _check_model(config)
     _check_elastic(config)
-    if inputs:
-        _check_inputs(config)
+    check_data(config.data, inputs)
     scheme = re.match(r"([a-z0-9]+)://", config.checkpoint.dir)
     if scheme and scheme[1] not in ("file", "s3", "gs"):
         raise UserError(
@@ -291,17 +291,6 @@ def _check_elastic(config: TrainConfig) -> None:
             f"elastic.hold_s ({elastic.hold_s}) must be longer than elastic.lease_s ({elastic.lease_s}), after which a "
             "worker begins to wait."
         )
-
-
-def _check_inputs(config: TrainConfig) -> None:
-    corpus = config.data.corpus
-    if corpus != "stdlib" and not (corpus.strip() and Path(corpus).expanduser().exists()):
-        raise UserError(
-            f'data.corpus names {corpus!r}, which does not exist: give a text file, a directory or "stdlib".'
-        )
-    tokenizer = config.data.tokenizer
-    if tokenizer not in ("bpe", "bytes") and not Path(tokenizer).expanduser().is_file():
-        raise UserError(f'data.tokenizer must be "bpe", "bytes" or a tokenizer.json, not {tokenizer!r}.')
 
 
 def _check_faults(config: TrainConfig) -> None:

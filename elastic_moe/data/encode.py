@@ -52,7 +52,7 @@ class TextStats:
 
     Attributes:
         documents: that ended.
-        characters: of text, or tokens of another trainer's corpus.
+        characters: of text, or bytes of another trainer's tokens.
         size: in UTF-8, or in the other's tokens, bytes.
         unknown: characters U+FFFD, for bytes that could not be decoded.
         train, val: tokens.

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -58,11 +60,7 @@ def open_binary(path: str) -> BinaryIO:
     if not scheme:
         return open(path, "rb")
     if scheme in SERVERS:
-        try:
-            opened = _server(scheme).open(path, "rb", block_size=_BUFFER)
-        except ValueError as error:  # of a server that does not tell the size
-            raise OSError(str(error)) from error
-        return cast(BinaryIO, io.BufferedReader(opened, _BUFFER))
+        return cast(BinaryIO, io.BufferedReader(_Served(path), _BUFFER))
     filesystem, inner = _store(path)
     return cast(BinaryIO, io.BufferedReader(filesystem.open_input_file(inner), _BUFFER))
 
@@ -77,8 +75,7 @@ def list_url(url: str) -> tuple[list[Listed], str]:
     try:
         found = _list_server(url) if scheme in SERVERS else _list_store(url)
     except (OSError, ValueError) as error:
-        reason = str(error) or type(error).__name__
-        raise UserError(f"data.corpus={url} cannot be reached: {reason}") from error
+        raise UserError(f"data.corpus={url} cannot be reached: {error or type(error).__name__}") from error
     if not found:
         raise UserError(f"data.corpus={url} does not exist, or is empty.")
     prefix = url.partition("?")[0].rstrip("/") + "/"
@@ -88,7 +85,8 @@ def list_url(url: str) -> tuple[list[Listed], str]:
 
 def _list_server(url: str) -> list[Listed]:
     server = _server(scheme_of(url))
-    info: dict[str, Any] = server.info(url)
+    with _as_os_error():
+        info: dict[str, Any] = server.info(url)
     if info.get("type") == "directory":  # of hf:// only; a web server has no listing to rely on
         entries = server.find(url, detail=True).values()
         return [_of_server(f"hf://{entry['name']}", entry) for entry in entries]
@@ -139,6 +137,49 @@ def _server(scheme: str) -> Any:
     import fsspec
 
     return fsspec.filesystem(scheme)
+
+
+@contextmanager
+def _as_os_error() -> Generator[None]:
+    """Each library below fsspec has exceptions of its own for what a server or a network does."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+class _Served(io.RawIOBase):
+    """A file of a server."""
+
+    def __init__(self, path: str) -> None:
+        with _as_os_error():
+            self._file = _server(scheme_of(path)).open(path, "rb", block_size=_BUFFER)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._file.seekable())
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with _as_os_error():
+            return int(self._file.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int:
+        with _as_os_error():
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 def local_file(path: Path) -> Listed:

@@ -37,8 +37,8 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """Characters, or tokens."""
-        return len(self.text) if self.ids is None else len(self.ids)
+        """Characters, or bytes of another trainer's tokens."""
+        return len(self.text) if self.ids is None else self.ids.nbytes
 
 
 def piece_bytes(total_bytes: int, val_fraction: float) -> int:
@@ -64,7 +64,7 @@ def read_pieces(
     left, seen = max_bytes or -1, 0
     for file in files:
         try:
-            for document, ends in _documents(file, text_field):
+            for document, ends in _documents(file, text_field, size):
                 seen += 1
                 if keep is not None and not keep[seen - 1]:
                     continue
@@ -87,17 +87,17 @@ def read_documents(files: Iterable[SourceFile], text_field: str) -> Iterator[Tex
     """
     for file in files:
         try:
-            for document, _ in _documents(file, text_field):
+            for document, _ in _documents(file, text_field, MAX_PIECE_BYTES):
                 assert not isinstance(document, np.ndarray), "duplicates among tokens are not looked for"
                 yield document
         except UNREADABLE as error:
             raise unreadable(file.path, error) from error
 
 
-def _documents(file: SourceFile, text_field: str) -> Iterator[tuple[TextIO | NDArray[np.integer], bool]]:
-    """The documents of a file, as text or as ids, each with whether it ends there."""
+def _documents(file: SourceFile, text_field: str, size: int) -> Iterator[tuple[TextIO | NDArray[np.integer], bool]]:
+    """The documents of a file, as text or as about `size` bytes of ids, each with whether it ends there."""
     if file.kind in OF_TOKENS:
-        for one in read_ids(file):
+        for one in read_ids(file, size):
             yield one.ids, one.ends
     elif file.kind in (PARQUET, ARROW):
         yield from tables.rows(file, text_field)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -105,10 +106,12 @@ def _weights(file: SourceFile) -> list[int]:
         raise UserError(f"data.corpus: {file.path} is no {file.kind} file: {error}") from error
 
 
-def _open_parquet(file: SourceFile) -> Any:
+@contextmanager
+def _open_parquet(file: SourceFile) -> Generator[Any]:
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(open_binary(file.path), buffer_size=BUFFER_BYTES, pre_buffer=False)
+    with open_binary(file.path) as source, pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False) as table:
+        yield table
 
 
 def _parquet(file: SourceFile, text_field: str) -> Iterator[Any]:

@@ -21,7 +21,6 @@ from elastic_moe.data.location import scheme_of
 from elastic_moe.data.source_file import MEGATRON, SourceFile
 from elastic_moe.errors import UserError
 
-PIECE_TOKENS = 1 << 14  # of a flat file, or of a long document
 _MAGIC = b"MMIDIDX\x00\x00"
 _TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 _LLM_C = {20240520: "<u2", 20240801: "<u4"}  # magic number -> type of the ids
@@ -72,28 +71,29 @@ def parts_of(file: SourceFile, wanted_bytes: int) -> list[SourceFile]:
         spans = zip(cuts, cuts[1:], sizes, strict=False)
         return [replace(file, begin=a, count=b - a, weight=int(size)) for a, b, size in spans]
     ids = _flat(Path(file.path))
-    step = max(wanted_bytes // ids.itemsize // PIECE_TOKENS, 1) * PIECE_TOKENS
+    step = max(wanted_bytes // ids.itemsize, 1)
     counts = [(begin, min(step, len(ids) - begin)) for begin in range(0, len(ids), step)]
     return [replace(file, begin=begin, count=n, weight=n * ids.itemsize) for begin, n in counts]
 
 
-def read_ids(file: SourceFile) -> Iterator[Ids]:
-    """The ids of a part of a file, piece by piece.
+def read_ids(file: SourceFile, piece_bytes: int) -> Iterator[Ids]:
+    """The ids of a part of a file, in pieces of a flat file or a long document.
 
     Raises:
         UserError: the file is damaged.
     """
     if file.kind != MEGATRON:
         ids = _flat(Path(file.path))
-        end = file.begin + (file.count or len(ids))
-        for begin in range(file.begin, end, PIECE_TOKENS):
-            yield Ids(ids[begin : min(begin + PIECE_TOKENS, end)], ends=False)
+        end, step = file.begin + (file.count or len(ids)), max(piece_bytes // ids.itemsize, 1)
+        for begin in range(file.begin, end, step):
+            yield Ids(ids[begin : min(begin + step, end)], ends=False)
         return
     index = _Index(Path(file.path))
+    step = max(piece_bytes // index.ids.itemsize, 1)
     for document in range(file.begin, file.begin + (file.count or len(index.document_ends))):
         begin, end = int(index.document_ends[document - 1]) if document else 0, int(index.document_ends[document])
-        for first in range(begin, end, PIECE_TOKENS):
-            last = min(first + PIECE_TOKENS, end)
+        for first in range(begin, end, step):
+            last = min(first + step, end)
             yield Ids(index.ids[first:last], ends=last == end)
 
 

@@ -1,15 +1,19 @@
 """Puts the parts of a corpus together, in their order, into one file for training and one for validation.
 
-A journal (`parts.jsonl`) has a line for each part that is in the files: where it came from, how many tokens both files
-have after it, and their checksums so far. A line is written when the tokens are on the disk, and then the part's own
-files are deleted. So a process that is killed at any point is followed by one that cuts the files off behind the last
-line, compares their checksums with it, and goes on with the next part: no byte is lost, none is there twice.
+A journal (`parts.jsonl`) has a line for each part that is in the files: where it came from, how many tokens it has, and
+the checksums of both files after it. Lines are written when the tokens are on the disk, about every second, and then
+the parts' own files are deleted. So a process that is killed at any point is followed by one that cuts the files off
+behind the last line, compares their checksums with it, and goes on with the next part: no byte is lost, none is there
+twice.
 """
 
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from elastic_moe.data.shards import TokenShardWriter, file_sha256, note_checked,
 
 FILES = {TRAIN: "train.bin", VAL: "val.bin"}
 JOURNAL = "parts.jsonl"
+COMMIT_S = 1.0  # seconds between two times that what was appended is written to the disk
 _CHUNK = 1 << 22
 
 
@@ -61,10 +66,21 @@ class Assembly:
         self._journal = (directory / JOURNAL).open("r+b" if length else "wb")
         self._journal.truncate(length)
         self._journal.seek(length)
-        self._remove([record.number for record in self.records[-1:]])
+        self._pending: list[tuple[int, bytes]] = []  # number and line of parts that are not in the journal yet
+        self._characters = Counter[int]()
+        for record in self.records:
+            self._characters[record.corpus] += record.stats.characters
+        self._committed_s = time.monotonic()
+
+    def characters(self, corpus: int) -> int:
+        """Characters of a corpus that are in the files."""
+        return self._characters[corpus]
 
     def close(self) -> None:
-        """Close the files as they are."""
+        """Close the files as they are; what was appended is kept for the next time."""
+        if hasattr(self, "_journal"):
+            with suppress(OSError):
+                self._commit()
         for writer in self._writers.values():
             writer.abandon()
         if hasattr(self, "_journal"):
@@ -91,13 +107,23 @@ class Assembly:
                     data = stream.read(min(_CHUNK, left))
                     self._writers[what].append_bytes(data)
                     left -= len(data)
-            self._writers[what].sync()
         self.records.append(taken)
         self.total.add(taken.stats)
+        self._characters[record.corpus] += taken.stats.characters
         line = json.dumps(taken.to_json() | {"sums": self._sums()}) + "\n"
-        self._journal.write(line.encode())
+        self._pending.append((record.number, line.encode()))
+        if time.monotonic() - self._committed_s >= COMMIT_S:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Bring what was appended to the disk, then into the journal, and delete the parts' own files."""
+        for writer in self._writers.values():
+            writer.sync()
+        self._journal.write(b"".join(line for _, line in self._pending))
         self._journal.flush()
-        self._remove([record.number])
+        self._remove([number for number, _ in self._pending])
+        self._pending.clear()
+        self._committed_s = time.monotonic()
 
     def finish(self, corpora: Sequence[str]) -> None:
         """Write the indexes.
@@ -105,12 +131,12 @@ class Assembly:
         Args:
             corpora: names of the corpora of a mixture, in order; () for a single corpus.
         """
+        self._commit()
         for what, name in FILES.items():
             tokens = [0] * len(corpora)
             for record in self.records if corpora else ():
                 tokens[record.corpus] += getattr(record.stats, what)
             path, writer = self._directory / name, self._writers[what]
-            writer.sync()
             writer.close(list(zip(corpora, tokens, strict=True)))
             note_checked(path, writer.sha256, settled=True)
         self._journal.close()

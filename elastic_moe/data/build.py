@@ -196,7 +196,7 @@ class Build:
 
     def _left(self, assembly: Assembly, part: Part) -> int:
         """Characters of a part's corpus that may still be read."""
-        return part.limit - sum(one.stats.characters for one in assembly.records if one.corpus == part.corpus)
+        return part.limit - assembly.characters(part.corpus)
 
     def _is_full(self, assembly: Assembly, part: Part) -> bool:
         """Whether as much of a part's corpus was read as `data.max_bytes` allows."""

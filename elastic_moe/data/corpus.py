@@ -42,7 +42,8 @@ EXCLUDED_DIRS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload", "__phello__"}
     | {"encodings"}  # tables of character names, a tenth of the text
 )
-PART_BYTES = 16 << 20  # of source that one process encodes at a time; a smaller corpus is encoded by one
+PART_BYTES = 4 << 20  # of source that one process encodes at a time
+WHOLE_BYTES = 16 << 20  # a corpus of no more is one part, which is encoded by the threads of one process
 _LOOKS = 16  # files of a server that are looked into at once
 _OF_TOKENS = (".bin", ".idx", ".pkl")  # files beside each other where other trainers keep tokens
 
@@ -229,14 +230,14 @@ def cut_into_parts(files: list[SourceFile], first: Part, part_bytes: int = 0) ->
     Args:
         files: the files, in order.
         first: number, corpus and limit of the first part, which the others follow.
-        part_bytes: of source in a part; a corpus without more is one part; 0: `PART_BYTES`.
+        part_bytes: of source in a part; a corpus without more is one part; 0: `PART_BYTES` and `WHOLE_BYTES`.
 
     Raises:
         UserError: a file is not what its name says.
     """
-    part_bytes = part_bytes or PART_BYTES
+    part_bytes, whole_bytes = part_bytes or PART_BYTES, part_bytes or max(PART_BYTES, WHOLE_BYTES)
     total = sum(file.size for file in files)
-    if (min(total, first.limit) if first.limit else total) <= part_bytes:
+    if (min(total, first.limit) if first.limit else total) <= whole_bytes:
         return [replace(first, files=tuple(files))]
     parts: list[Part] = []
     held: list[SourceFile] = []

@@ -51,6 +51,7 @@ def documents_of(prepared: Prepared) -> list[str]:
 @pytest.mark.parametrize("part_bytes", [1 << 24, 30_000])
 def test_exact_duplicates(part_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elastic_moe.data.corpus.PART_BYTES", part_bytes)
+    monkeypatch.setattr("elastic_moe.data.corpus.WHOLE_BYTES", 0)
     rng = random.Random(1)
     own = [text(rng) for _ in range(300)]
     texts = own + [changed(rng, one, 1) for one in own[:20]] + own[:100] + own[:50]
@@ -66,6 +67,7 @@ def test_exact_duplicates(part_bytes: int, tmp_path: Path, monkeypatch: pytest.M
 
 def test_near_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elastic_moe.data.corpus.PART_BYTES", 30_000)
+    monkeypatch.setattr("elastic_moe.data.corpus.WHOLE_BYTES", 0)
     rng = random.Random(2)
     own = [text(rng) for _ in range(200)]
     near = [changed(rng, one, 1).upper() for one in own]  # 5 of 116 shingles differ: 0.92 are shared

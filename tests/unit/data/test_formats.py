@@ -218,6 +218,7 @@ def test_files_of_a_web_server(server: str, tmp_path: Path) -> None:
 
 def test_a_server_that_fails_for_a_moment(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elastic_moe.data.corpus.PART_BYTES", 300_000)
+    monkeypatch.setattr("elastic_moe.data.corpus.WHOLE_BYTES", 0)
     (tmp_path / "a.txt").write_text("".join(TEXTS))
     config = config_of(f"{server}/a.txt", processes=2)
     parts = cut_into_parts(list_files(config).files, Part(0, ()))
@@ -266,6 +267,7 @@ def tokens_of(prepared: Any) -> list[int]:
 @pytest.mark.parametrize("part_bytes", [1 << 24, 4000])
 def test_megatron(code: int, part_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elastic_moe.data.corpus.PART_BYTES", part_bytes)
+    monkeypatch.setattr("elastic_moe.data.corpus.WHOLE_BYTES", 0)
     write_megatron(tmp_path / "set" if (tmp_path / "set").mkdir() else tmp_path / "set" / "a", DOCUMENTS, code)
     config = config_of(tmp_path / "set", tokenizer="ids", vocab_size=1000)
     prepared = prepare(config, tmp_path / "cache")
@@ -290,6 +292,7 @@ def test_megatron_with_its_tokenizer_gets_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize("header", [False, True])
 def test_flat_files(header: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elastic_moe.data.corpus.PART_BYTES", 100_000)
+    monkeypatch.setattr("elastic_moe.data.corpus.WHOLE_BYTES", 0)
     ids = np.arange(200_000, dtype=np.uint16) % 5000
     root = tmp_path / "set"
     root.mkdir()

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elastic_moe.data.corpus.PART_BYTES", PART)
+    monkeypatch.setattr("elastic_moe.data.corpus.WHOLE_BYTES", 0)
 
 
 @pytest.fixture
@@ -242,7 +243,8 @@ def test_bad_input_in_a_part_is_a_sentence(corpus: Path, tmp_path: Path) -> None
 
 COMMAND = """
 import sys
-from elastic_moe.data import corpus
+from elastic_moe.data import assembly, corpus
+assembly.COMMIT_S = corpus.WHOLE_BYTES = 0
 corpus.PART_BYTES = int(sys.argv.pop(1))
 from elastic_moe.cli.main import main
 raise SystemExit(main())

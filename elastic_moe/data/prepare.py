@@ -101,7 +101,7 @@ def prepare(config: DataConfig, cache_root: str | Path, told: Told = _silent) ->
 
 def _sources(config: DataConfig) -> list[Source]:
     """The corpora, and their files."""
-    names = list(config.mixture) or [config.corpus]
+    names = sorted(config.mixture) or [config.corpus]
     settings = [replace(config, corpus=name, mixture={}) for name in names]
     sources = [Source(one.corpus, one, list_files(one)) for one in settings]
     check_dedup(config, sources)

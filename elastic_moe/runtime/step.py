@@ -24,8 +24,7 @@ from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.optim.schedule import lr_at
 from elastic_moe.parallel.reproducible import Grid
-from elastic_moe.plan.batch import sample_ids
-from elastic_moe.runtime.batches import MicroBatches
+from elastic_moe.runtime.batches import BatchReader, MicroBatches
 from elastic_moe.runtime.gradients import DenseGradients
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.session import GenerationContext
@@ -97,7 +96,8 @@ class StepRunner:
         fault: Callable[[int, str], None],
         autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self._config, self._model, self._train, self._batches = config, model, train, batches
+        self._config, self._model, self._batches = config, model, batches
+        self._reader = BatchReader(config, train)
         self._fault, self._autocast = fault, autocast
         self._started_s, self._waited_s = time.perf_counter(), 0.0
         self._phases: dict[str, float] = {}  # phase of the step -> when it began
@@ -175,8 +175,7 @@ class StepRunner:
     def _compute(self, step: int, context: GenerationContext, batch: int) -> ComputedShare:
         """Forward and backward passes of this rank's share of a batch."""
         config, model = self._config, self._config.model
-        samples = self._train.num_samples(config.data.seq_len)
-        ids = sample_ids(config.seed, batch, config.data.global_batch, samples)
+        share = self._reader.take(batch, context.shares[context.rank])
         context.experts.begin_step()
         self.gradients.zero()
         tokens, device = 0, self._batches.device
@@ -186,7 +185,7 @@ class StepRunner:
         mtp_weight = model.mtp_late_weight if late else model.mtp_weight
         watch = context.shares[context.rank].start == 0 and context.rank in context.layout.view.active_ranks
         load_LE = torch.zeros((model.num_moe_layers, model.num_experts), dtype=torch.int64, device=device)
-        for inputs, targets in self._batches.of(self._train, ids, context.shares, context.rank):
+        for inputs, targets in self._batches.of(share, context.shares):
             with self._autocast():
                 out = self._model.loss(inputs, targets, mtp_weight, watch)
             watch = False  # the batch's first sequence: the same one at every world size
@@ -262,6 +261,7 @@ class StepRunner:
         record = step_record(vote, lr, ended_s - self._started_s, committed_at_s)
         for (phase, began_s), next_s in zip(self._phases.items(), [*self._phases.values(), ended_s][1:], strict=True):
             record[f"{phase}_s"] = round(next_s - began_s, 6)
+        record["data_s"] = round(self._reader.waited_s, 6)
         if local.held_s:
             record["held_s"], local.held_s = local.held_s, 0.0
         local.add_record(record)

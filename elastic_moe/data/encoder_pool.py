@@ -47,7 +47,7 @@ class EncoderPool:
     def __init__(self, settings: EncodeSettings, processes: int) -> None:
         self._settings, self._own = settings, threading.local()
         self._processes: list[subprocess.Popen[str]] = []
-        self._done: dict[int, int] = {}
+        self._finished, self._under_way = 0, dict[int, int]()  # bytes of source; of each part that is not finished
         self._lock, self._ended = threading.Lock(), False
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="encoder")
 
@@ -79,11 +79,16 @@ class EncoderPool:
             UserError: a file cannot be read, or has no text where it should.
             OSError: the working directory cannot be written.
         """
-        self._done.clear()
+        self._finished = 0
         waiting = deque(self._threads.submit(self._do, what, part) for part in parts)
         while waiting:
             yield self._result(waiting.popleft(), told)
-            told(sum(list(self._done.values())))
+            told(self._done())
+
+    def _done(self) -> int:
+        """Bytes of source that are done."""
+        with self._lock:
+            return self._finished + sum(self._under_way.values())
 
     def _result(self, future: Future[dict[str, Any]], told: Callable[[int], object]) -> dict[str, Any]:
         while True:
@@ -92,7 +97,7 @@ class EncoderPool:
             except NotYet:
                 if future.done():
                     raise
-                told(sum(list(self._done.values())))
+                told(self._done())
 
     def _do(self, what: str, part: Part) -> dict[str, Any]:
         """Let this thread's process do a job; a process that dies is replaced."""
@@ -119,10 +124,12 @@ class EncoderPool:
             process.stdin.flush()
             for line in process.stdout:
                 answer: dict[str, Any] = json.loads(line)
-                if "done" not in answer:
-                    self._done[part.number] = part.weight
-                    return answer
-                self._done[part.number] = min(int(answer["done"]), part.weight)
+                with self._lock:
+                    if "done" not in answer:
+                        self._under_way.pop(part.number, None)
+                        self._finished += part.weight
+                        return answer
+                    self._under_way[part.number] = min(int(answer["done"]), part.weight)
         except (OSError, ValueError):  # a half line of a process that was killed
             pass
         return None

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from elastic_moe.data.tokenizer import BpeTokenizer
+from elastic_moe.data.tokenizer import BpeTokenizer, BytesTokenizer
 from elastic_moe.errors import UserError
 from elastic_moe.model.hf.checkpoint import write_checkpoint
 from elastic_moe.model.hf.config_json import family_of
@@ -56,7 +56,7 @@ def export(source: str, target: str, step: int | None, dtype: torch.dtype) -> st
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     notes = f"; {len(left)} tensors of the multi-token prediction were left out" if left else ""
-    if saved.tokenizer is not None and not isinstance(saved.tokenizer, BpeTokenizer):
+    if isinstance(saved.tokenizer, BytesTokenizer):
         notes += "; tokens are bytes, for which transformers needs no file: id 0 to 255, and 256 ends a document"
     if family_of(saved.cfg) == OWN:
         notes += "; transformers loads it with trust_remote_code=True"

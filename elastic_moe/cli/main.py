@@ -10,6 +10,7 @@ from elastic_moe import __version__
 
 SUBCOMMANDS = {  # each is the module of this name in elastic_moe.cli, with _ for -
     "train": "train a model on a cluster whose workers may come and go; -m runs a sweep",
+    "prepare": "make the token shards of a corpus before a run, in parallel",
     "status": "show how a run is doing, once or with --watch",
     "ctl": "steer a run that goes on: checkpoint, scale, drain, pause, resume, stop",
     "describe": "count a model's parameters, FLOPs and memory per worker",

@@ -26,7 +26,9 @@ SHAPE_OF_ATTENTION = {
 }
 SHAPE_OF_STREAMS = "num_streams readout".split()
 _NOT_TOLD = {f"model.{name}" for name in "end_token init_from fused recompute stream_segment logits_gib".split()}
-_NOT_TOLD.add("data.cache_dir")
+_NOT_TOLD |= {"data.cache_dir", "data.processes"}
+# Keys by which the text is found and read: where the tokens are the same, their values do not matter.
+_OF_TEXT = tuple(f"data.{name}:" for name in "corpus pattern text_field max_bytes dedup".split())
 _SINGLE = ("seed", "precision")
 
 
@@ -75,7 +77,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Comparison:
     if _differs(old, new, "data"):
         changed.append("data: another text")
     elif old.get("data") and new.get("data"):
-        changed = [text for text in changed if not text.startswith("data.corpus:")]
+        changed = [text for text in changed if not text.startswith(_OF_TEXT)]
     return Comparison(tuple(impossible), tuple(changed))
 
 
@@ -90,4 +92,6 @@ def _differs(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): one for name, one in cast("Mapping[Any, Any]", value).items()}
     return [str(item) for item in cast("list[Any]", value)] if isinstance(value, list) else value

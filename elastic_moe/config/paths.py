@@ -22,6 +22,7 @@ def check_paths(config: TrainConfig) -> None:
         ("data.cache_dir", data.cache_dir),
         ("data.tokenizer", data.tokenizer),
         ("model.init_from", config.model.init_from),
+        *(("data.mixture", corpus) for corpus in data.mixture),
     ):
         check_home(key, value)
 

@@ -138,6 +138,8 @@ def _allowed(name: str) -> str:
         return ", ".join(CHOICES[name])
     if name == "cluster.price_per_hour":
         return "at least 0 each; 0: not known"
+    if name == "data.mixture":
+        return "above 0 each"
     ranges = ((AT_LEAST_ONE, "at least 1"), (AT_LEAST_ZERO, "at least 0"), (ABOVE_ZERO, "above 0"))
     return next((text for names, text in ranges if name in names), "")
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from elastic_moe.config.data_rules import check_data
 from elastic_moe.config.model_rules import check_attention, check_groups, check_recompute
 from elastic_moe.config.pace import pace
 from elastic_moe.config.paths import check_paths
@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.residual": ("plain", "hc", "mhc"),
     "model.readout": ("mean", "learned"),
     "model.fused": ("auto", "off", "compile", "triton"),
+    "data.dedup": ("off", "exact", "near"),
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("cosine", "constant", "wsd", "steps"),
     "optim.decay_shape": ("linear", "sqrt", "cosine"),
@@ -60,7 +61,7 @@ AT_LEAST_ZERO = """
     model.router_z_loss model.z_loss model.logits_gib model.init_std model.query_latent
     model.rope_mscale model.rope_mscale_all_dim model.index_loss_weight model.num_hash_layers model.swiglu_limit
     model.mix_eps model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes
-    data.batch_ramp data.batch_ramp_steps data.batch_ramp_tokens
+    data.processes data.batch_ramp data.batch_ramp_steps data.batch_ramp_tokens
     optim.max_skipped optim.warmup_steps optim.warmup_tokens
     optim.min_lr_ratio optim.weight_decay elastic.max_workers elastic.redundancy
     elastic.spare_slots elastic.slots_per_worker elastic.join_settle_s elastic.drain_deadline_s
@@ -129,8 +130,7 @@ def check_rules(config: TrainConfig, inputs: bool = True) -> list[str]:
         _need(config, key, lambda value: value % step == 0, f"a multiple of {step} in {config.precision}")
     _check_model(config)
     _check_elastic(config)
-    if inputs:
-        _check_inputs(config)
+    check_data(config.data, inputs)
     scheme = re.match(r"([a-z0-9]+)://", config.checkpoint.dir)
     if scheme and scheme[1] not in ("file", "s3", "gs"):
         raise UserError(
@@ -245,17 +245,6 @@ def _check_elastic(config: TrainConfig) -> None:
             f"elastic.hold_s ({elastic.hold_s}) must be longer than elastic.lease_s ({elastic.lease_s}), after which a "
             "worker begins to wait."
         )
-
-
-def _check_inputs(config: TrainConfig) -> None:
-    corpus = config.data.corpus
-    if corpus != "stdlib" and not (corpus.strip() and Path(corpus).expanduser().exists()):
-        raise UserError(
-            f'data.corpus names {corpus!r}, which does not exist: give a text file, a directory or "stdlib".'
-        )
-    tokenizer = config.data.tokenizer
-    if tokenizer not in ("bpe", "bytes") and not Path(tokenizer).expanduser().is_file():
-        raise UserError(f'data.tokenizer must be "bpe", "bytes" or a tokenizer.json, not {tokenizer!r}.')
 
 
 def _check_faults(config: TrainConfig) -> None:

@@ -122,11 +122,14 @@ class ModelConfig(Sealed):
 
 @dataclass(kw_only=True)
 class DataConfig(Sealed):
-    corpus: str = "stdlib"  # text file or directory; "stdlib": the source of Python's standard library
+    corpus: str = "stdlib"  # text or tokens: a file, directory or URL; "stdlib": the source of Python's own library
+    mixture: dict[str, float] = field(default_factory=dict[str, float])  # corpora and weights, in place of data.corpus
     pattern: str = "*"  # files of a directory
-    max_bytes: int = 8_000_000  # bytes of text that are read; 0: all of it
-    tokenizer: str = "bpe"  # "bpe", "bytes", or a tokenizer.json
-    vocab_size: int = 2048  # bpe: tokens in the trained vocabulary
+    text_field: str = ""  # JSONL and tables: field or column with the text; "": text or content
+    max_bytes: int = 0  # bytes of text that are read of a corpus; 0: all of it, of stdlib the first 8 MB
+    dedup: str = "off"  # exact or near duplicates of documents are left out
+    tokenizer: str = "bpe"  # "bpe", "bytes", a tokenizer.json, or its directory; "ids": the corpus holds tokens
+    vocab_size: int = 2048  # bpe: tokens in the trained vocabulary; ids: their number
     seq_len: int = 128  # tokens per sequence
     global_batch: int = 32  # sequences per step, whatever the world size
     batch_ramp: int = 0  # sequences of the first step; the batch then grows to global_batch; 0: no ramp
@@ -135,6 +138,7 @@ class DataConfig(Sealed):
     micro_batch: int = 8  # sequences per forward pass on one worker
     val_fraction: float = 0.02  # part of the text that is kept for evaluation
     cache_dir: str = ""  # directory of tokenized text; "": .cache beside the run directories
+    processes: int = 0  # processes that prepare a corpus; 0: one for each processor
 
 
 def paper_steps() -> list[str]:

@@ -2,47 +2,32 @@
 
 A complete, undamaged result is used as it is. A new one is written to a directory with a temporary name, which is
 renamed when it is complete. So two runs may prepare the same corpus at once, and a preparation that is killed leaves no
-directory that looks complete. No environment variable is read.
+directory that looks complete; the next one goes on with what it has left (`workspace.py`, `assembly.py`). No
+environment variable is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from elastic_moe.config.schema import DataConfig
-from elastic_moe.data.corpus import (
-    CorpusFiles,
-    Piece,
-    SourceFile,
-    ValidationSplit,
-    list_files,
-    piece_bytes,
-    read_pieces,
-)
-from elastic_moe.data.shards import FORMAT, TokenShard, TokenShardWriter, file_sha256, token_digest
-from elastic_moe.data.tokenizer import (
-    TOKENIZER_FILE,
-    BpeTokenizer,
-    BytesTokenizer,
-    TextTokenizer,
-    load_tokenizer,
-    read_tokenizer_file,
-)
+from elastic_moe.data.assembly import JOURNAL
+from elastic_moe.data.build import Build, Built, Source, check_dedup
+from elastic_moe.data.corpus import limit_of, list_files
+from elastic_moe.data.encode import TextStats
+from elastic_moe.data.shards import FORMAT, TokenShard, file_sha256, token_digest
+from elastic_moe.data.tokenizer import KINDS, TOKENIZER_FILE, load_tokenizer, tokenizer_path
+from elastic_moe.data.workspace import Workspace
 from elastic_moe.errors import UserError
 
 TRAIN, VAL = "train.bin", "val.bin"
 SUMMARY = "corpus.txt"  # one line about what was read
-READER = 2  # version of how files become text and tokens; part of the cache's names
-_BATCH = 64  # pieces encoded at once
+READER = 3  # version of how files become text and tokens; part of the cache's names
 Told = Callable[
     [str, int, int], object
 ]  # is told a part of the work, and how many of how many bytes are done; 0 of 0: unknown
@@ -101,33 +86,57 @@ def prepare(config: DataConfig, cache_root: str | Path, told: Told = _silent) ->
     """
     if not 0 < config.val_fraction < 1:
         raise UserError(f"data.val_fraction={config.val_fraction} must lie between 0 and 1")
-    if config.tokenizer not in ("bpe", "bytes") and not Path(config.tokenizer).expanduser().is_file():
-        raise UserError(f'data.tokenizer={config.tokenizer} is neither "bpe" nor "bytes" nor a file')
-    listed = list_files(config)
-    files, root = listed.files, Path(cache_root).absolute()
-    kind = config.tokenizer if config.tokenizer in ("bpe", "bytes") else "file"
-    final = root / f"{kind}-{_key(config, files)}"
-    prepared = find_prepared(final)
-    if prepared is None:
-        prepared = _build(config, listed, final, told)
-    for path, key in ((prepared.train_path, "data.corpus"), (prepared.val_path, "data.val_fraction")):
-        shard = TokenShard.open(path, verify=False)
-        if shard.num_samples(config.seq_len) == 0:
-            raise UserError(
-                f"{key}: {Path(path).stem} text has {len(shard)} tokens, too few for data.seq_len={config.seq_len}; "
-                f"use more text or a smaller data.seq_len"
-            )
+    if config.tokenizer not in KINDS and not tokenizer_path(config.tokenizer).is_file():
+        raise UserError(
+            f'data.tokenizer={config.tokenizer} is neither "bpe" nor "bytes" nor "ids" nor a tokenizer.json or its '
+            "directory"
+        )
+    sources = _sources(config)
+    kind = config.tokenizer if config.tokenizer in KINDS else "file"
+    final = Path(cache_root).absolute() / f"{kind}-{_key(config, sources)}"
+    prepared = find_prepared(final) or _build(config, sources, final, told)
+    _check_sizes(config, prepared)
     return prepared
 
 
-def _key(config: DataConfig, files: list[SourceFile]) -> str:
-    """Short hash of everything that the tokens depend on; the sequence length is not part of it."""
-    vocab_size = config.vocab_size if config.tokenizer == "bpe" else 0
-    parts = [FORMAT, READER, config.tokenizer, vocab_size, config.max_bytes, config.val_fraction]
-    if config.tokenizer not in ("bpe", "bytes"):
-        parts.append(hashlib.sha256(Path(config.tokenizer).expanduser().read_bytes()).hexdigest())
-    parts += [(file.name, file.size, file.mtime_ns) for file in files]
+def _sources(config: DataConfig) -> list[Source]:
+    """The corpora, and their files."""
+    names = sorted(config.mixture) or [config.corpus]
+    settings = [replace(config, corpus=name, mixture={}) for name in names]
+    sources = [Source(one.corpus, one, list_files(one)) for one in settings]
+    check_dedup(config, sources)
+    return sources
+
+
+def _key(config: DataConfig, sources: Sequence[Source]) -> str:
+    """Short hash of everything that the tokens depend on; the sequence length and the weights are not part of it."""
+    vocab_size = config.vocab_size if config.tokenizer in ("bpe", "ids") else 0
+    parts: list[object] = [FORMAT, READER, config.val_fraction, config.dedup, config.text_field, vocab_size]
+    if config.tokenizer in KINDS:
+        parts.append(config.tokenizer)
+    else:
+        path = tokenizer_path(config.tokenizer)
+        beside = path.with_name("tokenizer_config.json")  # names the end token
+        parts += [file_sha256(one) for one in (path, beside) if one.is_file()]
+    for source in sources:
+        parts += [source.name if config.mixture else "", limit_of(source.config)]
+        parts += [(file.name, file.size, file.mtime_ns) for file in source.listed.files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _check_sizes(config: DataConfig, prepared: Prepared) -> None:
+    """Refuse a corpus that is too small for one sample."""
+    for path, key in ((prepared.train_path, "data.corpus"), (prepared.val_path, "data.val_fraction")):
+        shard = TokenShard.open(path, verify=False)
+        spans = shard.spans or (("", len(shard)),)
+        for (name, tokens), samples in zip(spans, shard.samples(config.seq_len), strict=True):
+            if not samples:
+                of = f" of {name}" if name else ""
+                few = f"too few for data.seq_len={config.seq_len}"
+                raise UserError(
+                    f"{key}: {Path(path).stem} text{of} has {tokens} tokens, {few}; use more text or a "
+                    "smaller data.seq_len"
+                )
 
 
 def find_prepared(directory: Path) -> Prepared | None:
@@ -164,108 +173,55 @@ def digest_of(prepared: Prepared) -> str:
     return hashlib.sha256(f"{tokens} {tokenizer}".encode()).hexdigest()
 
 
-def _build(config: DataConfig, listed: CorpusFiles, final: Path, told: Told) -> Prepared:
-    temporary = final.with_name(f".{final.name}-{uuid.uuid4().hex}")
+def _build(config: DataConfig, sources: Sequence[Source], final: Path, told: Told) -> Prepared:
     try:
-        temporary.mkdir(parents=True)
-        tokenizer = _tokenizer(config, listed.files, told)
-        tokenizer.save(temporary / TOKENIZER_FILE)
-        text = _write_tokens(config, listed.files, tokenizer, temporary, told)
-        (temporary / SUMMARY).write_text(_summary(listed, text) + "\n", encoding="utf-8")
-        _publish(temporary, final)
+        with Workspace(final, lambda: told("waiting for another process that prepares it", 0, 0)) as work:
+            if (prepared := find_prepared(final)) is not None:
+                work.discard()
+                return prepared
+            try:
+                built = Build(config, sources, work.directory, told).run()
+                built.assembly.finish([source.name for source in sources] if config.mixture else [])
+            except (UserError, OSError):
+                if not _has_begun(work.directory):
+                    work.discard()
+                raise
+            (work.directory / SUMMARY).write_text(_summary(sources, built) + "\n", encoding="utf-8")
+            work.publish(lambda directory: find_prepared(directory) is not None)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot prepare the corpus in {final.parent}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     prepared = find_prepared(final)
     assert prepared is not None, f"prepared corpus {final} does not verify"
     return prepared
 
 
-def _split(config: DataConfig, files: list[SourceFile], part: str, told: Told) -> Iterator[tuple[Piece, bool]]:
-    """Pieces of the corpus, each with a flag: true for validation. They are told as those of this part of the work."""
-    total = sum(file.size for file in files)
-    total = min(total, config.max_bytes) if config.max_bytes else total
-    told(part, 0, total)  # at once, and not in a thread of whoever reads the pieces
-    return _pieces(config, files, total, lambda done: told(part, done, total))
+def _has_begun(directory: Path) -> bool:
+    """Whether an unfinished preparation has anything with which a later one could go on."""
+    journal = directory / JOURNAL
+    return any(directory.glob("part-*.json")) or (journal.is_file() and journal.stat().st_size > 0)
 
 
-def _pieces(
-    config: DataConfig, files: list[SourceFile], total: int, told: Callable[[int], object]
-) -> Iterator[tuple[Piece, bool]]:
-    split, done = ValidationSplit(config.val_fraction), 0
-    for piece in read_pieces(files, config.max_bytes, piece_bytes(total, config.val_fraction)):
-        yield piece, split.is_val(piece)
-        done += len(piece.text.encode())
-        told(min(done, total))
-
-
-def _tokenizer(config: DataConfig, files: list[SourceFile], told: Told) -> TextTokenizer:
-    if config.tokenizer == "bytes":
-        return BytesTokenizer()
-    if config.tokenizer != "bpe":
-        return read_tokenizer_file(config.tokenizer)
-
-    pieces = _split(config, files, "reading the text", told)
-
-    def texts() -> Iterator[str]:
-        for piece, is_val in pieces:
-            if not is_val:
-                yield piece.text
-        told("training the tokenizer", 0, 0)
-
-    return BpeTokenizer.train(texts(), config.vocab_size)
-
-
-@dataclass
-class _Text:
-    """What was read. Attributes: characters, size in UTF-8, and characters U+FFFD (bytes that could not be decoded)."""
-
-    characters: int = 0
-    size: int = 0
-    unknown: int = 0
-
-    def add(self, text: str) -> None:
-        self.characters += len(text)
-        self.size += len(text.encode())
-        self.unknown += text.count("\ufffd")
-
-
-def _summary(listed: CorpusFiles, text: _Text) -> str:
-    reasons = ", ".join(f"{number} {reason}" for reason, number in listed.skipped.most_common())
-    skipped = f"{listed.skipped.total()} left out ({reasons})" if reasons else "none left out"
-    encodings = Counter(file.form.encoding for file in listed.files if not file.form.encoding.startswith("utf-8"))
+def _summary(sources: Sequence[Source], built: Built) -> str:
+    """One line about what was read, what was left out, and what it became."""
+    files = [file for source in sources for file in source.listed.files]
+    left_out = sum((source.listed.skipped for source in sources), Counter[str]())
+    reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.most_common())
+    skipped = f"{left_out.total()} left out ({reasons})" if reasons else "none left out"
+    encodings = Counter(file.encoding for file in files if not file.encoding.startswith("utf-8"))
     others = "".join(f", {number} in {name}" for name, number in encodings.most_common())
+    total, text = sum(source.listed.total_bytes for source in sources), built.assembly.total
     share = f"{text.unknown / max(text.characters, 1):.3%} of it U+FFFD" if text.unknown else "no U+FFFD"
     return (
-        f"corpus: {len(listed.files)} files read{others}, {skipped}; {text.size / 1e6:.3g} MB of text from files of "
-        f"{listed.total_bytes / 1e6:.3g} MB, {share}"
+        f"corpus: {len(files)} files read{others}, {skipped}; {text.size / 1e6:.3g} MB of text from files of "
+        f"{total / 1e6:.3g} MB, {share}; {_tokens(text, built)}"
     )
 
 
-def _write_tokens(
-    config: DataConfig, files: list[SourceFile], tokenizer: TextTokenizer, directory: Path, told: Told
-) -> _Text:
-    read = _Text()
-    train, val = (TokenShardWriter(directory / name, tokenizer.vocab_size) for name in (TRAIN, VAL))
-    pieces = _split(config, files, "encoding", told)
-    while batch := list(islice(pieces, _BATCH)):
-        encoded = tokenizer.encode_batch([piece.text for piece, _ in batch])
-        for (piece, is_val), ids in zip(batch, encoded, strict=True):
-            read.add(piece.text)
-            (val if is_val else train).append([*ids, tokenizer.end_id] if piece.ends else ids)
-    train.close()
-    val.close()
-    return read
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Rename the complete directory. It replaces a damaged one; a complete one of another process stays."""
-    try:
-        os.rename(temporary, final)
-    except OSError:
-        if find_prepared(final) is not None:
-            return
-        os.rename(final, final.with_name(f"{temporary.name}-damaged"))
-        os.rename(temporary, final)
-        shutil.rmtree(final.with_name(f"{temporary.name}-damaged"), ignore_errors=True)
+def _tokens(text: TextStats, built: Built) -> str:
+    tokens = text.train + text.val
+    dropped = f", {built.dropped:,} duplicates left out" if built.dropped else ""
+    sampled = f"; the tokenizer is trained on {built.sampled / 1e6:.3g} MB of it" if built.sampled else ""
+    return (
+        f"{text.documents:,} documents{dropped}, {tokens:,} tokens of {text.size / max(tokens, 1):.2f} bytes, "
+        f"{text.val:,} of them for validation{sampled}"
+    )

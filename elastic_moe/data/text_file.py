@@ -1,27 +1,33 @@
-"""Files as text: which encoding, compressed or not, plain text or one JSON object a line.
+"""Files as text: which encoding, compressed or not, plain text or one JSON value a line.
 
 UTF-8, with or without a mark, UTF-16 and UTF-32 with a mark, Latin-1 and Windows-1252 are told apart by the first bytes
-of a file. `.gz` files are read decompressed. A `.jsonl` file has a document on each line: a text, or an object whose
-`text` or `content` is one.
+of a file. `.gz`, `.bz2`, `.xz` and `.zst` files are read decompressed. A `.jsonl` file has a document on each line: a
+text, or an object with a text in a field. A part of a file has the lines that begin in it.
 """
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
 import json
+import lzma
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO, cast
+from contextlib import closing
+from typing import Any, BinaryIO, TextIO, cast
 
+from elastic_moe.data.location import open_binary
+from elastic_moe.data.source_file import LINES, SourceFile
 from elastic_moe.errors import UserError
 
 HEAD_BYTES = 1 << 16  # by which a file's format is told
+SEARCH_BYTES = 4 << 20  # a place to cut a file is the end of a line that is no longer than this
 JSONL = (".jsonl", ".ndjson")
+CODECS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 TEXT_FIELDS = ("text", "content")
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _MARKS = (  # the longer marks first
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -31,32 +37,34 @@ _MARKS = (  # the longer marks first
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TextFormat:
-    """Attributes: encoding, by Python's name; compressed, by gzip; lines, with a JSON value on each."""
+def decompressed(raw: BinaryIO, codec: str) -> BinaryIO:
+    """The content of an open file, decompressed by `codec`; "": as it is."""
+    match codec:
+        case "gzip":
+            return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+        case "bz2":
+            return cast(BinaryIO, bz2.BZ2File(raw))
+        case "xz":
+            return cast(BinaryIO, lzma.LZMAFile(raw))
+        case "zstd":
+            import pyarrow as pa
 
-    encoding: str
-    compressed: bool
-    lines: bool
+            return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), HEAD_BYTES))
+        case _:
+            return raw
 
 
-PLAIN = TextFormat("utf-8", compressed=False, lines=False)
-
-
-def format_of(path: Path) -> TextFormat | None:
-    """The format of a file, by its name and its first bytes; None if it is no text.
+def head_of(path: str, codec: str) -> bytes:
+    """The first bytes of a file, decompressed.
 
     Raises:
         UserError: it cannot be read.
     """
-    compressed = path.suffix == ".gz"
-    lines = (path.with_suffix("") if compressed else path).suffix in JSONL
     try:
-        with gzip.open(path) if compressed else path.open("rb") as stream:
-            encoding = encoding_of(cast(bytes, stream.read(HEAD_BYTES)))
-    except (OSError, EOFError, zlib.error) as error:
+        with closing(open_binary(path)) as raw, closing(decompressed(raw, codec)) as stream:
+            return stream.read(HEAD_BYTES)
+    except UNREADABLE as error:
         raise unreadable(path, error) from error
-    return encoding and TextFormat(encoding, compressed, lines)  # type: ignore[return-value]
 
 
 def encoding_of(head: bytes) -> str | None:
@@ -76,36 +84,115 @@ def encoding_of(head: bytes) -> str | None:
     return "cp1252" if any(0x80 <= byte < 0xA0 for byte in head) else "latin-1"
 
 
-def unreadable(path: Path, error: Exception) -> UserError:
+def unreadable(path: str, error: Exception) -> UserError:
     """The sentence about a file that cannot be read."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return UserError(f"data.corpus: cannot read {path}: {reason}")
 
 
-def documents(path: Path, form: TextFormat) -> Iterator[TextIO]:
-    """The documents of a file as streams of text, each to be read before the next is asked for.
+def can_be_cut(file: SourceFile) -> bool:
+    """Whether a file of text may be read in parts: a byte of value 10 is the end of a line there."""
+    return not file.codec and not file.encoding.startswith(("utf-16", "utf-32"))
+
+
+def documents(file: SourceFile, text_field: str = "") -> Iterator[tuple[TextIO, bool]]:
+    """The documents of a file of text or lines as streams, each to be read before the next is asked for.
+
+    Yields:
+        (stream, whether the document ends with it; it does not in a part of a text that goes on).
 
     Raises:
         UserError: a line has no text.
-        OSError, EOFError, zlib.error: the file cannot be read.
+        OSError, EOFError, zlib.error, LZMAError: the file cannot be read.
     """
-    opened = gzip.open if form.compressed else open
-    with cast(Any, opened)(path, "rt", encoding=form.encoding, errors="replace", newline="") as stream:
-        if not form.lines:
-            yield stream
-            return
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield io.StringIO(_text_in(line, f"{path}:{number}"), newline="")
+    with closing(open_binary(file.path)) as raw, closing(decompressed(raw, file.codec)) as binary:
+        encoding, content, ends = file.encoding, binary, True
+        if file.count:
+            first, last = line_range(binary, file)
+            if first == last:
+                return
+            binary.seek(first)
+            ends = last == file.size
+            content = cast(BinaryIO, io.BufferedReader(_Limited(binary, last - first), HEAD_BYTES))
+            if first and encoding == "utf-8-sig":
+                encoding = "utf-8"
+        with io.TextIOWrapper(content, encoding=encoding, errors="replace", newline="") as stream:
+            if file.kind != LINES:
+                yield stream, ends
+                return
+            where = f" after byte {file.begin}" if file.begin else ""
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield io.StringIO(_text_in(line, f"{file.path}:{number}{where}", text_field), newline=""), True
 
 
-def _text_in(line: str, where: str) -> str:
+def line_range(stream: BinaryIO, part: SourceFile) -> tuple[int, int]:
+    """Begin and end, in bytes, of the lines that belong to a part of a file.
+
+    Parts begin at multiples of `count`. A cut moves to the next line, and is left out where no line begins soon, so
+    that a file that is one long line is one part, and the others are empty.
+    """
+    search = min(SEARCH_BYTES, part.count)
+
+    def cut(at: int) -> int | None:
+        return part.size if at >= part.size else _line_begin(stream, at, search)
+
+    first = cut(part.begin)
+    if first is None:
+        return 0, 0
+    at = part.begin + part.count
+    while (last := cut(at)) is None:
+        at += part.count
+    return first, last
+
+
+def _line_begin(stream: BinaryIO, at: int, search: int) -> int | None:
+    """The first begin of a line at a byte or after it, within so many bytes."""
+    if at == 0:
+        return 0
+    stream.seek(at - 1)
+    begin = at - 1
+    while begin < at - 1 + search:
+        chunk = stream.read(min(HEAD_BYTES, at - 1 + search - begin))
+        found = chunk.find(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        if not chunk:
+            return None
+        begin += len(chunk)
+    return None
+
+
+class _Limited(io.RawIOBase):
+    """The next so many bytes of an open file, which stays open."""
+
+    def __init__(self, stream: BinaryIO, left: int) -> None:
+        self._stream, self._left = stream, left
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(min(len(buffer), self._left))
+        buffer[: len(data)] = data
+        self._left -= len(data)
+        return len(data)
+
+
+def _text_in(line: str, where: str, text_field: str) -> str:
+    fields = (text_field,) if text_field else TEXT_FIELDS
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"data.corpus: {where} is no JSON.") from error
     if isinstance(value, dict):
-        value = next((value[name] for name in TEXT_FIELDS if isinstance(value.get(name), str)), None)
+        value = next((value[name] for name in fields if isinstance(value.get(name), str)), None)
     if not isinstance(value, str):
-        raise UserError(f"data.corpus: {where} has no text under {' or '.join(TEXT_FIELDS)}.")
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON may hold half a character
+        hint = "" if text_field else "; data.text_field names another field"
+        raise UserError(f"data.corpus: {where} has no text under {' or '.join(fields)}{hint}.")
+    return whole_characters(value)
+
+
+def whole_characters(text: str) -> str:
+    """The text, with U+FFFD for half a character, which JSON may hold."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

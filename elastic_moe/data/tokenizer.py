@@ -1,6 +1,7 @@
 """Tokenizers: byte-level BPE, trained on the corpus or read from a file, and plain bytes for the smallest runs.
 
-Both are lossless on every text, so no corpus has unknown tokens. Both have one extra token that ends a document.
+Both are lossless on every text, so no corpus has unknown tokens. Both have one extra token that ends a document. Tokens
+of another trainer may have no tokenizer here: then their ids are all that is known.
 Byte-level BPE is that of GPT-2 (Radford et al. 2019, section 2.2), as implemented in the `tokenizers` library.
 """
 
@@ -12,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HubTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from elastic_moe.config.schema import ModelConfig
 from elastic_moe.errors import UserError
@@ -22,6 +25,7 @@ END = "<|end|>"
 TOKENIZER_FILE = "tokenizer.json"  # beside a model of Hugging Face, and in the cache of prepared corpora
 MIN_BPE_VOCAB = 257  # the 256 bytes and the end token
 USUAL_ENDS = ("<|endoftext|>", "<｜end▁of▁sentence｜>", "<|im_end|>", "</s>", "<eos>")
+KINDS = ("bpe", "bytes", "ids")  # values of data.tokenizer that are no path
 _BYTES_FORMAT = '{"kind": "bytes"}'
 
 
@@ -37,6 +41,10 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
+        """As `encode_batch`, in arrays of a type that holds the vocabulary."""
+        ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
@@ -55,11 +63,38 @@ class BytesTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
+        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(_BYTES_FORMAT, encoding="utf-8")
+
+
+class IdsTokenizer:
+    """Ids without a meaning, 0 to `vocab_size` - 1. As text they are numbers with spaces between them; none ends."""
+
+    end_id = -1
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split() if word.isdecimal() and int(word) < self.vocab_size] or [0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
+        return [np.array(self.encode(text), np.uint32) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps({"kind": "ids", "vocab_size": self.vocab_size}), encoding="utf-8")
 
 
 class BpeTokenizer:
@@ -116,7 +151,13 @@ class BpeTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [one.ids for one in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return [one.ids for one in self._encoded(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
+        return [np.array(one.ids, np.uint32) for one in self._encoded(texts)]
+
+    def _encoded(self, texts: Sequence[str]) -> list[Encoding]:
+        return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -134,15 +175,21 @@ class BpeTokenizer:
         (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
 
 
+def tokenizer_path(path: str | Path) -> Path:
+    """The `tokenizer.json` that a path names: itself, or that of a directory, as for `AutoTokenizer`."""
+    path = Path(path).expanduser()
+    return path / TOKENIZER_FILE if path.is_dir() else path
+
+
 def read_tokenizer_file(path: str | Path) -> BpeTokenizer:
-    """Read a `tokenizer.json` of Hugging Face.
+    """Read a `tokenizer.json` of Hugging Face, or that of a directory.
 
     The end token is the one that the `tokenizer_config.json` beside it names, or else one of the usual end tokens.
 
     Raises:
         UserError: the file cannot be read, or no end token is found.
     """
-    path = Path(path).expanduser()
+    path = tokenizer_path(path)
     try:
         tokenizer = HubTokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
@@ -174,6 +221,8 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
         wrapped = json.loads(text)
         if wrapped.get("kind") == "hub":
             return BpeTokenizer(HubTokenizer.from_str(wrapped["tokenizer"]), wrapped["end"])
+        if wrapped.get("kind") == "ids":
+            return IdsTokenizer(int(wrapped["vocab_size"]))
         return BpeTokenizer(HubTokenizer.from_str(text))
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 _WARNINGS = (
@@ -58,7 +59,9 @@ def format_event(event: dict[str, Any]) -> str | None:
         case "sample_failed":
             return f"{step}: no sample: {event.get('reason')}"
         case "evaluated":
-            return f"{step}: validation loss {format_loss(event['val_loss'])}"
+            losses = event.get("val_losses", {})
+            by_corpus = ", ".join(f"{Path(name).name} {format_loss(loss)}" for name, loss in losses.items())
+            return f"{step}: validation loss {format_loss(event['val_loss'])}{by_corpus and f' ({by_corpus})'}"
         case _:
             return None
 

@@ -42,6 +42,7 @@ STEP_KEYS = (
     Key("straggler_s", "number", "s", "Idle time of the mean rank: others were slower with their share.", True),
     Key("held_s", "number", "s", "Time since the step before in which a checkpoint held training up.", True),
     *(Key(f"{phase}_s", "number", "s", f"On that rank: {meaning}.", True) for phase, meaning in PHASES.items()),
+    Key("data_s", "number", "s", "On that rank: waiting for the batch's tokens, part of `compute_s`.", True),
     Key("time", "number", "s", "Wall clock at the commit, since the Unix epoch."),
     Key("skipped", "boolean", "", "The step had no update, because a gradient was not finite, or of a spike.", True),
     Key("gain_forward", "number or null", "", "With residual streams: forward gain of the composite map.", True),
@@ -226,6 +227,7 @@ EVENT_KINDS = (
         "The validation loss was measured.",
         (
             Key("val_loss", "number or null", "nats per token", "Mean over the first `run.eval_sequences` sequences."),
+            Key("val_losses", "object of numbers", "nats per token", "With a mixture: of each corpus.", True),
             Key("eval_s", "number", "s", "Duration of the evaluation."),
         ),
     ),

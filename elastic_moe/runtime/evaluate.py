@@ -42,17 +42,26 @@ class Evaluator:
         self._autocast, self._device = autocast, device
 
     @torch.no_grad()
-    def loss(self, context: GenerationContext, num_sequences: int, seq_len: int) -> float:
-        """Mean validation loss per token over the first `num_sequences` sequences of the validation shard, in nats."""
-        ids = np.arange(min(num_sequences, self._val.num_samples(seq_len)), dtype=np.int64)
-        shares = slices_of(fastest_split(len(ids), context.speeds.sequences))
-        total = torch.zeros(2, dtype=torch.float64)
-        for inputs, targets in self._batches.of(self._val, ids, shares, context.rank):
-            with self._autocast():
-                out = self._model.loss(inputs, targets)
-            total += torch.tensor([float(out.ce_sum), float(out.num_tokens)], dtype=torch.float64)
-        context.group.all_reduce(total)
-        return float(total[0] / total[1])
+    def losses(self, context: GenerationContext, num_sequences: int, seq_len: int) -> dict[str, float]:
+        """Mean validation loss per token in nats, by the name of each corpus; "" without a mixture.
+
+        Of each corpus the first `num_sequences` sequences of its validation text are taken.
+        """
+        samples = self._val.samples(seq_len)
+        totals_C2 = torch.zeros((len(samples), 2), dtype=torch.float64)
+        begin = 0
+        for count, total_2 in zip(samples, totals_C2, strict=True):
+            ids = np.arange(begin, begin + min(num_sequences, count), dtype=np.int64)
+            shares = slices_of(fastest_split(len(ids), context.speeds.sequences))
+            share = self._val.batch(ids[shares[context.rank]], seq_len)
+            for inputs, targets in self._batches.of(share, shares):
+                with self._autocast():
+                    out = self._model.loss(inputs, targets)
+                total_2 += torch.tensor([float(out.ce_sum), float(out.num_tokens)], dtype=torch.float64)
+            begin += count
+        context.group.all_reduce(totals_C2)
+        names = [name for name, _ in self._val.spans] or [""]
+        return {name: float(total[0] / total[1]) for name, total in zip(names, totals_C2, strict=True)}
 
     @torch.no_grad()
     def sample(

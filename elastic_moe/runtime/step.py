@@ -24,9 +24,8 @@ from elastic_moe.data.shards import TokenShard
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.optim.schedule import lr_at
 from elastic_moe.parallel.reproducible import Grid
-from elastic_moe.plan.batch import samples_at
 from elastic_moe.plan.batch_sizes import BatchSizes
-from elastic_moe.runtime.batches import MicroBatches
+from elastic_moe.runtime.batches import BatchReader, MicroBatches
 from elastic_moe.runtime.gradients import DenseGradients
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.session import GenerationContext
@@ -101,7 +100,8 @@ class StepRunner:
         fault: Callable[[int, str], None],
         autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self._config, self._model, self._train, self._batches = config, model, train, batches
+        self._config, self._model, self._batches = config, model, batches
+        self._reader = BatchReader(config, train)
         self._fault, self._autocast = fault, autocast
         self._clock = StepClock()
         self._sizes = BatchSizes(config.data)
@@ -180,9 +180,9 @@ class StepRunner:
     def _compute(self, step: int, context: GenerationContext, batch: int) -> ComputedShare:
         """Forward and backward passes of this rank's share of a batch."""
         config, model = self._config, self._config.model
-        samples = self._train.num_samples(config.data.seq_len)
-        size = self._sizes.size(batch)
-        ids, shares = samples_at(config.seed, self._sizes.start(batch), size, samples), context.shares(size)
+        shares = context.shares(self._sizes.size(batch))
+        share = self._reader.take(batch, shares[context.rank])
+        self._clock.data_s += self._reader.waited_s
         context.experts.begin_step()
         self.gradients.zero()
         tokens, device = 0, self._batches.device
@@ -193,7 +193,7 @@ class StepRunner:
         mine = shares[context.rank]
         watch = mine.start == 0 and (mine.stop > 0 or context.leads)
         load_LE = torch.zeros((model.num_moe_layers, model.num_experts), dtype=torch.int64, device=device)
-        for inputs, targets in self._clock.reading(self._batches.of(self._train, ids, shares, context.rank)):
+        for inputs, targets in self._clock.reading(self._batches.of(share, shares)):
             with self._autocast():
                 out = self._model.loss(inputs, targets, mtp_weight, watch)
             watch = False  # the batch's first sequence: the same one at every world size
@@ -281,6 +281,7 @@ class StepRunner:
         ended_s = time.perf_counter()
         record = step_record(vote, lr, ended_s - self._clock.started_s, committed_at_s)
         record |= {f"{phase}_s": round(seconds, 6) for phase, seconds in self._clock.seconds(ended_s).items()}
+        record["data_s"] = round(self._clock.data_s, 6)
         if local.held_s:
             record["held_s"], local.held_s = local.held_s, 0.0
         local.add_record(record)

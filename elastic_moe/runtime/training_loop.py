@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.nonfinite import NonFiniteCount
@@ -195,10 +195,14 @@ class TrainingLoop:
     def _evaluate(self, context: GenerationContext) -> None:
         config, local = self._config, self._local
         started = time.perf_counter()
-        loss = self._evaluator.loss(context, config.run.eval_sequences, config.data.seq_len)
+        losses = self._evaluator.losses(context, config.run.eval_sequences, config.data.seq_len)
         local.evaluated = local.committed
         if context.leads:
-            self._reporter.event("evaluated", local.committed, val_loss=loss, eval_s=time.perf_counter() - started)
+            weights = [config.data.mixture.get(name, 1.0) for name in losses]
+            loss = sum(w * one for w, one in zip(weights, losses.values(), strict=True)) / sum(weights)
+            by_corpus: dict[str, Any] = {"val_losses": losses} if config.data.mixture else {}
+            eval_s = time.perf_counter() - started
+            self._reporter.event("evaluated", local.committed, val_loss=loss, eval_s=eval_s, **by_corpus)
 
     def _finish(self, context: GenerationContext, stopped: bool) -> None:
         """The end of a run: checkpoint, last evaluation, sample. Every part may be repeated after a failure."""

@@ -23,7 +23,7 @@ def main() -> int:
         config = elastic_moe.configure(
             model="tiny",
             run={"dir": options.run, "steps": options.steps, "resume": "auto", "eval_every_steps": 50},
-            data={"corpus": options.texts, "max_bytes": 0},
+            data={"corpus": options.texts},
             cluster={"workers": 2},
             tracking={"wandb": "off"},
         )

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.config.schema import DataConfig
-from elastic_moe.data.corpus import ValidationSplit, list_files, read_pieces
+from elastic_moe.data.corpus import list_files
+from elastic_moe.data.pieces import Piece, ValidationSplit, read_pieces
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.shards import TokenShard
 from elastic_moe.data.tokenizer import load_tokenizer
@@ -75,7 +76,7 @@ def test_failed_preparation_leaves_nothing(corpus: Path, tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("elastic_moe.data.prepare.TokenShardWriter.append", full)
+        patch.setattr("elastic_moe.data.encode.TokenShardWriter.append", full)
         with pytest.raises(UserError, match="No space left"):
             prepare(config_of(corpus), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -109,11 +110,8 @@ def test_stdlib_is_python_source_without_tests() -> None:
 
 
 def test_dealer_keeps_the_fraction() -> None:
-    class Ten:
-        text = "x" * 10
-
     split = ValidationSplit(0.1)
-    dealt = [split.is_val(Ten()) for _ in range(1000)]  # type: ignore[arg-type]
+    dealt = [split.is_val(Piece("x" * 10, ends=True)) for _ in range(1000)]
     assert abs(sum(dealt) - 100) <= 1
     assert not dealt[0]
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from elastic_moe.config.schema import DataConfig
-from elastic_moe.data.corpus import list_files, read_pieces
+from elastic_moe.data.corpus import list_files
+from elastic_moe.data.pieces import read_pieces
 from elastic_moe.data.prepare import prepare
 from elastic_moe.data.text_file import encoding_of
 from elastic_moe.errors import UserError

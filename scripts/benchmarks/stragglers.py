@@ -30,13 +30,13 @@ from scripts.benchmarks.throttle import Throttle
 
 Json = dict[str, Any]
 
-WORKERS, PART, SLOWED = 4, 0.25, 0.5  # part of a core that a worker gets; of that, what the slow one gets
+WORKERS, PART, SLOWED = 4, 0.15, 0.5  # part of a core that a worker gets; of that, what the slow one gets
 CORPUS_BYTES = 500_000
-SETTLE_STEPS = 14  # under the throttle, before steps are measured
+SETTLE_STEPS = 12  # under the throttle, before steps are measured
 LIMIT_S = 300.0
 SIDES = ("even", "by_speed")
 MODEL = [
-    "model=small", "model.residual=plain", "model.num_layers=2", "data.seq_len=64", "data.global_batch=128",
+    "model=small", "model.residual=plain", "model.num_layers=2", "data.seq_len=32", "data.global_batch=128",
     "data.micro_batch=16", "optim.schedule=constant",
 ]  # fmt: skip
 

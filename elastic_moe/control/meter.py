@@ -1,8 +1,8 @@
 """Estimates of what each rank needs for a piece of work, from noisy times of steps. Pure, numpy only.
 
-The steps come in blocks of four, of which the mean of the middle two counts, so a single outlier does not. Three
-questions are asked after each block: does a rank differ from the cost in use in the last block, in the last four, or in
-all? The last block shows a large change at once, all blocks show a small one in time. A difference counts only beyond
+The steps come in blocks of four, of which the mean of the middle two counts, so a single outlier does not. After each
+block it is asked: does a rank differ from the cost in use in the last block, in the last two, the last four, or in all?
+The last block shows a large change at once, all blocks show a small one in time. A difference counts only beyond
 the noise of such a mean, which the spread in and between the blocks tells. So noise changes nothing, and a change that
 was made from few steps is refined twice, when there are four and sixteen times as many.
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 BLOCK = 4  # steps
 BLOCKS = 16  # that an estimate rests on at most
-SCALES = (1, 4, BLOCKS)  # blocks in which a difference is looked for
+SCALES = (1, 2, 4, BLOCKS)  # blocks in which a difference is looked for
 MIN_DIFFERENCE = 0.05  # less is no difference
 ROUGH = 2.4  # over the number of steps: a smaller difference is not believed, for few steps do not show the noise
 SIGMAS = 6.0  # standard deviations of an estimate; less is noise
@@ -49,6 +49,7 @@ class Meter:
         self._mids: deque[Floats] = deque(maxlen=BLOCKS)
         self._sigmas: deque[Floats] = deque(maxlen=BLOCKS)
         self._blocks_R = np.zeros(len(cost_R), dtype=np.int64)  # that count for each rank
+        self._found_R = np.zeros(len(cost_R), dtype=np.int64)  # blocks that show the last difference; 0: there is none
         self._basis_R = np.full(len(cost_R), np.inf)  # blocks that the cost in use rests on; inf: it is not refined
 
     def add(self, value_R: Floats) -> bool:

@@ -77,10 +77,16 @@ def test_an_error_ahead_is_raised_when_the_batch_is_taken(shard: Noted) -> None:
     reader._ahead[1].join()  # type: ignore[index]
 
 
-def test_micro_batches_are_equally_many_on_every_rank(shard: Noted) -> None:
+@pytest.mark.parametrize(
+    ("whole", "sizes_R"),
+    [(True, ([4, 4, 1], [3, 0, 0], [0, 0, 0])), (False, ([3, 3, 3], [1, 1, 1], [0, 0, 0]))],
+)
+def test_micro_batches_are_equally_many_on_every_rank(
+    shard: Noted, whole: bool, sizes_R: tuple[list[int], ...]
+) -> None:
     shares = [slice(0, 9), slice(9, 12), slice(12, 12)]
-    batches = MicroBatches(DATA, torch.device("cpu"))
-    for rank, sizes in enumerate(([4, 4, 1], [3, 0, 0], [0, 0, 0])):
+    batches = MicroBatches(DATA, torch.device("cpu"), whole)
+    for rank, sizes in enumerate(sizes_R):
         share = shard.batch(np.arange(12)[shares[rank]], DATA.seq_len)
         found = list(batches.of(share, shares))
         assert [len(tokens) for tokens, _ in found] == sizes

@@ -123,7 +123,9 @@ class ModelConfig(Sealed):
 @dataclass(kw_only=True)
 class DataConfig(Sealed):
     corpus: str = "stdlib"  # text or tokens: a file, directory or URL; "stdlib": the source of Python's own library
-    mixture: dict[str, float] = field(default_factory=dict[str, float])  # corpora and weights, in place of data.corpus
+    mixture: dict[str, float] = field(
+        default_factory=dict[str, float]
+    )  # +data.mixture={PATH:WEIGHT}: several corpora
     pattern: str = "*"  # files of a directory
     text_field: str = ""  # JSONL and tables: field or column with the text; "": text or content
     max_bytes: int = 0  # bytes of text that are read of a corpus; 0: all of it, of stdlib the first 8 MB

@@ -146,6 +146,7 @@ def paper_steps() -> list[str]:
 class OptimConfig(Sealed):
     name: str = "adamw"  # muon: for the matrices of the layers, with the same learning rate; the rest stays AdamW's
     lr: float = 2e-3  # highest learning rate
+    base_width: int = 0  # model.hidden_size for which lr and model.init_std were found; scales both; 0: as they are
     min_lr_ratio: float = 0.1  # last learning rate over the highest
     warmup_steps: int = 20  # steps in which the learning rate rises from 0
     warmup_tokens: int = 0  # instead of warmup_steps: tokens in which the learning rate rises; 0: warmup_steps holds

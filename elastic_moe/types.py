@@ -124,6 +124,7 @@ class ParamSpec:
         optimizer: name of its update rule in `RULE_FACTS`.
         decay: weight decay applies.
         stacked: independent matrices that lie one above the other in it.
+        lr_scale: factor of the learning rate; weight decay is not scaled.
         layer: transformer layer, if it belongs to one.
         expert: index of the routed expert within its layer, for expert weights only.
         moe_layer: index among the MoE layers, for expert weights and router biases.
@@ -138,6 +139,7 @@ class ParamSpec:
     optimizer: str = "adamw"
     decay: bool = True
     stacked: int = 1
+    lr_scale: float = 1.0
     layer: int | None = None
     expert: int | None = None
     moe_layer: int | None = None
@@ -200,7 +202,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The atom of ownership: a named flat fp32 vector made of parts; `optimizer` names its update rule."""
+    """The atom of ownership: a named flat fp32 vector made of parts; `optimizer` names its update rule.
+
+    `lr_scale`: factor of the learning rate; weight decay is not scaled.
+    """
 
     name: str
     parts: tuple[Part, ...]
@@ -209,6 +214,7 @@ class Unit:
     layer: int | None = None
     expert: int | None = None
     moe_layer: int | None = None
+    lr_scale: float = 1.0
 
     @property
     def numel(self) -> int:

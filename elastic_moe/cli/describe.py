@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from elastic_moe.cli.activations import activation_bytes
 from elastic_moe.config.build import start_workers
 from elastic_moe.config.schema import ModelConfig, TrainConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.attention.compressed import layer_kind
 from elastic_moe.model.params import dense_product_numel, param_specs
-from elastic_moe.model.residual.connections import segment_length
 from elastic_moe.plan.batch_sizes import RunLength
 from elastic_moe.plan.placement import copies_of
 
@@ -130,7 +130,7 @@ def memory(config: TrainConfig, workers: int, counts: Counts | None = None) -> M
     cfg, counts = config.model, counts or count(config.model, config.optim.name)
     elsewhere = config.elastic.state_on == "host" and config.device != "cpu"
     if workers == 1 and not config.elastic.reproducible and not elsewhere:
-        return Memory(0.0, 0.0, FP32 * counts.state, 0.0, activation_bytes(config))
+        return Memory(0.0, 0.0, FP32 * counts.state, 0.0, activation_bytes(config, workers))
     slots = slots_per_layer(config, workers) * cfg.num_moe_layers * counts.expert
     computed, size = counts.dense + slots, 2 if config.precision == "bf16" else FP32
     narrow = FP32 - size  # bytes that an element in products takes less, as a copy and on its way
@@ -143,35 +143,8 @@ def memory(config: TrainConfig, workers: int, counts: Counts | None = None) -> M
         gradients=FP32 * computed,
         state=FP32 * owned,
         exchange=FP32 * computed + received,
-        activations=activation_bytes(config),
+        activations=activation_bytes(config, workers),
     )
-
-
-def activation_bytes(config: TrainConfig) -> float:
-    """Bytes that one micro-batch keeps for its backward pass, estimated from the widths of each layer's tensors."""
-    cfg = config.model
-    size = 2 if config.precision == "bf16" else 4
-    width, n = cfg.hidden_size, cfg.num_streams
-    if cfg.attention == "gqa":
-        heads = (2 * cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
-    elif cfg.attention == "mla":
-        heads = (
-            cfg.num_heads * (3 * (cfg.head_dim + cfg.rope_dim) + 2 * cfg.value_dim) + cfg.kv_latent + cfg.query_latent
-        )
-    else:
-        heads = 2 * cfg.num_heads * cfg.head_dim + 3 * cfg.head_dim + cfg.query_latent
-    routed = (
-        cfg.experts_per_token * (2 * width + 3 * cfg.expert_hidden) + 3 * cfg.num_shared_experts * cfg.expert_hidden
-    )
-    per_layer = 4 * width + heads + routed
-    streams = 0.0
-    if cfg.has_streams:
-        segment = segment_length(cfg)
-        streams = 2 * (n * width / segment + width) + (n + 2) * width * (segment > 1)
-    layers = cfg.num_layers + cfg.mtp_depth
-    head = (1 + cfg.mtp_depth) * cfg.vocab_size * (size + 4)
-    tokens = config.data.micro_batch * config.data.seq_len
-    return tokens * (size * layers * (per_layer + streams) + head)
 
 
 def smallest(config: TrainConfig, limit: float) -> int | None:
@@ -215,7 +188,7 @@ def report(config: TrainConfig) -> str:
         ("  gradients", f"{held.gradients / GIB:,.2f} GiB"),
         ("  owned and mirrored state", f"{held.state / GIB:,.2f} GiB (redundancy {config.elastic.redundancy})"),
         ("  exchange, about", f"{held.exchange / GIB:,.2f} GiB"),
-        ("  activations, about", f"{held.activations / GIB:,.2f} GiB ({batch})"),
+        ("  activations, about", f"{held.activations / GIB:,.2f} GiB ({batch}, recompute {cfg.recompute})"),
         (f"fits into {config.cluster.worker_memory_gib:g} GiB with", at_least),
     ]  # fmt: skip
     width = max(len(name) for name, _ in lines)

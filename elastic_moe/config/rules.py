@@ -62,7 +62,7 @@ AT_LEAST_ZERO = """
     model.rope_mscale model.rope_mscale_all_dim model.index_loss_weight model.num_hash_layers model.swiglu_limit
     model.mix_eps model.mtp_depth model.mtp_weight model.mtp_late_weight model.mtp_switch data.max_bytes
     data.processes data.batch_ramp data.batch_ramp_steps data.batch_ramp_tokens
-    optim.max_skipped optim.warmup_steps optim.warmup_tokens
+    optim.max_skipped optim.warmup_steps optim.warmup_tokens optim.base_width
     optim.min_lr_ratio optim.weight_decay elastic.max_workers elastic.redundancy
     elastic.spare_slots elastic.slots_per_worker elastic.join_settle_s elastic.drain_deadline_s
     elastic.wait_below_min_s elastic.max_faults elastic.check_every_steps checkpoint.every_steps

@@ -123,9 +123,7 @@ class ModelConfig(Sealed):
 @dataclass(kw_only=True)
 class DataConfig(Sealed):
     corpus: str = "stdlib"  # text or tokens: a file, directory or URL; "stdlib": the source of Python's own library
-    mixture: dict[str, float] = field(
-        default_factory=dict[str, float]
-    )  # +data.mixture={PATH:WEIGHT}: several corpora
+    mixture: dict[str, float] = field(default_factory=dict[str, float])  # +data.mixture={PATH:WEIGHT}: several corpora
     pattern: str = "*"  # files of a directory
     text_field: str = ""  # JSONL and tables: field or column with the text; "": text or content
     max_bytes: int = 0  # bytes of text that are read of a corpus; 0: all of it, of stdlib the first 8 MB
@@ -152,6 +150,7 @@ def paper_steps() -> list[str]:
 class OptimConfig(Sealed):
     name: str = "adamw"  # muon: for the matrices of the layers, with the same learning rate; the rest stays AdamW's
     lr: float = 2e-3  # highest learning rate
+    base_width: int = 0  # model.hidden_size for which lr and model.init_std were found; scales both; 0: as they are
     min_lr_ratio: float = 0.1  # last learning rate over the highest
     warmup_steps: int = 20  # steps in which the learning rate rises from 0
     warmup_tokens: int = 0  # instead of warmup_steps: tokens in which the learning rate rises; 0: warmup_steps holds

@@ -8,6 +8,7 @@ their layer is.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import torch
@@ -19,13 +20,14 @@ from elastic_moe.model.transformer import Transformer
 from elastic_moe.types import RULE_FACTS, ParamSpec
 
 
-def param_specs(cfg: ModelConfig, optimizer: str = "adamw") -> tuple[ParamSpec, ...]:
+def param_specs(cfg: ModelConfig, optimizer: str = "adamw", base_width: int = 0) -> tuple[ParamSpec, ...]:
     """The specification of every parameter and persistent buffer, in the order of the model.
 
     Args:
         cfg: the model's shape.
         optimizer: `optim.name`. Muon is for the matrices of the layers; embedding, head, norms, biases and gating
             factors are AdamW's in any case (DeepSeek-V4's report).
+        base_width: `optim.base_width`; see `_scaled`.
     """
     with torch.device("meta"):
         model = Transformer(cfg)
@@ -44,7 +46,27 @@ def param_specs(cfg: ModelConfig, optimizer: str = "adamw") -> tuple[ParamSpec, 
                 specs.append(
                     ParamSpec(f"{path}.{name}", shape, **dataclasses.asdict(init), layer=layer, moe_layer=index)
                 )
-    return tuple(dataclasses.replace(s, optimizer=optimizer) if _is_matrix(s) else s for s in specs)
+    ruled = [dataclasses.replace(s, optimizer=optimizer) if _is_matrix(s) else s for s in specs]
+    return tuple(_scaled(s, base_width / cfg.hidden_size) for s in ruled) if base_width else tuple(ruled)
+
+
+def _scaled(spec: ParamSpec, ratio: float) -> ParamSpec:
+    """The parameter of a model whose hidden size is 1 / ratio of the one for which its settings were found.
+
+    Matrices of the layers and the head read inputs that grow with the width. So their updates by AdamW, whose
+    elements have the size of the learning rate, shrink with it, and the initial values of the layers with its root;
+    the logits begin smaller, as if multiplied by the ratio (muP: Yang et al., arXiv 2203.03466, Tables 3 and 8; for
+    the head, its symmetry in Appendix J.2 moves the multiplier into weights and learning rate). Muon's updates have
+    a spectral norm of about the root of the width, so theirs shrink with the root (Yang, Simon and Bernstein, arXiv
+    2310.17813). All else, embedding, norms and biases, stays. Heads, experts and latents are to grow in number or
+    width as the hidden size does; a head's own width is to stay.
+    """
+    if spec.name == "head.weight":
+        return dataclasses.replace(spec, std=spec.std * ratio, lr_scale=ratio)
+    if spec.name == "embed.weight" or not spec.decay or len(spec.shape) != 2 or not spec.rule.has_gradient:
+        return spec
+    root = math.sqrt(ratio)
+    return dataclasses.replace(spec, std=spec.std * root, lr_scale=root if spec.optimizer == "muon" else ratio)
 
 
 def dense_product_numel(cfg: ModelConfig) -> int:

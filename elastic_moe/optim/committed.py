@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,3 +25,10 @@ class CommittedStep:
     load_LE: np.ndarray
     optim: OptimConfig
     model: ModelConfig
+
+    def scaled(self, factor: float) -> CommittedStep:
+        """The step for units whose learning rate has this factor. Their weights decay as without it."""
+        if factor == 1.0:
+            return self
+        optim = replace(self.optim, weight_decay=self.optim.weight_decay / factor)
+        return replace(self, lr=self.lr * factor, optim=optim)

@@ -1,9 +1,9 @@
 """State of the units that one worker owns or mirrors, at one committed step.
 
-Units with the same update rule and weight decay lie one after another in flat vectors. If the rule is elementwise, one
-call updates all of them, which equals updating them one by one. Twins apply the same update to the same numbers, so
-they stay equal (active replication, DESIGN.md section 3). A *seal* is the checksum of every held unit, taken right
-after an update; a unit that does not match it has changed at rest.
+Units with the same update rule, weight decay and scale of the learning rate lie one after another in flat vectors. If
+the rule is elementwise, one call updates all of them, which equals updating them one by one. Twins apply the same
+update to the same numbers, so they stay equal (active replication, DESIGN.md section 3). A *seal* is the checksum of
+every held unit, taken right after an update; a unit that does not match it has changed at rest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from elastic_moe.types import Unit
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Held units with the same rule and decay, which lie one after another in flat vectors.
+    """Held units with the same rule, decay and scale of the learning rate, which lie one after another in flat vectors.
 
     Attributes:
         indices: the units' indices, in the order of the vectors.
@@ -56,7 +56,7 @@ class _Group:
 
     def apply(self, step: CommittedStep) -> None:
         """Update all units by their rule."""
-        rule = RULES[self.units[0].optimizer]
+        rule, step = RULES[self.units[0].optimizer], step.scaled(self.units[0].lr_scale)
         if rule.facts.elementwise:
             rule.apply(self.units, self.state, self.grad, step)
             return
@@ -102,9 +102,10 @@ class HeldState:
             source: unit index -> its present state, to be copied; has every unit with a role.
             device: place of the vectors.
         """
-        members: dict[tuple[str, bool], list[int]] = {}
+        members: dict[tuple[str, bool, float], list[int]] = {}
         for index in np.flatnonzero(roles != NONE).tolist():
-            members.setdefault((units[index].optimizer, units[index].decay), []).append(index)
+            unit = units[index]
+            members.setdefault((unit.optimizer, unit.decay, unit.lr_scale), []).append(index)
         groups = [_Group.allocate(indices, [units[u] for u in indices], device) for indices in members.values()]
         held = HeldState(units, roles, groups, device)
         for index, state in held.states.items():

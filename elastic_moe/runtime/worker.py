@@ -79,7 +79,7 @@ class Worker:
         self._products = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self._device = accelerator.device
         self._gpu_collectives, self._told = GpuCollectives(config.cluster.collectives, self._device), ""
-        specs = param_specs(config.model, config.optim.name)
+        specs = param_specs(config.model, config.optim.name, config.optim.base_width)
         self._units = build_units(specs, config.model.max_unit_elements)
         self._model = Transformer(config.model, None).to(self._device)
         if config.elastic.reproducible:

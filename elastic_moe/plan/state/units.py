@@ -107,7 +107,7 @@ def _dense_units(spec: ParamSpec, max_unit_elements: int) -> list[Unit]:
 def _dense_unit(spec: ParamSpec, name: str, start: int, shape: tuple[int, ...]) -> Unit:
     """The unit of a tensor's rows with this shape, from element `start` on."""
     part = Part(spec.name, start, math.prod(shape), 0, shape, spec.stacked if shape == spec.shape else 1)
-    return Unit(name, (part,), spec.optimizer, spec.decay, spec.layer, None, spec.moe_layer)
+    return Unit(name, (part,), spec.optimizer, spec.decay, spec.layer, None, spec.moe_layer, spec.lr_scale)
 
 
 def _expert_unit(specs: Sequence[ParamSpec]) -> Unit:
@@ -116,8 +116,9 @@ def _expert_unit(specs: Sequence[ParamSpec]) -> Unit:
     parts: list[Part] = []
     offset = 0
     for spec in specs:
-        assert (spec.optimizer, spec.decay, spec.moe_layer) == (first.optimizer, first.decay, first.moe_layer)
+        assert all(getattr(spec, key) == getattr(first, key) for key in ("optimizer", "decay", "moe_layer", "lr_scale"))
         parts.append(Part(spec.name, 0, spec.numel, offset, spec.shape, spec.stacked))
         offset += spec.numel
     name = f"layers.{first.layer}.experts.{first.expert}"
-    return Unit(name, tuple(parts), first.optimizer, first.decay, first.layer, first.expert, first.moe_layer)
+    facts = (first.layer, first.expert, first.moe_layer, first.lr_scale)
+    return Unit(name, tuple(parts), first.optimizer, first.decay, *facts)

@@ -199,7 +199,7 @@ class BalanceConfig(Sealed):
     home_every_steps: int = 20  # steps between two looks at homes
     payback_steps: int = 50  # steps for which a moved home is taken to be of use
     dispatch_gib: float = 1.0  # largest rows of one layer on a rank, in GiB; more come in chunks; 0: no limit
-    by_speed: bool = True  # measured speeds of the workers set their shares of a batch and of the experts' rows
+    by_speed: bool = False  # measured speeds of the workers set their shares of a batch and of the experts' rows
     by_node: bool = False  # tokens between nodes go in one message per pair of nodes, not one per pair of workers
     log_every_steps: int = 10  # steps that a record of the experts' loads covers, more in a long run; 0: none
 

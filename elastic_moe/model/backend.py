@@ -74,10 +74,12 @@ class TrainableExperts(ExpertBackend, Protocol):
     Attributes:
         before_experts: called before the slots' weights are used; it may wait until they have arrived.
         together: the ranks wait for one another in every layer.
+        exact_times: wait for a GPU's own work before rows travel, so that its time is not taken for waiting.
     """
 
     before_experts: Callable[[], None]
     together: bool
+    exact_times: bool
 
     def slot_params(self, moe_layer: int) -> tuple[torch.Tensor, ...]:
         """(w_gate_up [S, 2F, D], w_down [S, D, F]) of one layer. The tensors are never replaced, only written to."""

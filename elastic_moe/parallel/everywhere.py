@@ -46,7 +46,7 @@ class ExpertsEverywhere:
     ) -> None:
         assert placement.everywhere, "rows that are not local need a dispatch"
         self.before_experts: Callable[[], None] = lambda: None
-        self.together = False
+        self.together = self.exact_times = False
         self._group, self._limit, self._device = group, cfg.swiglu_limit, device
         self._remake = cfg.recompute == "selective"
         self._most_rows = most_rows(memory_limit, cfg)

@@ -248,6 +248,7 @@ class Worker:
             round(config.balance.dispatch_gib * 2**30),
             config.balance.by_node,
         )
+        experts.exact_times = config.balance.by_speed
         balancer = Rebalancer(
             config.balance, view, self._units, config.elastic.redundancy, placement, ownership, speeds
         )

@@ -27,7 +27,7 @@ def _config(run_dir: Path, copies: str = "1", **elastic: Any) -> TrainConfig:
     config = with_steps(tiny_config(run_dir, CORPUS, **elastic), 100_000)
     model = replace(config.model, hidden_size=64, dense_hidden=512, expert_hidden=64)
     data = replace(config.data, global_batch=48, micro_batch=2 if elastic.get("reproducible") else 8)
-    return replace(config, model=model, data=data, balance=replace(config.balance, copies=copies))
+    return replace(config, model=model, data=data, balance=replace(config.balance, copies=copies, by_speed=True))
 
 
 def _throttled(run: LocalRun, slow: str) -> Throttle:

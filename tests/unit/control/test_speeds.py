@@ -49,7 +49,7 @@ def test_two_kinds_of_machines_among_a_thousand_converge() -> None:
     world.run(200)
     assert world.efficiency() > 0.93 > world.even_efficiency() + 0.1
     assert len(world.changes) <= 10
-    assert len([step for step in world.changes if step > 100]) <= 1, "it comes to rest"
+    assert len([step for step in world.changes if step > 100]) <= 2, "it comes to rest"
     assert len(set(world.rule.speeds.rows)) <= 4, "ranks of one kind have one speed"
 
 

@@ -25,8 +25,10 @@ SHAPE_OF_ATTENTION = {
     """.split(),
 }
 SHAPE_OF_STREAMS = "num_streams readout".split()
-_NOT_TOLD = {f"model.{name}" for name in "end_token init_from fused recompute stream_segment logits_gib".split()}
-_NOT_TOLD |= {"data.cache_dir", "data.processes"}
+_NOT_TOLD = {
+    "data.cache_dir", "data.processes", "model.end_token", "model.init_from", "model.fused", "model.recompute",
+    "model.stream_segment", "model.logits_gib",
+}  # fmt: skip
 # Keys by which the text is found and read: where the tokens are the same, their values do not matter.
 _OF_TEXT = tuple(f"data.{name}:" for name in "corpus pattern text_field max_bytes dedup".split())
 _SINGLE = ("seed", "precision")

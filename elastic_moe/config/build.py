@@ -47,6 +47,9 @@ def check_model_fields(fields: Mapping[str, Any]) -> None:
     check_model_rules(cast(TrainConfig, _build_node(TrainConfig, {"model": fields}, "")))
 
 
+_TABLES = ("data.mixture", "cluster.price_per_hour")  # whose names are the user's
+
+
 def key_names(cls: type[Any] = TrainConfig, prefix: str = "") -> list[str]:
     """Every dotted key of a configuration class, groups included."""
     names: list[str] = []
@@ -64,7 +67,10 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
 
 def unknown_key(key: str) -> str:
-    """One sentence about a key that does not exist: its new name, the nearest key, or neither."""
+    """One sentence about a key that does not exist: its new name, how to add it, the nearest key, or neither."""
+    table = next((name for name in _TABLES if key == name or key.startswith(f"{name}.")), "")
+    if table:
+        return f"{table} takes further names after a plus sign: +{table}={{NAME:NUMBER}} or +{table}.NAME=NUMBER"
     return renamed_key(key) or f"unknown key {key}{nearest(key, key_names()) or '.'}"
 
 

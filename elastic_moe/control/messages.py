@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic_moe.types import Member, View
 
-VERSION = 9  # of the protocol; every change of a message raises it
+VERSION = 10  # of the protocol; every change of a message raises it
 
 WORKER_LOG = "worker_log"  # the event of a line that goes to the worker's log in the run directory, not to the events
 

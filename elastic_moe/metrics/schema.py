@@ -114,16 +114,17 @@ _ESTIMATE = (
 )
 _IN_A_ROW = Key("in_a_row", "integer", "steps", "Steps up to this one without an update between them.")
 _UNITS = Key("units", "list of strings", "", "Names of the units.")
-
 _ORIGIN = (
     Key("placed_s", "number", "s", "Wall clock at which it was placed on its node; 0: not known.", True),
     Key("node_kind", "string", "", "Market type and node group of its node, as far as they are known.", True),
 )
-
-_STRAGGLER = (
+_ONE_WORKER = (
     Key("rank", "integer", "", "Rank of the worker in its view."),
     Key("workers", "list of strings", "", "The worker."),
     Key("nodes", "list of strings", "", "Its node."),
+)
+_STRAGGLER = (
+    *_ONE_WORKER,
     Key("factor", "number", "", "Its time for equal work over that of the others."),
     Key("phase", "string", "", f"Where it loses most: {', '.join(PHASES_OF_WORK)}."),
 )
@@ -249,12 +250,7 @@ EVENT_KINDS = (
     Event(
         "state_repaired",
         "Copies of state on one worker were wrong, and were replaced by right ones before they were used.",
-        (
-            Key("rank", "integer", "", "Rank of the worker in its view."),
-            Key("workers", "list of strings", "", "The worker whose copies were wrong."),
-            Key("nodes", "list of strings", "", "Its node."),
-            _UNITS,
-        ),
+        (*_ONE_WORKER, _UNITS),
     ),
     Event(
         "state_damaged",

@@ -280,8 +280,9 @@ class StepRunner:
         lr = self._lr(vote.step)
         ended_s = time.perf_counter()
         record = step_record(vote, lr, ended_s - self._clock.started_s, committed_at_s)
-        record |= {f"{phase}_s": round(seconds, 6) for phase, seconds in self._clock.seconds(ended_s).items()}
-        record["data_s"] = round(self._clock.data_s, 6)
+        if phases := self._clock.seconds(ended_s):
+            record |= {f"{phase}_s": round(seconds, 6) for phase, seconds in phases.items()}
+            record["data_s"] = round(self._clock.data_s, 6)
         if local.held_s:
             record["held_s"], local.held_s = local.held_s, 0.0
         local.add_record(record)

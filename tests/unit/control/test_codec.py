@@ -31,7 +31,7 @@ VALUES = st.recursive(
 )
 PAYLOADS = st.dictionaries(WORDS, VALUES, max_size=4)
 NAMES = st.lists(WORDS, max_size=3).map(tuple)
-MEMBERS = st.builds(Member, WORDS, WORDS, WHOLE, st.floats(0, 1e9), WHOLE, st.booleans(), st.tuples(WORDS, WHOLE))
+MEMBERS = st.builds(Member, WORDS, WORDS, WHOLE, WHOLE, st.booleans(), st.tuples(WORDS, WHOLE))
 VIEWS = st.builds(View, WHOLE, st.lists(MEMBERS, max_size=3).map(tuple))
 WORKER_MESSAGES = {
     msg.HelloMessage: st.builds(
@@ -173,10 +173,9 @@ def test_the_sentence_names_the_field(values: Any, sentence: str) -> None:
 
 
 def test_numbers_that_json_lacks_are_refused_where_a_number_counts_and_kept_in_payloads() -> None:
-    member = {"worker": "w", "node": "n", "pid": 1}
-    for speed in ("NaN", "Infinity", "1e999", "1" + 400 * "0"):
-        line = json.dumps(HELLO | {"view": VIEW | {"members": [member | {"speed": "?"}]}}).replace('"?"', speed)
-        with pytest.raises(ValueError, match=r"speed' must be a finite number"):
+    for seconds in ("NaN", "Infinity", "1e999", "1" + 400 * "0"):
+        line = json.dumps(HELLO | {"placed_s": "?"}).replace('"?"', seconds)
+        with pytest.raises(ValueError, match=r"placed_s' must be a finite number"):
             decode_from_worker(line.encode())
     message = decode_from_worker(encode(msg.RecordMessage({"step": 1, "loss": float("nan")})))
     assert isinstance(message, msg.RecordMessage)

@@ -15,7 +15,6 @@ from elastic_moe.config.schema import DataConfig
 from elastic_moe.data.shards import TokenShard, TokenShardWriter
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.evaluate import Evaluator
-from elastic_moe.types import Member, View
 
 CPU = torch.device("cpu")
 
@@ -38,7 +37,7 @@ def shard_of(path: Path, spans: list[tuple[str, int]]) -> TokenShard:
 
 def losses(shard: TokenShard, workers: int, sequences: int) -> dict[str, float]:
     """The losses that the ranks find together."""
-    view = View(1, tuple(Member(f"w{i}", "n", i, speed=1.0 + i) for i in range(workers)))
+    speeds = SimpleNamespace(sequences=[1.0 + i for i in range(workers)])
     evaluator = Evaluator(
         Model(),  # type: ignore[arg-type]
         shard, MicroBatches(DataConfig(seq_len=10, micro_batch=2), CPU), contextlib.nullcontext, CPU,
@@ -47,7 +46,7 @@ def losses(shard: TokenShard, workers: int, sequences: int) -> dict[str, float]:
 
     def context(rank: int, reduce: Any) -> Any:
         group = SimpleNamespace(all_reduce=reduce)
-        return SimpleNamespace(rank=rank, layout=SimpleNamespace(view=view), group=group)
+        return SimpleNamespace(rank=rank, speeds=speeds, group=group)
 
     for rank in range(workers):
         with contextlib.suppress(ZeroDivisionError):

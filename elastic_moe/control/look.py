@@ -53,14 +53,15 @@ def look_at(
         home_moves: homes per layer that may move; 0 if homes are not looked at.
     """
     now_L = slowest_times(load_LE, old, speeds)
+    old = replace(old, time_L=now_L)
 
     def plan(moves: int) -> tuple[Placement, NDArray[np.float64]]:
         new = plan_placement(load_LE, topology, slots, old, home_moves=moves)
         assert new.time_L is not None
         better_L = new.time_L < now_L - MIN_TIME_GAIN
         if not better_L.any():
-            return replace(old, time_L=now_L), now_L
-        new = _chosen(better_L, new, replace(old, time_L=now_L))
+            return old, now_L
+        new = _chosen(better_L, new, old)
         return new, slowest_times(load_LE, new, speeds)
 
     replicas, replicas_L = plan(0)

@@ -145,8 +145,7 @@ class SpeedRule:
             self._batching = replace(self._batching, global_batch=sequences)
             self.shares = plan_shares(self._batching, self.speeds.sequences)
             self._work_R = work_of(self._batching, self.shares)[self._active]
-            for meter in (self._sequence, self._row, self._data, self._exchange):
-                meter.drop_block()
+            self._drop_blocks()
 
     def observe(self, total: Ballot) -> Adjustment | None:
         """Take a step's vote in. Returns other shares when they pay; they are to be used from the next step on."""
@@ -202,11 +201,15 @@ class SpeedRule:
         sequences = sequences if others else self.speeds.sequences
         rows = (rows if other_rows else self.speeds.rows) if self._batching.together else sequences
         self.speeds, self.shares = Speeds(sequences, rows), shares if others else self.shares
-        for meter in (self._sequence, self._row, self._data, self._exchange):
-            meter.drop_block()
+        self._drop_blocks()
         self._skip = 1
         gain_s = (now_s - after_s if others else 0.0) + (now_rows_s - rows_after_s if other_rows else 0.0)
         return Adjustment(self.speeds, self.shares, now_s + now_rows_s, now_s + now_rows_s - gain_s)
+
+    def _drop_blocks(self) -> None:
+        """The steps since the last blocks were of other work."""
+        for meter in (self._sequence, self._row, self._data, self._exchange):
+            meter.drop_block()
 
     def _step_s(self, shares: Sequence[int], cost_R: Floats | None) -> float:
         """Seconds of the layers outside of the experts; `cost_R`: None for the costs in use."""

@@ -16,7 +16,6 @@ from elastic_moe.plan.state.schedule import Layout, Schedule
 from elastic_moe.runtime.exchange.unit_exchange import UnitExchange
 from elastic_moe.runtime.exchange.windows import ComputeTensors, copy_all, windows_of
 from elastic_moe.runtime.state import HeldState
-from elastic_moe.types import Unit
 
 
 class _Weights:
@@ -60,15 +59,24 @@ class _Weights:
         return received.nbytes
 
 
-def dtype_of_matrices(weights: ComputeTensors) -> torch.dtype:
+def _narrowest(weights: ComputeTensors) -> torch.dtype:
     """The dtype of the narrowest compute weights, which is that of the experts."""
     tensors = [*weights.dense.values(), *(tensor for stacks in weights.slots for tensor in stacks)]
     return min((tensor.dtype for tensor in tensors if tensor.is_floating_point()), key=lambda dtype: dtype.itemsize)
 
 
-def _all_in(weights: ComputeTensors, unit: Unit, dtype: torch.dtype) -> bool:
-    """Whether all of a dense unit is computed with in this dtype."""
-    return all(weights.dense[part.param].dtype == dtype for part in unit.parts)
+def _dense_schedules(
+    layout: Layout, weights: ComputeTensors, narrow: torch.dtype
+) -> list[tuple[Schedule, torch.dtype]]:
+    """The exchange of the dense weights, in two where some of them are computed with in a narrower dtype."""
+    if narrow == torch.float32:
+        return [(layout.dense_weights, narrow)]
+    dense = {u: unit.parts for u, unit in enumerate(layout.units) if unit.expert is None}
+    matrices = {u for u, parts in dense.items() if all(weights.dense[part.param].dtype == narrow for part in parts)}
+    return [
+        (layout.dense_weights.only(matrices), narrow),
+        (layout.dense_weights.only(dense.keys() - matrices), torch.float32),
+    ]
 
 
 class WeightPublisher:
@@ -87,13 +95,11 @@ class WeightPublisher:
 
     def __init__(self, layout: Layout, weights: ComputeTensors, held: HeldState, group: Group) -> None:
         self.seconds, self.received_bytes = 0.0, 0
-        narrow, units = dtype_of_matrices(weights), layout.units
-        matrices = {u for u, unit in enumerate(units) if unit.expert is None and _all_in(weights, unit, narrow)}
-        schedules = [(layout.dense_weights.only(matrices), narrow)]
-        if narrow != torch.float32:
-            others = set(range(len(units))) - matrices
-            schedules.append((layout.dense_weights.only(others), torch.float32))
-        self._dense = [_Weights(layout, each, weights, held, group, dtype) for each, dtype in schedules]
+        narrow = _narrowest(weights)
+        self._dense = [
+            _Weights(layout, schedule, weights, held, group, dtype)
+            for schedule, dtype in _dense_schedules(layout, weights, narrow)
+        ]
         self._experts = _Weights(layout, layout.expert_weights, weights, held, group, narrow)
         self._frozen = _Weights(layout, layout.frozen_weights, weights, held, group)
         self._in_flight: tuple[Pending, torch.Tensor, float] | None = None

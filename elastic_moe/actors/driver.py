@@ -40,11 +40,12 @@ from elastic_moe.actors.link import (
     OVER,
     CoordinatorLink,
     actor_name,
+    start_name,
     this_node,
     train_names,
 )
 from elastic_moe.actors.operate import announced
-from elastic_moe.actors.outcome import Ended, conclude
+from elastic_moe.actors.outcome import EXIT_FAILED, Ended, conclude
 from elastic_moe.actors.progress import Progress
 from elastic_moe.actors.ray_notices import shortened
 from elastic_moe.actors.run_places import absolute, check_device, clear
@@ -52,7 +53,7 @@ from elastic_moe.actors.stop import Stop, signals
 from elastic_moe.actors.take_over import TAKES_OVER, take_over
 from elastic_moe.checkpoint.storage import probe, set_timeout
 from elastic_moe.config.schema import TrainConfig
-from elastic_moe.coordination.lease import Lease, lost, own
+from elastic_moe.coordination.lease import Lease, confirm, lost, own
 from elastic_moe.coordination.start import check_start, look
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer, with_tokenizer
@@ -67,6 +68,7 @@ from elastic_moe.run_log import RunLog
 POLL_S = 0.5  # each look asks the coordinator, whose processor time is the workers' on a small machine
 ASK_AGAIN_S = 5.0  # between two requests to stop: a coordinator that was just lost may not have heard the first
 CLOSE_TIMEOUT_S = 60.0
+HAND_OVER_S = 10.0  # for a start that has taken the directories over to ask the coordinator for the workers' state
 STOPPING = "stopping: waiting for the final checkpoint (once more to end at once)"
 
 
@@ -117,7 +119,7 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
     check_start(config, found)
     resume = config.run.resume == "auto"
     run = run_of(found, resume)
-    name = actor_name(run, str(found.run_dir))
+    name = actor_name(run, str(found.run_dir), start_name())
     log = RunLog(config.run.log_format, train_names(name, str(run_dir)).name)
     with CorpusProgress(config.run.log_every_s, log) as shown:
         prepared = prepare(config.data, default_cache_root(config.data, run_dir), shown)
@@ -135,7 +137,8 @@ def _launch_owned(config: TrainConfig, raw_yaml: str, leases: Sequence[Lease]) -
     # Ray Train takes seconds to import, and starting Ray is mostly waiting.
     threading.Thread(target=importlib.import_module, args=("elastic_moe.actors.fit",), daemon=True).start()
     with ray_session(config), signals() as stop:
-        if take_over(found):
+        replaced = confirm(leases)  # here, where little is left that may fail
+        if take_over(found) or replaced:
             found = look(config)
             check_start(config, found)
         if not resume:
@@ -215,8 +218,7 @@ class _Driver:
             with progress as shown, shortened(progress.line):
                 while training.is_alive():
                     if taken := lost(self.leases):
-                        self.error = RuntimeError(f"{taken}; nothing more was written there")
-                        raise KeyboardInterrupt
+                        break
                     if self.stop.count and time.monotonic() - asked_s >= ASK_AGAIN_S:
                         if asked_s < 0:
                             shown.line(STOPPING)
@@ -227,24 +229,40 @@ class _Driver:
                         self.error = endless
                         break
                     training.join(POLL_S)
-                self._show(coordinator, link, shown)
+                if not taken:
+                    self._show(coordinator, link, shown)
         except KeyboardInterrupt:
             interrupted = True
         except Exception as error:  # noqa: BLE001 - of this display: the run is not to end unsaved
             self.error = error
-        if taken and link.poll().get("reason") == TAKES_OVER:  # on this cluster: it lets coordinator and workers save
-            return conclude(Ended(self.config, self.stop, self.error, self.status, self.log))
+        if taken:
+            return self._give_up(coordinator, link, taken)
         try:
             if not interrupted:
                 self._save_last(link)
                 training.join(CLOSE_TIMEOUT_S)  # else the controller would seem to have died
                 self.status = ray.get(coordinator.status.remote(), timeout=CLOSE_TIMEOUT_S)
-            if not taken:  # else it would write into directories that another start owns
-                ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)
+            ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
             self.log.tell(f"the coordinator did not end cleanly: {error}", "warning")
         self._end(coordinator)
         return conclude(Ended(self.config, self.stop, self.error, self.status, self.log))
+
+    def _give_up(self, coordinator: Any, link: CoordinatorLink, taken: str) -> int:
+        """Another start owns the directories: write nothing there, and end what is this start's. Returns the exit code.
+
+        Where the other start is on this cluster, it lets this one's workers save their state, and ends them.
+        """
+        link.forget()
+        deadline_s = time.monotonic() + HAND_OVER_S
+        while not (handed_over := link.poll().get("reason") == TAKES_OVER or link.is_gone):
+            if time.monotonic() > deadline_s:
+                break
+            time.sleep(POLL_S)
+        if not handed_over:
+            self._end(coordinator)
+        self.log.tell(f"failed after step {self.last_step}: {taken}; nothing more was written there", "error")
+        return EXIT_FAILED
 
     def _end(self, coordinator: Any) -> None:
         """End what is left of the run in Ray."""

@@ -29,15 +29,33 @@ TOKEN_TIMEOUT_S, RETRY_S = 120.0, 0.2  # for a coordinator that Ray is just star
 logger = logging.getLogger(__name__)
 
 
-def actor_name(run_id: str, run_dir: str = "") -> str:
-    """Name of a run's coordinator actor. Copies of a run directory are runs of their own."""
-    return f"elastic_moe:{run_id}" + (f":{hashlib.sha256(run_dir.encode()).hexdigest()[:8]}" if run_dir else "")
+def actor_name(run_id: str, run_dir: str = "", start: str = "") -> str:
+    """Name of the coordinator actor of one start of a run. Copies of a run directory are runs of their own.
+
+    Each start has a name of its own, so one that has lost its directory to another never finds that one's actors.
+    """
+    parts = ("elastic_moe", run_id, *([_digest(run_dir)] if run_dir else []), *([start] if start else []))
+    return ":".join(parts)
 
 
-def name_of(run_dir: str) -> str:
-    """Name of the coordinator of the run that goes on in this directory; "" if Ray knows none."""
-    ending = actor_name("", run_dir).removeprefix(actor_name(""))
-    return next((name for name in named_actors(actor_name("")) if name.endswith(ending)), "")
+def _digest(run_dir: str) -> str:
+    return hashlib.sha256(run_dir.encode()).hexdigest()[:8]
+
+
+def start_name() -> str:
+    """A name for a start. Of two starts of one run the later one's is the greater one."""
+    return f"{time.time_ns() // 1_000_000:012x}"
+
+
+def coordinators(run_dir: str, run_id: str = "") -> list[str]:
+    """Names of the coordinators of this directory of which Ray knows actors, the newest start last.
+
+    Args:
+        run_dir: the directory, as the run knows it.
+        run_id: of that run alone; "" for any run.
+    """
+    found = [name.partition("/")[0].split(":") for name in named_actors(actor_name(run_id))]
+    return sorted({":".join(parts) for parts in found if len(parts) > 2 and parts[2] == _digest(run_dir)})
 
 
 def named_actors(prefix: str) -> list[str]:
@@ -61,7 +79,7 @@ class TrainNames:
 
 def train_names(coordinator: str, run_dir: str) -> TrainNames:
     """The names of the run with this coordinator. The name is also that of a directory and a part of addresses."""
-    run_id = coordinator.removeprefix(actor_name("")).replace(":", "")
+    run_id = "".join(coordinator.split(":")[1:3])
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(run_dir).name).strip("-.")[:MAX_READABLE]
     return TrainNames("-".join(filter(None, (readable, run_id[:8]))), run_id)
 
@@ -132,6 +150,11 @@ class CoordinatorLink:
     def silent_s(self) -> float:
         """Seconds since the coordinator last answered."""
         return self._clock() - self._answered_s
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether Ray knew no such coordinator when it was last looked for."""
+        return self._handle is None
 
     def forget(self) -> None:
         """Forget the status that has arrived and the question that is under way."""

@@ -1,8 +1,8 @@
 """The operator's side of a run that goes on: find its coordinator from any machine of the cluster, ask and tell.
 
 The driver leaves the address of its Ray cluster in the run directory (`live.json`). The coordinator actor's name is
-made of the run's id and of its directory's path. So the path alone finds the run, also on a machine that does not see
-the directory.
+made of the run's id, of its directory's path and of the start. So the path alone finds the run, also on a machine that
+does not see the directory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ray.exceptions import AuthenticationError, RayError, RayTaskError
 
 from elastic_moe.actors.cluster import silent, unreachable
 from elastic_moe.actors.demand import pending_workers
-from elastic_moe.actors.link import NAMESPACE, actor_name, name_of
+from elastic_moe.actors.link import NAMESPACE, coordinators
 from elastic_moe.actors.ray_token import own_path, token_at
 from elastic_moe.checkpoint.identity import read_identity
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
@@ -130,7 +130,7 @@ def live_run(run_dir: Path, address: str = "") -> Iterator[LiveRun]:
         identity = read_identity(Storage(str(run_dir)))
     except (OSError, CorruptCheckpoint) as error:
         raise UserError(f"{run_dir} cannot be read as a run directory: {error}") from error
-    known = actor_name(identity.run, identity.run_dir) if identity is not None and identity.run else ""
+    known = identity is not None and bool(identity.run)
     announced_address, token_path = _announced(run_dir)
     address = address or announced_address or os.environ.get("RAY_ADDRESS") or "auto"
     where = "" if known else f"{run_dir} is not the directory of a run on this machine, and "
@@ -143,7 +143,8 @@ def live_run(run_dir: Path, address: str = "") -> Iterator[LiveRun]:
         except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"{where}{silent(address)}: give --address, or set RAY_ADDRESS") from error
         try:
-            names = [name for name in (known, name_of(str(run_dir))) if name]
+            directories = [*([identity.run_dir] if identity is not None and identity.run else []), str(run_dir)]
+            names = [name for directory in directories for name in reversed(coordinators(directory))]
             live = next(filter(None, map(_live, names)), None)
             if live is None:
                 raise UserError(f"{where}no run in {run_dir} goes on in the Ray cluster at {address}")

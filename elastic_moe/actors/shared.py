@@ -13,7 +13,7 @@ from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 
 from elastic_moe.actors.cluster import resources_per_worker
-from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, actor_name
+from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, coordinators
 from elastic_moe.checkpoint.identity import read_identity
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
 from elastic_moe.config.schema import ClusterConfig
@@ -79,7 +79,7 @@ class RunLink:
     def poll(self) -> dict[str, Any]:
         """Newest status of the run that has arrived; {} before the first."""
         status = self._link.poll() if self._link is not None else {}
-        if not status:
+        if self._link is None or self._link.is_gone:
             self._link = self._found()
         return status
 
@@ -89,12 +89,14 @@ class RunLink:
             self._link.submit(request)
 
     def _found(self) -> CoordinatorLink | None:
-        """The link to the coordinator of the run that the directory holds now; a start may put another one there."""
+        """The link to the coordinator of the run that the directory holds now; each start puts another one there."""
         try:
             identity = read_identity(Storage(str(self._run_dir)))
-        except (OSError, CorruptCheckpoint):
+            if identity is None or not identity.run:
+                return None
+            names = coordinators(identity.run_dir, identity.run)
+        except (OSError, CorruptCheckpoint, RayError, RuntimeError):  # of storage, or of a cluster that is away
             return self._link
-        if identity is None or not identity.run:
-            return None
-        name = actor_name(identity.run, identity.run_dir)
-        return self._link if self._link is not None and self._link.name == name else CoordinatorLink(name, quiet=True)
+        if not names or (self._link is not None and self._link.name in names):
+            return self._link
+        return CoordinatorLink(names[-1], quiet=True)

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayError
 
 from elastic_moe.actors.kept import end_actor, end_all
-from elastic_moe.actors.link import NAMESPACE, OVER, CoordinatorLink, actor_name
+from elastic_moe.actors.link import NAMESPACE, OVER, CoordinatorLink, coordinators
 from elastic_moe.coordination.start import Found
 from elastic_moe.errors import UserError
 
@@ -40,11 +40,19 @@ def take_over(found: Found) -> bool:
     """
     if found.own is None or not found.own.run:
         return False
-    name = actor_name(found.own.run, str(found.run_dir))
-    if not _exists(name):
-        return False
+    names = coordinators(str(found.run_dir), found.own.run)
+    for name in names:
+        _end(name, found)
+    return bool(names)
+
+
+def _end(name: str, found: Found) -> None:
+    """End one start's coordinator and workers. Their state is saved first where the coordinator is still there."""
     told = f"they save their state first, which is waited for at most {PATIENCE_S:.0f} s"
-    print(f"elastic_moe: note: the coordinator and workers of an earlier start still live: {told}", file=sys.stderr)
+    note = f"the coordinator and workers of an earlier start still live: {told}"
+    if not _exists(name):
+        note = "the workers of an earlier start have lost their coordinator for good: they are ended without a save"
+    print(f"elastic_moe: note: {note}", file=sys.stderr)
     link = CoordinatorLink(name)
     link.submit({"event": "stop", "reason": TAKES_OVER})
 
@@ -62,7 +70,6 @@ def take_over(found: Found) -> bool:
             f"run.dir={found.run_dir} has a coordinator of an earlier start ({name}) that Ray does not end: ask for it "
             f"with `ray list actors`, and start again once it is gone"
         )
-    return True
 
 
 def _exists(name: str) -> bool:

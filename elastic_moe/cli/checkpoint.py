@@ -70,7 +70,9 @@ def diff(one: str, other: str) -> int:
 
 def prune(root: str, yes: bool) -> int:
     """Remove the unfinished and abandoned checkpoints, or list them. Returns 0."""
-    with Lease(root, "DIR"):
+    with Lease(root, "DIR") as lease:
+        if yes:
+            lease.confirm()
         steps = [entry.step for entry in list_checkpoints(root) if entry.state in (UNFINISHED, ABANDONED)]
         if not steps:
             print("nothing to remove")

@@ -7,9 +7,10 @@ process puts a claim without a ticket, lists the others, and takes the next tick
 owns the directory. A claim that is still without a ticket is waited for. So of living processes that come together one
 succeeds, however long a put takes.
 
-Claims expire as in `lease.py`, by the watcher's own clock. Who takes over names the claims that it replaces. An owner
-that stood still for longer than the lease's time finds itself among them at its next beat, and ends. Until then both
-believe that they own the directory: a store without conditional puts cannot refuse the late one.
+Claims expire as in `lease.py`, by the watcher's own clock. Who takes over names the claims that it replaces, when it
+confirms its own. An owner that stood still for longer than the lease's time finds itself among them at its next beat,
+and ends. Until then both believe that they own the directory: a store without conditional puts cannot refuse the late
+one.
 """
 
 from __future__ import annotations
@@ -78,9 +79,11 @@ class Claims:
         self._place, self._mine, self._sleep = place, Claim(owner), sleep
         self._beat_s, self._ttl_s = beat_s, ttl_s
         self._beaten_s = awake_s()
+        self._watch = Watch()
+        self._behind: frozenset[str] = frozenset()  # claims that are replaced on `confirm`
 
     def take(self) -> None:
-        """Become the owner.
+        """Come before all living processes. Claims of dead ones go, silent ones stay until `confirm`.
 
         Raises:
             Taken: a living process is before this one.
@@ -96,6 +99,23 @@ class Claims:
             with suppress(OSError):
                 self.release()
             raise
+
+    def confirm(self) -> bool:
+        """Replace the silent claims before this one. Returns whether there were any.
+
+        Raises:
+            Taken: one of them is not silent any more, or another process has replaced this one.
+            OSError: the storage fails.
+        """
+        if not self._behind:
+            return False
+        silent = [claim for claim in self._earlier() if claim.owner.nonce in self._behind]  # who came later comes after
+        for claim in silent:
+            if not self._watch.is_lost(claim.owner, self._ttl_s):
+                raise Taken(claim.owner)
+        self._replace(silent)
+        self._behind = frozenset()
+        return True
 
     def beat(self) -> bool:
         """Show that this process lives. Returns False if another one has taken over.
@@ -119,27 +139,31 @@ class Claims:
         Storage(self._place).remove(self._name(self._mine.owner.nonce))
 
     def _wait_for_turn(self) -> None:
-        watch = Watch()
         while True:
-            others = self._others()
-            if (other := self._replaced_by(others)) is not None:
-                raise Taken(other.owner)
-            earlier = [claim for claim in others if claim.order < self._mine.order]
-            if not earlier:
+            earlier = self._earlier()
+            waited_for = [claim for claim in earlier if not self._watch.is_lost(claim.owner, self._ttl_s)]
+            if not waited_for:
+                self._replace([claim for claim in earlier if claim.owner.is_dead])
+                self._behind = frozenset(claim.owner.nonce for claim in earlier if not claim.owner.is_dead)
                 return
-            lost = [claim for claim in earlier if watch.is_lost(claim.owner, self._ttl_s)]
-            for claim in earlier:
-                if claim not in lost and claim.ticket and watch.is_alive(claim.owner):
+            for claim in waited_for:
+                if claim.ticket and self._watch.is_alive(claim.owner):
                     raise Taken(claim.owner)
-            if len(lost) == len(earlier):
-                self._replace(lost)
-                continue
             self._sleep(self._beat_s / POLL)
             if awake_s() - self._beaten_s > self._beat_s:
                 self._put()
 
+    def _earlier(self) -> list[Claim]:
+        """Claims that come before this one. Raises Taken if one has replaced it."""
+        others = self._others()
+        if (other := self._replaced_by(others)) is not None:
+            raise Taken(other.owner)
+        return [claim for claim in others if claim.order < self._mine.order]
+
     def _replace(self, lost: list[Claim]) -> None:
         """Name claims as replaced, then delete them."""
+        if not lost:
+            return
         names = [name for claim in lost for name in (*claim.replaces, claim.owner.nonce)]
         self._mine = replace(self._mine, replaces=(*self._mine.replaces, *names)[-KEPT:])
         self._put()

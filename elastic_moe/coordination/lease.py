@@ -4,6 +4,9 @@ A lease is the file `lease.json` with its owner and a count that the owner raise
 watches it: a count that grows is a living owner, and the start is refused. An owner whose count stands still for
 `TTL_S`, or whose process on this machine is gone, has lost it. No clocks of two machines are compared.
 
+A silent owner may only stand still. Its successor therefore first prepares all that may fail, and replaces it right
+before it changes anything (`confirm`). An owner that shows itself until then goes on, and the successor is refused.
+
 In a local directory a lock of the operating system makes reading and writing one step, so two processes never both
 succeed. On an object store each process has an object of its own, see `claims.py`.
 """
@@ -36,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class Lease:
-    """A lease on one directory. Use as a context manager.
+    """A lease on one directory. Use as a context manager, and confirm it before the directory is changed.
 
     Args:
         place: directory or URI.
@@ -60,15 +63,8 @@ class Lease:
         self.lost = False
 
     def __enter__(self) -> Lease:
-        try:
+        with self._told():
             self._holder.take()
-        except Taken as taken:
-            raise UserError(
-                f"{self._key}={self._place} is in use by process {taken.owner.pid} on {taken.owner.host}: wait for its "
-                "end, or name another directory"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{self._key}={self._place} cannot be written: {error}") from error
         self._thread.start()
         return self
 
@@ -77,6 +73,31 @@ class Lease:
         self._thread.join(timeout=BEAT_S)
         with suppress(OSError):
             self._holder.release()
+
+    def confirm(self) -> bool:
+        """Replace a silent owner; from here on this process may change the directory.
+
+        Returns:
+            Whether an owner was replaced: the directory may hold more than before.
+
+        Raises:
+            UserError: the owner has shown that it lives, another process came first, or the lease cannot be written.
+        """
+        with self._told():
+            return self._holder.confirm()
+
+    @contextmanager
+    def _told(self) -> Generator[None]:
+        """Tell the user why the lease is not to be had."""
+        try:
+            yield
+        except Taken as taken:
+            raise UserError(
+                f"{self._key}={self._place} is in use by process {taken.owner.pid} on {taken.owner.host}: wait for its "
+                "end, or name another directory"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self._key}={self._place} cannot be written: {error}") from error
 
     def _beat_on(self) -> None:
         while not self._stopping.wait(BEAT_S):
@@ -99,9 +120,10 @@ class LeaseFile:
     def __init__(self, directory: Path, owner: Owner) -> None:
         self._directory, self._mine = directory, owner
         self._beaten_s = awake_s()
+        self._behind: Watch | None = None  # the silent owner that is replaced on `confirm`, as it was watched
 
     def take(self) -> None:
-        """Become the owner.
+        """Become the owner, or where the owner is silent its successor, which writes nothing yet.
 
         Raises:
             Taken: a living process owns the directory.
@@ -111,12 +133,32 @@ class LeaseFile:
         while True:
             with self._guard():
                 owner = self._read()
-                if owner is None or watch.is_lost(owner, TTL_S):
+                if owner is None or owner.is_dead:
                     self._write()
+                    return
+                if watch.is_lost(owner, TTL_S):
+                    self._behind = watch
                     return
                 if watch.is_alive(owner):
                     raise Taken(owner)
             time.sleep(BEAT_S / 5)
+
+    def confirm(self) -> bool:
+        """Replace the silent owner, if there is one. Returns whether one was replaced.
+
+        Raises:
+            Taken: the owner is not silent any more, or another process has replaced it.
+            OSError: the directory cannot be written.
+        """
+        if self._behind is None:
+            return False
+        with self._guard():
+            owner = self._read()
+            if owner is not None and not self._behind.is_lost(owner, TTL_S):
+                raise Taken(owner)
+            self._write()
+            self._behind = None
+        return True
 
     def beat(self) -> bool:
         """Show that this process lives. Returns False if another one has taken over.
@@ -124,6 +166,8 @@ class LeaseFile:
         Raises:
             OSError: the directory cannot be read or written.
         """
+        if self._behind is not None:
+            return True
         with self._guard():
             owner = self._read()
             slept = awake_s() - self._beaten_s > TTL_S
@@ -164,6 +208,16 @@ class LeaseFile:
             if not lock(file, TTL_S, LOCK_POLL_S):
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             yield
+
+
+def confirm(leases: Sequence[Lease]) -> bool:
+    """Confirm all leases, before anything is changed. Returns whether an owner was replaced.
+
+    Raises:
+        UserError: the owner of one has shown that it lives.
+    """
+    replaced = [lease.confirm() for lease in leases]
+    return any(replaced)
 
 
 def lost(leases: Sequence[Lease]) -> str:

@@ -13,7 +13,7 @@ from elastic_moe.checkpoint.storage import Storage
 from elastic_moe.cli.checkpoint import main
 from elastic_moe.coordination.claims import Claims
 from elastic_moe.coordination.lease import Lease
-from elastic_moe.coordination.owner import Owner
+from elastic_moe.coordination.owner import Owner, Taken
 from elastic_moe.errors import UserError
 from elastic_moe.run_dir import CLAIMS
 from tests.processes import CONTEXT, start
@@ -70,6 +70,13 @@ def test_a_silent_owner_is_replaced_and_told(root: str) -> None:
     silent.take()
     heir = Claims(root, Owner.here(), 0.1, 2.0)
     heir.take()
+    assert silent.beat(), "nobody has replaced it yet"
+    with pytest.raises(Taken):
+        heir.confirm()
+    heir.release()
+    heir = Claims(root, Owner.here(), 0.1, 2.0)
+    heir.take()
+    assert heir.confirm()
     assert not silent.beat()
     assert heir.beat()
     heir.release()

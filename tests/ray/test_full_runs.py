@@ -21,9 +21,10 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from elastic_moe.actors.driver import start_coordinator
+from elastic_moe.actors.driver_watcher import end_run
 from elastic_moe.actors.fit import fit, make_trainer
 from elastic_moe.actors.kept import end_all, new_name, placements, worker_names
-from elastic_moe.actors.link import NAMESPACE, CoordinatorLink, actor_name
+from elastic_moe.actors.link import NAMESPACE, OVER, CoordinatorLink, actor_name, coordinators
 from elastic_moe.actors.take_over import take_over
 from elastic_moe.actors.worker import ElasticWorker
 from elastic_moe.config.schema import ClusterConfig, TrainConfig
@@ -51,8 +52,8 @@ class FullRun:
         root.mkdir()
         self._metrics, self._events = Tail(root / "metrics.jsonl"), Tail(root / "events.jsonl")
         identity = IdentityFiles.open(root, checkpoint_root(config)).identity
-        name, token = actor_name(identity.run, str(root)), secrets.token_hex(16)
-        self.name, self.coordinator = name, start_coordinator(config, name, token)
+        name, token = actor_name(identity.run, str(root), "1"), secrets.token_hex(16)
+        self.run, self.name, self.coordinator = identity.run, name, start_coordinator(config, name, token)
         self.link = CoordinatorLink(name)
         self.error: BaseException | None = None
 
@@ -213,6 +214,13 @@ def test_a_new_start_takes_the_run_over_from_one_that_lives(cluster: Cluster, tm
     assert not take_over(found)
     run.thread.join(120)
     assert not run.thread.is_alive()
+    successor = actor_name(run.run, config.run.dir, "2")
+    coordinator = start_coordinator(config, successor, secrets.token_hex(16))
+    ray.get(coordinator.address.remote(), timeout=120)
+    end_run(run.name)  # as the driver does that wakes up
+    assert coordinators(config.run.dir) == coordinators(config.run.dir, run.run) == [successor]
+    assert ray.get(coordinator.status.remote(), timeout=60)["phase"] not in OVER
+    ray.kill(coordinator)
 
 
 class Hasty(ElasticWorker):

@@ -31,9 +31,9 @@ from tests.ray.test_stop import ENDLESS, wait_steps
 PATIENCE_S = 240.0
 FETCH = """
 import ray
-from elastic_moe.actors.link import NAMESPACE, fetch_token
+from elastic_moe.actors.link import NAMESPACE, coordinators, fetch_token
 ray.init(address={!r}, namespace=NAMESPACE, log_to_driver=False)
-print(fetch_token({!r}))
+print(fetch_token(coordinators({!r})[-1]))
 """
 
 
@@ -49,8 +49,7 @@ class Watched:
         self.head, self.run, self.training = head, run, training
         wait_steps(run, 5, lambda: training.poll() is None)
         identity = RunIdentity.from_bytes((run / "run.json").read_bytes())
-        self.name = actor_name(identity.run, str(run))
-        self.names = train_names(self.name, str(run))
+        self.names = train_names(actor_name(identity.run, str(run)), str(run))
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in read_jsonl(self.run / "events.jsonl") if event["event"] == kind]
@@ -68,7 +67,7 @@ class Watched:
         return {worker["pid"]: worker["status"] for worker in attempts[-1]["workers"]} if attempts else {}
 
     def token(self) -> str:
-        done = self.head.call("python", "-c", FETCH.format(self.head.address, self.name))
+        done = self.head.call("python", "-c", FETCH.format(self.head.address, str(self.run)))
         assert done.returncode == 0, done.stderr
         return done.stdout.split()[-1]
 

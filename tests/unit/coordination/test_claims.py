@@ -156,6 +156,7 @@ def test_a_silent_owner_is_replaced_and_finds_out(objects: Objects, clock: Clock
     silent.take()
     heir = claims(clock)
     heir.take()
+    assert heir.confirm()
     assert 30 < clock.now_s < 60
     assert heir.beat()
     assert not silent.beat()
@@ -168,6 +169,7 @@ def test_an_owner_whose_heir_has_ended_finds_out_too(objects: Objects, clock: Cl
     silent.take()
     heir = claims(clock)
     heir.take()
+    assert heir.confirm()
     heir.release()
     assert not silent.beat()
 
@@ -177,6 +179,7 @@ def test_a_put_that_comes_after_the_owner_was_replaced_changes_nothing(objects: 
     silent.take()
     heir = claims(clock)
     heir.take()
+    assert heir.confirm()
     silent._put()
     assert not silent.beat()
     assert heir.beat()
@@ -199,6 +202,47 @@ def test_a_dead_process_of_this_machine_is_replaced_at_once(objects: Objects, cl
     claims(clock, started_s=1.0).take()
     claims(clock).take()
     assert clock.now_s == 0
+    assert len(objects.content) == 1
+
+
+def test_a_silent_owner_that_wakes_before_its_successor_is_ready_goes_on(objects: Objects, clock: Clock) -> None:
+    silent, heir = claims(clock, machine="elsewhere"), claims(clock)
+    silent.take()
+    heir.take()
+    assert silent.beat()
+    with pytest.raises(Taken):
+        heir.confirm()
+    heir.release()
+    assert silent.beat()
+    assert len(objects.content) == 1
+
+
+def test_a_successor_that_fails_leaves_the_directory_to_the_silent_owner(objects: Objects, clock: Clock) -> None:
+    silent, heir = claims(clock, machine="elsewhere"), claims(clock)
+    silent.take()
+    heir.take()
+    heir.release()
+    clock.now_s += 1000.0
+    assert silent.beat()
+
+
+def test_of_two_successors_one_replaces_the_silent_owner(objects: Objects, clock: Clock) -> None:
+    silent, first, second = claims(clock, machine="elsewhere"), claims(clock), claims(clock)
+    silent.take()
+    first.take()
+    with pytest.raises(Taken):
+        second.take()
+    assert first.confirm()
+    assert not silent.beat()
+
+
+def test_who_comes_while_an_owner_confirms_is_no_reason_to_refuse_it(objects: Objects, clock: Clock) -> None:
+    silent, heir, newcomer = claims(clock, machine="elsewhere"), claims(clock), claims(clock)
+    silent.take()
+    heir.take()
+    newcomer._put()  # it has no ticket yet
+    assert heir.confirm()
+    assert heir.beat()
 
 
 def test_foreign_objects_are_nobodys_claims(objects: Objects, clock: Clock) -> None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing as mp
 import os
 import signal
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from elastic_moe.coordination import lease as lease_module
 from elastic_moe.coordination import owner as owner_module
-from elastic_moe.coordination.lease import Lease
+from elastic_moe.coordination.lease import Lease, LeaseFile
 from elastic_moe.coordination.owner import Owner
 from elastic_moe.errors import UserError
 from elastic_moe.run_dir import LEASE
@@ -73,11 +74,46 @@ def test_a_silent_owner_of_another_machine_loses_it(tmp_path: Path) -> None:
     other = replace(Owner.here(), machine="elsewhere", host="far")
     (tmp_path / LEASE).write_text(json.dumps(asdict(other)))
     with Lease(str(tmp_path), "run.dir") as lease:
+        assert lease.confirm()
         assert json.loads((tmp_path / LEASE).read_text())["host"] != "far"
         (tmp_path / LEASE).write_text(json.dumps(asdict(other)))  # taken over
         lease._thread.join(30)
         assert lease.lost
     assert json.loads((tmp_path / LEASE).read_text())["host"] == "far"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_successor_that_fails_leaves_the_directory_to_the_silent_owner(tmp_path: Path) -> None:
+    silent = LeaseFile(tmp_path, replace(Owner.here(), machine="elsewhere"))
+    silent.take()
+    with pytest.raises(ZeroDivisionError), Lease(str(tmp_path), "run.dir"):
+        raise ZeroDivisionError
+    time.sleep(1.0)
+    assert silent.beat(), "it was silent for longer than the lease lasts, and nobody replaced it"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_silent_owner_that_wakes_before_its_successor_is_ready_goes_on(tmp_path: Path) -> None:
+    silent = LeaseFile(tmp_path, replace(Owner.here(), machine="elsewhere", host="far"))
+    silent.take()
+    with Lease(str(tmp_path), "run.dir") as heir, Lease(str(tmp_path), "run.dir") as other:
+        assert silent.beat()
+        for lease in (heir, other):
+            with pytest.raises(UserError, match=r"is in use by process .* on far"):
+                lease.confirm()
+    assert silent.beat()
+
+
+@pytest.mark.usefixtures("quick")
+def test_of_two_successors_one_replaces_the_silent_owner(tmp_path: Path) -> None:
+    silent = LeaseFile(tmp_path, replace(Owner.here(), machine="elsewhere"))
+    silent.take()
+    with Lease(str(tmp_path), "run.dir") as heir, Lease(str(tmp_path), "run.dir") as other:
+        assert heir.confirm()
+        assert not heir.confirm(), "there is nobody to replace any more"
+        with pytest.raises(UserError, match="is in use by process"):
+            other.confirm()
+        assert not silent.beat()
 
 
 @pytest.mark.usefixtures("quick")

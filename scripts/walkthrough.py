@@ -148,14 +148,14 @@ class Walk:
         return text.replace(str(self.root), "WORK").replace(str(ROOT), "CHECKOUT")
 
 
-def walk(walk: Walk, head: Head, guides: Sequence[str]) -> list[str]:
-    """Go through the commands of these guides. Returns those that failed."""
+def walk(walk: Walk, head: Head, guides: Sequence[str], only: str) -> list[str]:
+    """Go through the commands of these guides that contain `only`. Returns those that failed."""
     failed: list[str] = []
     submitted: subprocess.Popen[bytes] | None = None
     for guide in guides:
         walk.tell(f"===== {guide} =====")
         walk.places |= {"runs/": f"{walk.root}/{Path(guide).parent.name or 'first'}/runs/"}  # both have a runs/a
-        for command in commands(ROOT / guide):
+        for command in filter(lambda command: only in command, commands(ROOT / guide)):
             if why := reason(command):
                 walk.tell(f"\n$ {command}\n[not run: it needs {why}]")
             elif command.startswith("elastic-moe status RUN"):
@@ -224,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.walkthrough", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="file that takes the transcript")
     parser.add_argument("--guides", nargs="+", default=GUIDES, choices=GUIDES, help="which of them")
+    parser.add_argument("--only", default="", help="only the commands that contain this")
     options = parser.parse_args(argv)
     adopt_orphans()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored, and its children
@@ -242,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     walked = Walk(root, places(root, head), env, options.out)
     try:
         make_model(root / "hf")
-        failed = walk(walked, head, options.guides)
+        failed = walk(walked, head, options.guides, options.only)
         walked.tell(
             f"\n{len(failed)} commands failed: {failed}" if failed else "\nEvery command that was run succeeded."
         )

@@ -84,6 +84,7 @@ class RuleFacts:
             only on entering a view.
         elementwise: an element's update depends on that element alone. One call then updates all units of the rule that
             lie one after another; otherwise each unit has a call of its own.
+        iterations: rounds of matrix products in an update of one matrix; 0: it is a pass over the elements.
     """
 
     fields: tuple[str, ...]
@@ -91,6 +92,7 @@ class RuleFacts:
     may_be_cut: bool
     published_each_step: bool
     elementwise: bool
+    iterations: int = 0
 
 
 # Every update rule by its name. The rule NAME updates its units with `elastic_moe/optim/NAME.py`.
@@ -99,7 +101,12 @@ RULE_FACTS: dict[str, RuleFacts] = {
         fields=("weight", "m", "v"), has_gradient=True, may_be_cut=True, published_each_step=True, elementwise=True
     ),
     "muon": RuleFacts(
-        fields=("weight", "m"), has_gradient=True, may_be_cut=False, published_each_step=True, elementwise=False
+        fields=("weight", "m"),
+        has_gradient=True,
+        may_be_cut=False,
+        published_each_step=True,
+        elementwise=False,
+        iterations=10,  # of Newton-Schulz, see `optim/muon.py`
     ),
     "bias": RuleFacts(
         fields=("weight",), has_gradient=False, may_be_cut=False, published_each_step=True, elementwise=False

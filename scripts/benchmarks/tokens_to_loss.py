@@ -7,8 +7,6 @@ must reach, per residual, is the worst of their final ones. Between two evaluati
 
 from __future__ import annotations
 
-import math
-import shutil
 import statistics
 import sys
 import tempfile
@@ -18,32 +16,27 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.metrics.jsonl import read_jsonl
-from elastic_moe.run_dir import EVENTS, METRICS
-from scripts.benchmarks.common import arguments, call, machine, quiet_run, run, say
+from scripts.benchmarks.common import arguments, machine, run, say
 from scripts.benchmarks.figures import Curve, draw_curves
+from scripts.benchmarks.trial_runs import MODEL, Curves, train
 
 Json = dict[str, Any]
 OPTIMIZERS, RESIDUALS = ("adamw", "muon"), ("plain", "mhc")
-MODEL = ["model=small", "data.tokenizer=bytes", "data.seq_len=128", "data.global_batch=16", "data.micro_batch=8"]
-CORPUS_BYTES = 8_000_000
-LIMIT_S = 1800.0  # for one run
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run: (tokens, seconds, bits per byte) at each evaluation, and the training loss of each step."""
+    """A run with these settings."""
 
     optimizer: str
     residual: str
     lr: float
     seed: int
-    points: tuple[tuple[float, float, float], ...]
-    loss: tuple[float, ...]
+    curves: Curves
 
     @property
     def final(self) -> float:
-        return self.points[-1][2]
+        return self.curves.final
 
 
 @dataclass(frozen=True)
@@ -54,30 +47,18 @@ class Bench:
     steps: int
 
     def train(self, optimizer: str, residual: str, lr: float, seed: int) -> Run:
-        folder, every = self.root / f"{optimizer}-{residual}-{lr}-{seed}", max(1, self.steps // 12)
-        words = [*MODEL, *quiet_run(self.root / "cache", CORPUS_BYTES), f"run.steps={self.steps}", f"seed={seed}"]
-        words += [f"run.eval_every_steps={every}", "run.eval_sequences=48", "cluster=local", "cluster.workers=1"]
-        words += [f"model.residual={residual}", f"optim.name={optimizer}", f"optim.lr={lr}", "checkpoint.every_steps=0"]
-        call(["elastic_moe.train", *words, f"run.dir={folder}"], self.root / "log", LIMIT_S)
-        records = {line["step"]: line for line in read_jsonl(folder / METRICS)}
-        tokens = {step: line["tokens"] * step for step, line in records.items()}
-        seconds, total = {}, 0.0
-        for step in sorted(records):
-            total += records[step]["step_s"]
-            seconds[step] = total
-        found = [event for event in read_jsonl(folder / EVENTS) if event["event"] == "evaluated"]
-        points = tuple((tokens[e["step"]], seconds[e["step"]], e["val_loss"] / math.log(2)) for e in found)
-        shutil.rmtree(folder)
-        made = Run(optimizer, residual, lr, seed, points, tuple(records[step]["loss"] for step in sorted(records)))
+        words = [f"seed={seed}", f"model.residual={residual}", f"optim.name={optimizer}", f"optim.lr={lr}"]
+        made = Run(optimizer, residual, lr, seed, train(self.root, self.steps, words))
         say(f"{optimizer}, {residual}, lr {lr:g}, seed {seed}: {made.final:.4f} bits per byte")
         return made
 
 
 def reached(made: Run, target: float) -> tuple[float, float]:
     """Tokens and seconds at which the validation loss came down to the target."""
-    if made.points[0][2] <= target:
-        return made.points[0][:2]
-    for (tokens, seconds, loss), (more, later, less) in pairwise(made.points):
+    points = made.curves.points
+    if points[0][2] <= target:
+        return points[0][:2]
+    for (tokens, seconds, loss), (more, later, less) in pairwise(points):
         if less <= target:
             part = (loss - target) / (loss - less)
             return tokens + part * (more - tokens), seconds + part * (later - seconds)
@@ -97,7 +78,7 @@ def compare(tuning: Sequence[Run], runs: Sequence[Run]) -> Json:
             "final": [made.final for made in own],
             "tokens": [tokens for tokens, _ in at],
             "seconds": [seconds for _, seconds in at],
-            "points": [made.points for made in own],
+            "points": [made.curves.points for made in own],
         }
     for unit in ("tokens", "seconds"):
         found[f"muon_over_adamw_{unit}"] = statistics.fmean(found["muon"][unit]) / statistics.fmean(
@@ -111,7 +92,7 @@ def benchmark(steps: int, seeds: int, lrs: Sequence[float], residuals: Sequence[
         "benchmark": "tokens_to_loss",
         "machine": machine(),
         "steps": steps,
-        "model": MODEL,
+        "model": list(MODEL),
         "lrs": list(lrs),
     }
     curves: list[Curve] = []
@@ -126,7 +107,7 @@ def benchmark(steps: int, seeds: int, lrs: Sequence[float], residuals: Sequence[
             result[residual] = compare(tuning, runs)
             ratios = {unit: round(result[residual][f"muon_over_adamw_{unit}"], 3) for unit in ("tokens", "seconds")}
             say(f"{residual}: Muon over AdamW {ratios}")
-            curves += [Curve(f"{made.optimizer}, {residual}", made.loss) for made in runs]
+            curves += [Curve(f"{made.optimizer}, {residual}", made.curves.loss) for made in runs]
     if svg:
         draw_curves(svg, "training loss, nats per byte,", curves)
     return result

@@ -26,7 +26,7 @@ from elastic_moe.types import Unit, View
 
 NONE, MIRROR, PRIMARY = 0, 1, 2
 
-# Dense units move for balance only if a rank has more than this times the mean number of elements.
+# Dense units move for balance only if a rank has more than this times the mean load.
 _BALANCE_TOLERANCE = 1.1
 
 
@@ -87,7 +87,6 @@ def plan_ownership(
     active = np.asarray(view.active_ranks, dtype=np.int64)
     assert active.size > 0, "a view needs an active member"
     assert held_RU.shape == (view.world_size, len(units))
-    numel_U = units.numel_U
     primary_U = np.full(len(units), -1, dtype=np.int32)
     movable_U = np.ones(len(units), dtype=bool)
     if homes_LE is not None:
@@ -95,9 +94,11 @@ def plan_ownership(
         homed_U = np.flatnonzero(~movable_U)
         primary_U[homed_U] = homes_LE[units.layer_U[homed_U], units.expert_U[homed_U]]
         assert np.isin(primary_U[homed_U], active).all(), "an expert's home must be an active rank"
-    _place_dense(primary_U, movable_U, numel_U, held_RU, active)
-    _balance_dense(primary_U, movable_U, numel_U, held_RU, active)
-    partners_RK = _partners(primary_U, numel_U, held_RU, view, redundancy)
+    # Units whose updates take products are shared out by that work; then the others, by what memory is left.
+    for placed_U, size_U in ((units.iterated_U, units.work_U), (~units.iterated_U, units.numel_U)):
+        _place_dense(primary_U, movable_U & placed_U, size_U, held_RU, active)
+        _balance_dense(primary_U, movable_U & placed_U, size_U, held_RU, active)
+    partners_RK = _partners(primary_U, units.numel_U, held_RU, view, redundancy)
     return Ownership(primary_U, partners_RK[primary_U].reshape(len(units), redundancy))
 
 
@@ -138,34 +139,32 @@ def _holders(
     return rank_H, unit_H, held_RU[rank_H, unit_H].astype(np.int64)
 
 
-def _loads(primary_U: NDArray[np.int32], numel_U: NDArray[np.int64], num_ranks: int) -> NDArray[np.int64]:
-    """Number of elements that each rank owns, int64[R]."""
+def _loads(primary_U: NDArray[np.int32], size_U: NDArray[np.int64], num_ranks: int) -> NDArray[np.int64]:
+    """Sizes of the units that each rank owns, int64[R]."""
     placed_U = primary_U >= 0
-    return np.bincount(primary_U[placed_U], weights=numel_U[placed_U], minlength=num_ranks).astype(np.int64)
+    return np.bincount(primary_U[placed_U], weights=size_U[placed_U], minlength=num_ranks).astype(np.int64)
 
 
 def _place_dense(
     primary_U: NDArray[np.int32],
     movable_U: NDArray[np.bool_],
-    numel_U: NDArray[np.int64],
+    size_U: NDArray[np.int64],
     held_RU: NDArray[np.uint8],
     active: NDArray[np.int64],
 ) -> None:
-    """Keep a living primary; else promote the mirror with the fewest elements; else take the rank with the fewest
-    elements.
-    """
+    """Keep a living primary; else promote the mirror with the smallest load; else the rank with the smallest load."""
     rank_H, unit_H, role_H = _holders(held_RU, active)
     lowest_U = np.full(len(primary_U), len(held_RU), dtype=np.int64)
     np.minimum.at(lowest_U, unit_H[role_H == PRIMARY], rank_H[role_H == PRIMARY])
     keeps_U = movable_U & (lowest_U < len(held_RU))
     primary_U[keeps_U] = lowest_U[keeps_U]
-    load_R = _loads(primary_U, numel_U, len(held_RU))
+    load_R = _loads(primary_U, size_U, len(held_RU))
     open_U = np.flatnonzero(movable_U & ~keeps_U)
     by_unit = np.argsort(unit_H, kind="stable")
     rank_H, first_U = rank_H[by_unit], np.searchsorted(unit_H[by_unit], np.arange(len(primary_U) + 1))
     emptiest = [(int(load_R[rank]), rank) for rank in active.tolist()]
     heapq.heapify(emptiest)  # a load that has changed since is put right when it comes up
-    for unit in open_U[np.lexsort((open_U, -numel_U[open_U]))].tolist():
+    for unit in open_U[np.lexsort((open_U, -size_U[open_U]))].tolist():
         holders = rank_H[first_U[unit] : first_U[unit + 1]]
         if holders.size:
             rank = int(holders[load_R[holders].argmin()])
@@ -175,13 +174,13 @@ def _place_dense(
                 heapq.heapreplace(emptiest, (int(load_R[rank]), rank))
             rank = emptiest[0][1]
         primary_U[unit] = rank
-        load_R[rank] += numel_U[unit]
+        load_R[rank] += size_U[unit]
 
 
 def _balance_dense(
     primary_U: NDArray[np.int32],
     movable_U: NDArray[np.bool_],
-    numel_U: NDArray[np.int64],
+    size_U: NDArray[np.int64],
     held_RU: NDArray[np.uint8],
     active: NDArray[np.int64],
 ) -> None:
@@ -189,11 +188,11 @@ def _balance_dense(
 
     Units that the receiver mirrors already come first; of these, the unit whose size is nearest to half the difference.
     """
-    load_R = _loads(primary_U, numel_U, len(held_RU))
+    load_R = _loads(primary_U, size_U, len(held_RU))
     limit = _BALANCE_TOLERANCE * load_R.sum() / len(active)
     lightest_R = np.full(len(held_RU), np.iinfo(np.int64).max)
-    may_move_U = movable_U & (numel_U > 0)
-    np.minimum.at(lightest_R, primary_U[may_move_U], numel_U[may_move_U])
+    may_move_U = movable_U & (size_U > 0)
+    np.minimum.at(lightest_R, primary_U[may_move_U], size_U[may_move_U])
     while True:
         dst = int(active[load_R[active].argmin()])
         over = active[(load_R[active] > limit) & (lightest_R[active] < load_R[active] - load_R[dst])]
@@ -202,14 +201,14 @@ def _balance_dense(
         src = int(over[load_R[over].argmax()])
         gap = int(load_R[src] - load_R[dst])
         mine = np.flatnonzero(may_move_U & (primary_U == src))
-        units = mine[numel_U[mine] < gap]
-        miss = np.abs(numel_U[units] - min(gap / 2, load_R[src] - limit))
+        units = mine[size_U[mine] < gap]
+        miss = np.abs(size_U[units] - min(gap / 2, load_R[src] - limit))
         unit = int(units[np.lexsort((units, miss, held_RU[dst, units] == NONE))[0]])
         primary_U[unit] = dst
-        load_R[src] -= numel_U[unit]
-        load_R[dst] += numel_U[unit]
-        lightest_R[src] = numel_U[mine[mine != unit]].min(initial=np.iinfo(np.int64).max)
-        lightest_R[dst] = min(int(lightest_R[dst]), int(numel_U[unit]))
+        load_R[src] -= size_U[unit]
+        load_R[dst] += size_U[unit]
+        lightest_R[src] = size_U[mine[mine != unit]].min(initial=np.iinfo(np.int64).max)
+        lightest_R[dst] = min(int(lightest_R[dst]), int(size_U[unit]))
 
 
 def _partners(

@@ -41,6 +41,16 @@ class Units(tuple[Unit, ...]):
         return self.numel_U * fields_U
 
     @cached_property
+    def iterated_U(self) -> NDArray[np.bool_]:
+        """The unit's update multiplies its matrices, so it takes far longer than a pass over the elements."""
+        return np.array([unit.rule.iterations > 0 for unit in self], dtype=np.bool_)
+
+    @cached_property
+    def work_U(self) -> NDArray[np.int64]:
+        """Operations of an update of each unit: its elements, or the multiplications of its products."""
+        return np.array([unit_work(unit) if unit.rule.iterations else unit.numel for unit in self], dtype=np.int64)
+
+    @cached_property
     def expert_U(self) -> NDArray[np.int64]:
         """Expert within its layer, -1 for a dense unit."""
         return np.array([-1 if unit.expert is None else unit.expert for unit in self], dtype=np.int64)
@@ -60,6 +70,20 @@ class Units(tuple[Unit, ...]):
     def published_U(self) -> NDArray[np.bool_]:
         """The unit's weight is published after every step."""
         return np.array([unit.rule.published_each_step for unit in self], dtype=np.bool_)
+
+
+def unit_work(unit: Unit) -> int:
+    """Multiplications in an iterated update of a unit.
+
+    In each round a matrix m x n, m <= n, takes 2 m m n + m m m of them: its Gram matrix, the square of that, and the
+    product of both with the matrix itself (`optim/muon.py`).
+    """
+    total = 0
+    for part in unit.parts:
+        rows, columns = part.shape[0] // part.stacked, math.prod(part.shape[1:])
+        short, long = sorted((rows, columns))
+        total += part.stacked * short * short * (2 * long + short)
+    return unit.rule.iterations * total
 
 
 def build_units(specs: Sequence[ParamSpec], max_unit_elements: int) -> Units:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from elastic_moe.plan.state.ownership import MIRROR, NONE, PRIMARY, Ownership, homes_from_roles, plan_ownership
 from elastic_moe.plan.state.transfers import plan_transfers
+from elastic_moe.plan.state.units import Units, unit_work
 from elastic_moe.types import Member, Part, Unit, View
 
 
@@ -172,3 +173,28 @@ def test_homes_of_planned_roles_are_the_planned_homes(
     if homes is not None:
         roles_RU = _roles(plan_ownership(units, view, held, redundancy, homes), view.world_size)
         assert np.array_equal(homes_from_roles(units, roles_RU, view.active_ranks, homes.shape), homes)
+
+
+def test_updates_that_take_products_are_shared_out_by_their_work() -> None:
+    """By elements the large embedding would count like many matrices, and its rank would have none to iterate."""
+    embedding = [_unit(0, 1 << 19)]
+    matrices = [Unit(f"m{i}", (Part(f"m{i}", 0, s * 256, 0, (s, 256)),), "muon") for i, s in enumerate([64, 128] * 16)]
+    units, view = [*embedding, *matrices], _view(1, "aabb")
+    ownership = plan_ownership(units, view, np.zeros((4, len(units)), np.uint8), 1, None)
+    iterated = [unit_work(unit) if unit.optimizer == "muon" else 0 for unit in units]
+    work_R = np.bincount(ownership.primary, weights=iterated, minlength=4)
+    assert work_R.max() <= 1.1 * work_R.mean()
+    _check(ownership, view, 1, None, units)
+    held_RU = _roles(ownership, 4)[:3]  # one died: who mirrors its matrices, or has room, takes them
+    after = plan_ownership(units, _view(2, "aab"), held_RU, 1, None)
+    work_R = np.bincount(after.primary, weights=iterated, minlength=3)
+    assert work_R.max() <= 1.15 * work_R.mean()
+
+
+def test_the_work_of_an_iterated_update() -> None:
+    """Ten rounds of two products of m x m by m x n, and one of m x m by m x m, for each stacked matrix."""
+    wide = Unit("w", (Part("w", 0, 6 * 8 * 16, 0, (6 * 8, 16), 6),), "muon")
+    assert unit_work(wide) == 10 * 6 * (2 * 8 * 8 * 16 + 8**3)
+    tall = Unit("t", (Part("t", 0, 16 * 8, 0, (16, 8)), Part("t2", 0, 8 * 16, 128, (8, 16))), "muon")
+    assert unit_work(tall) == 2 * 10 * (2 * 8 * 8 * 16 + 8**3)
+    assert Units([wide, _unit(1, 7)]).work_U.tolist() == [unit_work(wide), 7]

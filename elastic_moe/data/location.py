@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,11 +183,11 @@ class _Served(io.RawIOBase):
         super().close()
 
 
-def local_file(path: Path) -> Listed:
-    """A file of this machine.
+def local_file(path: Path) -> Listed | None:
+    """A file of this machine; None for a pipe, a socket or a device.
 
     Raises:
         OSError: a broken link, or no right to see it.
     """
-    stat = os.stat(path)
-    return Listed(str(path), stat.st_size, stat.st_mtime_ns)
+    found = os.stat(path)
+    return Listed(str(path), found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None

@@ -65,6 +65,7 @@ class Build:
     def __init__(self, config: DataConfig, sources: Sequence[Source], directory: Path, told: Told) -> None:
         self._config, self._sources, self._directory, self._told = config, sources, directory, told
         self._parts: list[Part] = []
+        self._sampled = 0  # bytes of text that the tokenizer is trained on
         for index, source in enumerate(sources):
             first = Part(len(self._parts), (), corpus=index, limit=limit_of(source.config))
             self._parts += cut_into_parts(source.listed.files, first)
@@ -109,14 +110,15 @@ class Build:
             return IdsTokenizer(config.vocab_size), 0
         if config.tokenizer != "bpe":
             return read_tokenizer_file(config.tokenizer), 0
-        whole = self._total <= SAMPLE_BYTES
+        known = all(file.size >= 0 for source in self._sources for file in source.listed.files)
+        whole = known and self._total <= SAMPLE_BYTES
         self._told("reading the text", 0, min(self._total, SAMPLE_BYTES))  # at once, not in a thread of the trainer
         tokenizer = BpeTokenizer.train(self._sample(whole), config.vocab_size)
-        return tokenizer, 0 if whole else SAMPLE_BYTES
+        return tokenizer, 0 if whole else self._sampled
 
     def _sample(self, whole: bool) -> Iterator[str]:
         """Text for training that the tokenizer is made from: all of it, or as much from every so many parts."""
-        total, done = min(self._total, SAMPLE_BYTES), 0
+        total, self._sampled = min(self._total, SAMPLE_BYTES), 0
         parts = self._parts if whole else self._parts[:: max(1, len(self._parts) * _SAMPLE_PIECE // SAMPLE_BYTES)]
         read = [0] * len(self._sources)
         for part in parts:
@@ -128,8 +130,8 @@ class Build:
                 if not split.is_val(piece):
                     yield piece.text
                 read[part.corpus] += piece.size
-                done += len(piece.text.encode())
-                self._told("reading the text", min(done, total), total)
+                self._sampled += len(piece.text.encode())
+                self._told("reading the text", min(self._sampled, total), total)
         self._told("training the tokenizer", 0, 0)
 
     # --- duplicates ---------------------------------------------------------------------------------------------------

@@ -91,12 +91,12 @@ def list_files(config: DataConfig) -> CorpusFiles:
             for (_, entry), file in zip(some, looks, strict=True):
                 if limit and listed.total_bytes >= limit:
                     listed.skipped["beyond data.max_bytes"] += 1
-                    listed.total_bytes += entry.size
+                    listed.total_bytes += max(entry.size, 0)
                 elif file is None:
                     listed.skipped["not text"] += 1
                 else:
                     listed.files.append(file)
-                    listed.total_bytes += file.size
+                    listed.total_bytes += max(file.size, 0)
     listed.skipped = +listed.skipped
     if not listed.files:
         reasons = "".join(f" ({number} {reason})" for reason, number in listed.skipped.most_common())

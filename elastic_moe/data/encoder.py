@@ -21,14 +21,12 @@ from typing import Any, TextIO
 
 from elastic_moe.data.dedup import write_prints
 from elastic_moe.data.encode import EncodeSettings, encode_part
-from elastic_moe.data.location import scheme_of
 from elastic_moe.data.source_file import Part
 from elastic_moe.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load_tokenizer
 from elastic_moe.errors import UserError
 
 ENCODE, PRINTS = "encode", "prints"
 TELL_S = 0.5  # seconds between two answers about what is done
-ATTEMPTS, PAUSE_S = 4, 1.0  # of a part that is read from elsewhere; each pause is twice as long as the one before
 
 
 class Encoder:
@@ -41,22 +39,14 @@ class Encoder:
     def do(self, job: dict[str, Any]) -> None:
         """Do a job, and answer."""
         part = Part.from_json(job["part"])
-        attempts = ATTEMPTS if any(scheme_of(file.path) for file in part.files) else 1
-        for attempt in range(attempts):
-            try:
-                self._answer({"record": self._record(job["do"], part)})
-                return
-            except UserError as error:
-                if attempt + 1 == attempts or not isinstance(error.__cause__, OSError):
-                    self._answer({"user_error": str(error)})
-                    return
-            except OSError as error:
-                self._answer({"os_error": [error.errno, error.strerror or str(error)]})
-                return
-            except Exception:  # noqa: BLE001 - whoever started this process raises it there
-                self._answer({"failed": traceback.format_exc()})
-                return
-            time.sleep(PAUSE_S * 2**attempt)
+        try:
+            self._answer({"record": self._record(job["do"], part)})
+        except UserError as error:
+            self._answer({"user_error": str(error)})
+        except OSError as error:
+            self._answer({"os_error": [error.errno, error.strerror or str(error)]})
+        except Exception:  # noqa: BLE001 - whoever started this process raises it there
+            self._answer({"failed": traceback.format_exc()})
 
     def _record(self, what: str, part: Part) -> dict[str, Any]:
         if what == PRINTS:

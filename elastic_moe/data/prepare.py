@@ -216,10 +216,11 @@ def _summary(sources: Sequence[Source], built: Built) -> str:
         del encodings[usual]
     others = "".join(f", {number} in {name}" for name, number in encodings.most_common())
     total, text = sum(source.listed.total_bytes for source in sources), built.assembly.total
+    size = "unknown size" if any(file.size < 0 for file in files) else f"{total / 1e6:.3g} MB"
     share = f"{text.unknown / max(text.characters, 1):.3%} of it U+FFFD" if text.unknown else "no U+FFFD"
     return (
         f"corpus: {len(files)} files read{others}, {skipped}; {text.size / 1e6:.3g} MB of text from files of "
-        f"{total / 1e6:.3g} MB, {share}; {_tokens(text, built)}"
+        f"{size}, {share}; {_tokens(text, built)}"
     )
 
 

@@ -18,7 +18,7 @@ class SourceFile:
     Attributes:
         path: a path or a URL.
         name: path relative to the corpus.
-        size: bytes of the file; with `mtime_ns` it identifies its content.
+        size: bytes of the file, -1 where a server does not tell; with `mtime_ns` it identifies its content.
         mtime_ns: time of its last change, or what a server tells instead.
         kind: how it is read.
         encoding: of text and of lines, by Python's name; of a flat file of tokens without a header the type of its ids.
@@ -64,7 +64,7 @@ class Part:
     @property
     def weight(self) -> int:
         """Bytes of source."""
-        return sum(file.weight or file.size for file in self.files)
+        return sum(file.weight or max(file.size, 0) for file in self.files)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

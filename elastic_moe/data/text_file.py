@@ -19,7 +19,7 @@ from contextlib import closing
 from typing import Any, BinaryIO, TextIO, cast
 
 from elastic_moe.data import json_text
-from elastic_moe.data.location import open_binary
+from elastic_moe.data.location import has_ranges, open_binary, reason_of
 from elastic_moe.data.source_file import ARRAY, LINES, SourceFile
 from elastic_moe.errors import UserError
 
@@ -141,13 +141,20 @@ def kind_of_json(path: str, codec: str, encoding: str, text_field: str) -> str:
 
 def unreadable(path: str, error: Exception) -> UserError:
     """The sentence about a file that cannot be read."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return UserError(f"data.corpus: cannot read {path}: {reason}")
+    return UserError(f"data.corpus: cannot read {path}: {reason_of(error)}")
 
 
 def can_be_cut(file: SourceFile) -> bool:
-    """Whether a file of text may be read in parts: a byte of value 10 is the end of a line there."""
-    return not file.codec and file.kind != ARRAY and not file.encoding.startswith(("utf-16", "utf-32"))
+    """Whether a file of text may be read in parts: a byte of value 10 is the end of a line there.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    by_lines = not file.codec and file.kind != ARRAY and not file.encoding.startswith(("utf-16", "utf-32"))
+    try:
+        return by_lines and has_ranges(file.path)
+    except OSError as error:
+        raise unreadable(file.path, error) from error
 
 
 def documents(file: SourceFile, text_field: str = "") -> Iterator[tuple[TextIO, bool]]:

@@ -136,6 +136,7 @@ def _check_sizes(config: DataConfig, prepared: Prepared) -> None:
         for (name, tokens), samples in zip(spans, shard.samples(config.seq_len), strict=True):
             if not samples:
                 of = f" of {name}" if name else ""
+                key = "data.mixture" if name and key == "data.corpus" else key
                 few = f"too few for data.seq_len={config.seq_len}"
                 raise UserError(
                     f"{key}: {Path(path).stem} text{of} has {tokens} tokens, {few}; use more text or a "

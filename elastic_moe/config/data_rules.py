@@ -8,6 +8,7 @@ from elastic_moe.config.schema import DataConfig
 from elastic_moe.errors import UserError
 
 STDLIB = "stdlib"
+LEAST_SHARE = 2.0**-20  # to which shares are rounded, see `plan.batch.mixture_at`
 TOKENIZERS = ("bpe", "bytes", "ids")  # that are no path
 
 
@@ -19,15 +20,23 @@ def check_data(data: DataConfig, inputs: bool) -> None:
         inputs: they have to be there.
 
     Raises:
-        UserError: a weight is not above 0, two keys name corpora, or something is not there.
+        UserError: a weight is not above 0 or too small, two keys or two names mean a corpus, or something is not there.
     """
     for name, weight in data.mixture.items():
         if weight <= 0:
             raise UserError(f"data.mixture must have weights above 0, not {weight!r} for {name!r}.")
+        if weight < LEAST_SHARE * sum(data.mixture.values()):
+            raise UserError(
+                f"data.mixture must have shares of at least {LEAST_SHARE:g} each, and {weight!r} for {name!r} is less: "
+                "leave it out, or give it more."
+            )
     if data.mixture and data.corpus != DataConfig().corpus:
         raise UserError("data.mixture takes the place of data.corpus: name that one in data.mixture, with its weight.")
     if not inputs:
         return
+    places = [name if "://" in name else Path(name).expanduser().resolve().as_posix() for name in data.mixture]
+    if twice := [name for name, place in zip(data.mixture, places, strict=True) if places.count(place) > 1]:
+        raise UserError(f"data.mixture names one corpus as {' and as '.join(twice)}: give it once, with their sum.")
     for corpus in data.mixture or [data.corpus]:
         there = corpus == STDLIB or "://" in corpus or (corpus.strip() and Path(corpus).expanduser().exists())
         if not there:

@@ -6,22 +6,47 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from elastic_moe.config.schema import TrainConfig
+from elastic_moe.config.schema import OptimConfig, TrainConfig
 from elastic_moe.errors import UserError
 
 
 def check_recipe(config: TrainConfig) -> list[str]:
     """Raise UserError for the first rule broken; return notes about settings that are allowed but doubtful."""
-    optim = config.optim
-    parse_lr_steps(optim.lr_steps)
+    parse_lr_steps(config.optim.lr_steps)
     _check_ramp(config)
-    decays_from = config.run.steps * (1 - optim.decay_fraction)
-    if optim.schedule == "wsd" and not optim.warmup_tokens and optim.warmup_steps > decays_from:
-        return [
-            f"optim.warmup_steps ({optim.warmup_steps}) ends after the decay of optim.schedule=wsd begins (step "
-            f"{math.floor(decays_from)} of {config.run.steps}): the learning rate never stays at optim.lr."
-        ]
-    return []
+    return _beyond_the_run(config)
+
+
+def _beyond_the_run(config: TrainConfig) -> list[str]:
+    """Notes about what a run is too short for. With a ramp its tokens are fewer than those that are counted here."""
+    optim, data, steps = config.optim, config.data, config.run.steps
+    tokens = steps * data.global_batch * data.seq_len
+    notes: list[str] = []
+    for key, length, whole in (
+        ("optim.warmup_tokens", optim.warmup_tokens, tokens),
+        ("optim.warmup_steps", 0 if optim.warmup_tokens else optim.warmup_steps, steps),
+    ):
+        name = key.rpartition("_")[2]
+        decays_from = whole * (1 - optim.decay_fraction)
+        if length > whole and length != OptimConfig().warmup_steps:  # a run of a few steps tries something else
+            notes.append(
+                f"{key} ({length}) is more than the run's {whole} {name}: the learning rate never reaches optim.lr."
+            )
+        elif optim.schedule == "wsd" and length > decays_from:
+            notes.append(
+                f"{key} ({length}) ends after the decay of optim.schedule=wsd begins (at {math.floor(decays_from)} of "
+                f"{whole} {name}): the learning rate never stays at optim.lr."
+            )
+    for key, length, whole in (
+        ("data.batch_ramp_steps", data.batch_ramp_steps, steps),
+        ("data.batch_ramp_tokens", data.batch_ramp_tokens, tokens),
+    ):
+        if length >= whole:
+            notes.append(
+                f"{key} ({length}) is not less than the run's {whole} {key.rpartition('_')[2]}: no batch reaches "
+                f"data.global_batch ({data.global_batch})."
+            )
+    return notes
 
 
 def _check_ramp(config: TrainConfig) -> None:

@@ -115,6 +115,7 @@ def check_rules(config: TrainConfig, inputs: bool = True) -> list[str]:
     _need(
         config, "cluster.price_per_hour", lambda value: all(p >= 0 for p in value.values()), "prices of at least 0 each"
     )
+    _need(config, "data.pattern", lambda value: bool(value.strip()), "a pattern of file names, such as *.txt")
     _need(
         config,
         "run.dir",
@@ -279,6 +280,12 @@ def _check_sweep(config: TrainConfig) -> None:
 
 def _notes(config: TrainConfig) -> list[str]:
     notes: list[str] = []
+    model = config.model
+    layers = model.num_layers + model.mtp_depth
+    if model.recompute.isdecimal() and int(model.recompute) > layers:
+        notes.append(
+            f"model.recompute ({model.recompute}) is more than the {layers} layers: all are recomputed at once."
+        )
     if config.elastic.redundancy >= start_workers(config):
         notes.append(
             f"elastic.redundancy ({config.elastic.redundancy}) needs more than the {start_workers(config)} workers "

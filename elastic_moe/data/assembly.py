@@ -140,8 +140,9 @@ class Assembly:
             writer.close(list(zip(corpora, tokens, strict=True)))
             note_checked(path, writer.sha256, settled=True)
         self._journal.close()
-        for path in self._directory.glob("part-*"):
-            path.unlink(missing_ok=True)
+        for pattern in ("part-*", ".part-*"):
+            for path in self._directory.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def _sums(self) -> list[str]:
         return [self._writers[what].sha256 for what in FILES]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -65,6 +65,7 @@ class Build:
     def __init__(self, config: DataConfig, sources: Sequence[Source], directory: Path, told: Told) -> None:
         self._config, self._sources, self._directory, self._told = config, sources, directory, told
         self._parts: list[Part] = []
+        self._sampled = 0  # bytes of text that the tokenizer is trained on
         for index, source in enumerate(sources):
             first = Part(len(self._parts), (), corpus=index, limit=limit_of(source.config))
             self._parts += cut_into_parts(source.listed.files, first)
@@ -81,11 +82,13 @@ class Build:
             UserError: a file cannot be read, or has no text where it should.
             OSError: the directory cannot be written.
         """
+        for path in self._directory.glob(".part-*"):  # of a process that was killed
+            path.unlink(missing_ok=True)
         tokenizer, sampled = self._tokenizer()
         if len(self._parts) == 1:
-            return Built(self._one(tokenizer), sampled, self._count("dropped"))
+            return Built(self._one(tokenizer), sampled, self._number(DROPPED) or 0)
         processes = self._config.processes or usable_cpus()
-        with EncoderPool(self._settings, min(processes, len(self._parts))) as pool:
+        with EncoderPool(self._settings, min(processes, len(self._parts)), self._word) as pool:
             dropped = self._drop(pool)
             return Built(self._many(pool, tokenizer), sampled, dropped)
 
@@ -93,12 +96,12 @@ class Build:
 
     def _tokenizer(self) -> tuple[TextTokenizer, int]:
         """The tokenizer, and the bytes that it was trained on; 0 for all of them, or if it was not."""
-        path, sampled = self._directory / TOKENIZER_FILE, self._directory / SAMPLED
-        if path.is_file() and sampled.is_file():
-            return load_tokenizer(path), json.loads(sampled.read_text())
+        path, known = self._directory / TOKENIZER_FILE, self._number(SAMPLED)
+        if path.is_file() and known is not None:
+            return load_tokenizer(path), known
         tokenizer, size = self._new_tokenizer()
         tokenizer.save(path)
-        sampled.write_text(json.dumps(size))
+        self._keep_number(SAMPLED, size)
         return tokenizer, size
 
     def _new_tokenizer(self) -> tuple[TextTokenizer, int]:
@@ -109,14 +112,15 @@ class Build:
             return IdsTokenizer(config.vocab_size), 0
         if config.tokenizer != "bpe":
             return read_tokenizer_file(config.tokenizer), 0
-        whole = self._total <= SAMPLE_BYTES
+        known = all(file.size >= 0 for source in self._sources for file in source.listed.files)
+        whole = known and self._total <= SAMPLE_BYTES
         self._told("reading the text", 0, min(self._total, SAMPLE_BYTES))  # at once, not in a thread of the trainer
         tokenizer = BpeTokenizer.train(self._sample(whole), config.vocab_size)
-        return tokenizer, 0 if whole else SAMPLE_BYTES
+        return tokenizer, 0 if whole else self._sampled
 
     def _sample(self, whole: bool) -> Iterator[str]:
         """Text for training that the tokenizer is made from: all of it, or as much from every so many parts."""
-        total, done = min(self._total, SAMPLE_BYTES), 0
+        total, self._sampled = min(self._total, SAMPLE_BYTES), 0
         parts = self._parts if whole else self._parts[:: max(1, len(self._parts) * _SAMPLE_PIECE // SAMPLE_BYTES)]
         read = [0] * len(self._sources)
         for part in parts:
@@ -128,8 +132,8 @@ class Build:
                 if not split.is_val(piece):
                     yield piece.text
                 read[part.corpus] += piece.size
-                done += len(piece.text.encode())
-                self._told("reading the text", min(done, total), total)
+                self._sampled += len(piece.text.encode())
+                self._told("reading the text", min(self._sampled, total), total)
         self._told("training the tokenizer", 0, 0)
 
     # --- duplicates ---------------------------------------------------------------------------------------------------
@@ -138,29 +142,38 @@ class Build:
         """Find duplicates. Returns the number of documents that are left out."""
         if self._config.dedup == "off":
             return 0
-        if (self._directory / DROPPED).is_file():
-            return self._count("dropped")
+        if (known := self._number(DROPPED)) is not None:
+            return known
         missing = [part for part in self._parts if not part_path(self._directory, part.number, "prints").is_file()]
-        known = self._total - sum(part.weight for part in missing)
-        for _ in pool.records(PRINTS, missing, lambda done: self._tell("looking for duplicates", known + done)):
+        before = sum(part.weight for part in self._parts) - sum(part.weight for part in missing)
+        for _ in pool.records(PRINTS, missing, lambda done: self._tell("looking for duplicates", before + done)):
             pass
         return self._decide()
 
     def _decide(self) -> int:
         dropped = write_keep(self._directory, [part.number for part in self._parts])
-        (self._directory / DROPPED).write_text(json.dumps(dropped))
+        self._keep_number(DROPPED, dropped)
         return dropped
 
-    def _count(self, name: str) -> int:
-        path = self._directory / f"{name}.json"
-        return json.loads(path.read_text()) if path.is_file() else 0
+    def _number(self, name: str) -> int | None:
+        """A number that is kept in the working directory; None if it is not there."""
+        try:
+            return int((self._directory / name).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _keep_number(self, name: str, number: int) -> None:
+        """Keep a number, or nothing if this process is killed meanwhile."""
+        written = self._directory / f"{name}.new"
+        written.write_text(str(number))
+        os.replace(written, self._directory / name)
 
     # --- the parts ----------------------------------------------------------------------------------------------------
 
     def _one(self, tokenizer: TextTokenizer) -> Assembly:
         """The only part, in this process, with the threads of the tokenizer."""
         (part,) = self._parts
-        if self._config.dedup != "off" and not (self._directory / DROPPED).is_file():
+        if self._config.dedup != "off" and self._number(DROPPED) is None:
             write_prints(part, self._settings, lambda done: self._tell("looking for duplicates", done))
             self._decide()
         with self._assembly(tokenizer) as assembly:
@@ -177,7 +190,7 @@ class Build:
             left = [part for part in self._parts if part.number > last and not self._is_full(assembly, part)]
             known = {part.number: record for part in left if (record := read_record(self._directory, part)) is not None}
             missing = [part for part in left if part.number not in known]
-            done = self._total - sum(part.weight for part in missing)
+            done = max(self._total - sum(part.weight for part in missing), 0)  # data.max_bytes ends before all of them
             self._tell("encoding", done)
             answers = pool.records(ENCODE, missing, lambda more: self._tell("encoding", done + more))
             with closing(answers):
@@ -220,6 +233,9 @@ class Build:
         except BaseException:
             assembly.close()
             raise
+
+    def _word(self, text: str) -> None:
+        self._told(text, 0, 0)
 
     def _tell(self, what: str, done: int) -> None:
         self._told(what, min(done, self._total), self._total)

@@ -8,6 +8,7 @@ the PSF licence. Any other corpus is used whole, unless `data.max_bytes` says ot
 from __future__ import annotations
 
 import os
+import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +23,6 @@ from elastic_moe.data.location import Listed, check_scheme, list_url, local_file
 from elastic_moe.data.source_file import (
     ARROW,
     LINES,
-    MEGATRON,
     OF_TOKENS,
     PARQUET,
     TEXT,
@@ -32,7 +32,7 @@ from elastic_moe.data.source_file import (
     Part,
     SourceFile,
 )
-from elastic_moe.data.text_file import CODECS, JSONL, can_be_cut, encoding_of, head_of
+from elastic_moe.data.text_file import CODECS, JSON, JSONL, can_be_cut, encoding_of, head_of, kind_of_json, unreadable
 from elastic_moe.errors import UserError
 
 STDLIB = "stdlib"
@@ -44,6 +44,7 @@ EXCLUDED_DIRS = frozenset(
 )
 PART_BYTES = 4 << 20  # of source that one process encodes at a time
 WHOLE_BYTES = 16 << 20  # a corpus of no more is one part, which is encoded by the threads of one process
+_VAL = re.compile("(?<![a-z])val(id|idation)?(?![a-z])")  # in the name of a file of tokens
 _LOOKS = 16  # files of a server that are looked into at once
 _OF_TOKENS = (".bin", ".idx", ".pkl")  # files beside each other where other trainers keep tokens
 
@@ -79,8 +80,9 @@ def list_files(config: DataConfig) -> CorpusFiles:
     far = bool(scheme_of(config.corpus))
     entries = _of_url(config, listed.skipped) if far else _of_disk(config, listed.skipped)
     listed.skipped["empty"] += sum(not entry.size for _, entry in entries)
-    entries = [one for one in entries if one[1].size]
-    look = partial(_look, all(Path(name).suffix in _OF_TOKENS for name, _ in entries))
+    entries = [one for one in entries if one[1].size and (far or not token_file.is_index(Path(one[1].path)))]
+    of_tokens = all(Path(name).suffix in _OF_TOKENS for name, _ in entries)
+    look = partial(_look, of_tokens, config.text_field)
     with ThreadPoolExecutor(_LOOKS if far else 1) as pool:
         for begin in range(0, len(entries), _LOOKS):
             some = entries[begin : begin + _LOOKS]
@@ -89,26 +91,30 @@ def list_files(config: DataConfig) -> CorpusFiles:
             for (_, entry), file in zip(some, looks, strict=True):
                 if limit and listed.total_bytes >= limit:
                     listed.skipped["beyond data.max_bytes"] += 1
-                    listed.total_bytes += entry.size
+                    listed.total_bytes += max(entry.size, 0)
                 elif file is None:
                     listed.skipped["not text"] += 1
                 else:
                     listed.files.append(file)
-                    listed.total_bytes += file.size
+                    listed.total_bytes += max(file.size, 0)
     listed.skipped = +listed.skipped
     if not listed.files:
-        raise UserError(f"data.corpus={config.corpus} has no text; give a text file, or a directory with text files")
+        reasons = "".join(f" ({number} {reason})" for reason, number in listed.skipped.most_common())
+        raise UserError(
+            f"data.corpus={config.corpus} has no text{reasons}; give a text file, or a directory with text files"
+        )
     if any(file.split == VAL_ONLY for file in listed.files):
         listed.files = [replace(file, split=file.split or TRAIN_ONLY) for file in listed.files]
     _check_kinds(config, listed.files)
     return listed
 
 
-def _look(of_tokens: bool, entry: tuple[str, Listed]) -> SourceFile | None:
+def _look(of_tokens: bool, text_field: str, entry: tuple[str, Listed]) -> SourceFile | None:
     """A file and its format, by its name and its first bytes; None if it is no text.
 
     Args:
         of_tokens: the corpus has no files but those of `_OF_TOKENS`, so a `.bin` without an index holds tokens.
+        text_field: as `data.text_field`.
         entry: name and place of the file.
 
     Raises:
@@ -116,26 +122,35 @@ def _look(of_tokens: bool, entry: tuple[str, Listed]) -> SourceFile | None:
     """
     name, found = entry
     file = SourceFile(found.path, name, found.size, found.version)
-    path = Path(name)
+    path = Path(name.lower())
     codec = CODECS.get(path.suffix, "")
     suffix = path.with_suffix("").suffix if codec else path.suffix
     if suffix in tables.SUFFIXES and not codec:
         return replace(file, kind=tables.SUFFIXES[suffix])
-    if suffix == ".bin" and not codec and not scheme_of(found.path):
-        if token_file.is_megatron(Path(found.path)):
-            return replace(file, kind=MEGATRON)
-        if of_tokens and token_file.is_flat(Path(found.path)):
-            return replace(file, kind=TOKENS, split=VAL_ONLY if "val" in path.stem else "")
-        return None
+    if suffix == ".bin" and not codec:
+        if scheme_of(found.path):
+            raise UserError(f"data.corpus: {found.path} holds tokens; copy it to this machine first.")
+        if (told := token_file.kind_of(Path(found.path), of_tokens)) is None:
+            return None
+        split = VAL_ONLY if told[0] == TOKENS and _VAL.search(path.stem) else ""
+        return replace(file, kind=told[0], encoding=told[1], split=split)
     if of_tokens or (encoding := encoding_of(head_of(found.path, codec))) is None:
         return None
-    return replace(file, kind=LINES if suffix in JSONL else TEXT, encoding=encoding, codec=codec)
+    kind = LINES if suffix in JSONL else TEXT
+    if suffix == JSON:
+        kind = kind_of_json(found.path, codec, encoding, text_field)
+    return replace(file, kind=kind, encoding=encoding, codec=codec)
 
 
 def _check_kinds(config: DataConfig, files: list[SourceFile]) -> None:
     """Files of tokens need the tokenizer that made them, and have no place among others."""
     of_tokens = [file for file in files if file.kind in OF_TOKENS]
     if not of_tokens:
+        if config.tokenizer == "ids":
+            raise UserError(
+                f"data.tokenizer=ids is for files of tokens, and {files[0].path} holds text: name a tokenizer, or "
+                "choose the files by data.pattern."
+            )
         return
     path = of_tokens[0].path
     if len(of_tokens) < len(files):
@@ -164,9 +179,16 @@ def _of_disk(config: DataConfig, skipped: Counter[str]) -> list[tuple[str, Liste
     entries: list[tuple[str, Listed]] = []
     for path in paths:
         try:
-            entries.append((path.relative_to(root).as_posix(), local_file(path)))
-        except OSError:
+            found = local_file(path)
+        except OSError as error:
+            if not path.is_symlink():  # it has just vanished, or is listed by a saved dataset
+                raise unreadable(str(path), error) from error
             skipped["broken link"] += 1
+            continue
+        if found is None:
+            skipped["not a file"] += 1
+        else:
+            entries.append((path.relative_to(root).as_posix(), found))
     return entries
 
 
@@ -208,7 +230,7 @@ def _matching(names: list[str], config: DataConfig, skipped: Counter[str]) -> li
 def _walk(root: Path) -> Iterator[Path]:
     """All files below a directory, through links too; each directory once, whatever links lead to it."""
     seen: set[str] = set()
-    for directory, below, files in os.walk(root, followlinks=True):
+    for directory, below, files in os.walk(root, followlinks=True, onerror=_refuse):
         real = os.path.realpath(directory)
         if real in seen:
             below.clear()
@@ -217,6 +239,11 @@ def _walk(root: Path) -> Iterator[Path]:
         below.sort()
         below[:] = [name for name in below if name != ".git"]
         yield from (Path(directory, name) for name in files)
+
+
+def _refuse(error: OSError) -> None:
+    """What cannot be listed would be left out in silence."""
+    raise unreadable(str(error.filename), error) from error
 
 
 def _is_hidden(name: str) -> bool:

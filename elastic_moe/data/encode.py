@@ -195,15 +195,18 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _encoded(batch: list[Piece], tokenizer: TextTokenizer) -> Iterator[NDArray[np.integer]]:
+    vocab_size = tokenizer.vocab_size
     encoded = iter(tokenizer.encode_arrays([piece.text for piece in batch if piece.ids is None]))
     for piece in batch:
         if piece.ids is None:
             yield next(encoded)
             continue
-        if len(piece.ids) and not 0 <= int(piece.ids.min()) <= int(piece.ids.max()) < tokenizer.vocab_size:
+        if len(piece.ids) and not 0 <= (low := int(piece.ids.min())) <= (high := int(piece.ids.max())) < vocab_size:
+            if low < 0:
+                raise UserError(f"data.corpus holds the token {low}, which no tokenizer has: it is damaged.")
             raise UserError(
-                f"data.corpus holds the token {int(piece.ids.max())}, and data.tokenizer has only "
-                f"{tokenizer.vocab_size}: name the tokenizer that made them, or a larger data.vocab_size."
+                f"data.corpus holds the token {high}, and data.tokenizer has only {vocab_size}: name the tokenizer "
+                "that made them, or a larger data.vocab_size."
             )
         yield piece.ids
 

@@ -1,9 +1,10 @@
 """A process that encodes parts of a corpus: `python -m elastic_moe.data.encoder`. `encoder_pool.py` starts it.
 
 Each line of its standard input is a job, each line of its standard output an answer, all in JSON: the first job is the
-settings; each further one is a part, and what to do with it. Answers tell how many bytes are done, and at the end the
-record of the part, or what is wrong. It ends when its input does, in the middle of a part too, so it never outlives
-whoever started it. A plain process is used, since those of `multiprocessing` run the user's main module again.
+settings; each further one is a part, and what to do with it. Answers tell how many bytes are done, or just that it
+lives, and at the end the record of the part, or what is wrong. It ends when its input does, in the middle of a part
+too, so it never outlives whoever started it. A plain process is used, since those of `multiprocessing` run the user's
+main module again.
 """
 
 from __future__ import annotations
@@ -16,19 +17,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from elastic_moe.data.dedup import write_prints
 from elastic_moe.data.encode import EncodeSettings, encode_part
-from elastic_moe.data.location import scheme_of
 from elastic_moe.data.source_file import Part
 from elastic_moe.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load_tokenizer
 from elastic_moe.errors import UserError
 
 ENCODE, PRINTS = "encode", "prints"
 TELL_S = 0.5  # seconds between two answers about what is done
-ATTEMPTS, PAUSE_S = 4, 1.0  # of a part that is read from elsewhere; each pause is twice as long as the one before
 
 
 class Encoder:
@@ -41,22 +41,14 @@ class Encoder:
     def do(self, job: dict[str, Any]) -> None:
         """Do a job, and answer."""
         part = Part.from_json(job["part"])
-        attempts = ATTEMPTS if any(scheme_of(file.path) for file in part.files) else 1
-        for attempt in range(attempts):
-            try:
-                self._answer({"record": self._record(job["do"], part)})
-                return
-            except UserError as error:
-                if attempt + 1 == attempts or not isinstance(error.__cause__, OSError):
-                    self._answer({"user_error": str(error)})
-                    return
-            except OSError as error:
-                self._answer({"os_error": [error.errno, error.strerror or str(error)]})
-                return
-            except Exception:  # noqa: BLE001 - whoever started this process raises it there
-                self._answer({"failed": traceback.format_exc()})
-                return
-            time.sleep(PAUSE_S * 2**attempt)
+        try:
+            self._answer({"record": self._record(job["do"], part)})
+        except UserError as error:
+            self._answer({"user_error": str(error)})
+        except OSError as error:
+            self._answer({"os_error": [error.errno, error.strerror or str(error)]})
+        except Exception:  # noqa: BLE001 - whoever started this process raises it there
+            self._answer({"failed": traceback.format_exc()})
 
     def _record(self, what: str, part: Part) -> dict[str, Any]:
         if what == PRINTS:
@@ -78,17 +70,25 @@ def _read(jobs: queue.SimpleQueue[dict[str, Any]], stream: TextIO) -> None:
     os._exit(0)
 
 
-def main() -> None:
-    """Answer jobs for ever."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+def main(beat_s: float) -> None:
+    """Answer jobs for ever, with a sign of life every so many seconds."""
+    answers, lock = os.fdopen(os.dup(1), "w", encoding="utf-8"), threading.Lock()
     os.dup2(2, 1)  # what a library prints is no answer
 
     def answer(value: dict[str, Any]) -> None:
-        answers.write(json.dumps(value) + "\n")
-        answers.flush()
+        with lock:
+            answers.write(json.dumps(value) + "\n")
+            answers.flush()
+
+    def beat() -> None:
+        with suppress(OSError):
+            while True:
+                time.sleep(beat_s)
+                answer({"alive": True})
 
     jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(jobs, sys.stdin), daemon=True).start()
+    threading.Thread(target=beat, daemon=True).start()
     encoder = Encoder(EncodeSettings(**jobs.get()), answer)
     try:
         while True:
@@ -98,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,8 @@ from elastic_moe.data.source_file import Part
 from elastic_moe.errors import UserError
 
 POLL_S = 0.5
+SILENT_S = 120.0  # a process that gives no sign of life for so long, since somebody has stopped it, is ended
+BEATS = 24  # signs of life that have to fail for that
 MOST_DEATHS = 2  # of processes that encode one part
 _ENDED_S = 5.0
 
@@ -42,10 +45,16 @@ class EncoderPool:
     Args:
         settings: what they encode with.
         processes: their number at most.
+        word: is told what happens to them, by the thread that reads the records.
     """
 
-    def __init__(self, settings: EncodeSettings, processes: int) -> None:
-        self._settings, self._own = settings, threading.local()
+    def __init__(
+        self, settings: EncodeSettings, processes: int, word: Callable[[str], object] = lambda _: None
+    ) -> None:
+        self._settings, self._own, self._word = settings, threading.local(), word
+        self._words = deque[str]()
+        self._heard_s, self._silent = dict[subprocess.Popen[str], float](), set[int]()  # of busy ones; process ids
+        self._looked_s = time.monotonic()
         self._processes: list[subprocess.Popen[str]] = []
         self._finished, self._under_way = 0, dict[int, int]()  # bytes of source; of each part that is not finished
         self._lock, self._ended = threading.Lock(), False
@@ -79,11 +88,12 @@ class EncoderPool:
             UserError: a file cannot be read, or has no text where it should.
             OSError: the working directory cannot be written.
         """
-        self._finished = 0
+        self._finished, self._looked_s = 0, time.monotonic()
         waiting = deque(self._threads.submit(self._do, what, part) for part in parts)
         while waiting:
-            yield self._result(waiting.popleft(), told)
+            record = self._result(waiting.popleft(), told)
             told(self._done())
+            yield record
 
     def _done(self) -> int:
         """Bytes of source that are done."""
@@ -97,42 +107,78 @@ class EncoderPool:
             except NotYet:
                 if future.done():
                     raise
+                self._watch()
                 told(self._done())
+
+    def _watch(self) -> None:
+        """End processes that give no sign of life, and tell of those that are replaced."""
+        now_s = time.monotonic()
+        with self._lock:
+            if now_s - self._looked_s > 10 * POLL_S:  # this process was stopped itself, and has not heard
+                self._heard_s = dict.fromkeys(self._heard_s, now_s)
+            self._looked_s = now_s
+            for process, heard_s in self._heard_s.items():
+                if now_s - heard_s > SILENT_S:
+                    self._silent.add(process.pid)
+                    process.kill()
+        while self._words:
+            self._word(self._words.popleft())
 
     def _do(self, what: str, part: Part) -> dict[str, Any]:
         """Let this thread's process do a job; a process that dies is replaced."""
-        code = 0
+        died = ""
         for _ in range(MOST_DEATHS):
             process = self._process()
             answer = self._ask(process, what, part)
             if answer is not None:
                 return _record_of(answer)
-            code = process.wait()
+            died = self._death(process)
             del self._own.process
-        died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            if not self._ended:
+                self._words.append(f"a process that encodes {part.files[0].path} has died ({died}) and is replaced")
         raise UserError(
             f"data.corpus: a process that encodes {part.files[0].path} has died twice ({died}); where memory is short, "
             "fewer of them take less (data.processes)."
         )
+
+    def _death(self, process: subprocess.Popen[str]) -> str:
+        """What a process has died of; one that is broken and lives is ended."""
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_ENDED_S)
+        process.kill()
+        code = process.wait()
+        if process.pid in self._silent:
+            return f"no sign of life for {SILENT_S:g} s"
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def _ask(self, process: subprocess.Popen[str], what: str, part: Part) -> dict[str, Any] | None:
         """The last answer of a process to a job; None if it has died."""
         assert process.stdin is not None
         assert process.stdout is not None
         try:
+            self._hear(process)
             process.stdin.write(json.dumps({"do": what, "part": part.to_json()}) + "\n")
             process.stdin.flush()
             for line in process.stdout:
                 answer: dict[str, Any] = json.loads(line)
+                self._hear(process)
                 with self._lock:
-                    if "done" not in answer:
+                    if "done" in answer:
+                        self._under_way[part.number] = min(int(answer["done"]), part.weight)
+                    elif "alive" not in answer:
                         self._under_way.pop(part.number, None)
                         self._finished += part.weight
                         return answer
-                    self._under_way[part.number] = min(int(answer["done"]), part.weight)
         except (OSError, ValueError):  # a half line of a process that was killed
             pass
+        finally:
+            with self._lock:
+                self._heard_s.pop(process, None)
         return None
+
+    def _hear(self, process: subprocess.Popen[str]) -> None:
+        with self._lock:
+            self._heard_s[process] = time.monotonic()
 
     def _process(self) -> subprocess.Popen[str]:
         """The process of this thread, which is started if there is none."""
@@ -145,7 +191,7 @@ class EncoderPool:
             if self._ended:
                 raise UserError("the preparation of the corpus was ended.")
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "elastic_moe.data.encoder"],
+                [sys.executable, "-P", "-m", "elastic_moe.data.encoder", str(SILENT_S / BEATS)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
                 start_new_session=True,  # Ctrl-C is for this process, which ends that one
             )  # fmt: skip

@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.data import tables
+from elastic_moe.data.location import has_changed
 from elastic_moe.data.source_file import ARROW, OF_TOKENS, PARQUET, VAL_ONLY, SourceFile
 from elastic_moe.data.text_file import UNREADABLE, documents, unreadable
 from elastic_moe.data.token_file import read_ids
+from elastic_moe.errors import UserError
 
 MIN_PIECE_BYTES, MAX_PIECE_BYTES = 512, 65536
 
@@ -74,9 +76,12 @@ def read_pieces(
                     if left > 0:
                         left = max(left - piece.size, 0)
                 if left == 0:
-                    return
+                    break
+            _check_unchanged(file)
         except UNREADABLE as error:
             raise unreadable(file.path, error) from error
+        if left == 0:
+            return
 
 
 def read_documents(files: Iterable[SourceFile], text_field: str) -> Iterator[TextIO]:
@@ -90,8 +95,22 @@ def read_documents(files: Iterable[SourceFile], text_field: str) -> Iterator[Tex
             for document, _ in _documents(file, text_field, MAX_PIECE_BYTES):
                 assert not isinstance(document, np.ndarray), "duplicates among tokens are not looked for"
                 yield document
+            _check_unchanged(file)
         except UNREADABLE as error:
             raise unreadable(file.path, error) from error
+
+
+def _check_unchanged(file: SourceFile) -> None:
+    """Refuse a file that was written while it was read: nobody knows which of its bytes are old.
+
+    Raises:
+        UserError: it was.
+        OSError: that cannot be seen.
+    """
+    if has_changed(file.path, file.size, file.mtime_ns):
+        raise UserError(
+            f"data.corpus: {file.path} has changed while it was read; start again when nothing writes to it."
+        )
 
 
 def _documents(file: SourceFile, text_field: str, size: int) -> Iterator[tuple[TextIO | NDArray[np.integer], bool]]:

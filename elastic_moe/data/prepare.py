@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,13 +22,14 @@ from elastic_moe.data.build import Build, Built, Source, check_dedup
 from elastic_moe.data.corpus import limit_of, list_files
 from elastic_moe.data.encode import TextStats
 from elastic_moe.data.shards import FORMAT, TokenShard, file_sha256, token_digest
+from elastic_moe.data.source_file import MEGATRON
 from elastic_moe.data.tokenizer import KINDS, TOKENIZER_FILE, load_tokenizer, tokenizer_path
 from elastic_moe.data.workspace import Workspace
 from elastic_moe.errors import UserError
 
 TRAIN, VAL = "train.bin", "val.bin"
 SUMMARY = "corpus.txt"  # one line about what was read
-READER = 3  # version of how files become text and tokens; part of the cache's names
+READER = 4  # version of how files become text and tokens; part of the cache's names
 Told = Callable[
     [str, int, int], object
 ]  # is told a part of the work, and how many of how many bytes are done; 0 of 0: unknown
@@ -121,6 +123,8 @@ def _key(config: DataConfig, sources: Sequence[Source]) -> str:
     for source in sources:
         parts += [source.name if config.mixture else "", limit_of(source.config)]
         parts += [(file.name, file.size, file.mtime_ns) for file in source.listed.files]
+        indexes = [Path(file.path).with_suffix(".idx") for file in source.listed.files if file.kind == MEGATRON]
+        parts += [(found.st_size, found.st_mtime_ns) for found in map(os.stat, indexes)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -132,6 +136,7 @@ def _check_sizes(config: DataConfig, prepared: Prepared) -> None:
         for (name, tokens), samples in zip(spans, shard.samples(config.seq_len), strict=True):
             if not samples:
                 of = f" of {name}" if name else ""
+                key = "data.mixture" if name and key == "data.corpus" else key
                 few = f"too few for data.seq_len={config.seq_len}"
                 raise UserError(
                     f"{key}: {Path(path).stem} text{of} has {tokens} tokens, {few}; use more text or a "
@@ -207,13 +212,16 @@ def _summary(sources: Sequence[Source], built: Built) -> str:
     left_out = sum((source.listed.skipped for source in sources), Counter[str]())
     reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.most_common())
     skipped = f"{left_out.total()} left out ({reasons})" if reasons else "none left out"
-    encodings = Counter(file.encoding for file in files if not file.encoding.startswith("utf-8"))
+    encodings = Counter("ids of 32 bits" if file.encoding == "<u4" else file.encoding for file in files)
+    for usual in ("utf-8", "utf-8-sig", "<u2", ""):
+        del encodings[usual]
     others = "".join(f", {number} in {name}" for name, number in encodings.most_common())
     total, text = sum(source.listed.total_bytes for source in sources), built.assembly.total
+    size = "unknown size" if any(file.size < 0 for file in files) else f"{total / 1e6:.3g} MB"
     share = f"{text.unknown / max(text.characters, 1):.3%} of it U+FFFD" if text.unknown else "no U+FFFD"
     return (
         f"corpus: {len(files)} files read{others}, {skipped}; {text.size / 1e6:.3g} MB of text from files of "
-        f"{total / 1e6:.3g} MB, {share}; {_tokens(text, built)}"
+        f"{size}, {share}; {_tokens(text, built)}"
     )
 
 

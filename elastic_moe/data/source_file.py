@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-TEXT, LINES, PARQUET, ARROW, MEGATRON, TOKENS = "text", "lines", "parquet", "arrow", "megatron", "tokens"
+TEXT, LINES, ARRAY, PARQUET, ARROW = "text", "lines", "array", "parquet", "arrow"
+MEGATRON, TOKENS = "megatron", "tokens"
 OF_TOKENS = (MEGATRON, TOKENS)
 TRAIN_ONLY, VAL_ONLY = "train", "val"
 
@@ -17,10 +18,10 @@ class SourceFile:
     Attributes:
         path: a path or a URL.
         name: path relative to the corpus.
-        size: bytes of the file; with `mtime_ns` it identifies its content.
+        size: bytes of the file, -1 where a server does not tell; with `mtime_ns` it identifies its content.
         mtime_ns: time of its last change, or what a server tells instead.
         kind: how it is read.
-        encoding: of text and of lines, by Python's name.
+        encoding: of text and of lines, by Python's name; of a flat file of tokens without a header the type of its ids.
         codec: by which it is compressed; "": it is not.
         begin: first unit that is read: a byte of text or of lines, a row group of Parquet, a record batch of Arrow, a
             document of Megatron, a token of a flat file.
@@ -63,7 +64,7 @@ class Part:
     @property
     def weight(self) -> int:
         """Bytes of source."""
-        return sum(file.weight or file.size for file in self.files)
+        return sum(file.weight or max(file.size, 0) for file in self.files)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -15,13 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from elastic_moe.data.json_text import TEXT_FIELDS, whole_characters
 from elastic_moe.data.location import open_binary, scheme_of
 from elastic_moe.data.source_file import ARROW, PARQUET, SourceFile
-from elastic_moe.data.text_file import TEXT_FIELDS, whole_characters
 from elastic_moe.errors import UserError
 
 SUFFIXES = {".parquet": PARQUET, ".arrow": ARROW}
-ROWS = 1024  # of a Parquet file that are decoded at once
+ROWS = 1024  # of a table that are decoded at once, at most
+ROWS_BYTES = 16 << 20  # of text in them, about
 BUFFER_BYTES = 1 << 20
 DATASET, SPLITS = "state.json", "dataset_dict.json"  # of a saved dataset, and of one with several splits
 
@@ -35,14 +36,28 @@ def rows(file: SourceFile, text_field: str = "") -> Iterator[tuple[TextIO, bool]
     """
     import pyarrow as pa
 
-    batches = _parquet(file, text_field) if file.kind == PARQUET else _arrow(file, text_field)
+    columns = _parquet(file, text_field) if file.kind == PARQUET else _arrow(file, text_field)
     try:
-        for column in batches:
-            for text in column.to_pylist():
+        for column in columns:
+            for text in _texts(column):
                 if text:
                     yield io.StringIO(whole_characters(text), newline=""), True
     except pa.ArrowException as error:
         raise OSError(str(error)) from error
+
+
+def _texts(column: Any) -> list[str | None]:
+    """The values of a column, with U+FFFD for bytes that are no UTF-8, as in a file of text."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        texts: list[str | None] = column.to_pylist()
+        return texts
+    except UnicodeDecodeError:
+        values = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()).to_pylist()
+        return [None if value is None else value.decode("utf-8", "replace") for value in values]
 
 
 def parts_of(file: SourceFile, wanted_bytes: int) -> list[SourceFile]:
@@ -110,29 +125,54 @@ def _weights(file: SourceFile) -> list[int]:
 def _open_parquet(file: SourceFile) -> Generator[Any]:
     import pyarrow.parquet as pq
 
-    with open_binary(file.path) as source, pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False) as table:
+    with (
+        open_binary(file.path) as source,
+        pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True) as table,
+    ):
         yield table
 
 
 def _parquet(file: SourceFile, text_field: str) -> Iterator[Any]:
     with _open_parquet(file) as table:
         name = _column(table.schema_arrow, file, text_field)
-        groups = range(file.begin, file.begin + (file.count or table.metadata.num_row_groups))
-        for batch in table.iter_batches(ROWS, row_groups=list(groups), columns=[name]):
-            yield batch.column(0)
+        for group in range(file.begin, file.begin + (file.count or table.metadata.num_row_groups)):
+            found = table.metadata.row_group(group)
+            row_bytes = found.total_byte_size // max(found.num_rows, 1)
+            rows = min(max(ROWS_BYTES // max(row_bytes, 1), 1), ROWS)
+            for batch in table.iter_batches(rows, row_groups=[group], columns=[name]):
+                yield batch.column(name)
 
 
 def _arrow(file: SourceFile, text_field: str) -> Iterator[Any]:
     import pyarrow as pa
 
-    with pa.memory_map(file.path) if not scheme_of(file.path) else open_binary(file.path) as source:
+    # What is read whole need not be mapped: a file that becomes shorter meanwhile would end this process.
+    far = bool(scheme_of(file.path)) or not file.count
+    with open_binary(file.path) if far else pa.memory_map(file.path) as source:
         name = ""
         for index, batch in enumerate(_batches(source)):
             if file.count and index >= file.begin + file.count:
                 return
             if index >= file.begin:
                 name = name or _column(batch.schema, file, text_field)
-                yield batch.column(name)
+                column = _undamaged(batch.column(name))
+                rows = min(max(ROWS_BYTES * len(column) // max(column.nbytes, 1), 1), ROWS)
+                for begin in range(0, len(column), rows):
+                    yield column.slice(begin, rows)
+
+
+def _undamaged(column: Any) -> Any:
+    """The column. Its memory is the file's, and offsets in it that point elsewhere would end this process.
+
+    Raises:
+        ArrowInvalid: there are such.
+    """
+    import pyarrow as pa
+
+    plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    column.validate()
+    (column.view(plain[column.type]) if column.type in plain else column).validate(full=True)
+    return column
 
 
 def _batches(source: Any) -> Iterator[Any]:
@@ -154,13 +194,16 @@ def _column(schema: Any, file: SourceFile, text_field: str) -> str:
     import pyarrow as pa
 
     def is_text(name: str) -> bool:
+        if schema.names.count(name) > 1:
+            raise UserError(f"data.corpus: {file.path} has several columns named {name}, so none of them can be read.")
         kind = schema.field(name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
     fields = (text_field,) if text_field else TEXT_FIELDS
     for name in fields:
         if name in schema.names and is_text(name):
             return name
-    others = [name for name in schema.names if is_text(name)]
+    others = [name for name in schema.names if schema.names.count(name) == 1 and is_text(name)]
     hint = f"data.text_field can be {', '.join(others)}" if others else "it has none"
     raise UserError(f"data.corpus: {file.path} has no column of text named {' or '.join(fields)}; {hint}.")

@@ -2,7 +2,7 @@
 
 UTF-8, with or without a mark, UTF-16 and UTF-32 with a mark, Latin-1 and Windows-1252 are told apart by the first bytes
 of a file. `.gz`, `.bz2`, `.xz` and `.zst` files are read decompressed. A `.jsonl` file has a document on each line: a
-text, or an object with a text in a field. A part of a file has the lines that begin in it.
+text, or an object with a text in a field (`json_text.py`). A part of a file has the lines that begin in it.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ import bz2
 import codecs
 import gzip
 import io
-import json
 import lzma
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, BinaryIO, TextIO, cast
 
-from elastic_moe.data.location import open_binary
-from elastic_moe.data.source_file import LINES, SourceFile
+from elastic_moe.data import json_text
+from elastic_moe.data.location import has_ranges, open_binary, reason_of
+from elastic_moe.data.source_file import ARRAY, LINES, SourceFile
 from elastic_moe.errors import UserError
 
 HEAD_BYTES = 1 << 16  # by which a file's format is told
 SEARCH_BYTES = 4 << 20  # a place to cut a file is the end of a line that is no longer than this
-JSONL = (".jsonl", ".ndjson")
+BLOCK_BYTES = 1 << 20  # a block of bzip2 has no more; its checksum is compared at its end
+JSONL, JSON = (".jsonl", ".ndjson"), ".json"
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-TEXT_FIELDS = ("text", "content")
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+_CONTROLS = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f]")  # bytes that no text in an encoding of bytes has
 _MARKS = (  # the longer marks first
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -43,15 +45,46 @@ def decompressed(raw: BinaryIO, codec: str) -> BinaryIO:
         case "gzip":
             return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
         case "bz2":
-            return cast(BinaryIO, bz2.BZ2File(raw))
+            return cast(BinaryIO, io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), HEAD_BYTES))
         case "xz":
-            return cast(BinaryIO, lzma.LZMAFile(raw))
+            return cast(BinaryIO, io.BufferedReader(_Streams(raw, lzma.LZMADecompressor), HEAD_BYTES))
         case "zstd":
             import pyarrow as pa
 
             return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), HEAD_BYTES))
         case _:
             return raw
+
+
+class _Streams(io.RawIOBase):
+    """The content of bzip2 or xz streams, one after the other.
+
+    Python's own readers take a damaged stream behind another for the end of the file, and lose the rest in silence.
+    """
+
+    def __init__(self, raw: BinaryIO, new: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> None:
+        self._raw, self._new, self._one = raw, new, new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            fed = b""
+            if self._one.eof:
+                # Between two streams of xz there may be zeros.
+                fed = self._one.unused_data.lstrip(b"\0")
+                while not fed and (fed := self._raw.read(HEAD_BYTES)):
+                    fed = fed.lstrip(b"\0")
+                if not fed:
+                    return 0
+                self._one = self._new()
+            elif self._one.needs_input and not (fed := self._raw.read(HEAD_BYTES)):
+                raise EOFError("it ends in the middle of a compressed stream")
+            data = self._one.decompress(fed, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def head_of(path: str, codec: str) -> bytes:
@@ -62,7 +95,10 @@ def head_of(path: str, codec: str) -> bytes:
     """
     try:
         with closing(open_binary(path)) as raw, closing(decompressed(raw, codec)) as stream:
-            return stream.read(HEAD_BYTES)
+            head = stream.read(HEAD_BYTES)
+            if codec and encoding_of(head) is None:  # is it no text, or is it damaged?
+                stream.read(BLOCK_BYTES)
+            return head
     except UNREADABLE as error:
         raise unreadable(path, error) from error
 
@@ -81,18 +117,44 @@ def encoding_of(head: bytes) -> str | None:
     invalid = text.count("\ufffd")
     if 2 * invalid <= sum(character > "\x7f" for character in text):
         return "utf-8"
+    if _CONTROLS.search(head):  # of a small binary file
+        return None
     return "cp1252" if any(0x80 <= byte < 0xA0 for byte in head) else "latin-1"
+
+
+def kind_of_json(path: str, codec: str, encoding: str, text_field: str) -> str:
+    """How a `.json` file is read: `json_text.kind_of`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with (
+            closing(open_binary(path)) as raw,
+            closing(decompressed(raw, codec)) as binary,
+            io.TextIOWrapper(binary, encoding=encoding, errors="replace", newline="") as stream,
+        ):
+            return json_text.kind_of(stream, text_field)
+    except UNREADABLE as error:
+        raise unreadable(path, error) from error
 
 
 def unreadable(path: str, error: Exception) -> UserError:
     """The sentence about a file that cannot be read."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return UserError(f"data.corpus: cannot read {path}: {reason}")
+    return UserError(f"data.corpus: cannot read {path}: {reason_of(error)}")
 
 
 def can_be_cut(file: SourceFile) -> bool:
-    """Whether a file of text may be read in parts: a byte of value 10 is the end of a line there."""
-    return not file.codec and not file.encoding.startswith(("utf-16", "utf-32"))
+    """Whether a file of text may be read in parts: a byte of value 10 is the end of a line there.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    by_lines = not file.codec and file.kind != ARRAY and not file.encoding.startswith(("utf-16", "utf-32"))
+    try:
+        return by_lines and has_ranges(file.path)
+    except OSError as error:
+        raise unreadable(file.path, error) from error
 
 
 def documents(file: SourceFile, text_field: str = "") -> Iterator[tuple[TextIO, bool]]:
@@ -117,13 +179,20 @@ def documents(file: SourceFile, text_field: str = "") -> Iterator[tuple[TextIO, 
             if first and encoding == "utf-8-sig":
                 encoding = "utf-8"
         with io.TextIOWrapper(content, encoding=encoding, errors="replace", newline="") as stream:
+            if file.kind == ARRAY:
+                for text in json_text.array_texts(stream, file.path, text_field):
+                    yield io.StringIO(text, newline=""), True
+                return
             if file.kind != LINES:
                 yield stream, ends
                 return
             where = f" after byte {file.begin}" if file.begin else ""
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    yield io.StringIO(_text_in(line, f"{file.path}:{number}{where}", text_field), newline=""), True
+                    yield (
+                        io.StringIO(json_text.line_text(line, f"{file.path}:{number}{where}", text_field), newline=""),
+                        True,
+                    )
 
 
 def line_range(stream: BinaryIO, part: SourceFile) -> tuple[int, int]:
@@ -177,22 +246,3 @@ class _Limited(io.RawIOBase):
         buffer[: len(data)] = data
         self._left -= len(data)
         return len(data)
-
-
-def _text_in(line: str, where: str, text_field: str) -> str:
-    fields = (text_field,) if text_field else TEXT_FIELDS
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"data.corpus: {where} is no JSON.") from error
-    if isinstance(value, dict):
-        value = next((value[name] for name in fields if isinstance(value.get(name), str)), None)
-    if not isinstance(value, str):
-        hint = "" if text_field else "; data.text_field names another field"
-        raise UserError(f"data.corpus: {where} has no text under {' or '.join(fields)}{hint}.")
-    return whole_characters(value)
-
-
-def whole_characters(text: str) -> str:
-    """The text, with U+FFFD for half a character, which JSON may hold."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

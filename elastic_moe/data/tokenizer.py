@@ -157,16 +157,19 @@ class BpeTokenizer:
         return [np.array(one.ids, np.uint32) for one in self._encoded(texts)]
 
     def _encoded(self, texts: Sequence[str]) -> list[Encoding]:
-        return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # tokenizers raises bare Exception, where it has no token for what it does not know
+            raise UserError(f"data.tokenizer cannot encode some of the text: {error}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def save(self, path: str | Path) -> None:
-        if self._end == END:
-            self._tokenizer.save(str(path))
-        else:
-            Path(path).write_text(json.dumps({"kind": "hub", "end": self._end, "tokenizer": self._tokenizer.to_str()}))
+        text = self._tokenizer.to_str(pretty=True)  # its own `save` raises no OSError
+        if self._end != END:
+            text = json.dumps({"kind": "hub", "end": self._end, "tokenizer": self._tokenizer.to_str()})
+        Path(path).write_text(text, encoding="utf-8")
 
     def export(self, directory: Path) -> None:
         """Write the files from which `transformers` makes a tokenizer."""

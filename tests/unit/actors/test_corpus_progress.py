@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,3 +82,23 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "encoding:" in told
     assert "preparing the corpus" not in told, "no lines beside the bar"
     assert "the corpus is prepared" in told
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_does_not_move_is_told(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with CorpusProgress(0.05, RunLog(TEXT, "run")) as progress:
+        until(lambda: "looking at the files, without progress for" in stream.getvalue())
+        progress("encoding", 5_000_000, 9_000_000)
+        word = "no progress for" if terminal else "preparing the corpus: encoding, without progress for"
+        until(lambda: word in stream.getvalue(), lambda: progress("encoding", 5_000_000, 9_000_000))
+    assert not [thread for thread in threading.enumerate() if thread.name == "corpus progress" and thread.is_alive()]
+
+
+def until(holds: Callable[[], bool], step: Callable[[], object] = lambda: None) -> None:
+    deadline_s = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline_s
+        step()
+        time.sleep(0.01)

@@ -88,6 +88,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"data.batch_ramp": 8}, "data.batch_ramp_steps"),
     ({"data.batch_ramp": 8, "data.batch_ramp_steps": 5, "data.batch_ramp_tokens": 5}, "data.batch_ramp_tokens"),
     ({"data.batch_ramp_tokens": 5}, "data.batch_ramp_tokens"),
+    ({"data.pattern": " "}, "data.pattern"),
 ]
 
 
@@ -151,6 +152,12 @@ def test_start_workers_of_a_simulated_cluster() -> None:
     ("dotted", "key"),
     [
         ({"run.steps": 20, "optim.schedule": "wsd"}, "optim.warmup_steps"),
+        ({"optim.schedule": "wsd", "optim.warmup_tokens": 700_000}, r"optim\.warmup_tokens .* never stays"),
+        ({"optim.warmup_tokens": 900_000}, r"optim\.warmup_tokens \(900000\) is more than the run's 819200 tokens"),
+        ({"optim.warmup_steps": 201}, r"optim\.warmup_steps \(201\) is more than the run's 200 steps"),
+        ({"data.batch_ramp": 8, "data.batch_ramp_steps": 200}, r"data\.batch_ramp_steps \(200\) is not less .* 200"),
+        ({"data.batch_ramp": 8, "data.batch_ramp_tokens": 900_000}, r"data\.batch_ramp_tokens .* no batch reaches"),
+        ({"model.recompute": "5"}, r"model\.recompute \(5\) is more than the 4 layers"),
         ({"cluster.workers": 1}, "elastic.redundancy"),
         ({"device": "cuda"}, "cluster.gpus_per_worker"),
     ],

@@ -70,7 +70,7 @@ def test_duplicates_across_corpora_stay_in_the_first(corpora: tuple[str, str], t
 
 def test_a_corpus_without_validation_text_is_named(corpora: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("few words")
-    with pytest.raises(UserError, match=r"text of .*c\.txt has 10 tokens, too few"):
+    with pytest.raises(UserError, match=r"data\.mixture: train text of .*c\.txt has 10 tokens, too few"):
         prepare(config_of({corpora[0]: 1.0, str(tmp_path / "c.txt"): 1.0}), tmp_path / "cache")
 
 
@@ -78,6 +78,12 @@ def test_a_corpus_without_validation_text_is_named(corpora: tuple[str, str], tmp
     ("data", "message"),
     [
         ({"mixture": {"stdlib": 0.0}}, r"data\.mixture must have weights above 0, not 0\.0 for 'stdlib'"),
+        (
+            {"mixture": {"stdlib": 1e-7, "/tmp": 1.0}},
+            r"shares of at least 9\.53674e-07 each, and 1e-07 for 'std",
+        ),
+        ({"mixture": {"stdlib": 1e308, "/tmp": 1e308}}, r"data\.mixture must have shares"),
+        ({"mixture": {"/tmp": 1.0, "/tmp/../tmp/": 2.0}}, r"names one corpus as /tmp and as /tmp/\.\./tmp/: give it"),
         ({"mixture": {"/no/such": 1.0}}, r"data\.mixture names '/no/such', which does not exist"),
         ({"mixture": {"stdlib": 1.0}, "corpus": "/tmp"}, r"data\.mixture takes the place of data\.corpus"),
     ],

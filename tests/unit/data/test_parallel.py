@@ -219,6 +219,61 @@ def test_a_process_that_dies_is_replaced(corpus: Path, tmp_path: Path, monkeypat
     assert sorted(killed) == [3, 8]
 
 
+@pytest.mark.parametrize("often", [1, 2])
+def test_a_process_that_is_stopped_is_replaced(
+    often: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare(config_of(corpus), tmp_path / "whole")
+    monkeypatch.setattr(encoder_pool, "SILENT_S", 8.0)
+    stopped: list[int] = []
+    told: list[str] = []
+    ask = EncoderPool._ask
+
+    def stops(self: EncoderPool, process: Any, what: str, part: Part) -> Any:
+        if part.number == 3 and len(stopped) < often:
+            stopped.append(process.pid)
+            os.kill(process.pid, signal.SIGSTOP)
+        return ask(self, process, what, part)
+
+    monkeypatch.setattr(EncoderPool, "_ask", stops)
+    config, cache = config_of(corpus), tmp_path / "cache"
+    if often == 2:
+        with pytest.raises(UserError, match=r"has died twice \(no sign of life for 8 s\)"):
+            prepare(config, cache, lambda what, *_: told.append(what))
+    else:
+        assert content(prepare(config, cache, lambda what, *_: told.append(what))) == content(whole)
+        assert [text for text in told if "has died (no sign of life for 8 s) and is replaced" in text]
+    assert not any(psutil.pid_exists(pid) for pid in stopped)
+
+
+def test_what_killed_processes_leave_is_deleted(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stops(self: Any, record: Any, cut: Any = None) -> None:
+        raise Stopped
+
+    from elastic_moe.data.assembly import Assembly
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Assembly, "append", stops)
+        with pytest.raises(Stopped):
+            prepare(config_of(corpus, dedup="exact"), tmp_path / "cache")
+    (left,) = (tmp_path / "cache").iterdir()
+    (left / ".part-000001.train-12345").write_bytes(b"x")
+    (left / "sample.json").write_text("")  # between its making and its content
+    (left / "dropped.json").write_text("")
+    prepared = prepare(config_of(corpus, dedup="exact"), tmp_path / "cache")
+    assert not [path.name for path in Path(prepared.train_path).parent.iterdir() if path.name.startswith(".part")]
+    assert content(prepared) == content(prepare(config_of(corpus, dedup="exact"), tmp_path / "whole"))
+
+
+def test_what_is_told_of_a_corpus_with_a_limit_is_never_below_zero(corpus: Path, tmp_path: Path) -> None:
+    told: list[int] = []
+    prepare(config_of(corpus, max_bytes=100_000), tmp_path / "cache", lambda _what, done, _total: told.append(done))
+    assert min(told) == 0
+
+
 def test_a_part_that_kills_its_process_is_a_sentence(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from elastic_moe.parallel.collectives.group import Group
-from elastic_moe.plan.state.schedule import Layout
+from elastic_moe.plan.state.schedule import Layout, Schedule
 from elastic_moe.runtime.exchange.unit_exchange import UnitExchange
 from elastic_moe.runtime.exchange.windows import ComputeTensors, copy_all, windows_of
 from elastic_moe.runtime.state import HeldState
 
 
 class GradientReducer:
-    """Reduces gradients to the state that this rank holds.
+    """Reduces gradients to the state that this rank holds, bucket by bucket.
 
     Args:
         layout: the schedules.
@@ -24,16 +24,8 @@ class GradientReducer:
     """
 
     def __init__(self, layout: Layout, grads: ComputeTensors, held: HeldState, group: Group) -> None:
-        self._layout, self._held = layout, held
-        self._dtype = next(iter(grads.dense.values())).dtype
-        own, others = layout.gradients.send[layout.rank], layout.gradients.without(layout.rank)
-        self._windows = [window for u in others.sent_units for window in windows_of(layout, grads, u)]
-        self._to_primaries = UnitExchange(layout, others, group, held.device, self._dtype)
-        self._to_mirrors = UnitExchange(layout, layout.mirrors, group, held.device)
-        self._arriving = [(rank, u) for rank, units in enumerate(others.receive) for u in units]
-        self._own = {u: windows_of(layout, grads, u) for u in own}
-        self._rounds = list(_rounds(layout.gradients.receive))
-        self._units = sorted(self._rounds[0]) if self._rounds else []
+        buckets = zip(layout.gradients.split(layout.bucket_U), layout.mirrors.split(layout.bucket_U), strict=True)
+        self._buckets = [_Bucket(layout, *bucket, grads, held, group) for bucket in buckets]
 
     def reduce(self) -> float:
         """Sum every unit's gradient at its primary; collective.
@@ -43,6 +35,39 @@ class GradientReducer:
         Returns:
             Sum of squares of the reduced gradients, over the units whose primary is this rank.
         """
+        return sum(bucket.reduce() for bucket in self._buckets)
+
+    def mirror(self) -> None:
+        """Send each reduced gradient from its primary to the unit's mirrors; collective."""
+        for bucket in self._buckets:
+            bucket.mirror()
+
+
+class _Bucket:
+    """The part of the reduction that is made at once. `gradients`, `mirrors`: its schedules."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        gradients: Schedule,
+        mirrors: Schedule,
+        grads: ComputeTensors,
+        held: HeldState,
+        group: Group,
+    ) -> None:
+        self._layout, self._held, self._mirrors = layout, held, mirrors
+        self._dtype = next(iter(grads.dense.values())).dtype
+        own, others = gradients.send[layout.rank], gradients.without(layout.rank)
+        self._windows = [window for u in others.sent_units for window in windows_of(layout, grads, u)]
+        self._to_primaries = UnitExchange(layout, others, group, held.device, self._dtype)
+        self._to_mirrors = UnitExchange(layout, mirrors, group, held.device)
+        self._arriving = [(rank, u) for rank, units in enumerate(others.receive) for u in units]
+        self._own = {u: windows_of(layout, grads, u) for u in own}
+        self._rounds = list(_rounds(gradients.receive))
+        self._units = sorted(self._rounds[0]) if self._rounds else []
+
+    def reduce(self) -> float:
+        """See `GradientReducer.reduce`."""
         received = self._to_primaries.run(self._windows)
         if not self._units:
             return 0.0
@@ -79,10 +104,9 @@ class GradientReducer:
                 torch._foreach_add_(targets, here)  # pyright: ignore[reportPrivateImportUsage]
 
     def mirror(self) -> None:
-        """Send each reduced gradient from its primary to the unit's mirrors; collective."""
-        mirrors = self._layout.mirrors
-        received = self._to_mirrors.run([self._held.grad_of(u) for u in mirrors.sent_units])
-        units = mirrors.received_units
+        """See `GradientReducer.mirror`."""
+        received = self._to_mirrors.run([self._held.grad_of(u) for u in self._mirrors.sent_units])
+        units = self._mirrors.received_units
         copy_all([self._held.grad_of(u) for u in units], received.split(self._numels(units)))
 
     def _numels(self, units: list[int]) -> list[int]:

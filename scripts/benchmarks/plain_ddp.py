@@ -106,6 +106,7 @@ def train(rank: int, plain: Plain, meeting: str) -> None:
     """One rank's process."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(plain.workers)}  # Accelerate asks
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # but uses the group that is there
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=plain.workers)
     cfg, data = ModelConfig(**plain.model), DataConfig(**plain.data)
     model, optimizer = wrapped(cfg, plain)

@@ -62,6 +62,10 @@ class _Group:
             start = stop
         return _Group(own, state, grad, views)
 
+    def is_held(self, states: Mapping[int, UnitState]) -> bool:
+        """Whether these states are, for all units of this group, those that lie in its vectors."""
+        return all(states.get(index) is state for index, (state, _) in self.views.items())
+
     def apply(self, step: CommittedStep) -> None:
         """Update all units by their rule."""
         rule, step = RULES[self.units[0].optimizer], step.scaled(self.units[0].lr_scale)
@@ -188,7 +192,7 @@ class HeldState:
         """
         held, alone = sorted(self.states), _alone(self.roles)
         planned = set(map(tuple, _vectors(self.units, held, alone)))
-        whole = [group for group in self._groups if self._has(group)]
+        whole = [group for group in self._groups if group.is_held(self.states)]
         self._groups = [group for group in whole if (not alone and _is_long(group)) or tuple(group.views) in planned]
         del whole
         kept = {index for group in self._groups for index in group.views}
@@ -199,10 +203,6 @@ class HeldState:
                 self._take({index: (state, grad)})  # the last unit of an old vector frees it
             self._groups.append(group)
         self._settled = True
-
-    def _has(self, group: _Group) -> bool:
-        """Whether all units of a group are held where it has them."""
-        return all(self.states.get(index) is state for index, (state, _) in group.views.items())
 
     def release(self) -> None:
         """Let go of all state; for a state that another one has followed."""

@@ -26,11 +26,11 @@ from elastic_moe.optim.committed import CommittedStep
 from elastic_moe.optim.rules import RULES
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.parallel.collectives.group import HOST
+from elastic_moe.plan.state import buckets
 from elastic_moe.plan.state.ownership import NONE, PRIMARY
 from elastic_moe.runtime.checksums import checksums
 from elastic_moe.types import Unit
 
-VECTOR_BYTES = 64 << 20  # of all fields of a group of units, and their gradients
 Key = tuple[str, bool, float]
 
 
@@ -91,7 +91,7 @@ def _vectors(units: Sequence[Unit], indices: Sequence[int], alone: bool) -> list
     for index in indices:
         unit = units[index]
         key = unit.optimizer, unit.decay, unit.lr_scale
-        room = VECTOR_BYTES // (4 * (len(unit.rule.fields) + unit.rule.has_gradient))
+        room = buckets.VECTOR_BYTES // (4 * (len(unit.rule.fields) + unit.rule.has_gradient))
         full = key not in vectors or numel_of[key] + unit.numel > room
         if full and not (alone and key in last and _belong_together(last[key], unit)):
             vectors.setdefault(key, []).append([])
@@ -282,7 +282,7 @@ def _alone(roles: np.ndarray) -> bool:
 
 def _is_long(group: _Group) -> bool:
     size = sum(tensor.nbytes for tensor in group.state.fields.values())
-    return size >= VECTOR_BYTES // 4
+    return size >= buckets.VECTOR_BYTES // 4
 
 
 def union(states: Sequence[HeldState]) -> HeldState:

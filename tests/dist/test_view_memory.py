@@ -15,7 +15,6 @@ from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.plan.state import buckets
 from elastic_moe.plan.state.ownership import Ownership
 from elastic_moe.plan.state.transfers import plan_transfers
-from elastic_moe.runtime import state
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.reconfigure import Reconfigurer
 from elastic_moe.runtime.state import HeldState
@@ -49,7 +48,7 @@ def _memory(key: str) -> int:
 
 def _change(seat: Seat) -> dict[str, int]:
     """Bytes of a view change: the state before, what arrives, the peak and the end beyond the state before."""
-    state.VECTOR_BYTES, buckets.LEAST_ELEMENTS = VECTOR, BUCKET
+    buckets.VECTOR_BYTES, buckets.LEAST_ELEMENTS = VECTOR, BUCKET
     group = seat.form(1, seat.rank, seat.world)
     before, after = _ownership(0), _ownership(1)
     old = HeldState.build(UNITS, before.role(group.rank), _initial, torch.device("cpu"))

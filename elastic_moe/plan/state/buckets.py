@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 MESSAGE_ELEMENTS = 1 << 16  # to each peer at least, where there are many: 256 KiB in fp32
 LEAST_ELEMENTS, MOST_ELEMENTS = 1 << 22, 1 << 25  # of a bucket, in one direction: 16 to 128 MiB in fp32
+VECTOR_BYTES = 64 << 20  # of state that lies together: `HeldState` copies no more at once
 
 
 def bucket_elements(num_ranks: int) -> int:

@@ -12,8 +12,8 @@ import torch
 
 from elastic_moe.config.schema import ModelConfig, OptimConfig
 from elastic_moe.optim.unit_state import UnitState
+from elastic_moe.plan.state import buckets
 from elastic_moe.plan.state.ownership import MIRROR, NONE, PRIMARY
-from elastic_moe.runtime import state as module
 from elastic_moe.runtime.state import HeldState, verify
 from elastic_moe.types import Part, Unit
 from tests.unit.optim.test_rules import gradients, initial, vote_of
@@ -26,7 +26,7 @@ VECTOR = 4 * SIZE * 16  # bytes: four units of AdamW
 
 @pytest.fixture(autouse=True)
 def short_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "VECTOR_BYTES", VECTOR)
+    monkeypatch.setattr(buckets, "VECTOR_BYTES", VECTOR)
 
 
 def roles_of(held: Sequence[int], role: int = MIRROR) -> np.ndarray:

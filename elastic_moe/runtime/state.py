@@ -29,6 +29,7 @@ from elastic_moe.parallel.collectives.group import HOST
 from elastic_moe.plan.state import buckets
 from elastic_moe.plan.state.ownership import NONE, PRIMARY
 from elastic_moe.runtime.checksums import checksums
+from elastic_moe.runtime.held_gradients import HeldGradients
 from elastic_moe.types import Unit
 
 Key = tuple[str, bool, float]
@@ -40,40 +41,40 @@ class _Group:
 
     Attributes:
         units: the units themselves, in the order of the vectors.
-        state: their state; grad: their reduced gradient, None where the rule has none.
-        views: unit index -> views of its state and its gradient.
+        state: their state.
+        views: unit index -> views of its state.
     """
 
     units: list[Unit]
     state: UnitState
-    grad: torch.Tensor | None
-    views: dict[int, tuple[UnitState, torch.Tensor | None]]
+    views: dict[int, UnitState]
 
     @staticmethod
     def allocate(indices: Sequence[int], units: Sequence[Unit], device: torch.device) -> _Group:
         """Vectors for these of all units; the state's values are undefined."""
         own = [units[index] for index in indices]
         rule, numel = own[0].rule, sum(unit.numel for unit in own)
-        grad = torch.zeros(numel, device=device) if rule.has_gradient else None
         state, views, start = UnitState.empty(rule.fields, numel, device), {}, 0
         for index, unit in zip(indices, own, strict=True):
             stop = start + unit.numel
-            views[index] = state.span(start, stop), None if grad is None else grad[start:stop]
+            views[index] = state.span(start, stop)
             start = stop
-        return _Group(own, state, grad, views)
+        return _Group(own, state, views)
 
     def is_held(self, states: Mapping[int, UnitState]) -> bool:
         """Whether these states are, for all units of this group, those that lie in its vectors."""
-        return all(states.get(index) is state for index, (state, _) in self.views.items())
+        return all(states.get(index) is state for index, state in self.views.items())
 
-    def apply(self, step: CommittedStep) -> None:
-        """Update all units by their rule."""
+    def apply(self, step: CommittedStep, grads: HeldGradients, factor: float) -> None:
+        """Update all units by their rule, with their gradients times a factor."""
         rule, step = RULES[self.units[0].optimizer], step.scaled(self.units[0].lr_scale)
+        grad = grads.scaled(list(self.views), factor) if rule.facts.has_gradient else None
         if rule.facts.elementwise:
-            rule.apply(self.units, self.state, self.grad, step)
+            rule.apply(self.units, self.state, grad, step)
             return
-        for unit, (state, grad) in zip(self.units, self.views.values(), strict=True):
-            rule.apply([unit], state, grad, step)
+        own = [None] * len(self.units) if grad is None else grad.split([unit.numel for unit in self.units])
+        for unit, state, of_unit in zip(self.units, self.views.values(), own, strict=True):
+            rule.apply([unit], state, of_unit, step)
 
 
 def _vectors(units: Sequence[Unit], indices: Sequence[int], alone: bool) -> list[list[int]]:
@@ -117,6 +118,7 @@ class HeldState:
         roles: uint8 [U], NONE, MIRROR or PRIMARY per unit.
         device: where the state lies.
         states: unit index -> views of its state, held units only.
+        grads: their reduced gradients.
         damaged: units whose state here is known to be wrong. Their role is NONE until they are repaired.
         seal_U: uint64 [U], checksums after the last update, 0 for units not held; None if none were taken.
     """
@@ -128,16 +130,10 @@ class HeldState:
         self.damaged: set[int] = set()
         self.seal_U: np.ndarray | None = None
         self.states: dict[int, UnitState] = {}
-        self._grads: dict[int, torch.Tensor] = {}
         self._settled = True
         for group in groups:
-            self._take(group.views)
-
-    def _take(self, views: Mapping[int, tuple[UnitState, torch.Tensor | None]]) -> None:
-        for index, (state, grad) in views.items():
-            self.states[index] = state
-            if grad is not None:
-                self._grads[index] = grad
+            self.states.update(group.views)
+        self.grads = HeldGradients(units, [list(group.views) for group in groups], device)
 
     @staticmethod
     def empty(units: Sequence[Unit], roles: np.ndarray, device: torch.device) -> HeldState:
@@ -175,12 +171,12 @@ class HeldState:
         It can be read and sealed, and its memory is that of the sources. `settle` must come before `apply`, once
         nobody needs the sources any more.
         """
-        lies: dict[int, tuple[UnitState, torch.Tensor | None]] = {}
+        lies: dict[int, UnitState] = {}
         for source in sources:
             whole = source.states.keys() - source.damaged
-            lies.update({index: (source.states[index], source._grads.get(index)) for index in whole})
+            lies.update({index: source.states[index] for index in whole})
         held = HeldState(units, roles, (), sources[-1].device)
-        held._take({index: lies[index] for index in np.flatnonzero(roles != NONE).tolist()})
+        held.states.update({index: lies[index] for index in np.flatnonzero(roles != NONE).tolist()})
         held._groups = list({id(group): group for source in sources for group in source._groups}.values())
         held._settled = False
         return held
@@ -198,21 +194,18 @@ class HeldState:
         kept = {index for group in self._groups for index in group.views}
         for vector in _vectors(self.units, [index for index in held if index not in kept], alone):
             group = _Group.allocate(vector, self.units, self.device)
-            for index, (state, grad) in group.views.items():
+            for index, state in group.views.items():
                 state.copy_(self.states[index])
-                self._take({index: (state, grad)})  # the last unit of an old vector frees it
+                self.states[index] = state  # the last unit of an old vector frees it
             self._groups.append(group)
+        self.grads = HeldGradients(self.units, [list(group.views) for group in self._groups], self.device)
         self._settled = True
 
     def release(self) -> None:
         """Let go of all state; for a state that another one has followed."""
         self.states.clear()
-        self._grads.clear()
         self._groups.clear()
-
-    def grad_of(self, unit: int) -> torch.Tensor:
-        """The 1-D view where the reduced gradient of a unit is to be put before `apply`; its rule has a gradient."""
-        return self._grads[unit]
+        self.grads = HeldGradients(self.units, (), self.device)
 
     def seal(self) -> None:
         """Take the checksums of all held units."""
@@ -261,9 +254,7 @@ class HeldState:
         step = CommittedStep(vote.step, lr, vote.load_LE, optim, model)
         clip = min(1.0, optim.grad_clip / (vote.grad_norm + 1e-6)) if optim.grad_clip > 0 else 1.0
         for group in self._groups:
-            if group.grad is not None:
-                group.grad.mul_(clip / vote.tokens)
-            group.apply(step)
+            group.apply(step, self.grads, clip / vote.tokens)
 
 
 def verify(states: Sequence[HeldState]) -> None:

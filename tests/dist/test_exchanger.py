@@ -109,7 +109,7 @@ def _exchange(seat: Seat, dtype: torch.dtype, matrices: torch.dtype, limit: int)
         if unit.rule.has_gradient
     }
     for u in set(sums) & set(source):
-        assert torch.equal(held.grad_of(u), sums[u]), f"gradient of {UNITS[u].name}"
+        assert torch.equal(torch.cat(list(held.grads.pieces(u))), sums[u]), f"gradient of {UNITS[u].name}"
     owned = [u for u in sums if ownership.primary[u] == rank]
     assert square == pytest.approx(float(sum(sums[u].double().square().sum() for u in owned)))
 

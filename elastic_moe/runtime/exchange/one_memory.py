@@ -40,7 +40,7 @@ def share(layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: 
     if not computes_with_masters(layout, grads, held):
         return False
     _lay(layout, weights, lambda u: held.states[u].weight)
-    _lay(layout, grads, held.grad_of)
+    _lay(layout, grads, held.grads.of)
     return True
 
 

@@ -137,9 +137,10 @@ def memory(config: TrainConfig, workers: int, counts: Counts | None = None) -> M
     computed, size = counts.dense + slots, 2 if config.precision == "bf16" else FP32
     narrow = FP32 - size  # bytes that an element in products takes less, as a copy
     copies = min(1 + config.elastic.redundancy, workers)
+    in_place = 0 if elsewhere or config.elastic.reproducible else counts.experts / workers  # part of the state's
     return Memory(
         weights=FP32 * computed - narrow * (counts.dense_products + slots),
-        gradients=FP32 * computed,
+        gradients=FP32 * (computed - in_place),
         state=FP32 * counts.state * copies / workers,
         exchange=_exchange_bytes(config, workers, counts, slots),
         activations=activation_bytes(config, workers),

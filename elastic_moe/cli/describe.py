@@ -4,7 +4,7 @@ Takes the keys of `elastic-moe train`. It uses the model, `data.micro_batch`, `d
 workers, `elastic.redundancy`, `elastic.spare_slots` and `cluster.worker_memory_gib`. Parameters are counted exactly, on
 the meta device. Bytes of weights, gradients and optimizer state are those of the runtime (DESIGN.md, section 3).
 Activations and the buffers of the exchange are estimates, and marked so; they are not needed at the same time. What the
-interpreter, its libraries and Ray take (some 0.35 GiB) comes on top.
+interpreter, its libraries and Ray take comes on top, in any worker.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from elastic_moe.model.attention.compressed import layer_kind
 from elastic_moe.model.params import dense_product_numel, param_specs
 from elastic_moe.plan.batch_sizes import RunLength
 from elastic_moe.plan.placement import copies_of
-from elastic_moe.plan.state.buckets import VECTOR_BYTES, bucket_elements
+from elastic_moe.plan.state.buckets import bucket_elements, vector_bytes
 
 GIB = 1 << 30
 MOST_WORKERS = 1 << 20
 FP32 = 4
+PROCESS_BYTES = 0.35 * GIB  # private memory of a worker of a tiny model: interpreter, torch, Ray's client
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,11 @@ def _exchange_bytes(config: TrainConfig, workers: int, counts: Counts, slots: in
     return max(wide * (gathered + computed), FP32 * narrow * (gathered + computed), FP32 * 2 * mirrored) / buckets
 
 
+def _saved_bytes(workers: int, counts: Counts) -> float:
+    """Bytes of the copy of its units that a worker writes from: state without gradients."""
+    return FP32 * (counts.state - counts.total) / workers
+
+
 def at_change(config: TrainConfig, workers: int, counts: Counts | None = None) -> float:
     """Most bytes of a worker while one of so many dies and is replaced.
 
@@ -176,7 +182,7 @@ def at_change(config: TrainConfig, workers: int, counts: Counts | None = None) -
         return memory(config, 1, counts).total
     fewer = memory(config, workers - 1, counts)
     dense = 2 * FP32 * counts.dense
-    moving = fewer.state + dense + 2 * FP32 * bucket_elements(workers) + VECTOR_BYTES
+    moving = fewer.state + dense + 2 * FP32 * bucket_elements(workers) + vector_bytes(int(fewer.state))
     return max(fewer.total, memory(config, workers, counts).total, moving)
 
 
@@ -222,6 +228,8 @@ def report(config: TrainConfig) -> str:
         ("  owned and mirrored state", f"{held.state / GIB:,.2f} GiB (redundancy {config.elastic.redundancy})"),
         ("  exchange, about", f"{held.exchange / GIB:,.2f} GiB"),
         ("  activations, about", f"{held.activations / GIB:,.2f} GiB ({batch}, recompute {cfg.recompute})"),
+        ("  interpreter, libraries, on top", f"{PROCESS_BYTES / GIB:,.2f} GiB, in host memory"),
+        ("  more while a checkpoint is written", f"{_saved_bytes(workers, counts) / GIB:,.2f} GiB"),
         ("  at most while one of them is away", f"{at_change(config, workers, counts) / GIB:,.2f} GiB"),
         (f"fits into {config.cluster.worker_memory_gib:g} GiB with", at_least),
     ]  # fmt: skip

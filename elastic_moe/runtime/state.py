@@ -86,14 +86,14 @@ def _vectors(units: Sequence[Unit], indices: Sequence[int], alone: bool) -> list
         alone: a rank that is alone computes with its state, where a tensor and a layer's experts must then lie
             together (`exchange/one_memory.py`).
     """
+    most = buckets.vector_bytes(sum(units[index].numel * _element_bytes(units[index]) for index in indices))
     vectors: dict[Key, list[list[int]]] = {}
     numel_of: dict[Key, int] = {}
     last: dict[Key, Unit] = {}
     for index in indices:
         unit = units[index]
         key = unit.optimizer, unit.decay, unit.lr_scale
-        room = buckets.VECTOR_BYTES // (4 * (len(unit.rule.fields) + unit.rule.has_gradient))
-        full = key not in vectors or numel_of[key] + unit.numel > room
+        full = key not in vectors or numel_of[key] + unit.numel > most // _element_bytes(unit)
         if full and not (alone and key in last and _belong_together(last[key], unit)):
             vectors.setdefault(key, []).append([])
             numel_of[key] = 0
@@ -101,6 +101,11 @@ def _vectors(units: Sequence[Unit], indices: Sequence[int], alone: bool) -> list
         numel_of[key] += unit.numel
         last[key] = unit
     return [vector for of_key in vectors.values() for vector in of_key]
+
+
+def _element_bytes(unit: Unit) -> int:
+    """Of its state and its gradient, fp32."""
+    return 4 * (len(unit.rule.fields) + unit.rule.has_gradient)
 
 
 def _belong_together(before: Unit, unit: Unit) -> bool:

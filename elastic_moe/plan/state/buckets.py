@@ -10,12 +10,17 @@ from numpy.typing import NDArray
 
 MESSAGE_ELEMENTS = 1 << 16  # to each peer at least, where there are many: 256 KiB in fp32
 LEAST_ELEMENTS, MOST_ELEMENTS = 1 << 22, 1 << 25  # of a bucket, in one direction: 16 to 128 MiB in fp32
-VECTOR_BYTES = 64 << 20  # of state that lies together: `HeldState` copies no more at once
+VECTOR_BYTES = 64 << 20  # of state that lies together, at least where there is as much
 
 
 def bucket_elements(num_ranks: int) -> int:
     """Elements that a rank sends in one bucket, and as many that it receives: 256 MiB in both directions at most."""
     return min(max(LEAST_ELEMENTS, MESSAGE_ELEMENTS * num_ranks), MOST_ELEMENTS)
+
+
+def vector_bytes(held_bytes: int) -> int:
+    """Bytes of state that lie together, and are copied at once, where a worker holds so many: 256 MiB at most."""
+    return min(max(VECTOR_BYTES, held_bytes // 16), 4 * VECTOR_BYTES)
 
 
 def assign_buckets(

@@ -14,7 +14,7 @@ from elastic_moe.config.schema import BalanceConfig, ClusterConfig, DataConfig, 
 from elastic_moe.errors import UserError
 from elastic_moe.model.params import param_specs
 from elastic_moe.plan.placement import Placement, Topology, copies_of, default_slots, plan_placement
-from elastic_moe.plan.state.buckets import VECTOR_BYTES, bucket_elements
+from elastic_moe.plan.state.buckets import bucket_elements, vector_bytes
 from elastic_moe.plan.state.ownership import NONE, homes_from_roles, plan_ownership
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.types import Member, View
@@ -118,7 +118,7 @@ def test_state_after_a_death_is_the_planners(name: str, workers: int, rel: float
     config = TrainConfig(model=preset(name), data=DataConfig(seq_len=4096, micro_batch=1), precision="bf16")
     held, arrives = _held_after_a_death(config, workers)
     assert memory(config, workers - 1).state == pytest.approx(held, rel=rel)
-    moved_at_once = 2 * 4 * bucket_elements(workers) + VECTOR_BYTES
+    moved_at_once = 2 * 4 * bucket_elements(workers) + vector_bytes(held)
     assert moved_at_once < 0.1 * held
     peak = at_change(config, workers)
     assert peak >= memory(config, workers - 1).total >= memory(config, workers).total

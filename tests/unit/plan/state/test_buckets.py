@@ -65,3 +65,4 @@ def test_buckets_grow_with_the_ranks_and_stay_below_a_quarter_of_a_gib(monkeypat
     assert sizes == sorted(sizes)
     assert sizes[0] == 32 << 20
     assert sizes[-1] == 256 << 20
+    assert [buckets.vector_bytes(held) >> 20 for held in (1 << 20, 1 << 30, 2 << 30, 80 << 30)] == [64, 64, 128, 256]

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from elastic_moe.cli.compose import check, register_schema
-from elastic_moe.cli.describe import count, memory
+from elastic_moe.cli.describe import at_change, count, memory
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import prepare
 from elastic_moe.run_dir import EVENTS, METRICS
@@ -124,7 +124,9 @@ class Bench:
                 joined.add(pid)
             found["change_joined"] = sorted(joined.of.values())
         say(f"{self._shape}, {side}: {_mib(found)}")
-        return found | {"described": asdict(memory(config, WORKERS)), "described_total": memory(config, WORKERS).total}
+        described = memory(config, WORKERS)
+        found |= {"described": asdict(described), "described_total": described.total}
+        return found | {"described_change": at_change(config, WORKERS)}
 
     def theirs(self, side: str) -> Json:
         """Peaks in steady state."""
@@ -198,6 +200,7 @@ def compared(shapes: Json) -> Json:
             change = max(one["change_survivors"] + one["change_joined"])
             table[side] = {
                 "own_over_described": own[side] / one["described_total"],
+                "change_over_described": (change - base[side]) / one["described_change"],
                 "change_over_steady": (change - base[side]) / own[side],
                 **{f"own_over_{other}": own[side] / own[other] for other in THEIRS if other in own},
                 **{f"all_over_{o}": max(one["steady"]) / max(sides[o]["steady"]) for o in THEIRS if o in own},

@@ -39,6 +39,7 @@ from elastic_moe.plan.shares import Batching
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import FAULTS, checkpoint_root
 from elastic_moe.run_log import logging_of_run
+from elastic_moe.runtime.allocator import give_back
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.by_speed import BySpeed
 from elastic_moe.runtime.checkpoints import ShardWriter
@@ -234,8 +235,10 @@ class Worker:
         config = self._config
         self._model.experts = None  # the memory of the last view's copies is free before this one's are made
         self._builder.leave()
+        give_back()
         self._verify_state()
         result = self._reconfigurer.enter(view, group)
+        give_back()
         if result.source != "peers":
             self._local.records.clear()  # of steps that no longer count
             self._client.inbox.recorded = -1

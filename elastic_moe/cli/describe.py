@@ -3,7 +3,8 @@
 Takes the keys of `elastic-moe train`. It uses the model, `data.micro_batch`, `data.seq_len`, `precision`, the number of
 workers, `elastic.redundancy`, `elastic.spare_slots` and `cluster.worker_memory_gib`. Parameters are counted exactly, on
 the meta device. Bytes of weights, gradients and optimizer state are those of the runtime (DESIGN.md, section 3).
-Activations and the buffers of the exchange are estimates, and marked so.
+Activations and the buffers of the exchange are estimates, and marked so; they are not needed at the same time. What the
+interpreter, its libraries and Ray take comes on top, in any worker.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from elastic_moe.model.attention.compressed import layer_kind
 from elastic_moe.model.params import dense_product_numel, param_specs
 from elastic_moe.plan.batch_sizes import RunLength
 from elastic_moe.plan.placement import copies_of
+from elastic_moe.plan.state.buckets import bucket_elements, vector_bytes
 
 GIB = 1 << 30
 MOST_WORKERS = 1 << 20
 FP32 = 4
+PROCESS_BYTES = 0.35 * GIB  # private memory of a worker of a tiny model: interpreter, torch, Ray's client
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def training_flops(cfg: ModelConfig, seq_len: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest worker; the last two are estimates."""
+    """Bytes of the fullest worker; the last two are estimates, and are not needed at the same time."""
 
     weights: float
     gradients: float
@@ -115,7 +118,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.state + self.exchange + self.activations
+        return self.weights + self.gradients + self.state + max(self.exchange, self.activations)
 
 
 def slots_per_layer(config: TrainConfig, workers: int) -> int:
@@ -133,18 +136,54 @@ def memory(config: TrainConfig, workers: int, counts: Counts | None = None) -> M
         return Memory(0.0, 0.0, FP32 * counts.state, 0.0, activation_bytes(config, workers))
     slots = slots_per_layer(config, workers) * cfg.num_moe_layers * counts.expert
     computed, size = counts.dense + slots, 2 if config.precision == "bf16" else FP32
-    narrow = FP32 - size  # bytes that an element in products takes less, as a copy and on its way
-    saved = narrow * (counts.dense_products + slots)
+    narrow = FP32 - size  # bytes that an element in products takes less, as a copy
     copies = min(1 + config.elastic.redundancy, workers)
-    owned = counts.state * copies / workers
-    received = FP32 * (counts.total / workers + counts.dense) - narrow * counts.dense_products
+    in_place = 0 if elsewhere or config.elastic.reproducible else counts.experts / workers  # part of the state's
     return Memory(
-        weights=FP32 * computed - saved,
-        gradients=FP32 * computed,
-        state=FP32 * owned,
-        exchange=FP32 * computed + received,
+        weights=FP32 * computed - narrow * (counts.dense_products + slots),
+        gradients=FP32 * (computed - in_place),
+        state=FP32 * counts.state * copies / workers,
+        exchange=_exchange_bytes(config, workers, counts, slots),
         activations=activation_bytes(config, workers),
     )
+
+
+def _exchange_bytes(config: TrainConfig, workers: int, counts: Counts, slots: int) -> float:
+    """Bytes that a rank sends and receives at once: the largest of reduction, mirroring and publication.
+
+    `slots`: elements of the experts that it computes with. Each of the three goes by buckets (`plan/state/buckets.py`).
+    """
+    others = workers - 1
+    copies = slots * workers / counts.experts if counts.experts else 1.0
+    owned, owned_dense, owned_experts = (n / workers for n in (counts.total, counts.dense, counts.experts))
+    mirrored = min(config.elastic.redundancy, others) * owned
+    gathered = owned_dense * others + owned_experts * (copies - 1)  # elements of what its units are computed with
+    computed = counts.dense - owned_dense + slots - owned_experts  # of what others own
+    moved = owned_dense * max(others, 1) + owned_experts * max(copies - 1, config.elastic.redundancy, 1)
+    buckets = max(1, -(-moved // bucket_elements(workers)))
+    wide = 2 * FP32 if config.elastic.reproducible else FP32
+    narrow = (2 if config.precision == "bf16" else FP32) / FP32  # nearly all that is published
+    return max(wide * (gathered + computed), FP32 * narrow * (gathered + computed), FP32 * 2 * mirrored) / buckets
+
+
+def _saved_bytes(workers: int, counts: Counts) -> float:
+    """Bytes of the copy of its units that a worker writes from: state without gradients."""
+    return FP32 * (counts.state - counts.total) / workers
+
+
+def at_change(config: TrainConfig, workers: int, counts: Counts | None = None) -> float:
+    """Most bytes of a worker while one of so many dies and is replaced.
+
+    The others then train without it, with more of the state, and that is more than a change itself needs: the new state
+    is the old one with what arrives, and one bucket in each direction.
+    """
+    counts = counts or count(config.model, config.optim.name)
+    if workers == 1:
+        return memory(config, 1, counts).total
+    fewer = memory(config, workers - 1, counts)
+    dense = 2 * FP32 * counts.dense
+    moving = fewer.state + dense + 2 * FP32 * bucket_elements(workers) + vector_bytes(int(fewer.state))
+    return max(fewer.total, memory(config, workers, counts).total, moving)
 
 
 def smallest(config: TrainConfig, limit: float) -> int | None:
@@ -189,6 +228,9 @@ def report(config: TrainConfig) -> str:
         ("  owned and mirrored state", f"{held.state / GIB:,.2f} GiB (redundancy {config.elastic.redundancy})"),
         ("  exchange, about", f"{held.exchange / GIB:,.2f} GiB"),
         ("  activations, about", f"{held.activations / GIB:,.2f} GiB ({batch}, recompute {cfg.recompute})"),
+        ("  interpreter, libraries, on top", f"{PROCESS_BYTES / GIB:,.2f} GiB, in host memory"),
+        ("  more while a checkpoint is written", f"{_saved_bytes(workers, counts) / GIB:,.2f} GiB"),
+        ("  at most while one of them is away", f"{at_change(config, workers, counts) / GIB:,.2f} GiB"),
         (f"fits into {config.cluster.worker_memory_gib:g} GiB with", at_least),
     ]  # fmt: skip
     width = max(len(name) for name, _ in lines)

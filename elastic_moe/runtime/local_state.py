@@ -30,7 +30,8 @@ class LocalState:
         records: records of committed steps that may not be in the run's files. The next leader reports those that a
             dead one did not.
         dropped: steps whose records were given up, because the coordinator was away for too long; reported once.
-        holdings: the state at step `committed`. It has two entries while the state moves to its new owners.
+        holdings: the state at step `committed`. It has more than one entry while the state moves to its new owners:
+            what a unit is in several of them is the same memory.
         guard: the history of losses, from which spikes are told; None if `optim.spike` is off.
         goes_back: `optim.spike` is rollback.
         position: in the data.

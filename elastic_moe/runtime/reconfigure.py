@@ -2,12 +2,13 @@
 
 Failure, join, drain and start are one path, because nothing is assumed about the past. Each rank reports which units it
 holds and how far it came. The plan follows from the reports, which are the same on every rank. A rank keeps its old
-state until every rank has confirmed its new share, so a death in the middle of a reconfiguration loses nothing.
+state until every rank has confirmed its new share, so a death in the middle of a reconfiguration loses nothing. The new
+share is no second copy: what stays is in the same memory, and only what arrives is new, see `HeldState`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from elastic_moe.plan.shares import Speeds
 from elastic_moe.plan.state.ownership import NONE, Ownership, homes_from_roles, plan_ownership
 from elastic_moe.plan.state.transfers import Transfer, plan_transfers
 from elastic_moe.runtime.local_state import LocalState
-from elastic_moe.runtime.state import HeldState, merge_roles
+from elastic_moe.runtime.state import HeldState, merge_roles, union
 from elastic_moe.types import Unit, View
 
 
@@ -243,13 +244,12 @@ class Reconfigurer:
         Returns:
             This rank's new state, and the bytes that it received.
         """
-        known: dict[int, UnitState] = {}
-        for held in self._local.holdings:
-            known.update({unit: state for unit, state in held.states.items() if unit not in held.damaged})
         self._fault(step + 1, "transfer")
-        device = self._state_device(group)
-        moved = _transfer(group, self._units, transfers, known, device)
-        new = HeldState.build(self._units, ownership.role(group.rank), known, device)
+        local, roles = self._local, ownership.role(group.rank)
+        arrived = HeldState.empty(self._units, _arriving(transfers, roles, group.rank), self._state_device(group))
+        moved = _transfer(group, transfers, union(local.holdings).states if local.holdings else {}, arrived)
+        new = HeldState.joined(self._units, roles, [*local.holdings, arrived])
+        del arrived
         if transfers:
             group.attest()
         self._confirm(group, new, step)
@@ -272,14 +272,18 @@ class Reconfigurer:
         roles = ownership.role(group.rank)
         own = [int(u) for u in np.flatnonzero(roles != NONE)]
         found = self._storage.restore(group, [self._units[u].name for u in own], expected)
-        if found.step >= 0:
-            known = {u: UnitState.stored(self._units[u], found.state[self._units[u].name]) for u in own}
-        elif needed:
-            known = {u: UnitState.initial(self._units[u], self._initial(self._units[u])) for u in own}
-        else:
+        if found.step < 0 and not needed:
             return None, -1
-        new = HeldState.build(self._units, roles, known, self._state_device(group))
-        self._local.holdings.clear()
+        self._local.holdings.clear()  # its memory is free before the new state is made
+
+        def state_of(index: int) -> UnitState:
+            """A unit's state, of which nothing is kept here."""
+            unit = self._units[index]
+            if found.step >= 0:
+                return UnitState.stored(unit, found.state.pop(unit.name))
+            return UnitState.initial(unit, self._initial(unit))
+
+        new = HeldState.build(self._units, roles, state_of, self._state_device(group))
         self._local.begin_timeline(group.generation, max(found.step, 0), found.skipped_batches)
         self._confirm(group, new, max(found.step, 0))
         return new, found.step
@@ -298,31 +302,39 @@ class Reconfigurer:
         local.holdings.append(new)
         self._fault(step + 1, "confirm")
         group.barrier()
+        for old in local.holdings[:-1]:
+            old.release()
         local.holdings[:] = [new]
+        new.settle()
 
 
-def _transfer(
-    group: Group,
-    units: Sequence[Unit],
-    transfers: Sequence[Transfer],
-    known: dict[int, UnitState],
-    device: torch.device,
-) -> int:
-    """Carry out the planned transfers into `known` (unit index -> state). Returns the bytes this rank received."""
-    rank, world = group.rank, group.world_size
-    outgoing: list[list[torch.Tensor]] = [[] for _ in range(world)]
-    arriving: list[list[int]] = [[] for _ in range(world)]
+def _arriving(transfers: Sequence[Transfer], roles: np.ndarray, rank: int) -> np.ndarray:
+    """The roles, uint8 [U], of the units that others send to this rank; NONE of all others."""
+    units = [transfer.unit for transfer in transfers if transfer.dst == rank]
+    arriving = np.full_like(roles, NONE)
+    arriving[units] = roles[units]
+    return arriving
+
+
+def _transfer(group: Group, transfers: Sequence[Transfer], known: Mapping[int, UnitState], arrived: HeldState) -> int:
+    """Carry out the planned transfers.
+
+    Args:
+        group: the view's collectives.
+        transfers: of all ranks.
+        known: unit index -> state on this rank, to be sent.
+        arrived: takes what is sent to this rank.
+
+    Returns:
+        The bytes that this rank received.
+    """
+    outgoing: list[list[torch.Tensor]] = [[] for _ in range(group.world_size)]
+    incoming: list[list[torch.Tensor]] = [[] for _ in range(group.world_size)]
     for transfer in transfers:
-        if transfer.src == rank:
-            outgoing[transfer.dst].append(known[transfer.unit].pack())
-        if transfer.dst == rank:
-            arriving[transfer.src].append(transfer.unit)
-    if not transfers:
-        return 0
-    received = exchange(group, outgoing, [[units[u].state_numel for u in peer] for peer in arriving], device=device)
-    moved = 0
-    for peer, tensors in zip(arriving, received, strict=True):
-        for u, tensor in zip(peer, tensors, strict=True):
-            known[u] = UnitState.unpacked(units[u], tensor)
-            moved += tensor.numel() * tensor.element_size()
-    return moved
+        if transfer.src == group.rank:
+            outgoing[transfer.dst] += known[transfer.unit].fields.values()
+        if transfer.dst == group.rank:
+            incoming[transfer.src] += arrived.states[transfer.unit].fields.values()
+    if transfers:
+        exchange(group, outgoing, incoming, device=arrived.device)
+    return sum(tensor.nbytes for tensors in incoming for tensor in tensors)

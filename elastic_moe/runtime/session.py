@@ -17,7 +17,7 @@ from elastic_moe.plan.state.ownership import Ownership
 from elastic_moe.plan.state.schedule import Layout
 from elastic_moe.runtime.compute_copies import set_dtype
 from elastic_moe.runtime.exchange.exchanger import Exchanger
-from elastic_moe.runtime.exchange.one_memory import computes_with_masters, share
+from elastic_moe.runtime.exchange.one_memory import computes_with_masters, part, share
 from elastic_moe.runtime.exchange.windows import ComputeTensors
 from elastic_moe.runtime.state import HeldState
 from elastic_moe.types import Unit, View
@@ -88,6 +88,13 @@ class ContextBuilder:
         self._units, self._model, self._dense_gradients = units, model, dense_gradients
         self._layers = range(num_moe_layers)
         self._batching, self._products = batching, products
+        self._shares = False  # the dense tensors of the model lie in a state
+
+    def leave(self) -> None:
+        """The tensors of the model no longer lie in a state, so that it can be freed. They are to be published anew."""
+        if self._shares:
+            part([*self._model.parameters(), *self._model.buffers(), *self._dense_gradients.values()])
+            self._shares = False
 
     def build(
         self,
@@ -112,7 +119,7 @@ class ContextBuilder:
         )
         dense = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
         weights = ComputeTensors(dense, [experts.slot_params(i) for i in self._layers])
-        share(layout, weights, gradients, held)
+        self._shares = share(layout, weights, gradients, held)
         exchanger = Exchanger(layout, weights.detached(), gradients, held, group)
         experts.before_experts = exchanger.wait_expert_weights
         speeds = speeds or Speeds.equal(view)

@@ -131,7 +131,9 @@ class StepRunner:
         """
         step = local.committed + 1
         self._clock.start(context.group.waited)
-        local.reduced = -1  # a rank that is alone computes gradients where the reduced ones are
+        local.reduced = (
+            -1
+        )  # gradients are computed where reduced ones are, of experts at home and where a rank is alone
         self._begin(step, "compute")
         batch = local.position.batch_of(step)
         share = self._compute(step, context, batch)

@@ -270,6 +270,7 @@ class Rebalance:
         balancer.accept(change)
         if change.ownership is not None:
             step = self._local.committed
+            context.exchanger.close()  # so that what leaves this rank is freed
             held, _ = self._reconfigurer.take_over(context.group, change.ownership, change.transfers, step)
         context.experts.adopt(change.placement)
         new = self._builder.build(

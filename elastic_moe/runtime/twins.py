@@ -92,22 +92,24 @@ class TwinCheck:
         """Bring right copies to the ranks with wrong ones; collective. `right`: unit -> signed checksum."""
         held, rank, world = context.held, context.rank, context.layout.view.world_size
         outgoing: list[list[torch.Tensor]] = [[] for _ in range(world)]
-        arriving: list[list[int]] = [[] for _ in range(world)]
+        incoming: list[list[torch.Tensor]] = [[] for _ in range(world)]
+        right_here: dict[int, UnitState] = {}
         for repair in verdict.repairs:
+            unit = repair.unit
             if repair.source == rank:
-                outgoing[repair.rank].append(held.states[repair.unit].pack())
+                outgoing[repair.rank] += held.states[unit].fields.values()
             if repair.rank == rank:
-                arriving[repair.source].append(repair.unit)
-        sizes = [[held.units[unit].state_numel for unit in units] for units in arriving]
-        received = exchange(context.group, outgoing, sizes, device=held.device)
+                fields, numel = held.units[unit].rule.fields, held.units[unit].numel
+                right_here[unit] = UnitState.empty(fields, numel, held.device)
+                incoming[repair.source] += right_here[unit].fields.values()
+        exchange(context.group, outgoing, incoming, device=held.device)
         roles_U = context.layout.ownership.role(rank)
         assert held.seal_U is not None
-        for units, tensors in zip(arriving, received, strict=True):
-            for unit, tensor in zip(units, tensors, strict=True):
-                held.repair(unit, UnitState.unpacked(held.units[unit], tensor), int(roles_U[unit]))
-                if int(held.seal_U[unit : unit + 1].view(np.int64)[0]) != right[unit]:
-                    held.drop([unit])
-                    raise GroupAborted(f"the right copy of {held.units[unit].name} did not arrive as it was sent")
+        for unit, state in right_here.items():
+            held.repair(unit, state, int(roles_U[unit]))
+            if int(held.seal_U[unit : unit + 1].view(np.int64)[0]) != right[unit]:
+                held.drop([unit])
+                raise GroupAborted(f"the right copy of {held.units[unit].name} did not arrive as it was sent")
 
     def _unclear(self, context: GenerationContext, verdict: Verdict) -> StateUnclear:
         view, ownership = context.layout.view, context.layout.ownership

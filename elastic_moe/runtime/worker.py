@@ -39,6 +39,7 @@ from elastic_moe.plan.shares import Batching
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import FAULTS, checkpoint_root
 from elastic_moe.run_log import logging_of_run
+from elastic_moe.runtime.allocator import give_back
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.by_speed import BySpeed
 from elastic_moe.runtime.checkpoints import ShardWriter
@@ -54,6 +55,7 @@ from elastic_moe.runtime.reconfigure import Reconfigured, Reconfigurer
 from elastic_moe.runtime.reporter import Reporter
 from elastic_moe.runtime.saver import Saver
 from elastic_moe.runtime.session import ContextBuilder, GenerationContext
+from elastic_moe.runtime.state import verify
 from elastic_moe.runtime.step import StepRunner
 from elastic_moe.runtime.training_loop import Rebalance, TrainingLoop
 from elastic_moe.runtime.warm_planner import warm_up as warm_up_planner
@@ -231,8 +233,12 @@ class Worker:
     def _enter(self, view: View, group: Group) -> tuple[GenerationContext, Rebalance, BySpeed, Reconfigured]:
         """Take this worker's place in a view: state, experts, and the weights to compute with; collective."""
         config = self._config
+        self._model.experts = None  # the memory of the last view's copies is free before this one's are made
+        self._builder.leave()
+        give_back()
         self._verify_state()
         result = self._reconfigurer.enter(view, group)
+        give_back()
         if result.source != "peers":
             self._local.records.clear()  # of steps that no longer count
             self._client.inbox.recorded = -1
@@ -260,8 +266,8 @@ class Worker:
 
     def _verify_state(self) -> None:
         """Find state that has changed at rest; it counts as not held, so the view brings it from its twin."""
+        verify(self._local.holdings)
         for held in self._local.holdings:
-            held.verify()
             if held.damaged:
                 units = [self._units[unit].name for unit in sorted(held.damaged)]
                 reason = "it does not match its checksum, or no copy is known to be right"

@@ -13,11 +13,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from elastic_moe.metrics.jsonl import read_jsonl
 
 STARTED_S = time.monotonic()
 
@@ -80,6 +83,41 @@ def call(words: Sequence[str], log: Path, limit_s: float, variables: Mapping[str
     with log.open("a") as file:
         command = [sys.executable, "-m", *words]
         subprocess.run(command, check=True, env=environment, stdout=file, stderr=file, timeout=limit_s)
+
+
+@contextmanager
+def in_progress(
+    words: Sequence[str], log: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[Callable[[], bool]]:
+    """Run a module of Python in a session of its own, with one thread a process, until the block ends.
+
+    Then it is asked to end, and killed with all its processes if it has not after a minute.
+
+    Args:
+        words: the module, and its arguments.
+        log: file that takes what it prints, added to it.
+        variables: of its environment, beside this one's.
+
+    Yields:
+        Whether it still runs, as a function.
+    """
+    environment = os.environ | dict(variables or {}) | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *words]
+    with log.open("a") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        try:
+            yield lambda: process.poll() is None
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Records of a run's file; none before it is there."""
+    return read_jsonl(path) if path.exists() else []
 
 
 def quiet_run(cache: Path, corpus_bytes: int) -> list[str]:

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from elastic_moe.config.build import build
-from elastic_moe.config.schema import ModelConfig, TrainConfig
+from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import prepare
 from scripts.benchmarks.common import arguments, machine, median, run, say
 from scripts.benchmarks.overhead import WARMUP_STEPS, full
+from scripts.benchmarks.transformers_shape import same_shape
 
 VOCABULARY = 257
 LIMIT_S = 200.0
@@ -51,22 +52,6 @@ def settings(run_dir: Path, steps: int, shape: dict[str, int], batch: tuple[int,
             "threads": 8,
         }
     )  # fmt: skip
-
-
-def same_shape(model: ModelConfig) -> Any:
-    """transformers' model of the same shape."""
-    import transformers
-
-    config = transformers.DeepseekV3Config(
-        vocab_size=VOCABULARY, hidden_size=model.hidden_size, num_hidden_layers=model.num_layers,
-        intermediate_size=model.dense_hidden, moe_intermediate_size=model.expert_hidden,
-        num_attention_heads=model.num_heads, num_key_value_heads=model.num_heads,
-        num_experts_per_tok=model.experts_per_token, n_routed_experts=model.num_experts, n_group=1, topk_group=1,
-        n_shared_experts=model.num_shared_experts, first_k_dense_replace=model.num_dense_layers, q_lora_rank=None,
-        kv_lora_rank=model.kv_latent, qk_nope_head_dim=model.head_dim, qk_rope_head_dim=model.rope_dim,
-        v_head_dim=model.value_dim, max_position_embeddings=4096, use_cache=False,
-    )  # fmt: skip
-    return transformers.DeepseekV3ForCausalLM(config)
 
 
 def _plain(config: TrainConfig, results: Any) -> None:

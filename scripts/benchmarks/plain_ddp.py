@@ -1,12 +1,14 @@
 """What a user would write without this project: torch's DistributedDataParallel, the project's model, fused AdamW.
 
-No elasticity, no mirrors, no checkpoints: a death ends it. Each rank has all weights, gradients and moments. As a
-program: `python -m scripts.benchmarks.plain_ddp JSON`; rank 0 appends a line per step to a log.
+Or the same with transformers' model of that shape, under Accelerate, which wraps it in the same class. No elasticity,
+no mirrors, no checkpoints: a death ends it. Each rank has all weights, gradients and moments. As a program:
+`python -m scripts.benchmarks.plain_ddp JSON`; rank 0 appends a line per step to a log.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -29,6 +31,7 @@ from elastic_moe.model.params import param_specs
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.plan.batch import sample_ids
 from elastic_moe.plan.shares import fastest_split, slices_of
+from scripts.benchmarks.transformers_shape import same_shape
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Plain:
         steps, workers: of the run.
         lr: learning rate, constant.
         grad_clip: largest norm of the gradient.
+        transformers: take the model of transformers, under Accelerate.
     """
 
     model: dict[str, Any]
@@ -52,6 +56,7 @@ class Plain:
     workers: int
     lr: float
     grad_clip: float
+    transformers: bool = False
 
 
 class Whole(nn.Module):
@@ -71,13 +76,40 @@ class Whole(nn.Module):
         return out.loss_sum, out.ce_sum.detach()
 
 
+class Theirs(nn.Module):
+    """transformers' DeepSeek-V3 of the same shape, called as `Whole` is. It shifts the labels itself."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.body = same_shape(cfg)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = self.body(input_ids=tokens, labels=tokens).loss * targets.numel()
+        return loss, loss.detach()
+
+
+def wrapped(cfg: ModelConfig, plain: Plain) -> tuple[DistributedDataParallel, torch.optim.Optimizer]:
+    """The model as its ranks call it, and its optimizer. Gradients are views of the buckets on both sides."""
+    model = Theirs(cfg) if plain.transformers else Whole(cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=plain.lr, fused=True)
+    if not plain.transformers:
+        return DistributedDataParallel(model, gradient_as_bucket_view=True), optimizer
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    how = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    model, optimizer = Accelerator(cpu=True, kwargs_handlers=[how]).prepare(model, optimizer)
+    assert isinstance(model, DistributedDataParallel), type(model)
+    return model, optimizer
+
+
 def train(rank: int, plain: Plain, meeting: str) -> None:
     """One rank's process."""
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(plain.workers)}  # Accelerate asks
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # but uses the group that is there
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=plain.workers)
     cfg, data = ModelConfig(**plain.model), DataConfig(**plain.data)
-    model = DistributedDataParallel(Whole(cfg), gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plain.lr, fused=True)
+    model, optimizer = wrapped(cfg, plain)
     shard = TokenShard.open(plain.shard)
     share = slices_of(fastest_split(data.global_batch, [1.0] * plain.workers))[rank]
     per_token = plain.workers / (data.global_batch * data.seq_len)  # DDP averages over ranks
@@ -94,7 +126,8 @@ def train(rank: int, plain: Plain, meeting: str) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         if rank == 0:
-            line = {"step": step, "time": time.time(), "loss": ce_sum / (len(ids) * data.seq_len)}
+            line = {"parent": os.getppid(), "step": step, "time": time.time()}
+            line["loss"] = ce_sum / (len(ids) * data.seq_len)
             with open(plain.log, "a") as log:
                 log.write(json.dumps(line) + "\n")
     dist.barrier()

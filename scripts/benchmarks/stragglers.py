@@ -10,9 +10,6 @@ Beside that, `speed_world.py` runs the rule alone in virtual time, with up to 1,
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 from itertools import pairwise
@@ -21,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.plan.shares import Batching
 from elastic_moe.run_dir import EVENTS, METRICS
-from scripts.benchmarks.common import arguments, machine, median, quiet_run, run, say, until
+from scripts.benchmarks.common import arguments, in_progress, lines_of, machine, median, quiet_run, run, say, until
 from scripts.benchmarks.speed_world import SpeedWorld
 from scripts.benchmarks.throttle import Throttle
 
@@ -45,46 +41,33 @@ def one_run(root: Path, name: str, by_speed: bool, steps: int) -> Json:
     """One run: first with equal workers, then with a slow one. Each time the shares come to rest before it counts."""
     folder = root / name
     words = [
-        sys.executable, "-m", "elastic_moe.train", "cluster=local", f"cluster.workers={WORKERS}", f"run.dir={folder}",
+        "elastic_moe.train", "cluster=local", f"cluster.workers={WORKERS}", f"run.dir={folder}",
         "run.steps=100000", "checkpoint.every_steps=0", "threads=1", f"balance.by_speed={str(by_speed).lower()}",
         *MODEL, *quiet_run(root / "cache", CORPUS_BYTES),
     ]  # fmt: skip
-    # Ray's niceness of 15 would slow workers down beside any other work; only the throttle is to do so
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     found: Json = {}
-    with (root / "log").open("a") as log:
-        process = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-
-            def alive() -> bool:
-                return process.poll() is None
-
-            until("the first steps", lambda: _trains(folder), LIMIT_S, alive)
-            events = _read(folder / EVENTS)
-            members = next(e["members"] for e in reversed(events) if e["event"] == "view")
-            pid_of = {e["worker"]: e["pid"] for e in events if e["event"] == "worker_connected"}
-            parts = {pid_of[worker]: PART for worker in members}
-            for kind, settle in (("equal", SETTLE_STEPS // 2), ("slow", SETTLE_STEPS)):
-                if kind == "slow":
-                    parts[pid_of[members[-1]]] *= SLOWED
-                with Throttle(parts):
-                    first = len(_read(folder / METRICS)) + settle
-                    last = first + steps
-                    until("steps", lambda last=last: len(_read(folder / METRICS)) > last, LIMIT_S, alive)
-                found[kind] = _figures(folder, first, last)
-                say(f"{name}, {kind}: {found[kind]['tokens_per_s']:.0f} tokens/s, shares {found[kind]['shares']}")
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+    # Ray's niceness of 15 would slow workers down beside any other work; only the throttle is to do so
+    with in_progress(words, root / "log", {"RAY_worker_niceness": "0"}) as alive:
+        until("the first steps", lambda: _trains(folder), LIMIT_S, alive)
+        events = lines_of(folder / EVENTS)
+        members = next(e["members"] for e in reversed(events) if e["event"] == "view")
+        pid_of = {e["worker"]: e["pid"] for e in events if e["event"] == "worker_connected"}
+        parts = {pid_of[worker]: PART for worker in members}
+        for kind, settle in (("equal", SETTLE_STEPS // 2), ("slow", SETTLE_STEPS)):
+            if kind == "slow":
+                parts[pid_of[members[-1]]] *= SLOWED
+            with Throttle(parts):
+                first = len(lines_of(folder / METRICS)) + settle
+                last = first + steps
+                until("steps", lambda last=last: len(lines_of(folder / METRICS)) > last, LIMIT_S, alive)
+            found[kind] = _figures(folder, first, last)
+            say(f"{name}, {kind}: {found[kind]['tokens_per_s']:.0f} tokens/s, shares {found[kind]['shares']}")
     return found
 
 
 def _figures(folder: Path, first: int, last: int) -> Json:
     """Of the steps after record `first` up to record `last`."""
-    records, events = _read(folder / METRICS)[first : last + 1], _read(folder / EVENTS)
+    records, events = lines_of(folder / METRICS)[first : last + 1], lines_of(folder / EVENTS)
     changes = [e for e in events if e["event"] == "speeds"]
     spans = [after["time"] - before["time"] for before, after in pairwise(records)]
     phases = ("compute", "reduce", "mirror", "vote", "apply", "publish")
@@ -101,12 +84,8 @@ def _figures(folder: Path, first: int, last: int) -> Json:
 
 def _trains(folder: Path) -> bool:
     """Whether all workers are there and have made steps together."""
-    together = [r for r in _read(folder / METRICS) if r["world_size"] == WORKERS]
+    together = [r for r in lines_of(folder / METRICS) if r["world_size"] == WORKERS]
     return len(together) >= 3
-
-
-def _read(path: Path) -> list[Json]:
-    return read_jsonl(path) if path.exists() else []
 
 
 def measured(steps: int, rounds: int) -> Json:

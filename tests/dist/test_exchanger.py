@@ -8,6 +8,7 @@ import torch
 
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.plan.placement import Placement
+from elastic_moe.plan.state import buckets
 from elastic_moe.plan.state.ownership import NONE, Ownership, plan_ownership
 from elastic_moe.plan.state.schedule import Layout
 from elastic_moe.plan.state.units import build_units
@@ -81,10 +82,12 @@ def _fill(layout: Layout, tensors: ComputeTensors, kind: int) -> None:
                 window.copy_(value)
 
 
-def _exchange(seat: Seat, dtype: torch.dtype, matrices: torch.dtype) -> dict[str, float]:
+def _exchange(seat: Seat, dtype: torch.dtype, matrices: torch.dtype, limit: int) -> dict[str, float]:
+    buckets.LEAST_ELEMENTS, buckets.MESSAGE_ELEMENTS = limit, 1
     rank, ownership = seat.rank, _ownership()
     group = seat.form(1, rank, seat.world)
     layout = Layout(UNITS, VIEW, rank, ownership, PLACEMENT)
+    assert len(set(layout.bucket_U.tolist())) > 2 or limit > 1000
     roles_U = ownership.role(rank)
     source = {u: UnitState.initial(UNITS[u], _value(u, 9)) for u in np.flatnonzero(roles_U != NONE).tolist()}
     held = HeldState.build(UNITS, roles_U, source, torch.device("cpu"))
@@ -106,7 +109,7 @@ def _exchange(seat: Seat, dtype: torch.dtype, matrices: torch.dtype) -> dict[str
         if unit.rule.has_gradient
     }
     for u in set(sums) & set(source):
-        assert torch.equal(held.grad_of(u), sums[u]), f"gradient of {UNITS[u].name}"
+        assert torch.equal(torch.cat(list(held.grads.pieces(u))), sums[u]), f"gradient of {UNITS[u].name}"
     owned = [u for u in sums if ownership.primary[u] == rank]
     assert square == pytest.approx(float(sum(sums[u].double().square().sum() for u in owned)))
 
@@ -129,15 +132,21 @@ def _exchange(seat: Seat, dtype: torch.dtype, matrices: torch.dtype) -> dict[str
     return {"first": first_bytes, "second": exchanger.publish_bytes, "seconds": exchanger.publish_s}
 
 
-@pytest.mark.parametrize("matrices", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_add_up_and_weights_come_back(dtype: torch.dtype, matrices: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "matrices", "limit"), [
+    (torch.float32, torch.float32, 1 << 22),
+    (torch.float32, torch.bfloat16, 1 << 22),
+    (torch.float64, torch.float32, 1 << 22),
+    (torch.float64, torch.bfloat16, 1 << 22),
+    (torch.float32, torch.float32, 12),  # in buckets of about a unit
+    (torch.float64, torch.bfloat16, 12),
+])  # fmt: skip
+def test_gradients_add_up_and_weights_come_back(dtype: torch.dtype, matrices: torch.dtype, limit: int) -> None:
     def size(unit: Unit) -> int:
         """Bytes of a unit on its way."""
         is_matrix = unit.expert is not None or unit.name.startswith("embed")
         return unit.numel * (matrices.itemsize if is_matrix else 4)
 
-    for rank, found in enumerate(results(WORLD, _exchange, dtype, matrices)):
+    for rank, found in enumerate(results(WORLD, _exchange, dtype, matrices, limit)):
         primary_U = _ownership().primary
         others = [u for i, u in enumerate(UNITS) if _computes(rank, u) and primary_U[i] != rank]
         assert found["first"] == sum(size(u) for u in others if u.optimizer != "frozen")

@@ -26,15 +26,15 @@ def _poisoned(config: Any, address: Any, prepared: Prepared, worker: str, node: 
 
     exchange, happened = reconfigure.exchange, Path(config.run.dir) / f"poisoned-{worker}"
 
-    def poisoned(
-        group: Any, outgoing: Any, incoming: Sequence[Sequence[int]], device: torch.device
-    ) -> list[list[torch.Tensor]]:
+    def poisoned(group: Any, outgoing: Any, incoming: Sequence[Sequence[torch.Tensor]], device: torch.device) -> None:
         if happened.exists():
             return exchange(group, outgoing, incoming, device=device)
         happened.touch()
         if group.rank == 0:
             raise GroupAborted("a peer was lost in the transfer")
-        return [[torch.randn(size, device=device) for size in sizes] for sizes in incoming]
+        for tensor in (tensor for tensors in incoming for tensor in tensors):
+            tensor.normal_()
+        return None
 
     reconfigure.exchange = poisoned  # pyright: ignore[reportAttributeAccessIssue]
     _work(config, address, prepared, worker, node)

@@ -1,4 +1,4 @@
-"""The benchmark of deaths still runs, on both sides: in its quick form, as a process of its own."""
+"""The benchmarks of deaths and of memory still run: in their quick form, as processes of their own."""
 
 from __future__ import annotations
 
@@ -28,3 +28,17 @@ def test_the_quick_form_gives_the_rows_of_both_sides(tmp_path: Path) -> None:
         assert row["to_next_step_s"] > 0
         assert row["stock"]["to_next_step_s"] > 0
         assert row["stock"]["steps_lost"] > 0, "it goes back to the newest checkpoint, which is half an interval old"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_view_change_needs_no_second_copy_of_the_state(tmp_path: Path) -> None:
+    """A worker is killed and replaced. The others hold two thirds of the state meanwhile, and not half of it."""
+    file = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "scripts.benchmarks.memory", "--quick", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(file.read_text())["compared"]["medium"]["rows"]
+    assert found["own_over_described"] == pytest.approx(1, abs=0.2)
+    assert found["change_over_described"] == pytest.approx(1, abs=0.2)
+    assert found["change_over_steady"] < 1.5, "twice where old and new state stood side by side"

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.plan.placement import Placement
+from elastic_moe.plan.state.buckets import assign_buckets
 from elastic_moe.plan.state.ownership import Ownership
 from elastic_moe.plan.state.units import Units
 from elastic_moe.types import Unit, View
@@ -56,6 +57,23 @@ class Schedule:
         )
         return Schedule(send, receive)
 
+    def split(self, bucket_U: NDArray[np.int64]) -> list[Schedule]:
+        """The same exchange in buckets, one after another. `bucket_U`: int64 [U], see `plan/state/buckets.py`."""
+        count, ranks = int(bucket_U.max(initial=0)) + 1, len(self.send)
+        if count == 1:
+            return [self]
+        of_unit: list[int] = bucket_U.tolist()
+        cut: list[list[list[list[int]]]] = []
+        for units_R in (self.send, self.receive):
+            parts: list[list[list[int]]] = [[[] for _ in range(ranks)] for _ in range(count)]
+            for rank, units in enumerate(units_R):
+                for unit in units:
+                    parts[of_unit[unit]][rank].append(unit)
+            cut.append(parts)
+        return [
+            Schedule(tuple(map(tuple, send)), tuple(map(tuple, receive))) for send, receive in zip(*cut, strict=True)
+        ]
+
     def without(self, rank: int) -> Schedule:
         """The same exchange without the units that `rank`, whose part this is, sends to itself."""
         send, receive = ((*units[:rank], (), *units[rank + 1 :]) for units in (self.send, self.receive))
@@ -90,6 +108,7 @@ class Layout:
         dense_weights: updated weights of dense units, from primaries to every rank.
         expert_weights: updated weights of experts, from primaries to the ranks that have a copy.
         frozen_weights: weights without updates, dense units and experts alike; sent only on entering a view.
+        bucket_U: int64 [U], the bucket in which each unit travels; see `Schedule.split`.
     """
 
     def __init__(
@@ -101,6 +120,9 @@ class Layout:
         self._numels: list[int] = self.units.numel_U.tolist()
         is_dense_U, published_U = self.units.expert_U < 0, self.units.published_U
         parts = _ComputingRanks(self.units, view.world_size, rank, ownership, placement)
+        self.bucket_U = assign_buckets(
+            self.units.numel_U, ownership.primary, parts.copies_U, view.world_size, ownership.mirrors.shape[1]
+        )
         self.gradients = parts.to_primaries(self.units.has_gradient_U)
         self.mirrors = _to_mirrors(view.world_size, rank, ownership, self.units.has_gradient_U)
         self.dense_weights = parts.from_primaries(published_U & is_dense_U)
@@ -119,6 +141,9 @@ class _ComputingRanks:
 
     Args: as for `Layout`.
 
+    Attributes:
+        copies_U: int64 [U], ranks that compute with each unit, at most; two slots of a rank count twice.
+
     Raises:
         KeyError: an expert's unit has no copy.
     """
@@ -134,6 +159,7 @@ class _ComputingRanks:
         if without_copy.size:
             raise KeyError(f"there is no copy of {units[int(without_copy[0])].name}")
         dense_units = np.flatnonzero(units.expert_U < 0)
+        self.copies_U = np.where(units.expert_U < 0, num_ranks, np.bincount(unit_S[unit_S >= 0], minlength=len(units)))
         owned = dense_units[self._primary_U[dense_units] == rank]
         copies = np.flatnonzero((unit_S >= 0) & (self._primary_U[unit_S] == rank))
         self._owned_C = np.concatenate([np.repeat(owned, num_ranks), unit_S[copies]])

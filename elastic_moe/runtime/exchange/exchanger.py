@@ -27,6 +27,10 @@ class Exchanger:
         self._reducer = GradientReducer(layout, grads, held, group)
         self._publisher = WeightPublisher(layout, weights, held, group)
 
+    def close(self) -> None:
+        """Let go of the state and of the tensors that this rank computes with; nothing is exchanged any more."""
+        del self._reducer, self._publisher
+
     def reduce(self) -> float:
         """See `GradientReducer.reduce`."""
         return self._reducer.reduce()

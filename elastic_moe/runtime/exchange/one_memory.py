@@ -10,7 +10,7 @@ it; alone, the run goes back to a checkpoint, and what was computed with the wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -26,10 +26,11 @@ def computes_with_masters(layout: Layout, grads: ComputeTensors, held: HeldState
     return alone and of_update.dtype == torch.float32 and of_update.device.type == held.device.type
 
 
-def share(layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: HeldState) -> None:
+def share(layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: HeldState) -> bool:
     """Lay compute weights and gradients into the held state. Does nothing where this rank is not alone.
 
-    Nor where gradients are fp64, since the update reads fp32, nor where the state lies on another device.
+    Nor where gradients are fp64, since the update reads fp32, nor where the state lies on another device. Returns
+    whether it has.
 
     Args:
         layout: the view, and the experts in slots.
@@ -37,9 +38,16 @@ def share(layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: 
         held: the state, of all units.
     """
     if not computes_with_masters(layout, grads, held):
-        return
+        return False
     _lay(layout, weights, lambda u: held.states[u].weight)
-    _lay(layout, grads, held.grad_of)
+    _lay(layout, grads, held.grads.of)
+    return True
+
+
+def part(tensors: Iterable[torch.Tensor]) -> None:
+    """Give tensors that lie in a state memory of their own. Their values are to be published anew."""
+    for tensor in tensors:
+        tensor.data = torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _lay(layout: Layout, tensors: ComputeTensors, place: Callable[[int], torch.Tensor]) -> None:

@@ -1,8 +1,9 @@
 """Publication: updated weights from primaries to the ranks that compute with them.
 
 Experts are most of the weights, and the forward pass needs them later than the dense ones. They are sent first and
-travel while the next step begins. `wait_expert_weights` waits for them before the first expert is used. What all ranks
-compute with in bf16 is sent in bf16.
+travel while the next step begins. `wait_expert_weights` waits for them before the first expert is used. Of weights that
+travel in several buckets, all experts' but the first bucket are sent only then. What all ranks compute with in bf16 is
+sent in bf16.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class _Weights:
         ]
         self._exchange = UnitExchange(layout, others, group, held.device, dtype)
 
+    @property
+    def received_bytes(self) -> int:
+        """Bytes that a publication brings to this rank."""
+        return self._exchange.received_bytes
+
     def begin(self) -> tuple[Pending, torch.Tensor]:
         """Begin the exchange, and meanwhile copy the weights that this rank owns and computes with."""
         under_way = self._exchange.begin([self._held.states[u].weight for u in self._sent_units])
@@ -51,12 +57,11 @@ class _Weights:
         """Copy weights that arrived into the compute weights."""
         copy_all(self._windows, received.split([window.numel() for window in self._windows]))
 
-    def run(self) -> int:
-        """Send, wait and install. Returns the bytes received."""
+    def run(self) -> None:
+        """Send, wait and install."""
         pending, received = self.begin()
         pending.wait()
         self.install(received)
-        return received.nbytes
 
 
 def _narrowest(weights: ComputeTensors) -> torch.dtype:
@@ -96,12 +101,15 @@ class WeightPublisher:
     def __init__(self, layout: Layout, weights: ComputeTensors, held: HeldState, group: Group) -> None:
         self.seconds, self.received_bytes = 0.0, 0
         narrow = _narrowest(weights)
-        self._dense = [
-            _Weights(layout, schedule, weights, held, group, dtype)
-            for schedule, dtype in _dense_schedules(layout, weights, narrow)
-        ]
-        self._experts = _Weights(layout, layout.expert_weights, weights, held, group, narrow)
-        self._frozen = _Weights(layout, layout.frozen_weights, weights, held, group)
+        of_experts, frozen = (layout.expert_weights, narrow), (layout.frozen_weights, torch.float32)
+        self._dense, self._experts, self._frozen = (
+            [
+                _Weights(layout, bucket, weights, held, group, dtype)
+                for schedule, dtype in schedules
+                for bucket in schedule.split(layout.bucket_U)
+            ]
+            for schedules in (_dense_schedules(layout, weights, narrow), [of_experts], [frozen])
+        )
         self._in_flight: tuple[Pending, torch.Tensor, float] | None = None
 
     def publish(self, frozen: bool = False) -> None:
@@ -112,11 +120,11 @@ class WeightPublisher:
         """
         self.wait_expert_weights()
         started = time.perf_counter()
-        pending, received = self._experts.begin()
-        self._in_flight = pending, received, started
-        self.received_bytes = received.nbytes + sum(dense.run() for dense in self._dense)
-        if frozen:
-            self.received_bytes += self._frozen.run()
+        self._in_flight = *self._experts[0].begin(), started
+        now = [*self._dense, *(self._frozen if frozen else ())]
+        for weights in now:
+            weights.run()
+        self.received_bytes = sum(weights.received_bytes for weights in (*self._experts, *now))
 
     def wait_expert_weights(self) -> None:
         """Wait for the experts' weights and install them. Does nothing if they are installed already."""
@@ -124,5 +132,8 @@ class WeightPublisher:
             return
         (pending, received, started), self._in_flight = self._in_flight, None
         pending.wait()
-        self._experts.install(received)
+        self._experts[0].install(received)
+        del received
+        for weights in self._experts[1:]:
+            weights.run()
         self.seconds = time.perf_counter() - started

@@ -36,6 +36,11 @@ class UnitExchange:
         self._group, self._device, self._dtype = group, device, dtype
         self._sent_numel_R, self._received_numel_R = layout.sizes(schedule.send), layout.sizes(schedule.receive)
 
+    @property
+    def received_bytes(self) -> int:
+        """Bytes that an exchange brings to this rank."""
+        return sum(self._received_numel_R) * self._dtype.itemsize
+
     def begin(self, pieces: Sequence[torch.Tensor]) -> tuple[Pending, torch.Tensor]:
         """Begin the exchange.
 

@@ -93,7 +93,7 @@ def gradients(held: HeldState) -> dict[int, torch.Tensor]:
     for u, unit in enumerate(held.units):
         if u in held.states and unit.rule.has_gradient:
             given[u] = torch.randn(unit.numel, generator=torch.Generator().manual_seed(u))
-            held.grad_of(u).copy_(given[u])
+            held.grads.of(u).copy_(given[u])
     return given
 
 

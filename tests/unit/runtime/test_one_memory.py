@@ -36,7 +36,7 @@ def _in_place(worker: Lone, held: HeldState) -> set[str]:
         same = [w.data_ptr() == p.data_ptr() for w, p in zip(windows, places, strict=True)]
         if unit.rule.has_gradient:
             windows = windows_of(context.layout, grads, u)
-            places = held.grad_of(u).split([w.numel() for w in windows])
+            places = held.grads.of(u).split([w.numel() for w in windows])
             same += [w.data_ptr() == p.data_ptr() for w, p in zip(windows, places, strict=True)]
         if all(same):
             found.add(unit.name)

@@ -133,6 +133,24 @@ def test_slots_are_those_of_the_rank(layouts: list[Layout]) -> None:
             assert own_LS[layer, slot] == expert
 
 
+@settings(deadline=None)
+@given(_layouts(), st.integers(1, 4), st.integers(0, 10**6))
+def test_buckets_are_the_exchange_in_parts_on_which_all_ranks_agree(
+    layouts: list[Layout], count: int, seed: int
+) -> None:
+    buckets_U = np.random.default_rng(seed).integers(0, count, len(layouts[0].units))
+    buckets_U[0] = count - 1
+    for name in SCHEDULES:
+        cut = [getattr(layout, name).split(buckets_U) for layout in layouts]
+        assert {len(parts) for parts in cut} == {count}
+        for bucket, of_ranks in enumerate(zip(*cut, strict=True)):
+            for src, sender in enumerate(of_ranks):
+                for dst, receiver in enumerate(of_ranks):
+                    whole = getattr(layouts[src], name).send[dst]
+                    assert sender.send[dst] == tuple(u for u in whole if buckets_U[u] == bucket)
+                    assert sender.send[dst] == receiver.receive[src]
+
+
 def test_buffers_are_ordered_by_peer_then_by_unit() -> None:
     schedule = Schedule(send=((1,), (0, 1)), receive=((0,), (0, 1)))
     assert schedule.sent_units == [1, 0, 1]

@@ -86,7 +86,7 @@ class Build:
             path.unlink(missing_ok=True)
         tokenizer, sampled = self._tokenizer()
         if len(self._parts) == 1:
-            return Built(self._one(tokenizer), sampled, self._number(DROPPED) or 0)
+            return Built(self._one(tokenizer), sampled, _number(self._directory, DROPPED) or 0)
         processes = self._config.processes or usable_cpus()
         with EncoderPool(self._settings, min(processes, len(self._parts)), self._word) as pool:
             dropped = self._drop(pool)
@@ -96,12 +96,12 @@ class Build:
 
     def _tokenizer(self) -> tuple[TextTokenizer, int]:
         """The tokenizer, and the bytes that it was trained on; 0 for all of them, or if it was not."""
-        path, known = self._directory / TOKENIZER_FILE, self._number(SAMPLED)
+        path, known = self._directory / TOKENIZER_FILE, _number(self._directory, SAMPLED)
         if path.is_file() and known is not None:
             return load_tokenizer(path), known
         tokenizer, size = self._new_tokenizer()
         tokenizer.save(path)
-        self._keep_number(SAMPLED, size)
+        _keep_number(self._directory, SAMPLED, size)
         return tokenizer, size
 
     def _new_tokenizer(self) -> tuple[TextTokenizer, int]:
@@ -142,7 +142,7 @@ class Build:
         """Find duplicates. Returns the number of documents that are left out."""
         if self._config.dedup == "off":
             return 0
-        if (known := self._number(DROPPED)) is not None:
+        if (known := _number(self._directory, DROPPED)) is not None:
             return known
         missing = [part for part in self._parts if not part_path(self._directory, part.number, "prints").is_file()]
         before = sum(part.weight for part in self._parts) - sum(part.weight for part in missing)
@@ -152,28 +152,15 @@ class Build:
 
     def _decide(self) -> int:
         dropped = write_keep(self._directory, [part.number for part in self._parts])
-        self._keep_number(DROPPED, dropped)
+        _keep_number(self._directory, DROPPED, dropped)
         return dropped
-
-    def _number(self, name: str) -> int | None:
-        """A number that is kept in the working directory; None if it is not there."""
-        try:
-            return int((self._directory / name).read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def _keep_number(self, name: str, number: int) -> None:
-        """Keep a number, or nothing if this process is killed meanwhile."""
-        written = self._directory / f"{name}.new"
-        written.write_text(str(number))
-        os.replace(written, self._directory / name)
 
     # --- the parts ----------------------------------------------------------------------------------------------------
 
     def _one(self, tokenizer: TextTokenizer) -> Assembly:
         """The only part, in this process, with the threads of the tokenizer."""
         (part,) = self._parts
-        if self._config.dedup != "off" and self._number(DROPPED) is None:
+        if self._config.dedup != "off" and _number(self._directory, DROPPED) is None:
             write_prints(part, self._settings, lambda done: self._tell("looking for duplicates", done))
             self._decide()
         with self._assembly(tokenizer) as assembly:
@@ -250,3 +237,18 @@ def check_dedup(config: DataConfig, sources: Sequence[Source]) -> None:
     for source in sources:
         if config.dedup != "off" and any(file.kind in OF_TOKENS for file in source.listed.files):
             raise UserError(f"data.dedup={config.dedup} compares text, and {source.config.corpus} holds tokens.")
+
+
+def _number(directory: Path, name: str) -> int | None:
+    """A number that is kept in a working directory; None if it is not there."""
+    try:
+        return int((directory / name).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _keep_number(directory: Path, name: str, number: int) -> None:
+    """Keep a number, or nothing if this process is killed meanwhile."""
+    written = directory / f"{name}.new"
+    written.write_text(str(number))
+    os.replace(written, directory / name)

@@ -92,6 +92,7 @@ class EncoderPool:
         waiting = deque(self._threads.submit(self._do, what, part) for part in parts)
         while waiting:
             record = self._result(waiting.popleft(), told)
+            self._tell()
             told(self._done())
             yield record
 
@@ -121,6 +122,9 @@ class EncoderPool:
                 if now_s - heard_s > SILENT_S:
                     self._silent.add(process.pid)
                     process.kill()
+        self._tell()
+
+    def _tell(self) -> None:
         while self._words:
             self._word(self._words.popleft())
 

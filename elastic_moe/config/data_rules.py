@@ -8,7 +8,8 @@ from elastic_moe.config.schema import DataConfig
 from elastic_moe.errors import UserError
 
 STDLIB = "stdlib"
-LEAST_SHARE = 2.0**-20  # to which shares are rounded, see `plan.batch.mixture_at`
+SHARE_BITS = 20  # to which shares are rounded, see `plan.batch.mixture_at`
+LEAST_SHARE = 2.0**-SHARE_BITS
 TOKENIZERS = ("bpe", "bytes", "ids")  # that are no path
 
 

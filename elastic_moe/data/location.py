@@ -97,7 +97,7 @@ def list_url(url: str) -> tuple[list[Listed], str]:
     try:
         found = _list_server(url) if scheme in SERVERS else _list_store(url)
     except (OSError, ValueError) as error:
-        raise UserError(f"data.corpus={url} cannot be reached: {reason_of(error)}") from error
+        raise UserError(f"data.corpus={url} cannot be reached: {why_unreadable(error)}") from error
     if not found:
         raise UserError(f"data.corpus={url} does not exist, or is empty.")
     prefix = url.partition("?")[0].rstrip("/") + "/"
@@ -105,7 +105,7 @@ def list_url(url: str) -> tuple[list[Listed], str]:
     return found, prefix if whole else prefix.rstrip("/").rpartition("/")[0] + "/"
 
 
-def reason_of(error: BaseException) -> str:
+def why_unreadable(error: BaseException) -> str:
     """One line about a file that cannot be read."""
     if isinstance(error, FileNotFoundError) and error.errno is None and error.__cause__ is not None:
         error = error.__cause__  # fsspec has but the address in its own

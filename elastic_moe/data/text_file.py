@@ -19,7 +19,7 @@ from contextlib import closing
 from typing import Any, BinaryIO, TextIO, cast
 
 from elastic_moe.data import json_text
-from elastic_moe.data.location import has_ranges, open_binary, reason_of
+from elastic_moe.data.location import has_ranges, open_binary, why_unreadable
 from elastic_moe.data.source_file import ARRAY, LINES, SourceFile
 from elastic_moe.errors import UserError
 
@@ -141,7 +141,7 @@ def kind_of_json(path: str, codec: str, encoding: str, text_field: str) -> str:
 
 def unreadable(path: str, error: Exception) -> UserError:
     """The sentence about a file that cannot be read."""
-    return UserError(f"data.corpus: cannot read {path}: {reason_of(error)}")
+    return UserError(f"data.corpus: cannot read {path}: {why_unreadable(error)}")
 
 
 def can_be_cut(file: SourceFile) -> bool:

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from elastic_moe.config.data_rules import SHARE_BITS
+
 _ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = 0xFFFFFFFFFFFFFFFF
-_SHARE_BITS = 20
 _CORPUS_SEED = 0x2545F4914F6CDD1D  # between the seeds of two corpora of a mixture
 
 
@@ -87,14 +88,14 @@ def mixture_at(
     assert start >= 0
     assert len(num_samples) == len(weights)
     place = np.arange(start, start + count, dtype=np.int64)
-    assert not place.size or place[-1] < 1 << (62 - _SHARE_BITS)
+    assert not place.size or place[-1] < 1 << (62 - SHARE_BITS)
     ids, left = np.empty_like(place), np.arange(len(place))
     begin = 0
     for corpus, samples in enumerate(num_samples):
         share = weights[corpus] / sum(weights[corpus:])
-        units = min(max(round(share * (1 << _SHARE_BITS)), 1), 1 << _SHARE_BITS)
-        before = (place * units + (1 << _SHARE_BITS - 1)) >> _SHARE_BITS  # places of this corpus before each place
-        own = ((place + 1) * units + (1 << _SHARE_BITS - 1)) >> _SHARE_BITS > before
+        units = min(max(round(share * (1 << SHARE_BITS)), 1), 1 << SHARE_BITS)
+        before = (place * units + (1 << SHARE_BITS - 1)) >> SHARE_BITS  # places of this corpus before each place
+        own = ((place + 1) * units + (1 << SHARE_BITS - 1)) >> SHARE_BITS > before
         if corpus + 1 == len(num_samples):
             own, before = np.ones_like(own), place
         ids[left[own]] = begin + _shuffled(seed + corpus * _CORPUS_SEED, before[own], samples)

@@ -176,10 +176,7 @@ class HeldState:
         It can be read and sealed, and its memory is that of the sources. `settle` must come before `apply`, once
         nobody needs the sources any more.
         """
-        lies: dict[int, UnitState] = {}
-        for source in sources:
-            whole = source.states.keys() - source.damaged
-            lies.update({index: source.states[index] for index in whole})
+        lies = union(sources).states
         held = HeldState(units, roles, (), sources[-1].device)
         held.states.update({index: lies[index] for index in np.flatnonzero(roles != NONE).tolist()})
         held._groups = list({id(group): group for source in sources for group in source._groups}.values())

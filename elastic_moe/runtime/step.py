@@ -133,7 +133,7 @@ class StepRunner:
         self._clock.start(context.group.waited)
         local.reduced = (
             -1
-        )  # gradients are computed where reduced ones are, of experts at home and where a rank is alone
+        )  # gradients come where reduced ones are: of experts at home, and of all where a rank is alone
         self._begin(step, "compute")
         batch = local.position.batch_of(step)
         share = self._compute(step, context, batch)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from elastic_moe.metrics.jsonl import read_jsonl
 
@@ -79,10 +79,8 @@ def call(words: Sequence[str], log: Path, limit_s: float, variables: Mapping[str
         CalledProcessError: it failed.
         TimeoutExpired: it did not end in time.
     """
-    environment = os.environ | dict(variables or {}) | {"OMP_NUM_THREADS": "1"}
     with log.open("a") as file:
-        command = [sys.executable, "-m", *words]
-        subprocess.run(command, check=True, env=environment, stdout=file, stderr=file, timeout=limit_s)
+        subprocess.run(check=True, timeout=limit_s, **_program(words, file, variables))
 
 
 @contextmanager
@@ -101,10 +99,8 @@ def in_progress(
     Yields:
         Whether it still runs, as a function.
     """
-    environment = os.environ | dict(variables or {}) | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *words]
     with log.open("a") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(start_new_session=True, **_program(words, file, variables))
         try:
             yield lambda: process.poll() is None
         finally:
@@ -113,6 +109,12 @@ def in_progress(
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def _program(words: Sequence[str], log: TextIO, variables: Mapping[str, str] | None) -> dict[str, Any]:
+    """How a module is run, as arguments for `subprocess`; see `call`."""
+    environment = os.environ | dict(variables or {}) | {"OMP_NUM_THREADS": "1"}
+    return {"args": [sys.executable, "-m", *words], "env": environment, "stdout": log, "stderr": log}
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -8,48 +8,25 @@ import io
 import json
 import lzma
 import struct
-import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-import fsspec.asyn
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elastic_moe.config.schema import DataConfig
-from elastic_moe.data import location
 from elastic_moe.data.corpus import cut_into_parts, list_files
-from elastic_moe.data.pieces import read_pieces
 from elastic_moe.data.prepare import prepare
 from elastic_moe.data.source_file import Part
 from elastic_moe.data.tokenizer import BpeTokenizer, load_tokenizer
 from elastic_moe.errors import UserError
-
-fsspec.asyn.get_loop()  # its thread lasts as long as this process does
+from tests.corpora import config_of, serving, texts_of
 
 TEXTS = [f"document {i}, Grüße\n" * (1 + i % 50) for i in range(3000)]
-
-
-def config_of(corpus: Path | str, **changes: Any) -> DataConfig:
-    values = {"corpus": str(corpus), "tokenizer": "bytes", "seq_len": 16, "val_fraction": 0.1}
-    return DataConfig(**(values | changes))
-
-
-def texts_of(corpus: Path | str, part_bytes: int = 0, **changes: Any) -> list[str]:
-    """The documents of a corpus, read part by part."""
-    config = config_of(corpus, **changes)
-    documents = [""]
-    for part in cut_into_parts(list_files(config).files, Part(0, ()), part_bytes):
-        for piece in read_pieces(part.files, 0, 700, config.text_field):
-            documents[-1] += piece.text
-            if piece.ends:
-                documents.append("")
-    return documents[:-1]
 
 
 # --- compressed -------------------------------------------------------------------------------------------------------
@@ -190,17 +167,8 @@ class Ranges(SimpleHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     handler: type[BaseHTTPRequestHandler] = partial(Ranges, directory=str(tmp_path))  # type: ignore[assignment]
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
-        thread = threading.Thread(target=served.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{served.server_port}"
-        served.shutdown()
-        thread.join()
-    filesystem = location._server("http")  # keeps connections for later
-    if filesystem._session is not None:
-        filesystem.close_session(filesystem.loop, filesystem._session)
-    location._server.cache_clear()
-    filesystem.clear_instance_cache()
+    with serving(handler) as address:
+        yield address
 
 
 def test_files_of_a_web_server(server: str, tmp_path: Path) -> None:

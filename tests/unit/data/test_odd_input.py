@@ -17,31 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elastic_moe.config.schema import DataConfig
-from elastic_moe.data.corpus import cut_into_parts, list_files
-from elastic_moe.data.pieces import read_pieces
 from elastic_moe.data.prepare import prepare
-from elastic_moe.data.source_file import Part
 from elastic_moe.errors import UserError
+from tests.corpora import config_of, texts_of
 
 TEXTS = [f"document {i}, Grüße\n" * (1 + i % 9) for i in range(600)]
-
-
-def config_of(corpus: Path, **changes: Any) -> DataConfig:
-    values = {"corpus": str(corpus), "tokenizer": "bytes", "seq_len": 16, "val_fraction": 0.1}
-    return DataConfig(**(values | changes))
-
-
-def texts_of(corpus: Path, part_bytes: int = 0, **changes: Any) -> list[str]:
-    """The documents of a corpus, read part by part."""
-    config = config_of(corpus, **changes)
-    documents = [""]
-    for part in cut_into_parts(list_files(config).files, Part(0, ()), part_bytes):
-        for piece in read_pieces(part.files, 0, 700, config.text_field):
-            documents[-1] += piece.text
-            if piece.ends:
-                documents.append("")
-    return documents[:-1]
 
 
 # --- text and JSON ----------------------------------------------------------------------------------------------------

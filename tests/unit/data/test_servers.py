@@ -10,10 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import fsspec.asyn
 import pytest
 
-from elastic_moe.config.schema import DataConfig
 from elastic_moe.data import location
 from elastic_moe.data.corpus import cut_into_parts, list_files
 from elastic_moe.data.location import open_binary
@@ -21,8 +19,7 @@ from elastic_moe.data.pieces import read_documents, read_pieces
 from elastic_moe.data.prepare import prepare
 from elastic_moe.data.source_file import Part
 from elastic_moe.errors import UserError
-
-fsspec.asyn.get_loop()  # its thread lasts as long as this process does
+from tests.corpora import config_of, serving
 
 TEXT = "".join(f"line {i} of a file\n" for i in range(150_000))
 BODY = TEXT.encode()
@@ -95,23 +92,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name in ("bodies", "refused", "etag"):
         monkeypatch.setattr(Odd, name, getattr(Odd, name))
     monkeypatch.setattr(ThreadingHTTPServer, "handle_error", lambda *_: None)  # a reader may go before the end
-    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as served:
-        thread = threading.Thread(target=served.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{served.server_port}"
-        Odd.ended.set()
-        served.shutdown()
-        thread.join()
-    filesystem = location._server("http")  # keeps connections for later
-    if filesystem._session is not None:
-        filesystem.close_session(filesystem.loop, filesystem._session)
-    location._server.cache_clear()
-    filesystem.clear_instance_cache()
-
-
-def config_of(corpus: str | Path, **changes: Any) -> DataConfig:
-    values = {"corpus": str(corpus), "tokenizer": "bytes", "seq_len": 16, "val_fraction": 0.1}
-    return DataConfig(**(values | changes))
+    with serving(Odd, Odd.ended.set) as address:
+        yield address
 
 
 def text_of(corpus: str | Path, part_bytes: int = 0) -> str:

@@ -10,7 +10,7 @@ from elastic_moe.model.params import param_specs
 from elastic_moe.optim import muon
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.plan.state.units import build_units
-from elastic_moe.types import ParamSpec, Unit
+from elastic_moe.types import RULE_FACTS, ParamSpec, Unit
 
 CPU = torch.device("cpu")
 
@@ -43,6 +43,10 @@ def test_the_iteration_makes_rows_orthonormal(rows: int, columns: int, scale: fl
     sure = (values[..., -1:] > 1e-2 * values[..., :1]).squeeze(-1)  # a nearly singular matrix has no nearest one
     torch.testing.assert_close(found[sure].double(), (u @ v)[sure], rtol=0, atol=3e-3)
     assert torch.linalg.svdvals(found[sure]).sub(1).abs().max() < 2e-3
+
+
+def test_the_work_is_planned_for_as_many_rounds_as_there_are() -> None:
+    assert RULE_FACTS["muon"].iterations == len(muon.STEPS)
 
 
 def test_no_gradient_moves_nothing() -> None:

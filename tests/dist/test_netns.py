@@ -33,10 +33,12 @@ def ip(*arguments: str) -> None:
 
 
 def remove(namespaces: list[str], bridges: list[str]) -> None:
+    """Sockets of the dead that still wait for an answer keep a namespace, and with it its end, for minutes."""
+    ends = [f"{bridge}v{i}" for bridge in bridges for i in range(len(namespaces))]
+    for name in [*ends, *bridges]:
+        subprocess.run(["ip", "link", "del", name], capture_output=True)
     for name in namespaces:
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
-    for name in bridges:
-        subprocess.run(["ip", "link", "del", name], capture_output=True)
 
 
 def remove_leftovers() -> None:

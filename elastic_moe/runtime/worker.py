@@ -39,7 +39,7 @@ from elastic_moe.plan.shares import Batching
 from elastic_moe.plan.state.units import build_units
 from elastic_moe.run_dir import FAULTS, checkpoint_root
 from elastic_moe.run_log import logging_of_run
-from elastic_moe.runtime.allocator import give_back
+from elastic_moe.runtime.allocator import give_back, keep
 from elastic_moe.runtime.batches import MicroBatches
 from elastic_moe.runtime.by_speed import BySpeed
 from elastic_moe.runtime.checkpoints import ShardWriter
@@ -306,6 +306,7 @@ def run_worker(
     set_timeout(config.checkpoint.timeout_s)
     if config.threads:
         torch.set_num_threads(config.threads)
+    keep()
     client = CoordinatorClient(
         find, token, worker, node, os.getpid(), elastic.slots_per_worker, elastic.heartbeat_s, elastic.lease_s
     )

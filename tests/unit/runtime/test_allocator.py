@@ -1,4 +1,4 @@
-"""Free memory between blocks in use goes back to the system."""
+"""Free memory goes back to the system between views, and stays within a step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from elastic_moe.runtime.allocator import _trim, give_back
+from elastic_moe.runtime.allocator import _trim, give_back, keep
 
 CODE = """
 from pathlib import Path
@@ -37,5 +37,38 @@ def test_gaps_in_the_heap_are_given_back() -> None:
     assert with_help > 64 << 20
 
 
+STEPS = """
+import resource
+import torch
+from elastic_moe.runtime.allocator import give_back, keep
+
+def step():
+    for _ in range(2):  # what is freed is used again, and then the top of the heap is free
+        blocks = [torch.ones(1 << 20) for _ in range(10)]  # 4 MiB each
+        del blocks
+
+def faults(steps):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep()
+step()
+kept = faults(5)
+give_back()
+print(kept, faults(1))
+"""
+
+
+@pytest.mark.skipif(_trim() is None, reason="the C library is not glibc")
+def test_a_step_uses_the_pages_of_the_one_before() -> None:
+    done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
+    kept, given_back = map(int, done.stdout.split())
+    assert kept < 500, "pages were made anew"
+    assert given_back > 5000, "nothing was given back"
+
+
 def test_it_may_be_called_at_any_time() -> None:
     give_back()
+    keep()

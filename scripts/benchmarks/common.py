@@ -24,6 +24,11 @@ from elastic_moe.metrics.jsonl import read_jsonl
 
 STARTED_S = time.monotonic()
 
+WIDE = [  # of `model=small`
+    "model.hidden_size=512", "model.num_heads=8", "model.head_dim=64", "model.rope_dim=32", "model.value_dim=64",
+    "model.kv_latent=128", "model.dense_hidden=1536", "model.num_experts=32", "model.expert_hidden=256",
+]  # fmt: skip
+
 
 def arguments(name: str, description: str) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has."""

@@ -30,7 +30,7 @@ from elastic_moe.cli.describe import at_change, count, memory
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.data.prepare import prepare
 from elastic_moe.run_dir import EVENTS, METRICS
-from scripts.benchmarks.common import arguments, in_progress, lines_of, machine, quiet_run, run, say, until
+from scripts.benchmarks.common import WIDE, arguments, in_progress, lines_of, machine, quiet_run, run, say, until
 
 Json = dict[str, Any]
 
@@ -48,10 +48,7 @@ SHAPES = {
         "model.hidden_size=256", "model.head_dim=64", "model.rope_dim=32", "model.value_dim=64", "model.kv_latent=128",
         "model.dense_hidden=768", "model.num_experts=32", "model.expert_hidden=256",
     ],
-    "wide": [
-        "model.hidden_size=512", "model.num_heads=8", "model.head_dim=64", "model.rope_dim=32", "model.value_dim=64",
-        "model.kv_latent=128", "model.dense_hidden=1536", "model.num_experts=32", "model.expert_hidden=256",
-    ],
+    "wide": WIDE,
 }  # fmt: skip
 OURS = {"rows": ["balance.copies=1"], "everywhere": ["balance.copies=all"]}
 THEIRS = {"transformers": True, "plain": False}

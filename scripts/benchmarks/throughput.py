@@ -1,9 +1,10 @@
-"""Tokens a second of real runs against a plain DistributedDataParallel script with the same model.
+"""Tokens a second of real runs against plain DistributedDataParallel scripts.
 
 The product's side is the user's command, through Ray, with a mirror of all state: with rows that travel
-(`balance.copies=1`), and as it decides by itself (`auto`). The other side is `plain_ddp.py`, which survives nothing.
-All train on the same prepared corpus with the same batches. Rounds are made in turn; a step's time is the median of
-those after the first ones, and the ratios are of medians over the rounds.
+(`balance.copies=1`), and as it decides by itself (`auto`). The other sides are `plain_ddp.py`, which survives nothing:
+with the project's model (`plain`), and with transformers' DeepSeek-V3 of the same shape, with the plain residual, under
+Accelerate (`transformers`). All train on the same prepared corpus with the same batches. Rounds are made in turn; a
+step's time is the median of those after the first ones, and the ratios are of medians over the rounds.
 """
 
 from __future__ import annotations
@@ -21,22 +22,21 @@ from elastic_moe.cli.compose import check, register_schema
 from elastic_moe.data.prepare import prepare
 from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.run_dir import METRICS
-from scripts.benchmarks.common import arguments, call, machine, median, quiet_run, run, say
+from scripts.benchmarks.common import WIDE, arguments, call, machine, median, quiet_run, run, say
 
 Json = dict[str, Any]
 
 WARM_UP = 4  # steps that do not count
 LIMIT_S = 900.0  # for one run
 CORPUS_BYTES = 1_000_000
+PLAIN = ["model=small", "model.residual=plain"]
 SHAPES = {
-    "tiny": ["model=tiny"],
-    "small": ["model=small"],
-    "wide": [
-        "model=tiny", "model.hidden_size=512", "model.num_heads=8", "model.num_kv_heads=4", "model.head_dim=64",
-        "model.dense_hidden=1536", "model.num_experts=32", "model.expert_hidden=256",
-    ],
-}  # fmt: skip
-SIDES = ("rows", "auto", "plain")
+    "tiny": [*PLAIN, "model.num_layers=2", "model.hidden_size=64"],
+    "small": PLAIN,
+    "small_mhc": ["model=small"],
+    "wide": [*PLAIN, *WIDE],
+}
+OWN, OTHERS = ("rows", "auto"), ("plain", "transformers")
 
 
 class Bench:
@@ -54,9 +54,10 @@ class Bench:
         """Seconds of each step that counts."""
         folder = self._root / f"{side}-{number}"
         folder.mkdir()
-        if side == "plain":
+        if side in OTHERS:
             data, log = asdict(self.config.data), folder / "log"
             words = {"model": asdict(self.config.model), "data": data, "shard": self._prepared.train_path}
+            words |= {"transformers": side == "transformers"}
             words |= {"log": str(log), "steps": self.steps, "workers": self._workers}
             words |= {"lr": self.config.optim.lr, "grad_clip": self.config.optim.grad_clip}
             call(["scripts.benchmarks.plain_ddp", json.dumps(words)], self._root / "log", LIMIT_S)
@@ -69,14 +70,14 @@ class Bench:
         return [after - before for before, after in itertools.pairwise(times)][WARM_UP - 1 :]
 
     def measure(self, rounds: int) -> Json:
-        steps_s: dict[str, list[float]] = {side: [] for side in SIDES}
+        steps_s: dict[str, list[float]] = {side: [] for side in OWN + OTHERS}
         for number in range(rounds):
             for side, found in steps_s.items():
                 found.append(median(self.seconds_of_steps(side, number)) or 0.0)
                 say(f"{side}, round {number + 1}: a step takes {found[-1]:.3f} s")
         tokens = self.config.data.global_batch * self.config.data.seq_len
         rates = {side: tokens / (median(found) or 1.0) for side, found in steps_s.items()}
-        ratios = {f"{side}_over_plain": rates[side] / rates["plain"] for side in ("rows", "auto")}
+        ratios = {f"{own}_over_{other}": rates[own] / rates[other] for own in OWN for other in OTHERS}
         return {"step_s": steps_s, "tokens_per_s": rates, **ratios, "model": asdict(self.config.model)}
 
 
@@ -86,14 +87,15 @@ def benchmark(quick: bool, shapes: Sequence[str], workers: Sequence[int], steps:
         with tempfile.TemporaryDirectory(prefix="emoe-bench") as root:
             say(f"{shape} on {number} workers")
             found = Bench(Path(root), shape, number, steps).measure(rounds)
-        say(str({key: value for key, value in found.items() if key.endswith("_plain")}))
+        say(str({key: value for key, value in found.items() if "_over_" in key}))
         result["shapes"].setdefault(shape, {})[str(number)] = found
     return result
 
 
 def main() -> int:
-    parser = arguments("throughput", "Tokens a second against a plain DDP script.")
-    parser.add_argument("--shapes", nargs="+", default=["small", "wide"], choices=SHAPES, help="models: small wide")
+    parser = arguments("throughput", "Tokens a second against plain DDP scripts.")
+    full = list(SHAPES)[1:]
+    parser.add_argument("--shapes", nargs="+", default=full, choices=SHAPES, help=f"models: {' '.join(full)}")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2, 4], help="numbers of workers: 1 2 4")
     parser.add_argument("--steps", type=int, default=24, help="steps of a run: 24")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side: 2")

@@ -16,62 +16,73 @@ from tests.ray.blocking import BlockingNode, RunOnNodes, run_on, start_node
 from tests.ray.conftest import Head
 
 WORKERS = 3
+CLOUDS = ("aws", "gcp", "azure")
 ENDS_S = 240.0
 
 
-def start_nodes(head: Head) -> list[BlockingNode]:
+def start_nodes(head: Head, count: int) -> list[BlockingNode]:
     head.start("--include-dashboard=false")
-    return [start_node(head, f"node{i}", RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="60") for i in range(WORKERS)]
+    return [start_node(head, f"node{i}", RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="60") for i in range(count)]
 
 
-def assert_left_as_planned(run: RunOnNodes) -> None:
-    """One worker has handed over and ended; no collective broke, so not even a step in flight was made again."""
-    (worker,) = {event["worker"] for event in run.events("drain")}
-    assert worker in {event["worker"] for event in run.events("worker_left")}
+def id_of(node: BlockingNode) -> str:
+    found = node.node()
+    assert found is not None
+    return found.node_id
+
+
+def assert_left_as_planned(run: RunOnNodes, nodes: int) -> None:
+    """One worker of each has handed over and ended; no collective broke: not even a step in flight was made again."""
+    drained = {event["worker"] for event in run.events("drain")}
+    assert len(drained) == nodes
+    assert drained <= {event["worker"] for event in run.events("worker_left")}
     for kind in ("worker_lost", "worker_evicted", "suspect", "rolled_back"):
         assert not run.events(kind), kind
     assert all(view["planned"] for view in run.events("view")[1:])
 
 
-@pytest.mark.timeout(900)
-def test_a_notice_of_the_cloud_is_a_planned_leave(head: Any, tiny: list[str], tmp_path: Path) -> None:
-    nodes = start_nodes(head)
-    leaving = nodes[0].node()
-    assert leaving is not None
-    with metadata_server("aws") as cloud, run_on(head, tiny, tmp_path, WORKERS) as run:
+def take(provider: str, node: BlockingNode, head: Head, run: RunOnNodes, left: int) -> None:
+    """A cloud that says it will take this node; `left`: workers that then remain."""
+    with metadata_server(provider) as cloud:
         command = [sys.executable, "-m", "elastic_moe", "watch-notices", f"--endpoint={cloud.url}"]
-        command += [f"--address={head.address}", f"--node-id={leaving.node_id}", "--every=1"]
+        command += [f"--address={head.address}", f"--node-id={id_of(node)}", "--every=1"]
         watcher = subprocess.Popen(command, env=head.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
-            run.wait_size(WORKERS)
+            run.wait_size(left + 1)
             assert watcher.poll() is None
             cloud.give_notice(110.0)
             told, _ = watcher.communicate(timeout=ENDS_S)
             assert watcher.returncode == 0, told
-            assert "this is a machine of aws" in told
+            assert f"this is a machine of {provider}" in told
             assert told.count("is draining") == 1, told
-            run.wait_size(WORKERS - 1)
+            run.wait_size(left)
         finally:
             watcher.kill()
             watcher.wait()
-        until(lambda: nodes[0].node() is None, "the end of the raylet that nobody uses", ENDS_S)
-        run.wait_size(WORKERS - 1)
-        assert_left_as_planned(run)
+    until(lambda: node.node() is None, "the end of the raylet that nobody uses", ENDS_S)
+    run.wait_size(left)
+
+
+@pytest.mark.timeout(900)
+def test_a_notice_of_each_cloud_is_a_planned_leave(head: Any, tiny: list[str], tmp_path: Path) -> None:
+    *taken, hooked = start_nodes(head, len(CLOUDS) + 1)
+    with run_on(head, tiny, tmp_path, len(CLOUDS) + 1) as run:
+        for left, provider, node in zip((3, 2, 1), CLOUDS, taken, strict=True):
+            take(provider, node, head, run, left)
+        assert_left_as_planned(run, len(CLOUDS))
         run.finish()
-    hooked = nodes[1].node()
-    assert hooked is not None
     hook = [sys.executable, "-m", "elastic_moe", "watch-notices", "--now=60"]  # what the preStop hook of a pod calls
-    hook += [f"--address={head.address}", f"--node-id={hooked.node_id}"]
+    hook += [f"--address={head.address}", f"--node-id={id_of(hooked)}"]
     done = subprocess.run(hook, env=head.env, capture_output=True, text=True, timeout=ENDS_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("Ray has ended on this machine\n")
-    assert nodes[1].node() is None
+    assert hooked.node() is None
 
 
 @pytest.mark.timeout(900)
 def test_sigterm_to_ray_start_block_is_a_planned_leave(head: Any, tiny: list[str], tmp_path: Path) -> None:
     """What a deleted pod, a stopped container and a batch system send. Ray drains its node before it ends."""
-    nodes = start_nodes(head)
+    nodes = start_nodes(head, WORKERS)
     with run_on(head, tiny, tmp_path, WORKERS) as run:
         run.wait_size(WORKERS)
         nodes[0].process.send_signal(signal.SIGTERM)
@@ -80,5 +91,5 @@ def test_sigterm_to_ray_start_block_is_a_planned_leave(head: Any, tiny: list[str
         told = nodes[0].log.read_text()
         assert "did not finish draining" not in told, "the node waits for our workers, and they go in time"
         run.wait_size(WORKERS - 1)
-        assert_left_as_planned(run)
+        assert_left_as_planned(run, 1)
         run.finish()

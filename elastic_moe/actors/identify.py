@@ -58,14 +58,8 @@ def changes(found: Found, new: dict[str, Any]) -> tuple[str, ...]:
 
 def run_of(found: Found, resume: bool) -> str:
     """The id of the run that a start goes on with or begins; see `begin`."""
-    known = _known(found) if resume else None
+    known = found.known if resume else None
     return (known.run if known else "") or RunIdentity.new("").run
-
-
-def _known(found: Found) -> RunIdentity | None:
-    """The newest identity that the directories hold."""
-    known = max(filter(None, (found.own, found.of_root)), key=lambda one: one.timeline, default=None)
-    return RunIdentity.of_meta(found.newest.meta) if known is None and found.newest is not None else known
 
 
 def begin(found: Found, resume: bool, run: str, new: dict[str, Any], changed: tuple[str, ...], raw_yaml: str) -> None:
@@ -80,7 +74,7 @@ def begin(found: Found, resume: bool, run: str, new: dict[str, Any], changed: tu
         raw_yaml: the configuration as the user gave it.
     """
     run_dir = found.run_dir
-    known = (_known(found) if resume else None) or RunIdentity(run)
+    known = (found.known if resume else None) or RunIdentity(run)
     first = known.first_checkpoint or (found.newest.step if resume and found.newest else 0)
     identity = replace(known, run=run, first_checkpoint=first, run_dir=str(run_dir), fingerprint=new)
     if resume:

@@ -19,6 +19,7 @@ from elastic_moe.run_dir import step_dir
 FORMAT = 1
 MANIFEST = "manifest.json"
 SKIPPED_BATCHES = "skipped_batches"  # key of `Manifest.meta`
+STAYS = "stays"  # the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,11 @@ class Manifest:
     def skipped_batches(self) -> int:
         """Batches of the data that the run had left out before."""
         return int(self.meta.get(SKIPPED_BATCHES, 0))
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is kept for good: no newer checkpoint replaces it."""
+        return self.meta.get(STAYS) is True
 
     def to_bytes(self) -> bytes:
         """The file's content."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from elastic_moe.checkpoint.identity import find_identity
+from elastic_moe.checkpoint.identity import RunIdentity, find_identity
 from elastic_moe.checkpoint.manifest import MANIFEST, Manifest, ShardInfo, as_shards
 from elastic_moe.checkpoint.reader import check_sizes, load_manifest, require_current
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, persistent
@@ -31,15 +31,22 @@ def write_manifest(
     return manifest
 
 
-def retain(root_uri: str, keep: int) -> list[int]:
+def retain(root_uri: str, keep: int, stay: set[int] | None = None) -> list[int]:
     """Delete all but the newest `keep` complete checkpoints (at least one), and unfinished ones older than those.
 
     A checkpoint that lacks a file does not count as complete, nor does one that the run has gone back behind. Such
-    a one is kept until the present timeline has a complete checkpoint of its step or a later one.
+    a one is kept until the present timeline has a complete checkpoint of its step or a later one. Those whose manifest
+    says that they stay are not deleted.
+
+    Args:
+        root_uri: the checkpoint root.
+        keep: how many.
+        stay: older steps that are known to stay and need not be read again; what is found is added.
 
     Returns:
         The deleted steps.
     """
+    stay = set() if stay is None else stay
     storage = Storage(root_uri)
     steps = list_steps(storage)
     history = find_identity(storage, steps, lambda step: load_manifest(root_uri, step).meta)
@@ -57,7 +64,19 @@ def retain(root_uri: str, keep: int) -> list[int]:
             kept.append(step)
         except CorruptCheckpoint:
             passed += [step] if kept else []
-    return _delete(storage, sorted({*passed, *(step for step in steps if kept and step < kept[-1])}))
+    older = [step for step in steps if kept and step < kept[-1] and step not in stay]
+    stay |= {step for step in older if _stays(root_uri, step, history)}
+    return _delete(storage, sorted({*passed, *older} - stay))
+
+
+def _stays(root_uri: str, step: int, history: RunIdentity) -> bool:
+    """Whether a checkpoint of the present history is kept for good."""
+    try:
+        manifest = load_manifest(root_uri, step)
+        require_current(history, manifest)
+        return manifest.stays
+    except (CorruptCheckpoint, FileNotFoundError):
+        return False
 
 
 def remove_all(root_uri: str) -> list[int]:

@@ -1,7 +1,9 @@
-"""Checkpoints on disk: `elastic-moe checkpoint list|verify|diff|prune DIR`.
+"""Checkpoints on disk: `elastic-moe checkpoint list|verify|diff|prune|rewind DIR`.
 
 DIR is a run directory, a checkpoint root (a URI too), or for `diff` two checkpoints. `prune` removes unfinished and
-abandoned checkpoints. Without `--yes` it only lists them, and it never works on a directory that a run owns now.
+abandoned checkpoints. `rewind` takes a run back to an earlier one, for `run.resume=auto` to go on from there: not a key
+of the start, because a start that is made again must not go back again. Without `--yes` both only tell what they would
+do, and they never work on a directory that a run owns now.
 """
 
 from __future__ import annotations
@@ -10,15 +12,18 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from elastic_moe.checkpoint.identity import RunIdentity
 from elastic_moe.checkpoint.inventory import ABANDONED, COMPLETE, DAMAGED, UNFINISHED, differences, list_checkpoints
-from elastic_moe.checkpoint.reader import load_manifest
+from elastic_moe.checkpoint.reader import load_manifest, verify_alone
 from elastic_moe.checkpoint.writer import remove
 from elastic_moe.config.saved import read_config
-from elastic_moe.coordination.lease import Lease
+from elastic_moe.coordination.identity import IdentityFiles
+from elastic_moe.coordination.lease import Lease, confirm, own
+from elastic_moe.coordination.start import look
 from elastic_moe.errors import UserError
 from elastic_moe.run_dir import CONFIG, checkpoint_root, split_step
 
@@ -50,6 +55,7 @@ def show(root: str, verify: bool) -> int:
         when = _local_time(written) if isinstance(written, float) else ""
         size = "" if manifest is None else f"{manifest.bytes / GIB:.3f}"
         state = entry.state + (f": {entry.reason}" if entry.reason and entry.state != COMPLETE else "")
+        state += ", stays" if entry.state == COMPLETE and manifest is not None and manifest.stays else ""
         timeline = "" if manifest is None else identity.timeline
         _print(f"{entry.step:>10}  {when:19}  {size:>9}  {timeline:>8}  {identity.run[:8]:8}  {state}")
     return 1 if verify and damaged else 0
@@ -84,6 +90,36 @@ def prune(root: str, yes: bool) -> int:
     return 0
 
 
+def rewind(given: str, step: int, yes: bool) -> int:
+    """Take a run back to the checkpoint of a step, or tell what that would do. Deletes nothing. Returns 0."""
+    run_dir = Path(given).expanduser().absolute()
+    if not (run_dir / CONFIG).is_file():
+        raise UserError(f"{given} is no run directory.")
+    config = read_config(run_dir)
+    root = checkpoint_root(config, run_dir)
+    with own(run_dir, root) as leases:
+        entries = [entry for entry in list_checkpoints(root) if entry.state == COMPLETE]
+        chosen = next((entry.manifest for entry in entries if entry.step == step), None)
+        if chosen is None:
+            there = ", ".join(str(entry.step) for entry in entries) or "none"
+            raise UserError(f"{root} has no complete checkpoint of step {step}; it has: {there}")
+        later = [entry.step for entry in entries if entry.step > step]
+        if not later:
+            print(f"step {step} is the newest checkpoint: run.resume=auto goes on from there")
+            return 0
+        behind = f"step {step}; abandoned: {', '.join(map(str, later))}"
+        if not yes:
+            print(f"--yes would take the run back to {behind}")
+            return 0
+        verify_alone(chosen)
+        confirm(leases)
+        found = look(replace(config, run=replace(config.run, dir=str(run_dir))))
+        known = found.known or RunIdentity.of_meta(chosen.meta)
+        IdentityFiles(run_dir, root, known).change(known.forked(step, 0))
+        print(f"the run is back at {behind}; they are removed when it has come as far again with run.resume=auto")
+    return 0
+
+
 def _local_time(written_s: float) -> str:
     """Date and time of so many seconds since the Unix epoch; "" where there is no such date."""
     try:
@@ -115,6 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=meaning)
         command.add_argument("dir", help="a run directory or a checkpoint root")
     commands.choices["prune"].add_argument("--yes", action="store_true", help="remove them; else only list them")
+    command = commands.add_parser("rewind", help="take a run back to an earlier checkpoint")
+    command.add_argument("dir", help="a run directory")
+    command.add_argument("step", type=int, help="step of the checkpoint")
+    command.add_argument("--yes", action="store_true", help="do it; else only tell what would be abandoned")
     command = commands.add_parser("diff", help="compare two checkpoints: configuration, units and weights")
     command.add_argument("one", help="directory of a checkpoint")
     command.add_argument("other", help="directory of another one")
@@ -122,6 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "diff":
             return diff(options.one, options.other)
+        if options.command == "rewind":
+            return rewind(options.dir, options.step, options.yes)
         root = root_of(options.dir)
         return prune(root, options.yes) if options.command == "prune" else show(root, options.command == "verify")
     except (UserError, OSError) as error:

@@ -66,7 +66,7 @@ AT_LEAST_ZERO = """
     optim.min_lr_ratio optim.weight_decay elastic.max_workers elastic.redundancy
     elastic.spare_slots elastic.slots_per_worker elastic.join_settle_s elastic.drain_deadline_s
     elastic.wait_below_min_s elastic.max_faults elastic.check_every_steps checkpoint.every_steps
-    checkpoint.every_minutes checkpoint.wait_s
+    checkpoint.keep_every_steps checkpoint.every_minutes checkpoint.wait_s
     balance.every_steps balance.home_moves balance.dispatch_gib
     balance.log_every_steps cluster.cpus_per_worker cluster.gpus_per_worker cluster.nodes_timeout_s
     faults.kill_worker_at_step faults.kill_rank sweep.max_concurrent sweep.max_workers sweep.retries sweep.rung_steps

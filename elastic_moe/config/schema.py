@@ -209,6 +209,7 @@ class CheckpointConfig(Sealed):
     every_steps: int = 50  # steps between two checkpoints; 0: not by steps
     every_minutes: float = 0.0  # longest time between two checkpoints, in minutes; 0: no limit
     keep: int = 3  # newest checkpoints that are kept
+    keep_every_steps: int = 0  # steps between two checkpoints that stay for good; 0: only the one before a decay (wsd)
     dir: str = ""  # a path or s3:// or gs:// URI; "": <run.dir>/checkpoints
     timeout_s: float = 60.0  # longest silence of the storage within one call, which is then given up
     wait_s: float = 600.0  # longest wait for a storage that fails, at a resume and for the last checkpoint

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from elastic_moe.checkpoint.manifest import SKIPPED_BATCHES
+from elastic_moe.checkpoint.manifest import SKIPPED_BATCHES, STAYS
 from elastic_moe.checkpoint.pending_shards import NUM_UNITS, PendingShards
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage
 from elastic_moe.checkpoint.writer import list_steps, retain, write_manifest
@@ -37,6 +37,7 @@ class CheckpointCommitter:
         identity: of the run; only the committer's thread changes it.
         completed: generation and step of the newest checkpoint that a coordinator before this one has completed in the
             same start of the run. Workers tell it and earlier ones again.
+        stays: whether the checkpoint of a step is kept for good.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class CheckpointCommitter:
         report: Callable[[dict[str, Any]], None],
         identity: IdentityFiles,
         completed: tuple[int, int] = (0, 0),
+        stays: Callable[[int], bool] = lambda _: False,
     ) -> None:
-        self._root, self._keep, self._meta = root, keep, dict(meta)
+        self._root, self._keep, self._stays, self._meta = root, keep, stays, dict(meta)
+        self._stay: set[int] = set()  # steps whose checkpoints are known to stay
         self._report, self._identity, self._completed = report, identity, completed
         self._forked = identity.identity.last_fork  # generation that went back last, and to which step
         self._shards = PendingShards()
@@ -109,6 +112,7 @@ class CheckpointCommitter:
             shards = self._shards.shards(step)
             meta = self._meta | self._identity.identity.meta() | {"generation": generation, "time": time.time()}
             meta[SKIPPED_BATCHES] = int(shard.get(SKIPPED_BATCHES) or 0)
+            meta |= {STAYS: True} if self._stays(step) else {}
             manifest = write_manifest(self._root, step, shards, meta)
             self._report(
                 {
@@ -122,7 +126,7 @@ class CheckpointCommitter:
             )
             if not self._identity.identity.first_checkpoint:
                 self._identity.change(replace(self._identity.identity, first_checkpoint=step))
-            retain(self._root, self._keep)
+            retain(self._root, self._keep, self._stay)
         except (OSError, CorruptCheckpoint) as error:
             self._shards.forget(step)  # the workers may write the step again
             self._report({"event": "checkpoint_failed", "step": step, "generation": generation, "reason": str(error)})
@@ -130,6 +134,7 @@ class CheckpointCommitter:
     def _roll_back_to(self, step: int, generation: int, lost_steps: int) -> None:
         self._shards.discard_after(step, generation)
         self._forked = (generation, step)
+        self._stay.clear()  # some may lie behind the fork
         try:
             abandoned = [later for later in list_steps(Storage(self._root)) if later > step]
             if not abandoned and not lost_steps:

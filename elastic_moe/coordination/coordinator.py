@@ -19,6 +19,7 @@ from elastic_moe.coordination.file_server import FileServer
 from elastic_moe.coordination.identity import IdentityFiles
 from elastic_moe.coordination.membership import RunStatus
 from elastic_moe.coordination.records import StepRecords
+from elastic_moe.coordination.save_steps import SaveSteps
 from elastic_moe.coordination.served_places import served_places, witness
 from elastic_moe.coordination.server import ControlServer
 from elastic_moe.coordination.wishes import Wishes
@@ -81,6 +82,7 @@ class RunCoordinator:
             self._recorder.event,
             self._identity,
             before.get("checkpoint", (0, 0)),
+            SaveSteps(config).stays,
         )
         self._worker_logs = WorkerLogs(run_dir / LOGS)
         self._server = ControlServer(

@@ -41,6 +41,12 @@ class Found:
     newest: Manifest | None
 
     @property
+    def known(self) -> RunIdentity | None:
+        """The newest identity that they hold."""
+        known = max(filter(None, (self.own, self.of_root)), key=lambda one: one.timeline, default=None)
+        return RunIdentity.of_meta(self.newest.meta) if known is None and self.newest is not None else known
+
+    @property
     def of_another_run(self) -> bool:
         """Whether the root holds checkpoints of another run than the run directory."""
         if not self.steps and (self.of_root is None or not self.of_root.first_checkpoint):

@@ -14,6 +14,7 @@ Fractions of a run are fractions of its tokens. With batches of one size they ar
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -62,11 +63,23 @@ def lr_at(step: int, total: int, cfg: OptimConfig, tokens_through: Callable[[int
     shape = SHAPES["cosine" if cfg.schedule == "cosine" else cfg.decay_shape]
     begin = cfg.warmup_tokens or tokens_through(cfg.warmup_steps)
     if cfg.schedule == "wsd":
-        begin = end - _exactly(cfg.decay_fraction) * end
+        begin = _stable_tokens(end, cfg)
         if now <= begin:
             return cfg.lr
     progress = min(1.0, float((now - begin) / (max(end - begin, 0) or 1)))
     return cfg.lr * (cfg.min_lr_ratio + (1.0 - cfg.min_lr_ratio) * shape(progress))
+
+
+def last_stable_step(total: int, cfg: OptimConfig, tokens_through: Callable[[int], int] = one_token_each) -> int:
+    """The last step before the decay of `wsd`, from which a run can be continued to any length; 0 if there is none."""
+    if cfg.schedule != "wsd":
+        return 0
+    return bisect_right(range(total + 1), _stable_tokens(tokens_through(total), cfg), key=tokens_through) - 1
+
+
+def _stable_tokens(end: int, cfg: OptimConfig) -> Fraction:
+    """Tokens after which the decay of `wsd` begins, in a run of `end` tokens."""
+    return end - _exactly(cfg.decay_fraction) * end
 
 
 def _factor(done: int, end: int, entries: Sequence[str]) -> float:

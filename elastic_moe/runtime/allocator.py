@@ -1,7 +1,7 @@
 """When free memory of the C library's heap goes back to the system: between views, and not within a step.
 
 A step frees and makes the same blocks again and again. Where glibc gives them back in between, each page is made, and
-cleared, once more: of a worker's processor time that was 7 % (2 million elements, four workers, the default thresholds).
+cleared, once more: 7 % of a worker's processor time (2 million elements, four workers, glibc's own thresholds).
 A view change frees and makes many blocks of other sizes; there all that is free goes back.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt (malloc.h)
 KEEP_BYTES = 512 << 20  # free memory at the top of a heap that stays

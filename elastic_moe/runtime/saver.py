@@ -1,9 +1,10 @@
 """Decides when a worker's part of a checkpoint is due, and sees to it that the last one is complete.
 
-A checkpoint is due at every `checkpoint.every_steps`-th step, at the last step, and after the step whose vote has a
-wish for one. A rank wishes for one when the coordinator asks for it, when `checkpoint.every_minutes` have passed on
-its clock, and when the run has left data out (`optim.spike=rollback`): only checkpoints tell a resumed run of that. The
-sum of the wishes is the same on every rank, so all ranks save the same step.
+A checkpoint is due at every `checkpoint.every_steps`-th step and where one stays for good (`coordination.save_steps`),
+at the last step, and after the step whose vote has a wish for one. A rank wishes for one when the coordinator asks for
+it, when `checkpoint.every_minutes` have passed on its clock, and when the run has left data out
+(`optim.spike=rollback`): only checkpoints tell a resumed run of that. The sum of the wishes is the same on every rank,
+so all ranks save the same step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from elastic_moe.checkpoint.bounded import Activity, Call
 from elastic_moe.checkpoint.reader import newest_manifest
 from elastic_moe.config.schema import TrainConfig
+from elastic_moe.coordination.save_steps import SaveSteps
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.run_dir import checkpoint_root
 from elastic_moe.runtime.checkpoints import CONFIRM_S, ShardWriter
@@ -69,6 +71,7 @@ class Saver:
     ) -> None:
         self._config, self._local, self._writer, self._reporter = config, local, writer, reporter
         self._asked, self._clock = asked, clock
+        self._steps = SaveSteps(config)
         self._saved_step = self._answered = -1
         self._saved_s: float | None = None  # None before the first view
         self._skipped = 0  # batches left out, as far as this rank need not see to it that they are saved
@@ -93,8 +96,7 @@ class Saver:
             context: of the view.
             wished: a rank wished for it in the step's vote.
         """
-        every = self._config.checkpoint.every_steps
-        due = wished or (every > 0 and self._local.committed % every == 0)
+        due = wished or self._steps.due(self._local.committed)
         if due:
             self.save(context)
         return due

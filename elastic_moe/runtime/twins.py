@@ -13,6 +13,7 @@ import torch
 
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.control.twins import Repair, Verdict, judge, signed_digests
+from elastic_moe.coordination.save_steps import SaveSteps
 from elastic_moe.errors import GroupAborted, StateUnclear
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.parallel.transfer import exchange
@@ -29,7 +30,7 @@ class TwinCheck:
 
     def __init__(self, config: TrainConfig) -> None:
         self._every_steps, self._last_step = config.elastic.check_every_steps, config.run.steps
-        self._save_every_steps = config.checkpoint.every_steps
+        self._saves = SaveSteps(config)
 
     def before_update(self, step: int, held: HeldState) -> None:
         """Find state that has changed since the update before; local."""
@@ -58,7 +59,7 @@ class TwinCheck:
 
     def _due(self, step: int) -> bool:
         every = self._every_steps
-        saved = step == self._last_step or (self._save_every_steps > 0 and step % self._save_every_steps == 0)
+        saved = step == self._last_step or self._saves.due(step)
         return every > 0 and (step % every == 0 or saved)
 
     def _compare(self, context: GenerationContext) -> tuple[Repair, ...]:

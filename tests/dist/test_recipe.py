@@ -7,9 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from elastic_moe.checkpoint.inventory import list_checkpoints
+from elastic_moe.cli.checkpoint import main as checkpoint_command
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.plan.batch_sizes import BatchSizes
+from elastic_moe.run_dir import CONFIG, checkpoint_root
 from tests.dist.test_copies import config_of
 from tests.dist.test_equality import deepseek, default_scale
 from tests.local_run import LocalRun
@@ -70,5 +74,30 @@ def test_a_stopped_run_goes_on_in_its_ramp_and_to_a_longer_end(tmp_path: Path) -
         assert len(run.losses()) < 13, "before its decay"
     config.run.resume, config.run.steps = "auto", longer
     with LocalRun(config, 2) as run:
+        run.wait_end()
+        assert run.losses() == expected
+
+
+def test_a_decayed_run_is_continued_from_before_its_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoint before a decay stays, whatever came after it; the run gets a longer stable part."""
+    longer = 24
+    with LocalRun(recipe(tmp_path / "whole" / "run", "2", steps=longer), 2) as run:
+        run.wait_end()
+        expected = run.losses()
+    config = recipe(tmp_path / "decayed" / "run", "2")
+    config.checkpoint.every_steps, config.checkpoint.keep = 2, 1
+    with LocalRun(config, 2) as run:
+        run.wait_end()
+        assert run.losses() != expected[:STEPS], "it has decayed"
+    OmegaConf.save(OmegaConf.structured(config), run.dir / CONFIG)
+    entries = list(list_checkpoints(checkpoint_root(config)))
+    rates = [record["lr"] for record in run.records()]
+    stable = max(step for step, rate in enumerate(rates, 1) if rate == config.optim.lr)
+    assert [(e.step, e.manifest is not None and e.manifest.stays) for e in entries] == [(stable, True), (STEPS, False)]
+    assert checkpoint_command(["rewind", str(run.dir), str(stable)]) == 0
+    assert f"step {stable}; abandoned: {STEPS}" in capsys.readouterr().out
+    assert checkpoint_command(["rewind", str(run.dir), str(stable), "--yes"]) == 0
+    config.run.resume, config.run.steps = "auto", longer
+    with LocalRun(config, 1) as run:
         run.wait_end()
         assert run.losses() == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from elastic_moe.checkpoint import inventory as inventory_module
 from elastic_moe.checkpoint import local_file
 from elastic_moe.checkpoint import reader as reader_module
 from elastic_moe.checkpoint import storage as storage_module
-from elastic_moe.checkpoint.manifest import MANIFEST, SKIPPED_BATCHES, Manifest
+from elastic_moe.checkpoint import writer as writer_module
+from elastic_moe.checkpoint.identity import RunIdentity, write_identity
+from elastic_moe.checkpoint.manifest import MANIFEST, SKIPPED_BATCHES, STAYS, Manifest
 from elastic_moe.checkpoint.reader import RetiredCheckpoint, find_latest, load_manifest
 from elastic_moe.checkpoint.shards import read_units, write_shard
 from elastic_moe.checkpoint.storage import CorruptCheckpoint, Storage, StorageUnavailable, persistent
@@ -38,9 +41,9 @@ def state_of(step: int, names: list[str]) -> dict[str, torch.Tensor]:
     return state
 
 
-def write(root: Path | str, step: int) -> Manifest:
+def write(root: Path | str, step: int, meta: dict[str, Any] | None = None) -> Manifest:
     shards = [write_shard(str(root), step, f"r{i}", state_of(step, UNITS[i::2])) for i in range(2)]
-    return write_manifest(str(root), step, shards, {"generation": 3})
+    return write_manifest(str(root), step, shards, {"generation": 3} | (meta or {}))
 
 
 def check_state(manifest: Manifest) -> None:
@@ -234,6 +237,29 @@ def test_retain(tmp_path: Path) -> None:
     assert found is not None
     assert found.step == 40
     assert retain(str(tmp_path / "none"), 1) == []
+
+
+def test_what_stays_is_read_once_and_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, read, identity = str(tmp_path), list[int](), RunIdentity.new("run")
+    write_identity(Storage(root), identity)
+    for step in (10, 20, 30, 40, 50):
+        write(tmp_path, step, {STAYS: True} if step in (10, 30) else {})
+
+    def load(root_uri: str, step: int) -> Manifest:
+        read.append(step)
+        return load_manifest(root_uri, step)
+
+    monkeypatch.setattr(writer_module, "load_manifest", load)
+    stay: set[int] = set()
+    assert retain(root, 2, stay) == [20]
+    assert stay == {10, 30}
+    read.clear()
+    assert retain(root, 1, stay) == [40]
+    assert not {10, 30} & set(read)
+    write_identity(Storage(root), identity.forked(20, 1))
+    write(tmp_path, 60, {"timeline": 2})
+    assert retain(root, 1) == [30, 50], "what the run has gone back behind does not stay"
+    assert retain(root, 1) == []
 
 
 def test_remove_all(tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from elastic_moe.checkpoint.identity import RunIdentity, write_identity
+from elastic_moe.checkpoint.identity import RunIdentity, read_identity, write_identity
+from elastic_moe.checkpoint.reader import find_latest
 from elastic_moe.checkpoint.shards import write_shard
 from elastic_moe.checkpoint.storage import Storage
 from elastic_moe.checkpoint.writer import write_manifest
 from elastic_moe.cli.checkpoint import main
+from elastic_moe.config.schema import CheckpointConfig, RunConfig, TrainConfig
 from elastic_moe.coordination.lease import Lease
-from elastic_moe.run_dir import step_dir
+from elastic_moe.run_dir import CONFIG, step_dir
 
 
 @pytest.fixture
@@ -68,6 +71,42 @@ def test_prune_asks_first_and_spares_what_counts(root: Path, capsys: pytest.Capt
     assert main(["prune", str(root), "--yes"]) == 0
     assert sorted(path.name for path in root.glob("step_*")) == [step_dir(10), step_dir(20)]
     assert main(["prune", str(root), "--yes"]) == 0
+
+
+def test_rewind_goes_back_only_to_what_is_whole_and_only_if_told(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    assert main(["rewind", str(run), "10", "--yes"]) == 2
+    assert "no run directory" in capsys.readouterr().err
+    config = TrainConfig(run=RunConfig(dir="elsewhere"), checkpoint=CheckpointConfig(dir=str(root)))
+    OmegaConf.save(OmegaConf.structured(config), run / CONFIG)
+    for step in ("30", "40"):
+        assert main(["rewind", str(run), step, "--yes"]) == 2
+        assert "has no complete checkpoint of step" in capsys.readouterr().err
+    assert main(["rewind", str(run), "20", "--yes"]) == 0
+    assert "is the newest checkpoint" in capsys.readouterr().out
+    assert main(["rewind", str(run), "10"]) == 0
+    assert capsys.readouterr().out == "--yes would take the run back to step 10; abandoned: 20\n"
+    found = find_latest(str(root))
+    assert found is not None
+    assert found.step == 20
+    with Lease(str(run), "run.dir"):
+        assert main(["rewind", str(run), "10", "--yes"]) == 2
+    capsys.readouterr()
+    (shard,) = (root / step_dir(10)).glob("*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert main(["rewind", str(run), "10", "--yes"]) == 2, "it is damaged"
+    shard.write_bytes(whole)
+    assert main(["rewind", str(run), "10", "--yes"]) == 0
+    found = find_latest(str(root))
+    assert found is not None
+    assert found.step == 10
+    identities = [read_identity(Storage(str(place))) for place in (run, root)]
+    assert identities[0] == identities[1] is not None
+    assert identities[0].forks == ((2, 20), (3, 10))
 
 
 def test_no_directory_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

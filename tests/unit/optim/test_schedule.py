@@ -9,7 +9,7 @@ import pytest
 
 from elastic_moe.config.schema import DataConfig, OptimConfig
 from elastic_moe.errors import UserError
-from elastic_moe.optim.schedule import lr_at
+from elastic_moe.optim.schedule import last_stable_step, lr_at, one_token_each
 from elastic_moe.plan.batch_sizes import BatchSizes
 
 
@@ -67,6 +67,19 @@ def test_a_decay_has_the_steps_that_were_asked_for(fraction: float) -> None:
     """In binary, 0.07 times 100 is above 7, and 0.29 times 100 below 29."""
     cfg = OptimConfig(lr=1.0, warmup_steps=0, schedule="wsd", decay_fraction=fraction)
     assert sum(lr_at(step, 100, cfg) < 1.0 for step in range(1, 101)) == round(100 * fraction)
+
+
+@pytest.mark.parametrize("fraction", [0.07, 0.29, 0.57, 1.0])
+def test_the_last_stable_step_is_the_one_before_the_decay(fraction: float) -> None:
+    cfg = OptimConfig(lr=1.0, warmup_steps=0, schedule="wsd", decay_fraction=fraction)
+
+    def ramp(step: int) -> int:
+        return step * (step + 1)
+
+    for tokens_through in (one_token_each, ramp):
+        stable = [step for step in range(1, 101) if lr_at(step, 100, cfg, tokens_through) == 1.0]
+        assert last_stable_step(100, cfg, tokens_through) == max(stable, default=0)
+    assert last_stable_step(100, replace(cfg, schedule="cosine")) == 0
 
 
 def test_steps_of_the_mhc_paper() -> None:

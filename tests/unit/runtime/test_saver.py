@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from elastic_moe.config.schema import CheckpointConfig, TrainConfig
+from elastic_moe.config.schema import CheckpointConfig, OptimConfig, RunConfig, TrainConfig
 from elastic_moe.control.spikes import DataPosition
+from elastic_moe.coordination.save_steps import SaveSteps
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.saver import Saver
 
@@ -58,6 +60,19 @@ def test_by_the_clock_and_not_at_all() -> None:
     rank = Rank(every_steps=0)
     rank.steps(10, seconds=10_000)
     assert rank.saved == []
+
+
+def test_what_stays_is_saved_between_the_others_and_before_a_decay() -> None:
+    rank = Rank(every_steps=4, keep_every_steps=3)
+    rank.steps(9)
+    assert rank.saved == [3, 4, 6, 8, 9]
+    wsd = OptimConfig(schedule="wsd", decay_fraction=0.2, warmup_steps=1)
+    decays = TrainConfig(run=RunConfig(steps=12), optim=wsd, checkpoint=CheckpointConfig(every_steps=4))
+    steps = SaveSteps(decays)
+    assert [step for step in range(13) if steps.due(step)] == [0, 4, 8, 9, 12]
+    assert [step for step in range(13) if steps.stays(step)] == [9]
+    never = replace(decays, checkpoint=CheckpointConfig(every_steps=0))
+    assert not any(SaveSteps(never).stays(step) for step in range(13)), "who wants no checkpoints gets none"
 
 
 def test_the_clock_counts_from_the_last_checkpoint_whatever_its_cause() -> None:

@@ -54,7 +54,8 @@ def show(root: str, verify: bool) -> int:
         written = "" if manifest is None else manifest.meta.get("time")
         when = _local_time(written) if isinstance(written, float) else ""
         size = "" if manifest is None else f"{manifest.bytes / GIB:.3f}"
-        state = entry.state + (f": {entry.reason}" if entry.reason and entry.state != COMPLETE else "")
+        reason = entry.reason.removeprefix(f"{entry.state}: ")
+        state = entry.state + (f": {reason}" if reason and entry.state != COMPLETE else "")
         state += ", stays" if entry.state == COMPLETE and manifest is not None and manifest.stays else ""
         timeline = "" if manifest is None else identity.timeline
         _print(f"{entry.step:>10}  {when:19}  {size:>9}  {timeline:>8}  {identity.run[:8]:8}  {state}")

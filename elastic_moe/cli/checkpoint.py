@@ -97,8 +97,11 @@ def rewind(given: str, step: int, yes: bool) -> int:
     if not (run_dir / CONFIG).is_file():
         raise UserError(f"{given} is no run directory.")
     config = read_config(run_dir)
-    root = checkpoint_root(config, run_dir)
+    config = replace(config, run=replace(config.run, dir=str(run_dir)))  # it may have been moved
+    root = checkpoint_root(config)
     with own(run_dir, root) as leases:
+        if look(config).of_another_run:
+            raise UserError(f"checkpoint.dir={root} holds the checkpoints of another run than {given}")
         entries = [entry for entry in list_checkpoints(root) if entry.state == COMPLETE]
         chosen = next((entry.manifest for entry in entries if entry.step == step), None)
         if chosen is None:
@@ -114,8 +117,7 @@ def rewind(given: str, step: int, yes: bool) -> int:
             return 0
         verify_alone(chosen)
         confirm(leases)
-        found = look(replace(config, run=replace(config.run, dir=str(run_dir))))
-        known = found.known or RunIdentity.of_meta(chosen.meta)
+        known = look(config).known or RunIdentity.of_meta(chosen.meta)
         IdentityFiles(run_dir, root, known).change(known.forked(step, 0))
         print(f"the run is back at {behind}; they are removed when it has come as far again with run.resume=auto")
     return 0

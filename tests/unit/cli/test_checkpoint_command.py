@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,8 @@ def test_rewind_goes_back_only_to_what_is_whole_and_only_if_told(
     assert "no run directory" in capsys.readouterr().err
     config = TrainConfig(run=RunConfig(dir="elsewhere"), checkpoint=CheckpointConfig(dir=str(root)))
     OmegaConf.save(OmegaConf.structured(config), run / CONFIG)
+    assert (identity := read_identity(Storage(str(root)))) is not None
+    write_identity(Storage(str(run)), replace(identity, run_dir="moved since"))
     for step in ("30", "40"):
         assert main(["rewind", str(run), step, "--yes"]) == 2
         assert "has no complete checkpoint of step" in capsys.readouterr().err
@@ -107,6 +110,11 @@ def test_rewind_goes_back_only_to_what_is_whole_and_only_if_told(
     identities = [read_identity(Storage(str(place))) for place in (run, root)]
     assert identities[0] == identities[1] is not None
     assert identities[0].forks == ((2, 20), (3, 10))
+    other = RunIdentity.new("another")
+    write_identity(Storage(str(root)), other)
+    assert main(["rewind", str(run), "10", "--yes"]) == 2
+    assert "of another run" in capsys.readouterr().err
+    assert read_identity(Storage(str(root))) == other
 
 
 def test_no_directory_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,9 @@ class Run:
         return _frame(read_jsonl(self.dir / EXPERTS))
 
     def checkpoints(self, verify: bool = False) -> pandas.DataFrame:
-        """A row per checkpoint: step, state ("complete", "unfinished", "abandoned", "damaged"), reason, bytes.
+        """A row per checkpoint: step, state ("complete", "unfinished", "abandoned", "damaged"), reason, bytes, stays.
+
+        One that stays is kept for good: see `checkpoint.keep_every_steps`.
 
         Args:
             verify: compare checksums, which reads every file once.
@@ -107,10 +109,11 @@ class Run:
                 "state": entry.state,
                 "reason": entry.reason,
                 "bytes": 0 if entry.manifest is None else entry.manifest.bytes,
+                "stays": entry.manifest is not None and entry.manifest.stays,
             }
             for entry in list_checkpoints(checkpoint_root(self.config, self.dir), verify)
         ]
-        return _frame(rows, ("step", "state", "reason", "bytes"))
+        return _frame(rows, ("step", "state", "reason", "bytes", "stays"))
 
     def status(self) -> RunStatus:
         """How the run is doing, from its files; `live` asks its coordinator."""

@@ -12,18 +12,16 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from elastic_moe.checkpoint.identity import RunIdentity
 from elastic_moe.checkpoint.inventory import ABANDONED, COMPLETE, DAMAGED, UNFINISHED, differences, list_checkpoints
-from elastic_moe.checkpoint.reader import load_manifest, verify_alone
+from elastic_moe.checkpoint.reader import load_manifest
 from elastic_moe.checkpoint.writer import remove
 from elastic_moe.config.saved import read_config
-from elastic_moe.coordination.identity import IdentityFiles
-from elastic_moe.coordination.lease import Lease, confirm, own
-from elastic_moe.coordination.start import look
+from elastic_moe.coordination.lease import Lease
+from elastic_moe.coordination.rewind import rewind
 from elastic_moe.errors import UserError
 from elastic_moe.run_dir import CONFIG, checkpoint_root, split_step
 
@@ -91,35 +89,16 @@ def prune(root: str, yes: bool) -> int:
     return 0
 
 
-def rewind(given: str, step: int, yes: bool) -> int:
-    """Take a run back to the checkpoint of a step, or tell what that would do. Deletes nothing. Returns 0."""
-    run_dir = Path(given).expanduser().absolute()
-    if not (run_dir / CONFIG).is_file():
-        raise UserError(f"{given} is no run directory.")
-    config = read_config(run_dir)
-    config = replace(config, run=replace(config.run, dir=str(run_dir)))  # it may have been moved
-    root = checkpoint_root(config)
-    with own(run_dir, root) as leases:
-        if look(config).of_another_run:
-            raise UserError(f"checkpoint.dir={root} holds the checkpoints of another run than {given}")
-        entries = [entry for entry in list_checkpoints(root) if entry.state == COMPLETE]
-        chosen = next((entry.manifest for entry in entries if entry.step == step), None)
-        if chosen is None:
-            there = ", ".join(str(entry.step) for entry in entries) or "none"
-            raise UserError(f"{root} has no complete checkpoint of step {step}; it has: {there}")
-        later = [entry.step for entry in entries if entry.step > step]
-        if not later:
-            print(f"step {step} is the newest checkpoint: run.resume=auto goes on from there")
-            return 0
-        behind = f"step {step}; abandoned: {', '.join(map(str, later))}"
-        if not yes:
-            print(f"--yes would take the run back to {behind}")
-            return 0
-        verify_alone(chosen)
-        confirm(leases)
-        known = look(config).known or RunIdentity.of_meta(chosen.meta)
-        IdentityFiles(run_dir, root, known).change(known.forked(step, 0))
+def go_back(run: str, step: int, yes: bool) -> int:
+    """Take a run back to the checkpoint of a step, or tell what that would do. Returns 0."""
+    later = rewind(run, step, yes)
+    behind = f"step {step}; abandoned: {', '.join(map(str, later))}"
+    if not later:
+        print(f"step {step} is the newest checkpoint: run.resume=auto goes on from there")
+    elif yes:
         print(f"the run is back at {behind}; they are removed when it has come as far again with run.resume=auto")
+    else:
+        print(f"--yes would take the run back to {behind}")
     return 0
 
 
@@ -166,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "diff":
             return diff(options.one, options.other)
         if options.command == "rewind":
-            return rewind(options.dir, options.step, options.yes)
+            return go_back(options.dir, options.step, options.yes)
         root = root_of(options.dir)
         return prune(root, options.yes) if options.command == "prune" else show(root, options.command == "verify")
     except (UserError, OSError) as error:

@@ -59,7 +59,7 @@ def test_checkpoints_and_model(run: elastic_moe.Run) -> None:
     assert text.startswith("the ")
     assert text == run.generate("the ", max_tokens=8, seed=1)
     shutil.rmtree(run.dir / "checkpoints")
-    assert run.checkpoints().columns.tolist() == ["step", "state", "reason", "bytes"]
+    assert run.checkpoints().columns.tolist() == ["step", "state", "reason", "bytes", "stays"]
     with pytest.raises(elastic_moe.UserError):
         run.model()
 

@@ -83,7 +83,8 @@ def test_rewind_goes_back_only_to_what_is_whole_and_only_if_told(
     assert "no run directory" in capsys.readouterr().err
     config = TrainConfig(run=RunConfig(dir="elsewhere"), checkpoint=CheckpointConfig(dir=str(root)))
     OmegaConf.save(OmegaConf.structured(config), run / CONFIG)
-    assert (identity := read_identity(Storage(str(root)))) is not None
+    identity = read_identity(Storage(str(root)))
+    assert identity is not None
     write_identity(Storage(str(run)), replace(identity, run_dir="moved since"))
     for step in ("30", "40"):
         assert main(["rewind", str(run), step, "--yes"]) == 2

@@ -34,7 +34,9 @@ def open_tensorboard(run_dir: Path, mark: Mark) -> Backend:
             self._tracker = self._open(mark.step + 1) if mark.run_id else self._open(None)
 
         def _open(self, purge_step: int | None) -> Any:
-            tracker = TensorBoardTracker(FOLDER, str(run_dir), purge_step=purge_step)
+            # Files are named by the second, and TensorBoard reads them by their names. A second one would be the first.
+            number = len(list((run_dir / FOLDER).glob("events.*")))
+            tracker = TensorBoardTracker(FOLDER, str(run_dir), purge_step=purge_step, filename_suffix=f".{number:05d}")
             tracker.start()
             return tracker
 

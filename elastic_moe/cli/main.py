@@ -18,7 +18,7 @@ SUBCOMMANDS = {  # each is the module of this name in elastic_moe.cli, with _ fo
     "generate": "continue a text with a trained model",
     "report": "draw a run as one page or one picture",
     "explain": "show which expert is on which rank, and why it moved",
-    "checkpoint": "list, verify, compare and prune the checkpoints of a run",
+    "checkpoint": "list, verify, compare and prune the checkpoints of a run, or take it back to one",
     "watch-notices": "drain this machine's Ray node when its cloud says that it will be taken",
     "records": "explain the keys of a run's records, or print their JSON schema",
 }

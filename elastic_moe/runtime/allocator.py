@@ -17,19 +17,17 @@ OWN_MAP_BYTES = 32 << 20  # from this size on a block is mapped by itself; glibc
 
 def keep() -> None:
     """What a step frees stays in the heap, for this process. Does nothing without glibc."""
-    option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if option is not None:
+    if (option := _of_libc("mallopt")) is not None:
         option(_TRIM_THRESHOLD, KEEP_BYTES)
         option(_MMAP_THRESHOLD, OWN_MAP_BYTES)
 
 
-def _trim() -> Callable[[int], int] | None:
-    """glibc's function, or None where there is none."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
-
-
 def give_back() -> None:
     """Give all free pages of the heap back to the system; some milliseconds. Does nothing without glibc."""
-    trim = _trim()
-    if trim is not None:
+    if (trim := _of_libc("malloc_trim")) is not None:
         trim(0)
+
+
+def _of_libc(name: str) -> Callable[..., int] | None:
+    """A function of glibc, or None where there is none."""
+    return getattr(ctypes.CDLL(None), name, None)

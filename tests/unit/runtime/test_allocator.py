@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from elastic_moe.runtime.allocator import _trim, give_back, keep
+from elastic_moe.runtime.allocator import _of_libc, give_back, keep
 
 CODE = """
 from pathlib import Path
@@ -29,7 +29,7 @@ print(full - before, before - resident())
 """
 
 
-@pytest.mark.skipif(_trim() is None, reason="the C library is not glibc")
+@pytest.mark.skipif(_of_libc("malloc_trim") is None, reason="the C library is not glibc")
 def test_gaps_in_the_heap_are_given_back() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     alone, with_help = map(int, done.stdout.split())
@@ -54,14 +54,14 @@ def faults(steps):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 keep()
-step()
+faults(4)  # until the heap has room for a step, wherever its blocks come to lie
 kept = faults(5)
 give_back()
 print(kept, faults(1))
 """
 
 
-@pytest.mark.skipif(_trim() is None, reason="the C library is not glibc")
+@pytest.mark.skipif(_of_libc("malloc_trim") is None, reason="the C library is not glibc")
 def test_a_step_uses_the_pages_of_the_one_before() -> None:
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
     kept, given_back = map(int, done.stdout.split())

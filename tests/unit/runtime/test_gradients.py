@@ -62,3 +62,6 @@ def test_one_value_that_is_not_finite_is_found() -> None:
             assert not gradients.finite()
             gradients.zero()
             assert gradients.finite()
+            for total in gradients.tensors.values():
+                total.fill_(1e30)
+            assert gradients.finite(), "only their lengths overflow"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from elastic_moe.plan.batch import mixture_at, samples_at
 from elastic_moe.plan.batch_sizes import BatchSizes
 from elastic_moe.plan.shares import Batching
 
+T = TypeVar("T")
 Samples = tuple[NDArray[np.int64], NDArray[np.int64]]  # tokens and targets, int64 [B, S] each
 
 
@@ -109,3 +111,13 @@ class MicroBatches:
             tokens, targets = (part[start : start + size] for part in share)
             start += size
             yield torch.from_numpy(tokens).to(self.device), torch.from_numpy(targets).to(self.device)
+
+
+def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Each item, and whether it is the last one. Made one ahead."""
+    iterator = iter(items)
+    for item in iterator:
+        for following in iterator:
+            yield item, False
+            item = following
+        yield item, True

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,10 +26,25 @@ class DenseGradients:
 
     def __init__(self, model: nn.Module, grid: Grid | None) -> None:
         self._grid = grid
+        self._told: Callable[[str], None] | None = None
         self._grads: dict[str, torch.Tensor] = {}
         for name, parameter in model.named_parameters():
             parameter.grad = self._grads[name] = torch.zeros_like(parameter)
+            parameter.register_post_accumulate_grad_hook(partial(self._tell, name))
         self.tensors = {n: g.double() for n, g in self._grads.items()} if grid else self._grads
+
+    @contextmanager
+    def telling(self, told: Callable[[str], None] | None) -> Generator[None]:
+        """Meanwhile, call this with the name of each parameter to which a backward pass has added its gradient."""
+        self._told = told
+        try:
+            yield
+        finally:
+            self._told = None
+
+    def _tell(self, name: str, _: torch.Tensor) -> None:
+        if self._told is not None:
+            self._told(name)
 
     def zero(self) -> None:
         """Set all sums to zero, at the beginning of a step."""

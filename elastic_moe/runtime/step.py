@@ -25,7 +25,7 @@ from elastic_moe.model.transformer import Transformer
 from elastic_moe.optim.schedule import lr_at
 from elastic_moe.parallel.reproducible import Grid
 from elastic_moe.plan.batch_sizes import BatchSizes
-from elastic_moe.runtime.batches import BatchReader, MicroBatches
+from elastic_moe.runtime.batches import BatchReader, MicroBatches, with_last
 from elastic_moe.runtime.gradients import DenseGradients
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.session import GenerationContext
@@ -195,11 +195,12 @@ class StepRunner:
         mine = shares[context.rank]
         watch = mine.start == 0 and (mine.stop > 0 or context.leads)
         load_LE = torch.zeros((model.num_moe_layers, model.num_experts), dtype=torch.int64, device=device)
-        for inputs, targets in self._clock.reading(self._batches.of(share, shares)):
+        for (inputs, targets), is_last in with_last(self._clock.reading(self._batches.of(share, shares))):
             with self._autocast():
                 out = self._model.loss(inputs, targets, mtp_weight, watch)
             watch = False  # the batch's first sequence: the same one at every world size
-            out.loss_sum.backward()
+            with self.gradients.telling(context.exchanger.early() if is_last else None):
+                out.loss_sum.backward()
             self.gradients.add()
             stats += out.stats
             ce_sum += out.ce_sum

@@ -5,12 +5,16 @@ The product's side is the user's command, through Ray, with a mirror of all stat
 with the project's model (`plain`), and with transformers' DeepSeek-V3 of the same shape, with the plain residual, under
 Accelerate (`transformers`). All train on the same prepared corpus with the same batches. Rounds are made in turn; a
 step's time is the median of those after the first ones, and the ratios are of medians over the rounds.
+
+With `--link RATE` all of it happens in a network of its own, in which all ranks of a run share a link of this rate,
+and each worker of the product is on a node of its own (`cluster=simulated`). That needs root, `unshare`, `ip` and `tc`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,6 +40,7 @@ SHAPES = {
     "small_mhc": ["model=small"],
     "wide": [*PLAIN, *WIDE],
 }
+LINK = "EMOE_BENCH_LINK"  # variable with the rate of the network that this process is in
 OWN, OTHERS = ("rows", "auto"), ("plain", "transformers")
 
 
@@ -62,12 +67,17 @@ class Bench:
             words |= {"lr": self.config.optim.lr, "grad_clip": self.config.optim.grad_clip}
             call(["scripts.benchmarks.plain_ddp", json.dumps(words)], self._root / "log", LIMIT_S)
         else:
-            words = [*self._words, f"run.dir={folder}", f"run.steps={self.steps}", f"cluster.workers={self._workers}"]
+            words = [*self._words, f"run.dir={folder}", f"run.steps={self.steps}", *self._cluster()]
             words += ["checkpoint.every_steps=0"] + (["balance.copies=1"] if side == "rows" else [])
             call(["elastic_moe.train", *words], self._root / "log", LIMIT_S)
             log = folder / METRICS
         times = [line["time"] for line in read_jsonl(log)]
         return [after - before for before, after in itertools.pairwise(times)][WARM_UP - 1 :]
+
+    def _cluster(self) -> list[str]:
+        if os.environ.get(LINK):
+            return ["cluster=simulated", f"cluster.nodes={self._workers}", "cluster.workers_per_node=1"]
+        return [f"cluster.workers={self._workers}"]
 
     def measure(self, rounds: int) -> Json:
         steps_s: dict[str, list[float]] = {side: [] for side in OWN + OTHERS}
@@ -81,8 +91,17 @@ class Bench:
         return {"step_s": steps_s, "tokens_per_s": rates, **ratios, "model": asdict(self.config.model)}
 
 
+def enter(rate: str) -> None:
+    """Begin this program again in a network whose loopback carries so much a second, as `tc` writes it."""
+    limit = f"ip link set lo up && tc qdisc add dev lo root tbf rate {rate} burst 512kb latency 400ms"
+    program = [sys.executable, "-m", "scripts.benchmarks.throughput", *sys.argv[1:]]
+    os.environ[LINK] = rate
+    os.execvp("unshare", ["unshare", "--net", "bash", "-c", f'{limit} && exec "$@"', "bash", *program])
+
+
 def benchmark(quick: bool, shapes: Sequence[str], workers: Sequence[int], steps: int, rounds: int) -> Json:
     result: Json = {"benchmark": "throughput", "quick": quick, "machine": machine(), "steps": steps, "shapes": {}}
+    result["link"] = os.environ.get(LINK, "")
     for shape, number in itertools.product(shapes, workers):
         with tempfile.TemporaryDirectory(prefix="emoe-bench") as root:
             say(f"{shape} on {number} workers")
@@ -99,7 +118,10 @@ def main() -> int:
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2, 4], help="numbers of workers: 1 2 4")
     parser.add_argument("--steps", type=int, default=24, help="steps of a run: 24")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side: 2")
+    parser.add_argument("--link", metavar="RATE", default="", help="in a network of this rate, such as 1gbit")
     options = parser.parse_args()
+    if options.link and os.environ.get(LINK) != options.link:
+        enter(options.link)
     shapes, workers = (["tiny"], [2]) if options.quick else (options.shapes, options.workers)
     steps, rounds = (8, 1) if options.quick else (options.steps, options.rounds)
     return run(lambda: benchmark(options.quick, shapes, workers, steps, rounds), options.json)

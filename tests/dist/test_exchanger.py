@@ -147,8 +147,8 @@ def test_gradients_add_up_and_weights_come_back(dtype: torch.dtype, matrices: to
         return unit.numel * (matrices.itemsize if is_matrix else 4)
 
     for rank, found in enumerate(results(WORLD, _exchange, dtype, matrices, limit)):
-        primary_U = _ownership().primary
-        others = [u for i, u in enumerate(UNITS) if _computes(rank, u) and primary_U[i] != rank]
+        role_U = _ownership().role(rank)
+        others = [u for i, u in enumerate(UNITS) if _computes(rank, u) and role_U[i] == NONE]
         assert found["first"] == sum(size(u) for u in others if u.optimizer != "frozen")
         assert found["second"] == sum(size(u) for u in others)
         assert found["seconds"] > 0

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MESSAGE_ELEMENTS = 1 << 16  # to each peer at least, where there are many: 256 KiB in fp32
+EARLY_ELEMENTS = 1 << 18  # that a primary moves in a bucket at least, if it leaves early: 1 MiB in fp32
 LEAST_ELEMENTS, MOST_ELEMENTS = 1 << 22, 1 << 25  # of a bucket, in one direction: 16 to 128 MiB in fp32
 VECTOR_BYTES = 64 << 20  # of state that lies together, at least where there is as much
 
@@ -58,3 +59,41 @@ def assign_buckets(
     buckets_U = np.empty(len(numel_U), dtype=np.int64)
     buckets_U[by_primary] = own_before_U * count // np.maximum(moved_R[primary_U[by_primary]], 1)
     return buckets_U
+
+
+def assign_early_buckets(
+    numel_U: NDArray[np.int64],
+    primary_U: NDArray[np.int32],
+    copies_U: NDArray[np.int64],
+    num_ranks: int,
+    stage_U: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """The bucket in which each unit's gradient travels if it leaves as soon as the backward pass has made it.
+
+    A stage is what the backward pass completes together. Buckets follow the stages: neighbours share one until some
+    primary receives `EARLY_ELEMENTS` in it, and a stage in which one receives more than `bucket_elements` has several.
+
+    Args:
+        numel_U, primary_U, copies_U, num_ranks: as for `assign_buckets`.
+        stage_U: from 0 on, in the order of the backward pass.
+
+    Returns:
+        int64 [U], from 0 on, the same on every rank.
+    """
+    most = bucket_elements(num_ranks)
+    least = min(max(EARLY_ELEMENTS, MESSAGE_ELEMENTS * num_ranks // 4), most)
+    moved_U = numel_U * np.maximum(copies_U - 1, 1)
+    moved_SR = np.zeros((int(stage_U.max(initial=-1)) + 1, num_ranks), dtype=np.int64)
+    np.add.at(moved_SR, (stage_U, primary_U), moved_U)
+    buckets_U, bucket, open_R = np.empty(len(numel_U), dtype=np.int64), 0, np.zeros(num_ranks, dtype=np.int64)
+    for stage, moved_R in enumerate(moved_SR):
+        of_stage = np.flatnonzero(stage_U == stage)
+        if open_R.any() and (open_R + moved_R).max() > most:
+            bucket, open_R = bucket + 1, np.zeros_like(open_R)
+        open_R = open_R + moved_R
+        within = assign_buckets(numel_U[of_stage], primary_U[of_stage], copies_U[of_stage], num_ranks, 1)
+        buckets_U[of_stage] = bucket + within
+        bucket += int(within.max(initial=0))
+        if open_R.max() >= least:
+            bucket, open_R = bucket + 1, np.zeros_like(open_R)
+    return np.unique(buckets_U, return_inverse=True)[1]  # a large unit may leave one empty

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.plan.placement import Placement
-from elastic_moe.plan.state.buckets import assign_buckets
+from elastic_moe.plan.state.buckets import assign_buckets, assign_early_buckets
 from elastic_moe.plan.state.ownership import Ownership
 from elastic_moe.plan.state.units import Units
 from elastic_moe.types import Unit, View
@@ -105,10 +105,14 @@ class Layout:
         slot_of: (MoE layer, expert) -> index among this rank's slots.
         gradients: gradients, from each rank that computes with a unit to the unit's primary.
         mirrors: reduced gradients, from primaries to mirrors.
-        dense_weights: updated weights of dense units, from primaries to every rank.
-        expert_weights: updated weights of experts, from primaries to the ranks that have a copy.
+        dense_weights: updated weights of dense units, to every rank: from itself where it holds the unit, as primary or
+            mirror, else from the primary.
+        expert_weights: updated weights of experts, in the same way to the ranks that have a copy.
         frozen_weights: weights without updates, dense units and experts alike; sent only on entering a view.
         bucket_U: int64 [U], the bucket in which each unit travels; see `Schedule.split`.
+        leaves_early: gradients may leave in the backward pass: no rows travel in it, and ranks are on several nodes. On
+            one node the exchange has no wire to wait for, and takes the cores from the pass.
+        early_bucket_U: int64 [U], the bucket of its gradient then.
     """
 
     def __init__(
@@ -123,11 +127,17 @@ class Layout:
         self.bucket_U = assign_buckets(
             self.units.numel_U, ownership.primary, parts.copies_U, view.world_size, ownership.mirrors.shape[1]
         )
+        self.leaves_early = placement.everywhere and len({member.node for member in view.members}) > 1
+        self.early_bucket_U = self.bucket_U
+        if self.leaves_early:
+            self.early_bucket_U = assign_early_buckets(
+                self.units.numel_U, ownership.primary, parts.copies_U, view.world_size, self.units.stage_U
+            )
         self.gradients = parts.to_primaries(self.units.has_gradient_U)
         self.mirrors = _to_mirrors(view.world_size, rank, ownership, self.units.has_gradient_U)
-        self.dense_weights = parts.from_primaries(published_U & is_dense_U)
-        self.expert_weights = parts.from_primaries(published_U & ~is_dense_U)
-        self.frozen_weights = parts.from_primaries(~published_U)
+        self.dense_weights = parts.from_holders(published_U & is_dense_U)
+        self.expert_weights = parts.from_holders(published_U & ~is_dense_U)
+        self.frozen_weights = parts.from_holders(~published_U)
 
     def sizes(self, units_R: Sequence[Sequence[int]]) -> list[int]:
         """Elements of the units per rank, for `send` or `receive` of a schedule."""
@@ -149,7 +159,8 @@ class _ComputingRanks:
     """
 
     def __init__(self, units: Units, num_ranks: int, rank: int, ownership: Ownership, placement: Placement) -> None:
-        self._num_ranks, self._primary_U = num_ranks, ownership.primary
+        self._num_ranks, self._rank = num_ranks, rank
+        self._primary_U, self._mirrors_UM = ownership.primary, ownership.mirrors
         expert_units = np.flatnonzero(units.expert_U >= 0)
         unit_LE = np.full(placement.home.shape, -1, dtype=np.int64)
         unit_LE[units.layer_U[expert_units], units.expert_U[expert_units]] = expert_units
@@ -168,16 +179,26 @@ class _ComputingRanks:
 
     def to_primaries(self, wanted_U: NDArray[np.bool_]) -> Schedule:
         """Wanted units from each rank that computes with them to their primaries."""
-        back = self.from_primaries(wanted_U)
-        return Schedule(back.receive, back.send)
-
-    def from_primaries(self, wanted_U: NDArray[np.bool_]) -> Schedule:
-        """Wanted units from their primaries to each rank that computes with them."""
         sent_C, unit_M = wanted_U[self._owned_C], self._unit_M[wanted_U[self._unit_M]]
         return Schedule(
-            _by_peer(self._num_ranks, self._rank_C[sent_C], self._owned_C[sent_C]),
             _by_peer(self._num_ranks, self._primary_U[unit_M], unit_M),
+            _by_peer(self._num_ranks, self._rank_C[sent_C], self._owned_C[sent_C]),
         )
+
+    def from_holders(self, wanted_U: NDArray[np.bool_]) -> Schedule:
+        """Wanted units to each rank that computes with them: from itself if it mirrors them, else from the primary."""
+        unit_M = self._unit_M[wanted_U[self._unit_M]]
+        mirrored_M = self._mirrors(unit_M, np.full(len(unit_M), self._rank))
+        source_M = np.where(mirrored_M, self._rank, self._primary_U[unit_M])
+        sent_C = wanted_U[self._owned_C] & ~self._mirrors(self._owned_C, self._rank_C)
+        to_itself = unit_M[mirrored_M]
+        receiver = np.concatenate([self._rank_C[sent_C], np.full(len(to_itself), self._rank)])
+        sent = np.concatenate([self._owned_C[sent_C], to_itself])
+        return Schedule(_by_peer(self._num_ranks, receiver, sent), _by_peer(self._num_ranks, source_M, unit_M))
+
+    def _mirrors(self, unit_N: Ints, rank_N: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Whether each rank mirrors the unit."""
+        return (self._mirrors_UM[unit_N] == rank_N[:, None]).any(axis=1)
 
 
 def _to_mirrors(num_ranks: int, rank: int, ownership: Ownership, wanted_U: NDArray[np.bool_]) -> Schedule:

@@ -62,6 +62,16 @@ class Units(tuple[Unit, ...]):
         return np.array(layers, dtype=np.int64)
 
     @cached_property
+    def stage_U(self) -> NDArray[np.int64]:
+        """When the backward pass completes each unit's gradient: 0 after the layers, then layer by layer, the last one
+        first, and at the end what comes before the first one.
+        """
+        layers = [-1 if unit.layer is None else unit.layer for unit in self]
+        last, first = max(layers, default=-1), next((u for u, layer in enumerate(layers) if layer >= 0), len(self))
+        stages = [last - layer + 1 if layer >= 0 else last + 2 if u < first else 0 for u, layer in enumerate(layers)]
+        return np.array(stages, dtype=np.int64)
+
+    @cached_property
     def has_gradient_U(self) -> NDArray[np.bool_]:
         """The unit's rule uses its gradient."""
         return np.array([unit.rule.has_gradient for unit in self], dtype=np.bool_)

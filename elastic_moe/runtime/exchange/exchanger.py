@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from elastic_moe.parallel.collectives.group import Group
 from elastic_moe.plan.state.schedule import Layout
 from elastic_moe.runtime.exchange.publish import WeightPublisher
@@ -30,6 +32,10 @@ class Exchanger:
     def close(self) -> None:
         """Let go of the state and of the tensors that this rank computes with; nothing is exchanged any more."""
         del self._reducer, self._publisher
+
+    def early(self) -> Callable[[str], None] | None:
+        """See `GradientReducer.early`."""
+        return self._reducer.early()
 
     def reduce(self) -> float:
         """See `GradientReducer.reduce`."""

@@ -1,16 +1,29 @@
-"""Gradients: from the ranks that compute with a unit to its primary, and the sums from there to its mirrors."""
+"""Gradients: from the ranks that compute with a unit to its primary, and the sums from there to its mirrors.
+
+Where no rows travel, and ranks are on several nodes, gradients leave as soon as the last backward pass of a step has
+made them, in buckets that follow it from the last layer to the first. So most of them travel while this rank still
+computes, and the sums of a bucket leave for their mirrors two buckets later. All ranks begin these exchanges in the
+same order; a rank may begin some of them after its backward pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from elastic_moe.parallel.collectives.group import Group
+from elastic_moe.parallel.collectives.group import HOST, Group, Pending
 from elastic_moe.plan.state.schedule import Layout, Schedule
 from elastic_moe.runtime.exchange.unit_exchange import UnitExchange
 from elastic_moe.runtime.exchange.windows import ComputeTensors, copy_all, windows_of
 from elastic_moe.runtime.state import HeldState
+
+ROOM_BYTES = 64 << 20  # of the buckets that are under way at once, unless one alone is larger
+LAG = 2  # buckets that begin before the sums of one leave: so long it has time to arrive
 
 
 class GradientReducer:
@@ -25,23 +38,124 @@ class GradientReducer:
 
     def __init__(self, layout: Layout, grads: ComputeTensors, held: HeldState, group: Group) -> None:
         held.grads.lie_in(_at_home(layout, grads, held))
-        buckets = zip(layout.gradients.split(layout.bucket_U), layout.mirrors.split(layout.bucket_U), strict=True)
+        of_update = next(iter(grads.dense.values()))
+        self._is_early = (
+            layout.leaves_early and of_update.dtype == torch.float32 and of_update.device == held.device == HOST
+        )
+        bucket_U = layout.early_bucket_U if self._is_early else layout.bucket_U
+        buckets = zip(layout.gradients.split(bucket_U), layout.mirrors.split(bucket_U), strict=True)
         self._buckets = [_Bucket(layout, *bucket, grads, held, group) for bucket in buckets]
+        self._needed = _needed(layout, bucket_U, len(self._buckets)) if self._is_early else []
+        self._buckets_of: dict[str, list[int]] = {}
+        for number, parameters in enumerate(self._needed):
+            for parameter in parameters:
+                self._buckets_of.setdefault(parameter, []).append(number)
+        self._under_way = _UnderWay()
+        self._to_mirror = self._buckets if (layout.ownership.mirrors >= 0).any() else []
+        self._begun = self._mirrored = 0  # buckets of this step whose gradients, and whose sums, have left
+
+    def early(self) -> Callable[[str], None] | None:
+        """A step's last backward pass begins. Returns what is to be called with each parameter that has its gradient.
+
+        None where gradients leave in `reduce`: rows travel in the same pass, all ranks are on one node, sums are exact,
+        or gradients or state are not in host memory.
+        """
+        if not self._is_early:
+            return None
+        missing = [len(needed) for needed in self._needed]
+
+        def complete(parameter: str) -> None:
+            for number in self._buckets_of.get(parameter, ()):
+                missing[number] -= 1
+            while self._begun < len(missing) and not missing[self._begun]:
+                self._begin_next()
+
+        return complete
 
     def reduce(self) -> float:
-        """Sum every unit's gradient at its primary; collective.
+        """Sum every unit's gradient at its primary; collective. Begins what has not left in the backward pass.
 
         The sum adds up in the order of the ranks, so it is the same in every run with this layout.
 
         Returns:
             Sum of squares of the reduced gradients, over the units whose primary is this rank.
         """
-        return sum(bucket.reduce() for bucket in self._buckets)
+        while self._begun < len(self._buckets):
+            self._begin_next()
+        self._end_until(self._buckets[-1])
+        self._begun = 0
+        return sum(bucket.square for bucket in self._buckets)
 
     def mirror(self) -> None:
-        """Send each reduced gradient from its primary to the unit's mirrors; collective."""
-        for bucket in self._buckets:
-            bucket.mirror()
+        """Send each reduced gradient from its primary to the unit's mirrors, as far as it has not left; collective."""
+        while self._mirrored < len(self._to_mirror):
+            self._begin_mirror()
+        self._under_way.end()
+        self._mirrored = 0
+
+    def _begin_next(self) -> None:
+        """Send the gradients of the next bucket, and the sums of an earlier one."""
+        bucket = self._buckets[self._begun]
+        bucket.is_reduced = False
+        self._under_way.begin(bucket.reduce, bucket.to_primaries.moved_bytes)
+        self._begun += 1
+        if self._begun > LAG and self._to_mirror:
+            self._begin_mirror()
+
+    def _begin_mirror(self) -> None:
+        bucket = self._to_mirror[self._mirrored]
+        self._end_until(bucket)
+        self._under_way.begin(bucket.mirror, bucket.to_mirrors.moved_bytes)
+        self._mirrored += 1
+
+    def _end_until(self, bucket: _Bucket) -> None:
+        """Wait until a bucket is reduced."""
+        while not bucket.is_reduced:
+            self._under_way.end_first()
+
+
+class _UnderWay:
+    """Exchanges under way, as many as there is room for. They end in the order in which they began."""
+
+    def __init__(self) -> None:
+        self._exchanges = deque[tuple[Callable[[], None], int]]()
+
+    def begin(self, begin: Callable[[], Callable[[], None]], moved_bytes: int) -> None:
+        """Begin an exchange, after those before it have ended as far as room is needed.
+
+        Args:
+            begin: begins it, and returns what waits for its end and takes what came.
+            moved_bytes: of its buffers.
+        """
+        while self._exchanges and sum(size for _, size in self._exchanges) + moved_bytes > ROOM_BYTES:
+            self.end_first()
+        self._exchanges.append((begin(), moved_bytes))
+
+    def end(self) -> None:
+        """End all of them."""
+        while self._exchanges:
+            self.end_first()
+
+    def end_first(self) -> None:
+        """End the one that began first."""
+        end, _ = self._exchanges.popleft()
+        end()
+
+
+def _needed(layout: Layout, bucket_U: NDArray[np.int64], count: int) -> list[set[str]]:
+    """Per bucket, the parameters whose gradients are complete when those of the bucket are.
+
+    An expert's gradients are added within the backward pass of its layer, before those of the layer's norms.
+    """
+    units, of_layer = layout.units, dict[int | None, set[str]]()
+    trained = [(u, unit, {part.param for part in unit.parts}) for u, unit in enumerate(units) if unit.rule.has_gradient]
+    for _, unit, parameters in trained:
+        if unit.expert is None:
+            of_layer.setdefault(unit.layer, set()).update(parameters)
+    needed: list[set[str]] = [set() for _ in range(count)]
+    for u, unit, parameters in trained:
+        needed[bucket_U[u]] |= parameters if unit.expert is None else of_layer[unit.layer]
+    return needed
 
 
 def _at_home(layout: Layout, grads: ComputeTensors, held: HeldState) -> dict[int, list[torch.Tensor]]:
@@ -56,7 +170,16 @@ def _at_home(layout: Layout, grads: ComputeTensors, held: HeldState) -> dict[int
 
 
 class _Bucket:
-    """The part of the reduction that is made at once. `gradients`, `mirrors`: its schedules."""
+    """The part of the reduction that is made at once.
+
+    Args:
+        gradients, mirrors: its schedules.
+
+    Attributes:
+        to_primaries, to_mirrors: its exchanges.
+        is_reduced: its gradients of this step are added up.
+        square: sum of squares of its reduced gradients, over the units whose primary is this rank.
+    """
 
     def __init__(
         self,
@@ -71,33 +194,39 @@ class _Bucket:
         self._dtype = next(iter(grads.dense.values())).dtype
         own, others = gradients.send[layout.rank], gradients.without(layout.rank)
         self._windows = [window for u in others.sent_units for window in windows_of(layout, grads, u)]
-        self._to_primaries = UnitExchange(layout, others, group, held.device, self._dtype)
-        self._to_mirrors = UnitExchange(layout, mirrors, group, held.device)
+        self.to_primaries = UnitExchange(layout, others, group, held.device, self._dtype)
+        self.to_mirrors = UnitExchange(layout, mirrors, group, held.device)
         self._arriving = [(rank, u) for rank, units in enumerate(others.receive) for u in units]
         self._own = {u: windows_of(layout, grads, u) for u in own}
         self._rounds = list(_rounds(gradients.receive))
         self._units = sorted(self._rounds[0]) if self._rounds else []
         self._apart = [u for u in self._units if not held.grads.is_in_place(u)]
+        self.is_reduced, self.square = False, 0.0
 
-    def reduce(self) -> float:
-        """See `GradientReducer.reduce`."""
-        received = self._to_primaries.run(self._windows)
+    def reduce(self) -> Callable[[], None]:
+        """Begin to send gradients to their primaries. Returns what waits for them and adds them up."""
+        return partial(self._add_up, *self.to_primaries.begin(self._windows))
+
+    def _add_up(self, pending: Pending, received: torch.Tensor) -> None:
+        """Add up what has come, once it is there."""
+        pending.wait()
+        self.is_reduced = True
         if not self._units:
-            return 0.0
+            return
         split = received.split(self._numels([u for _, u in self._arriving]))
         pieces = dict(zip(self._arriving, split, strict=True))
         if self._dtype == torch.float32:
-            self._add_up({u: self._held.grads.of(u) for u in self._apart}, pieces)
+            self._add_up_apart({u: self._held.grads.of(u) for u in self._apart}, pieces)
             self._add_up_in_place(pieces)
         else:  # rounded once, at the end
             numels = self._numels(self._units)
             buffer = torch.empty(sum(numels), dtype=self._dtype, device=self._held.device)
             wide = dict(zip(self._units, buffer.split(numels), strict=True))
-            self._add_up(wide, pieces)
+            self._add_up_apart(wide, pieces)
             copy_all([self._held.grads.of(u) for u in self._units], list(wide.values()))
         reduced = [piece for u in self._units for piece in self._pieces(u)]
         norms = torch._foreach_norm(reduced)  # pyright: ignore[reportPrivateImportUsage]
-        return sum((torch.stack(norms).double() ** 2).tolist())
+        self.square = sum((torch.stack(norms).double() ** 2).tolist())
 
     def _pieces(self, unit: int) -> Sequence[torch.Tensor]:
         """The reduced gradient, cut as this rank's windows are, so that the norm does not depend on where it lies."""
@@ -105,7 +234,7 @@ class _Bucket:
             return self._held.grads.pieces(unit)
         return self._held.grads.of(unit).split([window.numel() for window in self._own[unit]])
 
-    def _add_up(self, sums: Mapping[int, torch.Tensor], pieces: Mapping[tuple[int, int], torch.Tensor]) -> None:
+    def _add_up_apart(self, sums: Mapping[int, torch.Tensor], pieces: Mapping[tuple[int, int], torch.Tensor]) -> None:
         """Set the sums of these units: the first rank's gradients are copied, those of the next ones added."""
         for number, senders in enumerate(self._rounds):
             targets: list[torch.Tensor] = []
@@ -151,12 +280,15 @@ class _Bucket:
             if targets:
                 torch._foreach_add_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
-    def mirror(self) -> None:
-        """See `GradientReducer.mirror`."""
-        grads, mirrors = self._held.grads, self._mirrors
-        received = self._to_mirrors.run([piece for u in mirrors.sent_units for piece in grads.pieces(u)])
-        units = mirrors.received_units
-        copy_all([grads.of(u) for u in units], received.split(self._numels(units)))
+    def mirror(self) -> Callable[[], None]:
+        """Begin to send reduced gradients to their mirrors. Returns what waits for them and keeps them."""
+        grads, sent_units = self._held.grads, self._mirrors.sent_units
+        return partial(self._keep, *self.to_mirrors.begin([piece for u in sent_units for piece in grads.pieces(u)]))
+
+    def _keep(self, pending: Pending, received: torch.Tensor) -> None:
+        pending.wait()
+        units = self._mirrors.received_units
+        copy_all([self._held.grads.of(u) for u in units], received.split(self._numels(units)))
 
     def _numels(self, units: list[int]) -> list[int]:
         return [self._layout.units[u].numel for u in units]

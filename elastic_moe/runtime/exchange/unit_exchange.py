@@ -41,6 +41,11 @@ class UnitExchange:
         """Bytes that an exchange brings to this rank."""
         return sum(self._received_numel_R) * self._dtype.itemsize
 
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that an exchange takes from this rank and brings to it."""
+        return (sum(self._sent_numel_R) + sum(self._received_numel_R)) * self._dtype.itemsize
+
     def begin(self, pieces: Sequence[torch.Tensor]) -> tuple[Pending, torch.Tensor]:
         """Begin the exchange.
 

@@ -14,7 +14,7 @@ import torch
 from elastic_moe.config.schema import DataConfig, TrainConfig
 from elastic_moe.data.shards import TokenShard, TokenShardWriter
 from elastic_moe.plan.batch import sample_ids
-from elastic_moe.runtime.batches import BatchReader, MicroBatches
+from elastic_moe.runtime.batches import BatchReader, MicroBatches, with_last
 
 DATA = DataConfig(seq_len=8, global_batch=12, micro_batch=4)
 
@@ -110,3 +110,12 @@ def test_samples_of_a_mixture_lie_within_one_corpus(tmp_path: Path) -> None:
     tokens = np.concatenate([reader.take(batch, slice(0, 12))[0] for batch in range(10)])
     assert (tokens[:, 0] < 10_000).sum() == 30
     reader._ahead[1].join()  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("items", "expected"), [
+    ("", []),
+    ("a", [("a", True)]),
+    ("abc", [("a", False), ("b", False), ("c", True)]),
+])  # fmt: skip
+def test_the_last_one_is_marked(items: str, expected: list[tuple[str, bool]]) -> None:
+    assert list(with_last(items)) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -65,3 +66,23 @@ def test_one_value_that_is_not_finite_is_found() -> None:
             for total in gradients.tensors.values():
                 total.fill_(1e30)
             assert gradients.finite(), "only their lengths overflow"
+
+
+def test_a_gradient_that_was_added_is_told() -> None:
+    """Each parameter once, when its sum is complete, and nobody is told any more after an error."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    gradients, told = DenseGradients(model, None), list[tuple[str, float]]()
+    total = {name: tensor.sum for name, tensor in gradients.tensors.items()}
+
+    def listen(name: str) -> None:
+        told.append((name, float(total[name]())))
+
+    model(torch.ones(1, 3)).sum().backward()
+    with gradients.telling(listen):
+        model(torch.ones(1, 3)).sum().backward()
+    assert sorted(told) == sorted((name, float(tensor.sum())) for name, tensor in gradients.tensors.items())
+    assert [name[0] for name, _ in told] == ["1", "1", "0", "0"]
+    with pytest.raises(ZeroDivisionError), gradients.telling(lambda _: 1 / 0):
+        model(torch.ones(1, 3)).sum().backward()
+    model(torch.ones(1, 3)).sum().backward()
+    assert len(told) == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -14,18 +16,22 @@ from elastic_moe.types import Member, View
 SMALL = ModelConfig(hidden_size=32, num_layers=2, num_dense_layers=1, num_experts=16, expert_hidden=64)
 
 
-def config_of(copies: str = "auto", sequences: int = 24, **elastic: bool) -> TrainConfig:
+def config_of(copies: str = "auto", sequences: int = 24, **elastic: Any) -> TrainConfig:
     data = DataConfig(global_batch=sequences, seq_len=64)
     return TrainConfig(model=SMALL, data=data, balance=BalanceConfig(copies=copies), elastic=ElasticConfig(**elastic))
 
 
-def test_what_moves_fewer_bytes() -> None:
-    """Of 16 experts with 6,144 elements each, gradients and weights; of 384 routed rows a sequence, four journeys."""
-    experts, rows = 2 * 16 * 3 * 32 * 64, 4 * 64 * SMALL.experts_per_token * 32
+@pytest.mark.parametrize("redundancy", [0, 1, 3])
+def test_what_moves_fewer_bytes(redundancy: int) -> None:
+    """Of 16 experts with 6,144 elements each, gradients to a primary, and weights to the ranks that neither own nor
+    mirror an expert; of 384 routed rows a sequence, four journeys.
+    """
+    experts, rows = 16 * 3 * 32 * 64, 4 * 64 * SMALL.experts_per_token * 32
     for ranks in (2, 3, 5, 8):
+        moved = experts * (1 + max(0, ranks - 1 - redundancy) / (ranks - 1))
         for sequences in (1, 12, 24, 48, 100):
-            wanted = ranks if experts <= rows * sequences / ranks else 1
-            assert copies_of(config_of(sequences=sequences), ranks) == wanted, (ranks, sequences)
+            wanted = ranks if moved <= rows * sequences / ranks else 1
+            assert copies_of(config_of(sequences=sequences, redundancy=redundancy), ranks) == wanted
 
 
 def test_one_rank_and_what_is_asked_for() -> None:

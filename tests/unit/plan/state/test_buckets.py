@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from elastic_moe.plan.state import buckets
-from elastic_moe.plan.state.buckets import assign_buckets, bucket_elements
+from elastic_moe.plan.state.buckets import assign_buckets, assign_early_buckets, bucket_elements
 
 LIMIT = 1000
 
@@ -66,3 +68,34 @@ def test_buckets_grow_with_the_ranks_and_stay_below_a_quarter_of_a_gib(monkeypat
     assert sizes[0] == 32 << 20
     assert sizes[-1] == 256 << 20
     assert [buckets.vector_bytes(held) >> 20 for held in (1 << 20, 1 << 30, 2 << 30, 80 << 30)] == [64, 64, 128, 256]
+
+
+@pytest.mark.parametrize("ranks", [2, 5, 40])
+def test_early_buckets_follow_the_backward_pass(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """None comes before an earlier stage, none is larger than there is room, and only small stages share one."""
+    monkeypatch.setattr(buckets, "EARLY_ELEMENTS", 60 * ranks)
+    for seed in range(5):
+        numel_U, primary_U, _, _ = _world(ranks, seed)
+        stage_U = np.sort(np.random.default_rng(seed).integers(0, 30, 600))[::-1].copy()
+        of_U = assign_early_buckets(numel_U, primary_U, np.full(600, ranks), ranks, stage_U)
+        assert set(of_U.tolist()) == set(range(int(of_U.max()) + 1))
+        first = [of_U[stage_U == stage].min() for stage in range(30)]
+        last = [of_U[stage_U == stage].max() for stage in range(30)]
+        assert all(end <= begin for end, begin in itertools.pairwise(itertools.chain(*zip(first, last, strict=True))))
+        assert first[0] == 0
+        moved_BR = np.zeros((int(of_U.max()) + 1, ranks), dtype=np.int64)
+        np.add.at(moved_BR, (of_U, primary_U), numel_U * (ranks - 1))
+        assert moved_BR.max() <= LIMIT + 40 * (ranks - 1)
+        for bucket in range(len(moved_BR) - 1):
+            stages = set(stage_U[of_U == bucket].tolist())
+            if len(stages) > 1:
+                earlier = (of_U == bucket) & (stage_U < max(stages))
+                moved_R = np.bincount(primary_U[earlier], weights=numel_U[earlier] * (ranks - 1), minlength=ranks)
+                assert moved_R.max() < 60 * ranks
+
+
+def test_early_buckets_of_one_rank_and_of_no_unit() -> None:
+    sizes, stages = np.array([10, 20, 30]), np.array([2, 1, 0])
+    assert not assign_early_buckets(sizes, np.zeros(3, np.int32), np.ones(3, np.int64), 1, stages).any()
+    nothing = np.zeros(0, np.int64)
+    assert not len(assign_early_buckets(nothing, nothing.astype(np.int32), nothing, 2, nothing))

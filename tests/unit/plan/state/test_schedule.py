@@ -112,12 +112,15 @@ def test_reduced_gradients_reach_every_mirror(layouts: list[Layout]) -> None:
 @settings(deadline=None)
 @given(_layouts())
 def test_weights_come_back_to_every_rank_that_computes(layouts: list[Layout]) -> None:
-    primary = layouts[0].ownership.primary.tolist()
+    """From itself where it mirrors the unit: nothing travels then."""
+    primary, mirrors = layouts[0].ownership.primary.tolist(), layouts[0].ownership.mirrors.tolist()
     expected: dict[str, set[tuple[int, int, int]]] = {name: set() for name in SCHEDULES[2:]}
     for u, unit in enumerate(layouts[0].units):
         kind = "dense_weights" if unit.expert is None else "expert_weights"
         kind = "frozen_weights" if unit.optimizer == "frozen" else kind
-        expected[kind] |= {(u, primary[u], rank) for rank in _computing_ranks(layouts, unit)}
+        expected[kind] |= {
+            (u, rank if rank in mirrors[u] else primary[u], rank) for rank in _computing_ranks(layouts, unit)
+        }
     for name, deliveries in expected.items():
         assert _deliveries(layouts, name) == deliveries, name
 

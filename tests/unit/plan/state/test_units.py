@@ -62,3 +62,13 @@ def test_names_and_order() -> None:
     assert (expert.layer, expert.expert, expert.moe_layer, expert.optimizer) == (0, 1, 0, "adamw")
     assert [part.param.rsplit(".", 1)[1] for part in expert.parts] == ["gate", "up", "down"]
     assert [unit.numel for unit in units[:3]] == [12, 12, 16]
+
+
+def test_stages_go_back_from_the_loss_to_the_embedding() -> None:
+    specs = [
+        ParamSpec("embed", (4, 2)), ParamSpec("0.norm", (2,), layer=0), ParamSpec("1.norm", (2,), layer=1),
+        *(ParamSpec(f"e{e}", (2, 2), layer=1, expert=e, moe_layer=0) for e in range(2)),
+        ParamSpec("norm", (2,)), ParamSpec("head", (4, 2)), ParamSpec("mtp.norm", (2,), layer=2),
+    ]  # fmt: skip
+    assert build_units(specs, 0).stage_U.tolist() == [4, 3, 2, 2, 2, 0, 0, 1]
+    assert build_units([ParamSpec("a", (2,)), ParamSpec("b", (2,))], 0).stage_U.tolist() == [1, 1]

@@ -1,0 +1,157 @@
+"""Gradients that leave in the backward pass are the whole gradients: their sums are those of a reduction after it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from elastic_moe.config.schema import ModelConfig
+from elastic_moe.model.params import param_specs
+from elastic_moe.model.transformer import Transformer
+from elastic_moe.optim.unit_state import UnitState
+from elastic_moe.parallel.everywhere import ExpertsEverywhere
+from elastic_moe.plan.placement import Placement
+from elastic_moe.plan.state import buckets
+from elastic_moe.plan.state.ownership import NONE, plan_ownership
+from elastic_moe.plan.state.schedule import Layout
+from elastic_moe.plan.state.units import build_units
+from elastic_moe.runtime.compute_copies import set_dtype
+from elastic_moe.runtime.exchange import reduce as reduce_module
+from elastic_moe.runtime.exchange.exchanger import Exchanger
+from elastic_moe.runtime.exchange.windows import ComputeTensors
+from elastic_moe.runtime.gradients import DenseGradients
+from elastic_moe.runtime.state import HeldState
+from elastic_moe.types import Member, View
+from tests.dist.ranks import Seat, results
+
+WORLD, SEQ = 3, 12
+SMALL = ModelConfig(
+    vocab_size=48, end_token=3, hidden_size=16, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8, rope_dim=4,
+    value_dim=8, kv_latent=8, dense_hidden=24, num_experts=4, experts_per_token=2, expert_hidden=8,
+)  # fmt: skip
+MHC = replace(SMALL, residual="mhc", num_streams=2, readout="learned")
+COMPRESSED = replace(
+    MHC, attention="csa", num_hash_layers=1, query_latent=16, output_latent=8, index_heads=2, index_dim=8, window=4,
+    csa_rate=2, hca_rate=4, index_topk=4, document_mask=True, layer_kinds=["sliding", "csa", "hca"],
+)  # fmt: skip
+MODELS = {
+    "plain": SMALL,
+    "latent": replace(SMALL, attention="mla", query_latent=8, seq_balance_weight=0.01, router_z_loss=0.01),
+    "mtp": replace(SMALL, mtp_depth=1, z_loss=0.01),
+    "mhc": replace(MHC, mtp_depth=1),
+    "segments": replace(MHC, stream_segment=-1),
+    "hc": replace(MHC, residual="hc"),
+    "compressed": COMPRESSED,
+    "selective": replace(MHC, recompute="selective"),
+    "full": replace(MHC, recompute="full", mtp_depth=1),
+    "two layers at once": replace(SMALL, recompute="2"),
+    "chunked logits": replace(SMALL, logits_gib=1e-9, mtp_depth=1),
+}
+SEQUENCES = {0: [3, 2], 1: [2, 0], 2: [0, 0]}  # rank -> of each micro-batch: one rank ends with none, one has none
+
+
+def _everywhere(cfg: ModelConfig) -> Placement:
+    experts = np.tile(np.arange(cfg.num_experts, dtype=np.int32), WORLD)
+    home = np.arange(cfg.num_experts, dtype=np.int32) % WORLD
+    return Placement(
+        np.tile(experts, (cfg.num_moe_layers, 1)),
+        np.repeat(np.arange(WORLD, dtype=np.int32), cfg.num_experts),
+        np.tile(home, (cfg.num_moe_layers, 1)),
+    )
+
+
+class _Rank:
+    """A rank with its model, and the state that it holds."""
+
+    def __init__(self, seat: Seat, cfg: ModelConfig, dtype: torch.dtype) -> None:
+        self.group, self.dtype = seat.form(1, seat.rank, seat.world), dtype
+        units, placement = build_units(param_specs(cfg), 200), _everywhere(cfg)
+        view = View(1, tuple(Member(f"w{r}", f"n{r}", r) for r in range(WORLD)))
+        ownership = plan_ownership(units, view, np.full((WORLD, len(units)), NONE, np.uint8), 1, placement.home)
+        roles_U = ownership.role(seat.rank)
+        zeros = {u: torch.zeros(units[u].numel) for u in np.flatnonzero(roles_U != NONE).tolist()}
+        source = {u: UnitState.initial(units[u], weight) for u, weight in zeros.items()}
+        self.held = HeldState.build(units, roles_U, source, torch.device("cpu"))
+        self.experts = ExpertsEverywhere(self.group, placement, cfg, torch.device("cpu"))
+        self.model = Transformer(cfg, self.experts)
+        self.model.initialize(0)
+        layers = range(cfg.num_moe_layers)
+        stacks = [stack for layer in layers for stack in self.experts.slot_params(layer)]
+        with torch.no_grad():
+            for number, stack in enumerate(stacks):
+                stack.copy_(torch.randn(stack.shape, generator=torch.Generator().manual_seed(number)) / 8)
+        saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        saved_stacks = [stack.detach().clone() for stack in stacks]
+        self.dense = DenseGradients(self.model, None)
+        set_dtype(self.model, stacks, dtype)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(saved[name])
+            for stack, weight in zip(stacks, saved_stacks, strict=True):
+                stack.copy_(weight)
+        layout = Layout(units, view, seat.rank, ownership, placement)
+        self.buckets = int(layout.early_bucket_U.max()) + 1
+        grads = ComputeTensors(self.dense.tensors, [self.experts.slot_grads(layer) for layer in layers])
+        dense = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        weights = ComputeTensors(dense, [self.experts.slot_params(layer) for layer in layers])
+        self.exchanger = Exchanger(layout, weights.detached(), grads, self.held, self.group)
+
+    def reduced(self, seed: int, early: bool) -> tuple[float, list[torch.Tensor], int]:
+        """The norm and the gradients of a step, and how many buckets left before its backward pass ended."""
+        self.experts.begin_step()
+        self.dense.zero()
+        sizes = SEQUENCES[self.group.rank]
+        for number, size in enumerate(sizes):
+            generator = torch.Generator().manual_seed(100 * seed + 10 * number + self.group.rank)
+            tokens = torch.randint(48, (size, SEQ + 1), generator=generator)
+            with self._autocast():
+                out = self.model.loss(tokens[:, :-1], tokens[:, 1:])
+            with self.dense.telling(self.exchanger.early() if early and number == len(sizes) - 1 else None):
+                out.loss_sum.backward()
+        begun = self.exchanger._reducer._begun
+        square = self.exchanger.reduce()
+        self.exchanger.mirror()
+        held = [torch.cat(list(self.held.grads.pieces(u))).clone() for u in sorted(self._trained())]
+        return square, held, begun
+
+    def _trained(self) -> list[int]:
+        return [u for u in self.held.states if self.held.units[u].rule.has_gradient]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast("cpu", self.dtype)
+
+
+def _both_ways(seat: Seat, cfg: ModelConfig, dtype: torch.dtype, room: int) -> tuple[int, list[int]]:
+    buckets.EARLY_ELEMENTS, buckets.MESSAGE_ELEMENTS, reduce_module.ROOM_BYTES = 400, 1, room
+    rank, begun = _Rank(seat, cfg, dtype), list[int]()
+    for seed in range(2):
+        late, early = (rank.reduced(seed, early) for early in (False, True))
+        assert late[2] == 0
+        assert early[0] == late[0] > 0
+        assert all(map(torch.equal, early[1], late[1]))
+        assert any(tensor.any() for tensor in late[1])
+        begun.append(early[2])
+    rank.group.close()
+    return rank.buckets, begun
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_that_leave_early_are_complete(name: str) -> None:
+    for rank, (count, begun) in enumerate(results(WORLD, _both_ways, MODELS[name], torch.float32, 1 << 26)):
+        assert count >= 4
+        if SEQUENCES[rank][-1]:
+            assert min(begun) == count, "the last bucket left within the backward pass too"
+
+
+@pytest.mark.parametrize("name", ["plain", "full"])
+def test_gradients_of_bf16_weights(name: str) -> None:
+    results(WORLD, _both_ways, MODELS[name], torch.bfloat16, 1 << 26)
+
+
+def test_little_room_for_what_is_under_way() -> None:
+    results(WORLD, _both_ways, MODELS["plain"], torch.float32, 1)

@@ -121,7 +121,8 @@ def live_run(run_dir: Path, address: str = "") -> Iterator[LiveRun]:
 
     Args:
         run_dir: the run directory, as a path on the coordinator's machine.
-        address: of the Ray cluster; by default the one in `live.json`, in RAY_ADDRESS, or the one of this machine.
+        address: of the Ray cluster; by default the one in `live.json` or in RAY_ADDRESS, or that of this machine for a
+            directory that is not here.
 
     Raises:
         UserError: no cluster answers, or no run of this directory goes on there.
@@ -132,7 +133,10 @@ def live_run(run_dir: Path, address: str = "") -> Iterator[LiveRun]:
         raise UserError(f"{run_dir} cannot be read as a run directory: {error}") from error
     known = identity is not None and bool(identity.run)
     announced_address, token_path = _announced(run_dir)
-    address = address or announced_address or os.environ.get("RAY_ADDRESS") or "auto"
+    address = address or announced_address or os.environ.get("RAY_ADDRESS", "")
+    if known and not address:  # its driver, which wrote live.json, has ended and removed it
+        raise UserError(f"no run in {run_dir} goes on; if this is a copy of its directory, give --address")
+    address = address or "auto"
     where = "" if known else f"{run_dir} is not the directory of a run on this machine, and "
     if reason := unreachable(address):
         raise UserError(f"{where}no Ray cluster answers at {address} ({reason}): the run has ended, or give --address")

@@ -10,7 +10,7 @@ from typing import Any
 from elastic_moe.actors.stop import Stop
 from elastic_moe.checkpoint.reader import load_manifest
 from elastic_moe.config.schema import TrainConfig
-from elastic_moe.errors import Diverged, StorageFailed, UserError
+from elastic_moe.errors import Diverged, StorageFailed, UserError, reason_of
 from elastic_moe.metrics.format_event import format_loss
 from elastic_moe.metrics.goodput import account
 from elastic_moe.metrics.jsonl import iterate, read_jsonl
@@ -83,7 +83,7 @@ def conclude(run: Ended) -> int:
         run.tell(f"stopped after step {step} of {steps}: {run.status['reason']}; go on with run.resume=auto")
         return 0
     cause = _cause(run.error)
-    known = cause or run.status.get("reason") or "the run ended early"
+    known = (cause and reason_of(cause)) or run.status.get("reason") or "the run ended early"
     if step or not isinstance(cause, UserError):  # else the error's own sentence is all
         run.log.tell("; ".join(filter(None, (f"failed after step {step} of {steps}: {known}", saved))), "error")
     if isinstance(cause, UserError):

@@ -87,3 +87,12 @@ def test_a_failed_run_tells_whether_its_state_is_saved(tmp_path: Path, capsys: p
     with pytest.raises(UserError, match="no such file"):
         conclude(ended(tmp_path, 4, saved=3, error=bad, phase="failed"))
     assert "data.corpus: no such file; the state after step 4 is not saved" in capsys.readouterr().err
+
+
+def test_a_failure_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray's errors bring many lines about the process that died."""
+    error = RuntimeError("The actor died unexpectedly\n\tclass_name: Controller\n\tpid: 12")
+    assert conclude(ended(tmp_path, 3, saved=3, error=error)) == 1
+    said = capsys.readouterr().err
+    assert "The actor died unexpectedly; the state after step 3 is saved" in said
+    assert "class_name" not in said

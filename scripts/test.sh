@@ -29,7 +29,7 @@ say "compiling the planner, if its sources have changed"
 "$PYTHON" -m elastic_moe.plan.warm
 failed=0
 "$PYTHON" -m pytest -m "(unit or golden or chaos) and not long" -n auto --maxprocesses 8 || failed=1
-"$PYTHON" -m pytest -m "dist and not long" -n 2 --dist loadfile || failed=1
+"$PYTHON" -m pytest -m "dist and not long" -n 3 --dist loadfile || failed=1
 "$PYTHON" -m pytest -m "(ray or gpu) and not long" -n 2 --dist worksteal || failed=1
 say "not run: the tests marked long (scripts/test.sh --long)"
 exit $failed

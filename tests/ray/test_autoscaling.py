@@ -1,4 +1,4 @@
-"""Ray's autoscaler, version 2, brings nodes because missing workers are demand, and takes idle nodes away again.
+"""Ray's autoscaler, of both versions, brings nodes because missing workers are demand, and takes idle ones away again.
 
 The run grows onto new nodes, gives them up when it is told to shrink, gets others when it may grow, and leaves none
 busy when it ends.
@@ -59,8 +59,9 @@ def _cluster(address: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_nodes_come_for_a_runs_demand_and_go_when_it_needs_them_no_more(
-    head: Any, tiny: list[str], tmp_path: Path, until: Callable[..., None]
+    head: Any, tiny: list[str], tmp_path: Path, until: Callable[..., None], version: int
 ) -> None:
     config = tmp_path / "cluster.json"
     config.write_text(json.dumps(_cluster(head.address)))
@@ -68,7 +69,7 @@ def test_nodes_come_for_a_runs_demand_and_go_when_it_needs_them_no_more(
         f"--autoscaling-config={config}",
         RAY_FAKE_CLUSTER="1",
         AUTOSCALER_UPDATE_INTERVAL_S="1",
-        RAY_enable_autoscaler_v2="1",
+        RAY_enable_autoscaler_v2=str(version - 1),
         RAY_CLOUD_INSTANCE_ID=FAKE_HEAD_NODE_ID,
         RAY_OVERRIDE_NODE_ID_FOR_TESTING=FAKE_HEAD_NODE_ID,
     )

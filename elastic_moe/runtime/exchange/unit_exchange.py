@@ -62,9 +62,3 @@ class UnitExchange:
         received = torch.empty(sum(self._received_numel_R), dtype=self._dtype, device=self._device)
         pending = self._group.begin_all_to_all(received, sent, self._received_numel_R, self._sent_numel_R)
         return pending, received
-
-    def run(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Carry out the exchange. Arguments and result as in `begin`."""
-        pending, received = self.begin(pieces)
-        pending.wait()
-        return received

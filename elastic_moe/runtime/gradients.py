@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -26,25 +25,21 @@ class DenseGradients:
 
     def __init__(self, model: nn.Module, grid: Grid | None) -> None:
         self._grid = grid
-        self._told: Callable[[str], None] | None = None
+        self._parameters = dict(model.named_parameters())
         self._grads: dict[str, torch.Tensor] = {}
-        for name, parameter in model.named_parameters():
+        for name, parameter in self._parameters.items():
             parameter.grad = self._grads[name] = torch.zeros_like(parameter)
-            parameter.register_post_accumulate_grad_hook(partial(self._tell, name))
         self.tensors = {n: g.double() for n, g in self._grads.items()} if grid else self._grads
 
     @contextmanager
     def telling(self, told: Callable[[str], None] | None) -> Generator[None]:
         """Meanwhile, call this with the name of each parameter to which a backward pass has added its gradient."""
-        self._told = told
-        try:
+        with ExitStack() as hooks:
+            if told is not None:
+                for name, parameter in self._parameters.items():
+                    hook = parameter.register_post_accumulate_grad_hook(lambda _, name=name: told(name))
+                    hooks.callback(hook.remove)
             yield
-        finally:
-            self._told = None
-
-    def _tell(self, name: str, _: torch.Tensor) -> None:
-        if self._told is not None:
-            self._told(name)
 
     def zero(self) -> None:
         """Set all sums to zero, at the beginning of a step."""

@@ -16,15 +16,14 @@ from elastic_moe.model.transformer import Transformer
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.parallel.everywhere import ExpertsEverywhere
 from elastic_moe.plan.placement import Placement
+from elastic_moe.plan.shares import Batching
 from elastic_moe.plan.state import buckets
 from elastic_moe.plan.state.ownership import NONE, plan_ownership
-from elastic_moe.plan.state.schedule import Layout
 from elastic_moe.plan.state.units import build_units
-from elastic_moe.runtime.compute_copies import set_dtype
 from elastic_moe.runtime.exchange import reduce as reduce_module
-from elastic_moe.runtime.exchange.exchanger import Exchanger
-from elastic_moe.runtime.exchange.windows import ComputeTensors
 from elastic_moe.runtime.gradients import DenseGradients
+from elastic_moe.runtime.initial import InitialWeights
+from elastic_moe.runtime.session import ContextBuilder
 from elastic_moe.runtime.state import HeldState
 from elastic_moe.types import Member, View
 from tests.dist.ranks import Seat, results
@@ -70,36 +69,23 @@ class _Rank:
 
     def __init__(self, seat: Seat, cfg: ModelConfig, dtype: torch.dtype) -> None:
         self.group, self.dtype = seat.form(1, seat.rank, seat.world), dtype
-        units, placement = build_units(param_specs(cfg), 200), _everywhere(cfg)
+        specs, placement = param_specs(cfg), _everywhere(cfg)
+        units, initial = build_units(specs, 200), InitialWeights(cfg, specs, 0)
         view = View(1, tuple(Member(f"w{r}", f"n{r}", r) for r in range(WORLD)))
         ownership = plan_ownership(units, view, np.full((WORLD, len(units)), NONE, np.uint8), 1, placement.home)
-        roles_U = ownership.role(seat.rank)
-        zeros = {u: torch.zeros(units[u].numel) for u in np.flatnonzero(roles_U != NONE).tolist()}
-        source = {u: UnitState.initial(units[u], weight) for u, weight in zeros.items()}
-        self.held = HeldState.build(units, roles_U, source, torch.device("cpu"))
-        self.experts = ExpertsEverywhere(self.group, placement, cfg, torch.device("cpu"))
+        device, roles_U = torch.device("cpu"), ownership.role(seat.rank)
+        self.held = HeldState.build(units, roles_U, lambda u: UnitState.initial(units[u], initial(units[u])), device)
+        self.experts = ExpertsEverywhere(self.group, placement, cfg, device)
         self.model = Transformer(cfg, self.experts)
-        self.model.initialize(0)
-        layers = range(cfg.num_moe_layers)
-        stacks = [stack for layer in layers for stack in self.experts.slot_params(layer)]
-        with torch.no_grad():
-            for number, stack in enumerate(stacks):
-                stack.copy_(torch.randn(stack.shape, generator=torch.Generator().manual_seed(number)) / 8)
-        saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        saved_stacks = [stack.detach().clone() for stack in stacks]
         self.dense = DenseGradients(self.model, None)
-        set_dtype(self.model, stacks, dtype)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(saved[name])
-            for stack, weight in zip(stacks, saved_stacks, strict=True):
-                stack.copy_(weight)
-        layout = Layout(units, view, seat.rank, ownership, placement)
-        self.buckets = int(layout.early_bucket_U.max()) + 1
-        grads = ComputeTensors(self.dense.tensors, [self.experts.slot_grads(layer) for layer in layers])
-        dense = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        weights = ComputeTensors(dense, [self.experts.slot_params(layer) for layer in layers])
-        self.exchanger = Exchanger(layout, weights.detached(), grads, self.held, self.group)
+        builder = ContextBuilder(
+            units, self.model, self.dense.tensors, cfg.num_moe_layers, Batching(WORLD, 1), products=dtype
+        )
+        context = builder.build(view, self.group, self.experts, self.held, ownership, placement)
+        assert context.layout.early_bucket_U is not None
+        self.buckets = int(context.layout.early_bucket_U.max()) + 1
+        self.exchanger = context.exchanger
+        self.exchanger.publish(frozen=True)
 
     def reduced(self, seed: int, early: bool) -> tuple[float, list[torch.Tensor], int]:
         """The norm and the gradients of a step, and how many buckets left before its backward pass ended."""

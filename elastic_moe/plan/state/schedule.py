@@ -110,9 +110,9 @@ class Layout:
         expert_weights: updated weights of experts, in the same way to the ranks that have a copy.
         frozen_weights: weights without updates, dense units and experts alike; sent only on entering a view.
         bucket_U: int64 [U], the bucket in which each unit travels; see `Schedule.split`.
-        leaves_early: gradients may leave in the backward pass: no rows travel in it, and ranks are on several nodes. On
-            one node the exchange has no wire to wait for, and takes the cores from the pass.
-        early_bucket_U: int64 [U], the bucket of its gradient then.
+        early_bucket_U: int64 [U], that of its gradient where gradients may leave in the backward pass, else None. They
+            may where no rows travel in it and ranks are on several nodes. On one node the exchange has no wire to wait
+            for, and takes the cores from the pass.
     """
 
     def __init__(
@@ -127,9 +127,8 @@ class Layout:
         self.bucket_U = assign_buckets(
             self.units.numel_U, ownership.primary, parts.copies_U, view.world_size, ownership.mirrors.shape[1]
         )
-        self.leaves_early = placement.everywhere and len({member.node for member in view.members}) > 1
-        self.early_bucket_U = self.bucket_U
-        if self.leaves_early:
+        self.early_bucket_U: Ints | None = None
+        if placement.everywhere and len({member.node for member in view.members}) > 1:
             self.early_bucket_U = assign_early_buckets(
                 self.units.numel_U, ownership.primary, parts.copies_U, view.world_size, self.units.stage_U
             )

@@ -8,7 +8,7 @@ same order; a rank may begin some of them after its backward pass.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -39,17 +39,12 @@ class GradientReducer:
     def __init__(self, layout: Layout, grads: ComputeTensors, held: HeldState, group: Group) -> None:
         held.grads.lie_in(_at_home(layout, grads, held))
         of_update = next(iter(grads.dense.values()))
-        self._is_early = (
-            layout.leaves_early and of_update.dtype == torch.float32 and of_update.device == held.device == HOST
-        )
-        bucket_U = layout.early_bucket_U if self._is_early else layout.bucket_U
+        on_host = of_update.dtype == torch.float32 and of_update.device == held.device == HOST
+        early_U = layout.early_bucket_U if on_host else None
+        bucket_U = layout.bucket_U if early_U is None else early_U
         buckets = zip(layout.gradients.split(bucket_U), layout.mirrors.split(bucket_U), strict=True)
         self._buckets = [_Bucket(layout, *bucket, grads, held, group) for bucket in buckets]
-        self._needed = _needed(layout, bucket_U, len(self._buckets)) if self._is_early else []
-        self._buckets_of: dict[str, list[int]] = {}
-        for number, parameters in enumerate(self._needed):
-            for parameter in parameters:
-                self._buckets_of.setdefault(parameter, []).append(number)
+        self._waiting = {} if early_U is None else _waiting(layout, early_U)
         self._under_way = _UnderWay()
         self._to_mirror = self._buckets if (layout.ownership.mirrors >= 0).any() else []
         self._begun = self._mirrored = 0  # buckets of this step whose gradients, and whose sums, have left
@@ -60,14 +55,13 @@ class GradientReducer:
         None where gradients leave in `reduce`: rows travel in the same pass, all ranks are on one node, sums are exact,
         or gradients or state are not in host memory.
         """
-        if not self._is_early:
+        if not self._waiting:
             return None
-        missing = [len(needed) for needed in self._needed]
+        missing = Counter(number for numbers in self._waiting.values() for number in numbers)
 
         def complete(parameter: str) -> None:
-            for number in self._buckets_of.get(parameter, ()):
-                missing[number] -= 1
-            while self._begun < len(missing) and not missing[self._begun]:
+            missing.subtract(self._waiting.get(parameter, ()))
+            while self._begun < len(self._buckets) and not missing[self._begun]:
                 self._begin_next()
 
         return complete
@@ -142,20 +136,20 @@ class _UnderWay:
         end()
 
 
-def _needed(layout: Layout, bucket_U: NDArray[np.int64], count: int) -> list[set[str]]:
-    """Per bucket, the parameters whose gradients are complete when those of the bucket are.
+def _waiting(layout: Layout, bucket_U: NDArray[np.int64]) -> dict[str, set[int]]:
+    """Parameter -> the buckets that may not leave before its gradient is complete.
 
     An expert's gradients are added within the backward pass of its layer, before those of the layer's norms.
     """
-    units, of_layer = layout.units, dict[int | None, set[str]]()
+    units, of_layer, waiting = layout.units, dict[int | None, set[str]](), dict[str, set[int]]()
     trained = [(u, unit, {part.param for part in unit.parts}) for u, unit in enumerate(units) if unit.rule.has_gradient]
     for _, unit, parameters in trained:
         if unit.expert is None:
             of_layer.setdefault(unit.layer, set()).update(parameters)
-    needed: list[set[str]] = [set() for _ in range(count)]
     for u, unit, parameters in trained:
-        needed[bucket_U[u]] |= parameters if unit.expert is None else of_layer[unit.layer]
-    return needed
+        for parameter in parameters if unit.expert is None else of_layer[unit.layer]:
+            waiting.setdefault(parameter, set()).add(int(bucket_U[u]))
+    return waiting
 
 
 def _at_home(layout: Layout, grads: ComputeTensors, held: HeldState) -> dict[int, list[torch.Tensor]]:

@@ -64,6 +64,7 @@ case $role in
         wait_for_head "$address"
         [[ $role != wait ]] || exit 0
         if [[ $role == spot-worker ]]; then
+            export RAY_NODE_MARKET_TYPE=${RAY_NODE_MARKET_TYPE:-spot} # a run that shrinks gives these up first
             elastic-moe watch-notices --address "$address" &
         fi
         run_node --address="$address" "$@"

@@ -14,6 +14,8 @@ SAVED, NOT_WHOLE, INTERRUPTED = HOLD_OUTCOMES = ("saved", "not_whole", "interrup
 """Outcomes of a save in a hold: the state is saved, or there is none to save; the members do not have all of the state;
 something came between."""
 
+SPOT = "spot"  # the market type of machines that the cloud may take back, as Ray's label `ray.io/market-type` has it
+
 
 class Origin(NamedTuple):
     """When and where a worker was placed.
@@ -25,6 +27,11 @@ class Origin(NamedTuple):
 
     placed_s: float = 0.0
     node_kind: str = ""
+
+    @property
+    def on_spot(self) -> bool:
+        """Its node is a spot machine: the first part of the kind says so."""
+        return self.node_kind.partition("/")[0].lower() == SPOT
 
 
 @dataclass(frozen=True, slots=True)

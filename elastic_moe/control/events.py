@@ -24,6 +24,7 @@ class Hello:
         step: last step it committed, as far as it knows.
         lapsed: its lease has run out since it came to know that view, so another one may have followed.
         address: as in `Member`.
+        on_spot: its node is a spot machine.
     """
 
     worker: str
@@ -36,6 +37,7 @@ class Hello:
     step: int = 0
     lapsed: bool = False
     address: tuple[str, int] = ("", 0)
+    on_spot: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from elastic_moe.control.requests import (
     StopRequest,
     WorkerLostRequest,
 )
+from elastic_moe.types import Origin
 
 MembershipMessage = (
     HelloMessage
@@ -47,8 +48,9 @@ def event_of_message(worker: str, message: MembershipMessage) -> ev.Event:
     """A message about a worker's membership, as the event that it is for the machine."""
     match message:
         case HelloMessage():
-            m = message
-            return ev.Hello(worker, m.node, m.pid, m.slots, m.ready, m.view, m.entered, m.step, m.lapsed, m.address)
+            m, on_spot = message, Origin(message.placed_s, message.node_kind).on_spot
+            known = m.ready, m.view, m.entered, m.step, m.lapsed
+            return ev.Hello(worker, m.node, m.pid, m.slots, *known, m.address, on_spot)
         case ReadyMessage():
             return ev.Ready(worker)
         case HeartbeatMessage(generation, step, progress):

@@ -1,7 +1,9 @@
 """Wishes of an operator for a run that goes on: a checkpoint now, another number of workers, a pause and its end. Pure.
 
-A smaller number of workers is a drain of the surplus: they hand over their state, and no step is done twice. A pause is
-a hold (`control/holds.py`): the members save, keep their state, and make no step until the end of the pause.
+A smaller number of workers is a drain of the surplus: they hand over their state, and no step is done twice. Workers on
+spot machines go first. An autoscaler takes idle spot machines away and keeps a floor of others in any case, so that a
+run that stayed on spot would pay for both. A pause is a hold (`control/holds.py`): the members save, keep their state,
+and make no step until the end of the pause.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ def _shrink(state: State, now_s: float, config: ElasticConfig) -> tuple[State, l
     """Give members beyond the limit a deadline, and release workers outside of the view for which there is no room."""
     staying = [w for w in state.view_workers if state.records[w].drain_s is None]
     waiting = [w for w, r in state.records.items() if not state.in_view(w) and not r.released and not r.bears_state]
+    waiting.sort(key=lambda w: state.records[w].on_spot)
     until_s = now_s + max(config.drain_deadline_s, config.hang_timeout_s)
     commands: list[Command] = []
     for worker in _surplus(state, staying, len(staying) - state.limit):
@@ -67,14 +70,19 @@ def _shrink(state: State, now_s: float, config: ElasticConfig) -> tuple[State, l
 
 
 def _surplus(state: State, workers: list[str], count: int) -> list[str]:
-    """So many of these workers: those on the nodes that are emptied with the fewest, the newest first."""
+    """So many of these workers: on spot first, then on the nodes that are emptied with the fewest, then the newest."""
     if count <= 0:
         return []
     node = {w: state.records[w].member.node for w in workers}
+    stays = {node[w]: not state.records[w].on_spot for w in workers}
     size = Counter(node.values())
     newest = {n: max(i for i, w in enumerate(workers) if node[w] == n) for n in size}
-    order = sorted(range(len(workers)), key=lambda i: (size[node[workers[i]]], -newest[node[workers[i]]], -i))
-    return [workers[i] for i in order[:count]]
+
+    def place(index: int) -> tuple[bool, int, int, int]:
+        on = node[workers[index]]
+        return stays[on], size[on], -newest[on], -index
+
+    return [workers[i] for i in sorted(range(len(workers)), key=place)[:count]]
 
 
 def _line(event: str, state: State, worker: str) -> LogEvent:

@@ -36,6 +36,7 @@ class WorkerRecord:
         missing: it is in an adopted view and has not registered with this coordinator.
         finished: it did all steps.
         released: it was told to end itself.
+        on_spot: its node is a spot machine.
 
     Times are monotonic seconds.
     """
@@ -59,6 +60,7 @@ class WorkerRecord:
     missing: bool = False
     finished: bool = False
     released: bool = False
+    on_spot: bool = False
 
     @property
     def bears_state(self) -> bool:

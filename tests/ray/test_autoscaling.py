@@ -1,7 +1,7 @@
 """Ray's autoscaler, of both versions, brings nodes because missing workers are demand, and takes idle ones away again.
 
-The run grows onto new nodes, gives them up when it is told to shrink, gets others when it may grow, and leaves none
-busy when it ends.
+The run grows onto spot nodes beside a floor of nodes that stay, gives them up when it is told to shrink, gets others
+when it may grow, and leaves none busy when it ends. Which nodes its first workers got does not matter.
 
 Ray's own `AutoscalingCluster` calls `ray stop`, which ends every Ray on the machine. So this test configures the fake
 nodes itself.
@@ -25,12 +25,13 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from elastic_moe.metrics.jsonl import read_jsonl
 
 FEW, MANY = 2, 4
+MARKET = "ray.io/market-type"
 IDLE_S = 15
 PATIENCE_S = 240.0
 
 
 def _cluster(address: str) -> dict[str, Any]:
-    """A head that computes nothing, and fake nodes of one CPU: FEW of them always, up to MANY on demand."""
+    """A head that computes nothing, and fake nodes of one CPU: FEW of them always, up to MANY with spot nodes."""
     lists = ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands")
     lists += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files")
     node = {"resources": {"CPU": 1, "object_store_memory": 80_000_000}, "node_config": {}}
@@ -52,7 +53,8 @@ def _cluster(address: str) -> dict[str, Any]:
         },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-            "worker": node | {"min_workers": FEW, "max_workers": MANY},
+            "floor": node | {"min_workers": FEW, "max_workers": FEW, "labels": {MARKET: "on-demand"}},
+            "spot": node | {"min_workers": 0, "max_workers": MANY - FEW, "labels": {MARKET: "spot"}},
         },
         "head_node_type": "ray.head.default",
     }

@@ -26,9 +26,10 @@ IDS = [path.name for path in FILES]
 
 
 def ray_reads(name: str) -> bool:
-    """Whether the installed Ray has this variable: in its Python sources, or as a flag RAY_name of its C++ core."""
-    if (flag := name.removeprefix("RAY_")).islower():
-        return flag.encode() in (RAY / "_raylet.so").read_bytes()
+    """Whether the installed Ray has this variable: in its Python sources, or in its C++ core (flags as RAY_name)."""
+    flag = name.removeprefix("RAY_")
+    if (flag if flag.islower() else name).encode() in (RAY / "_raylet.so").read_bytes():
+        return True
     parts = (
         RAY / "_private",
         RAY / "autoscaler",

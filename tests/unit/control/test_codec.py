@@ -254,6 +254,8 @@ def test_messages_become_events() -> None:
     hello = msg.HelloMessage("t", "w", "n", 7, 3, ready=True, view=view, entered=4, step=9)
     pairs: list[tuple[MembershipMessage, ev.Event]] = [
         (hello, ev.Hello("w", "n", 7, 3, True, view, 4, 9)),
+        (msg.HelloMessage("t", "w", "n", 7, node_kind="spot/gpus"), ev.Hello("w", "n", 7, on_spot=True)),
+        (msg.HelloMessage("t", "w", "n", 7, node_kind="on-demand/gpus"), ev.Hello("w", "n", 7)),
         (msg.ReadyMessage(), ev.Ready("w")),
         (msg.HeartbeatMessage(4, 9, 30), ev.Heartbeat("w", 4, 9, 30)),
         (msg.SuspectMessage(4, "reset"), ev.Suspect("w", 4, "reset")),

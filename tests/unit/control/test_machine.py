@@ -37,9 +37,9 @@ class Machine:
         self.commands += given
         return given
 
-    def join(self, *workers: str, node: str = "") -> None:
+    def join(self, *workers: str, node: str = "", on_spot: bool = False) -> None:
         for i, worker in enumerate(workers):
-            self.on(ev.Hello(worker, node or f"n-{worker}", i), ev.Ready(worker))
+            self.on(ev.Hello(worker, node or f"n-{worker}", i, on_spot=on_spot), ev.Ready(worker))
 
     def enter(self) -> None:
         assert self.state.view is not None

@@ -50,6 +50,31 @@ def test_the_node_that_is_emptied_with_the_fewest_workers_is_left() -> None:
     assert [w for w, record in machine.state.records.items() if record.drain_s is not None] == ["c", "d", "e"]
 
 
+def test_workers_on_spot_machines_leave_first() -> None:
+    machine = Machine(5)
+    machine.join("a", "b", node="spot one", on_spot=True)
+    machine.join("c", "d", node="kept")
+    machine.join("e", node="kept too")
+    machine.enter()
+    machine.on(ev.Scale(3))
+    assert machine.draining == ["a", "b"], "neither the newest nor the smallest node"
+    machine.enter()
+    machine.wait(1)
+    machine.enter()
+    machine.on(ev.Scale(2))
+    assert machine.draining == ["e"]
+
+
+def test_of_workers_that_wait_those_on_spot_machines_are_released() -> None:
+    machine = running("a", "b")
+    machine.join("c", on_spot=True)
+    machine.join("d")
+    assert machine.members == ["a", "b"], "newcomers are not yet in"
+    machine.on(ev.Scale(3))
+    machine.on(ev.Tick())
+    assert [w for w, record in machine.state.records.items() if record.released] == ["c"]
+
+
 def test_never_fewer_than_the_run_needs() -> None:
     machine = running("a", "b", "c", min_workers=2)
     machine.on(ev.Scale(1))

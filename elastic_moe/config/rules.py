@@ -70,7 +70,7 @@ AT_LEAST_ZERO = """
     balance.every_steps balance.home_moves balance.dispatch_gib
     balance.log_every_steps cluster.cpus_per_worker cluster.gpus_per_worker cluster.nodes_timeout_s
     faults.kill_worker_at_step faults.kill_rank sweep.max_concurrent sweep.max_workers sweep.retries sweep.rung_steps
-    sweep.workers sweep.priority
+    sweep.workers sweep.priority sweep.min_gain
 """.split()
 
 ABOVE_ZERO = """
@@ -266,6 +266,7 @@ def _check_faults(config: TrainConfig) -> None:
 
 def _check_sweep(config: TrainConfig) -> None:
     _need(config, "sweep.rung_factor", lambda value: value >= 2, "at least 2")
+    _need(config, "sweep.min_gain", lambda value: value <= 1, "at most 1")
     if config.sweep.early_stopping == "asha" and config.run.objective == "val_loss" and not config.run.eval_every_steps:
         raise UserError(
             "sweep.early_stopping=asha compares run.objective=val_loss during the run: set run.eval_every_steps, or "

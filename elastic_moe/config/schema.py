@@ -268,6 +268,7 @@ class SweepConfig(Sealed):
     max_concurrent: int = 0  # trials that train at once; 0: as many as the cluster has room for
     max_workers: int = 0  # workers of all trials together; 0: those the cluster has room for; more are asked of Ray
     priority: int = 0  # of a trial: higher ones get their workers first
+    min_gain: float = 0.2  # more workers are given if they bring so much of a speed-up in proportion; 0: always
     retries: int = 2  # a trial is started again after so many failures in a row without a new step
     goal: str = "min"  # whether a smaller or a larger run.objective is better
     early_stopping: str = "off"  # asha: asynchronous successive halving ends trials that are behind

@@ -24,6 +24,7 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.errors import UserError
 from elastic_moe.metrics.report.page import compare_runs
 from elastic_moe.run_dir import REPORT, SWEEP_TABLE
+from elastic_moe.sweep.gains import Gains
 from elastic_moe.sweep.halving import Rungs
 from elastic_moe.sweep.scheduler import Scheduler, Shared
 from elastic_moe.sweep.table import text_table, write_table
@@ -53,6 +54,7 @@ class Sweep:
     def __init__(self, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._task, self._config = hydra_context, task_function, config
         self._rungs: Rungs | None = None
+        self._gains: Gains | None = None
         self._records: dict[int, TrialRecord] = {}
         self._dirs: dict[int, Path] = {}
 
@@ -77,11 +79,13 @@ class Sweep:
         ours = [trial.typed for trial in trials if trial.typed is not None]
         if ours and self._rungs is None:
             self._rungs = Rungs(ours[0].sweep.rung_factor, ours[0].sweep.goal == "max")
+            self._gains = Gains(ours[0].sweep.min_gain)
         signum = 0
         waiting = [trial for trial in trials if trial.returned is None]
         if waiting:
             with tempfile.TemporaryDirectory(prefix="emoe_sweep") as folder, self._cluster(waiting) as shared:
-                scheduler = Scheduler(trials, shared, self._rungs, self._job(shared), Path(folder), tell)
+                gains = self._gains or Gains(0.0)
+                scheduler = Scheduler(trials, shared, self._rungs, gains, self._job(shared), Path(folder), tell)
                 signum = scheduler.run()
         if ours:
             self._show(trials)

@@ -22,8 +22,9 @@ from elastic_moe.actors.outcome import SIGNALLED
 from elastic_moe.actors.shared import room
 from elastic_moe.actors.stop import Stop, signals
 from elastic_moe.config.schema import ClusterConfig, SweepConfig
+from elastic_moe.sweep.gains import Gains
 from elastic_moe.sweep.halving import Rungs, due, rungs_of
-from elastic_moe.sweep.pool import Steady, allocate
+from elastic_moe.sweep.pool import Steady, Want, allocate
 from elastic_moe.sweep.trial import (
     DONE,
     FAILED,
@@ -68,6 +69,7 @@ class Scheduler:
         trials: those with a result have ended already.
         shared: their cluster; None where none of them is a run of elastic_moe.
         rungs: of the sweep, likewise.
+        gains: what the sweep knows of the trials' speed.
         job: see `Trial.start`.
         folder: for the files of the processes.
         tell: shows a line.
@@ -78,11 +80,12 @@ class Scheduler:
         trials: Sequence[Trial],
         shared: Shared | None,
         rungs: Rungs | None,
+        gains: Gains,
         job: Mapping[str, Any],
         folder: Path,
         tell: Callable[[str], None],
     ) -> None:
-        self._trials, self._shared, self._rungs = trials, shared, rungs
+        self._trials, self._shared, self._rungs, self._gains = trials, shared, rungs, gains
         self._job, self._folder, self._tell = job, folder, tell
         self._steady = Steady(SETTLE_S)
         self._capacity = 0
@@ -164,7 +167,10 @@ class Scheduler:
         limit = self._shared.sweep.max_concurrent if self._shared is not None else self._other_limit()
         staying = [trial for trial in trials if not trial.ends_early and not trial.gives_way]
         leaving = sum(trial.held for trial in trials if trial.process is not None and trial not in staying)
-        given = allocate((trial.want for trial in staying), max(0, self._room() - leaving), limit)
+        training = [trial.look for trial in staying if trial.process is not None and trial.typed is not None]
+        for line in self._gains.look(training, time.monotonic()):
+            self._tell(line)
+        given = allocate(map(self._want, staying), max(0, self._room() - leaving), limit)
         for trial in staying:
             workers = given[trial.number]
             if trial.process is not None and not workers:
@@ -179,6 +185,11 @@ class Scheduler:
             elif trial.typed is not None:
                 self._tell(f"trial {trial.number}: {before} -> {workers} workers")
                 trial.poll()
+
+    def _want(self, trial: Trial) -> Want:
+        """Its claim on the pool, and no more workers than make it faster."""
+        want = trial.want
+        return replace(want, most=max(want.least, self._gains.most(trial.look, want.most)))
 
     def _other_limit(self) -> int:
         """Jobs of another program at once: its own `sweep.max_concurrent`, if it has one."""

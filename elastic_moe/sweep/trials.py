@@ -18,6 +18,7 @@ from elastic_moe.actors.shared import RunLink
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import TrainConfig
 from elastic_moe.run_dir import DRIVER_LOG, LOGS
+from elastic_moe.sweep.gains import Look
 from elastic_moe.sweep.job import JobProcess
 from elastic_moe.sweep.pool import Want
 from elastic_moe.sweep.trial import TrialFailed, TrialRecord
@@ -82,6 +83,18 @@ class Trial:
             return Want(self.number, 1, 1, 0, self.allowed)
         most, least = max_workers(self.typed), self.typed.elastic.min_workers
         return Want(self.number, least, max(most, least), self.typed.sweep.priority, self.allowed)
+
+    @property
+    def look(self) -> Look:
+        """What is seen of its speed."""
+        config = self.typed
+        kind = (
+            ""
+            if config is None
+            else repr((config.model, config.data, config.optim.name, config.precision, config.device, config.threads))
+        )
+        workers, step = int(self.status.get("world_size", 0)), int(self.status.get("step", 0))
+        return Look(self.number, kind, self.allowed, workers, step, self.status.get("tokens_per_s"))
 
     @property
     def held(self) -> int:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from elastic_moe.config.build import build
 from elastic_moe.config.schema import ClusterConfig, SweepConfig
 from elastic_moe.sweep import scheduler as module
+from elastic_moe.sweep.gains import Gains
 from elastic_moe.sweep.scheduler import Scheduler, Shared
 from elastic_moe.sweep.trial import TrialRecord
 from elastic_moe.sweep.trials import Trial
@@ -26,10 +27,15 @@ STEPS, STARTING_S, SAVING_S, LIMIT_S = 100, 15.0, 4.0, 5000.0
 
 
 class World:
-    """Clock, cluster and processes. A trial makes a step a second for each worker that the cluster has for it."""
+    """Clock, cluster and processes. A trial makes a step a second for each worker that the cluster has for it.
 
-    def __init__(self, rng: random.Random, capacities: list[tuple[float, int]]) -> None:
-        self.rng, self.now_s, self._capacities = rng, 0.0, capacities
+    Args:
+        capacities: (since when, workers that there is room for).
+        useful: more workers of one trial than this make nothing faster.
+    """
+
+    def __init__(self, rng: random.Random, capacities: list[tuple[float, int]], useful: int = 1 << 20) -> None:
+        self.rng, self.now_s, self._capacities, self.useful = rng, 0.0, capacities, useful
         self.processes: list[Process] = []
         self.made: dict[int, float] = {}  # trial -> step
 
@@ -65,7 +71,15 @@ class Process:
 
     def train(self, seconds: float, workers: int) -> None:
         if self.world.now_s >= self.ready_s and self.ends_s == float("inf"):
-            self.step = min(STEPS, self.step + seconds * workers)
+            speed = min(workers, self.world.useful)
+            self.step = min(STEPS, self.step + seconds * speed)
+            training = {
+                "world_size": workers,
+                "workers": workers,
+                "step": int(self.step),
+                "tokens_per_s": 100.0 * speed,
+            }
+            self.trial.status = training if int(self.step) else {}
             if self.step >= STEPS or (self.dies and self.step > STEPS / 2):
                 self.ends_s = self.world.now_s
         self.world.made[self.trial.number] = self.step
@@ -92,13 +106,13 @@ class Process:
 
 
 def run(
-    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trials: int, max_workers: int
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trials: int, max_workers: int, min_gain: float = 0.2
 ) -> tuple[list[Trial], list[str]]:
     """Run a sweep. Returns its trials and what it told."""
     config = build({"cluster": {"workers": max_workers}, "run": {"steps": STEPS}})
 
     def start(trial: Trial, *_: Any) -> None:
-        trial.ends_early = ""
+        trial.ends_early, trial.status = "", {}
         trial.process = Process(world, trial, world.made.get(trial.number, 0.0))  # type: ignore[assignment]
 
     monkeypatch.setattr(Trial, "start", start)
@@ -112,7 +126,7 @@ def run(
     batch = [Trial(DictConfig({}), tmp_path / str(n), config, TrialRecord(n, [f"seed={n}"])) for n in range(trials)]
     told: list[str] = []
     shared = Shared(ClusterConfig(), SweepConfig(), "")
-    assert Scheduler(batch, shared, None, {}, tmp_path, told.append).run() == 0
+    assert Scheduler(batch, shared, None, Gains(min_gain), {}, tmp_path, told.append).run() == 0
     return batch, told
 
 
@@ -136,3 +150,30 @@ def test_every_trial_ends_whatever_the_cluster_loses(
     trials, told = run(World(rng, capacities), monkeypatch, tmp_path, rng.randint(1, 8), rng.randint(1, 4))
     assert [trial.record.state for trial in trials] == ["finished"] * len(trials), told
     assert [trial.record.step for trial in trials] == [STEPS] * len(trials)
+
+
+def moves(told: list[str]) -> list[str]:
+    return [line for line in told if " -> " in line]
+
+
+def test_workers_that_make_nothing_faster_are_given_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six trials on four workers: the first that may grow shows that it does not pay, and no other one grows."""
+    world = World(random.Random(4), [(0, 4)], useful=1)
+    trials, told = run(world, monkeypatch, tmp_path, trials=6, max_workers=4)
+    assert [trial.record.state for trial in trials] == ["finished"] * 6
+    grown = [line for line in moves(told) if not line.endswith(" 1 workers")]
+    assert len({line.split(":")[0] for line in grown}) <= 2, told  # the two that train at the end may grow together
+    assert sum("at most (sweep.min_gain=0.2)" in line for line in told) == 1, told
+    assert moves(told)[-1].endswith(" -> 1 workers")
+
+
+def test_workers_that_make_a_trial_faster_stay_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    took_s = []
+    for min_gain in (0.0, 0.2):
+        world = World(random.Random(4), [(0, 4)])
+        trials, told = run(world, monkeypatch, tmp_path, trials=5, max_workers=4, min_gain=min_gain)
+        assert [trial.record.state for trial in trials] == ["finished"] * 5
+        assert not [line for line in told if "sweep.min_gain" in line]
+        assert any(line.endswith(" 4 workers") for line in told), told
+        took_s.append(world.now_s)
+    assert took_s[1] <= took_s[0] + 15, "to measure costs seconds"

@@ -10,7 +10,7 @@ from elastic_moe.config.schema import ModelConfig, TrainConfig
 from elastic_moe.model.head_loss import chunk_rows
 from elastic_moe.model.recompute import layers_at_once
 from elastic_moe.model.residual.connections import segment_length
-from elastic_moe.plan.placement import copies_of
+from elastic_moe.plan.placement import copies_of, expected_nodes
 
 FP32 = 4
 GRADIENTS = 0.15  # of what is made again at once: gradients beside it, as measured
@@ -25,7 +25,8 @@ def activation_bytes(config: TrainConfig, workers: int) -> float:
     """
     cfg, tokens = config.model, config.data.micro_batch * config.data.seq_len
     size = 2 if config.precision == "bf16" else FP32
-    everywhere = copies_of(config, workers) >= workers and not config.elastic.reproducible
+    copies = copies_of(config, expected_nodes(config, workers))
+    everywhere = copies.number >= workers and not config.elastic.reproducible
     kept, again, layers = 0.0, 0.0, cfg.num_layers + cfg.mtp_depth
     at_once = layers_at_once(cfg)
     whole = [_layer(cfg, layer < cfg.num_dense_layers, everywhere) for layer in range(layers)]

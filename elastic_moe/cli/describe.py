@@ -21,7 +21,7 @@ from elastic_moe.errors import UserError
 from elastic_moe.model.attention.compressed import layer_kind
 from elastic_moe.model.params import dense_product_numel, param_specs
 from elastic_moe.plan.batch_sizes import RunLength
-from elastic_moe.plan.placement import copies_of
+from elastic_moe.plan.placement import copies_of, expected_nodes
 from elastic_moe.plan.state.buckets import bucket_elements, vector_bytes
 
 GIB = 1 << 30
@@ -123,7 +123,9 @@ class Memory:
 
 def slots_per_layer(config: TrainConfig, workers: int) -> int:
     """Expert slots of a worker per MoE layer: an even share of the copies, and the spare ones."""
-    even = -(-config.model.num_experts * copies_of(config, workers) // workers)
+    ranks_N = expected_nodes(config, workers)
+    copies = copies_of(config, ranks_N)
+    even = -(-config.model.num_experts * copies.number // (min(ranks_N) if copies.in_nodes else workers))
     wanted = min(even + config.elastic.spare_slots, config.model.num_experts)
     return min(wanted, config.elastic.slots_per_worker or wanted)
 

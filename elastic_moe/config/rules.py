@@ -123,8 +123,8 @@ def check_rules(config: TrainConfig, inputs: bool = True) -> list[str]:
         "the path of a directory (checkpoint.dir may be an object store's)",
     )
     copies = config.balance.copies
-    if copies not in ("auto", "all") and not (copies.isdecimal() and int(copies)):
-        raise UserError(f"balance.copies must be auto, all or a number of at least 1, not {copies!r}.")
+    if copies not in ("auto", "all", "node") and not (copies.isdecimal() and int(copies)):
+        raise UserError(f"balance.copies must be auto, all, node or a number of at least 1, not {copies!r}.")
     check_paths(config)
     step = 8 if config.precision == "bf16" else 4
     for key in MULTIPLE_OF_4:

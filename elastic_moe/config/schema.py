@@ -192,7 +192,7 @@ class ElasticConfig(Sealed):
 
 @dataclass(kw_only=True)
 class BalanceConfig(Sealed):
-    copies: str = "auto"  # of each expert: a number, all: one on every worker, auto: whatever moves fewer bytes
+    copies: str = "auto"  # of each expert: a number, all: on each worker, node: on each node, auto: to move fewer bytes
     every_steps: int = 1  # steps between two looks at the experts' load; 0: placement follows the membership only
     window: float = 3.0  # steps over which the load that is planned for is averaged
     home_moves: int = 1  # homes per MoE layer that one look may move where the gain pays for their bytes

@@ -103,10 +103,9 @@ def _chosen(which_L: NDArray[np.bool_], a: Placement, b: Placement) -> Placement
     """The one placement of the layers where `which_L` is true, the other of the rest."""
     assert a.time_L is not None
     assert b.time_L is not None
-    return Placement(
-        np.where(which_L[:, None], a.expert_of_slot, b.expert_of_slot),
-        a.rank_of_slot,
-        np.where(which_L[:, None], a.home, b.home),
-        a.node_of_rank,
-        np.where(which_L, a.time_L, b.time_L),
+    return replace(
+        a,
+        expert_of_slot=np.where(which_L[:, None], a.expert_of_slot, b.expert_of_slot),
+        home=np.where(which_L[:, None], a.home, b.home),
+        time_L=np.where(which_L, a.time_L, b.time_L),
     )

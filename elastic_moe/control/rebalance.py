@@ -163,7 +163,8 @@ class Rebalancer:
     def use(self, speeds: Sequence[float]) -> None:
         """Plan for these speeds from now on; in rows, 0 for a rank that computes nothing."""
         self._speeds = list(speeds)
-        self._topology = Topology(tuple(m.node for m in self._view.members), tuple(speeds))
+        nodes = tuple(member.node for member in self._view.members)
+        self._topology = Topology(nodes, tuple(speeds), self.placement.in_nodes)
 
     def propose(self, vote: VoteResult) -> Change | None:
         """Add a step's vote to the averages, and return a change if one is due and pays."""

@@ -6,7 +6,7 @@ rank makes the same `VoteResult` from the sums. A rank that missed the sums rece
 The fields of these dataclasses are the layout of both messages: `pack` and `unpack` follow their order. A field is a
 number (float, int or bool), another dataclass, or an array whose axes are named by letters.
 
-Axes: L MoE layers, E experts, R ranks of the view.
+Axes: L MoE layers, E experts, R ranks of the view, N nodes between which no rows travel; 1 where they do.
 """
 
 from __future__ import annotations
@@ -132,11 +132,14 @@ class Ballot(Sums):
         nonfinite_R: 1 for a rank whose loss, or own gradients of the dense part, are not finite: it is a cause, while
             the reduced gradients show the outcome. A rank fills in its own element.
         expert_rows_R: rows that each rank's experts computed. A rank fills in its own element.
+        slowest_LN: rows of each node's slowest rank over its speed, see `ExpertStatistics`. One rank of the node fills
+            them in.
         spent: seconds of each rank's own work.
     """
 
     nonfinite_R: NDArray[np.float64] = _array("R")
     expert_rows_R: NDArray[np.float64] = _array("R")
+    slowest_LN: NDArray[np.float64] = _array("LN")
     spent: Spent
 
     @property
@@ -148,6 +151,16 @@ class Ballot(Sums):
     def all_reconfigure(self) -> bool:
         """Whether every rank knows of a newer view. Only then may all of them leave this one."""
         return self.reconfigure == len(self.expert_rows_R)
+
+    def layer_times(self, speeds: Sequence[float]) -> NDArray[np.float64]:
+        """Time of the slowest rank for its expert rows over the mean, float64[L]; 1 is perfect.
+
+        Args:
+            speeds: as for `balance`.
+        """
+        mean_L = self.load_LE.sum(axis=1) * max(speeds) / math.fsum(speeds)
+        slowest_L = self.slowest_LN.max(axis=1)
+        return np.where((mean_L > 0) & (slowest_L > 0), slowest_L / np.maximum(mean_L, 1e-9), 1.0)
 
     def balance(self, speeds: Sequence[float]) -> float:
         """Mean over longest time that the ranks take for their expert rows; 1 is perfect balance.
@@ -210,27 +223,26 @@ class VoteShape:
     layers: int
     experts: int
     ranks: int = 0
+    nodes: int = 1
 
     def of(self, axes: str) -> tuple[int, ...]:
         """Shape of an array with these axes."""
-        lengths = {"L": self.layers, "E": self.experts, "R": self.ranks}
+        lengths = {"L": self.layers, "E": self.experts, "R": self.ranks, "N": self.nodes}
         return tuple(lengths[axis] for axis in axes)
 
 
-def result_of(
-    total: Ballot, step: int, view: View, layer_time_L: NDArray[np.float64], spike: bool, speeds: Speeds | None = None
-) -> VoteResult:
+def result_of(total: Ballot, step: int, view: View, spike: bool, speeds: Speeds | None = None) -> VoteResult:
     """The result of a vote.
 
     Args:
         total: the sum of all ballots.
         step: the step that was voted on.
         view: the view that voted.
-        layer_time_L: time of the slowest rank for its expert rows over the mean, which every rank knows.
         spike: the step is to have no update, because its loss or gradient is a spike.
         speeds: that were in use; None for equal ones.
     """
-    active, measures = view.active_ranks, total.measures
+    active, measures, rows = view.active_ranks, total.measures, (speeds or Speeds.equal(view)).rows
+    layer_time_L = total.layer_times(rows)
     imbalance_s, straggler_s = idle_of_step(
         total.spent.busy_s_R[list(active)],
         measures.wait_s / view.world_size,
@@ -243,7 +255,7 @@ def result_of(
         step=step,
         generation=view.generation,
         world_size=len(active),
-        balance=total.balance((speeds or Speeds.equal(view)).rows),
+        balance=total.balance(rows),
         spike=spike,
         imbalance_s=imbalance_s,
         straggler_s=straggler_s,

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:  # the placement's module needs numba, and the model needs torch alone
+    import numpy as np
+    from numpy.typing import NDArray
+
     from elastic_moe.plan.placement import Placement
 
 
@@ -55,8 +58,8 @@ class ExpertStatistics:
         local_tokens: rows that this rank's slots computed.
         cross_node_rows: rows sent to another node, of all ranks together; counted on rank 0, and 0 on the others.
         compute_s: seconds of this rank's experts in the forward passes.
-        layer_time_L: fp64, time of the slowest rank for its rows over the mean, per MoE layer; 1 is perfect. Equal on
-            every rank.
+        slowest_L: per MoE layer, rows of the slowest rank over its speed, relative to the fastest rank's; of the ranks
+            that this one's rows may reach, and equal on these. 0 where no rows travel.
         dispatched_s: seconds of this rank's experts in both passes where rows travel to them; 0 where each rank
             computes the rows of its own tokens.
     """
@@ -64,7 +67,7 @@ class ExpertStatistics:
     local_tokens: int
     cross_node_rows: int
     compute_s: float
-    layer_time_L: torch.Tensor
+    slowest_L: NDArray[np.float64]
     dispatched_s: float = 0.0
 
 

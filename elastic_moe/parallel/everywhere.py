@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -81,8 +82,7 @@ class ExpertsEverywhere:
 
     def statistics(self) -> ExpertStatistics:
         """Statistics of the calls since `begin_step`."""
-        balanced_L = torch.ones(self.num_layers, dtype=torch.float64)
-        return ExpertStatistics(self.local_tokens, 0, self.compute_s, balanced_L)
+        return ExpertStatistics(self.local_tokens, 0, self.compute_s, np.zeros(self.num_layers))
 
     def __call__(
         self,

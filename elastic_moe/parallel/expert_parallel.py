@@ -43,7 +43,7 @@ class ExpertParallel:
 
     Args:
         group: the generation's collectives.
-        placement: experts in slots.
+        placement: experts in slots. Rows, and the counts of them, travel between the ranks that its `reach` names.
         cfg: the model's shape.
         device: of the slot weights.
         speeds: relative speed per rank, for the split; None for equal ones.
@@ -56,7 +56,7 @@ class ExpertParallel:
     Attributes:
         before_experts: called before the slots' weights are used; may wait until they are there.
         local_tokens: rows that this rank's slots computed since `begin_step`.
-        tokens_R: the same for every rank.
+        tokens_R: the same for every rank that its rows may reach.
         cross_node_rows: rows that this rank's tokens sent to other nodes, counted once for all ranks on rank 0.
         compute_s: seconds of this rank's experts in the forward passes.
         chunks: the largest number of chunks in which a layer's rows came.
@@ -73,13 +73,18 @@ class ExpertParallel:
         memory_limit: int = 0,
         by_node: bool = False,
     ) -> None:
+        self._ranks, self._world_rank = tuple(range(group.world_size)), group.rank
+        speeds = speeds or [1.0] * group.world_size
+        if placement.in_nodes:
+            self._ranks, placement = placement.reach(group.rank)
+            group = group.subgroup("rows", self._ranks)
         nodes = placement.node_of_rank
         self.before_experts: Callable[[], None] = lambda: None
         self.together, self.exact_times = True, False
         self._transport = transport_for(group, None if nodes is None else nodes.tolist(), by_node)
         self._most_rows = most_rows(memory_limit, cfg) if grid is None else 0
         self._group, self._placement, self._rank = group, placement, group.rank
-        self._speeds = list(speeds or [1.0] * group.world_size)
+        self._use(speeds)
         self._grid, self._limit, self._remake = grid, cfg.swiglu_limit, cfg.recompute == "selective"
         self._span = placement.slots_of(group.rank)
         self.num_layers, self.num_experts = placement.expert_of_slot.shape[0], cfg.num_experts
@@ -95,8 +100,16 @@ class ExpertParallel:
 
         `speeds`: of the ranks, if they have changed.
         """
+        _, placement = placement.reach(self._world_rank)
         assert np.array_equal(placement.rank_of_slot, self._placement.rank_of_slot)
-        self._placement, self._speeds = placement, list(speeds or self._speeds)
+        self._placement = placement
+        if speeds:
+            self._use(speeds)
+
+    def _use(self, speeds: Sequence[float]) -> None:
+        """Split tokens by these speeds of all ranks."""
+        relative_R = positive_speeds(speeds, len(speeds))
+        self._speeds = [relative_R[rank] for rank in self._ranks]
 
     def slot_params(self, moe_layer: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
         """See `Slots.params`."""
@@ -117,22 +130,13 @@ class ExpertParallel:
 
     def statistics(self) -> ExpertStatistics:
         """Statistics of the calls since `begin_step`."""
-        times = torch.from_numpy(self.layer_time_L)
         dispatched_s = self.compute_s + self._watch.seconds
-        return ExpertStatistics(self.local_tokens, self.cross_node_rows, self.compute_s, times, dispatched_s)
+        return ExpertStatistics(self.local_tokens, self.cross_node_rows, self.compute_s, self._max_L, dispatched_s)
 
     @property
     def balance(self) -> float:
-        """Mean over maximum of the times of the ranks with slots, over the calls since `begin_step`; 1 is perfect."""
+        """Mean over maximum of the times of these ranks with slots, over the calls since `begin_step`; 1 is perfect."""
         return float(self._mean_L.sum() / self._max_L.sum()) if self._max_L.any() else 1.0
-
-    @property
-    def layer_time_L(self) -> NDArray[np.float64]:
-        """Time of the slowest rank for its rows over the mean, per MoE layer, since `begin_step`; 1 is perfect.
-
-        The same on every rank.
-        """
-        return np.where(self._mean_L > 0, self._max_L / np.maximum(self._mean_L, 1e-9), 1.0)
 
     def __call__(
         self,
@@ -206,7 +210,7 @@ class ExpertParallel:
         self.local_tokens += int(tokens_R[self._rank])
         self.cross_node_rows += far if self._rank == 0 else 0
         able_R = np.diff(self._bounds) > 0
-        speed_R = np.array(positive_speeds(self._speeds, len(able_R)))
+        speed_R = np.array(self._speeds)
         self._mean_L[moe_layer] += float(tokens_R.sum()) / max(math.fsum(speed_R[able_R].tolist()), 1e-9)
         self._max_L[moe_layer] += float((tokens_R / speed_R).max())
 

@@ -18,10 +18,17 @@ LOST = -1  # home of an expert whose home rank has left
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Node (fault domain) and relative speed of every rank."""
+    """Where the ranks are, and how rows may travel.
+
+    Attributes:
+        nodes: node (fault domain) of every rank.
+        speeds: relative speed of every rank.
+        in_nodes: each node has a copy of every expert, and rows stay in their node.
+    """
 
     nodes: tuple[str, ...]
     speeds: tuple[float, ...]
+    in_nodes: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +42,7 @@ class Placement:
         node_of_rank: int32[R], the node's number; None if all ranks are on one node.
         time_L: float64[L], the slowest rank's time on the load planned for, with an optimal split; 1 is the mean.
             None if unknown.
+        in_nodes: each node whose ranks have slots has a copy of every expert, and rows stay in their node.
     """
 
     expert_of_slot: NDArray[np.int32]
@@ -42,6 +50,7 @@ class Placement:
     home: NDArray[np.int32]
     node_of_rank: NDArray[np.int32] | None = None
     time_L: NDArray[np.float64] | None = None
+    in_nodes: bool = False
 
     def remap_ranks(self, rank_of: Sequence[int]) -> Placement:
         """This placement in the ranks of a new membership; slots of ranks that have left get rank LOST.
@@ -62,6 +71,25 @@ class Placement:
             if experts_LE.shape[1] < num_experts or not (experts_LE == all_E).all():
                 return False
         return True
+
+    def reach(self, rank: int) -> tuple[tuple[int, ...], Placement]:
+        """The ranks to which rows of a rank may travel, in order, and the placement on them, in their order."""
+        if not self.in_nodes or self.node_of_rank is None:
+            return tuple(range(self._num_ranks)), self
+        ranks = np.flatnonzero(self.node_of_rank == self.node_of_rank[rank])
+        here_P = np.isin(self.rank_of_slot, ranks)
+        rank_P = np.searchsorted(ranks, self.rank_of_slot[here_P]).astype(np.int32)
+        local_R = np.full(self._num_ranks, LOST, dtype=np.int32)
+        local_R[ranks] = np.arange(len(ranks))
+        home_LE = np.where(self.home == LOST, LOST, local_R[self.home]).astype(np.int32)
+        node_R = np.zeros(len(ranks), dtype=np.int32)
+        return tuple(ranks.tolist()), Placement(self.expert_of_slot[:, here_P], rank_P, home_LE, node_R)
+
+    @property
+    def _num_ranks(self) -> int:
+        if self.node_of_rank is not None:
+            return len(self.node_of_rank)
+        return int(self.rank_of_slot.max(initial=LOST)) + 1
 
     def slots_of(self, rank: int) -> slice:
         """The slots of one rank."""

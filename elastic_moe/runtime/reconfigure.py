@@ -23,9 +23,9 @@ from elastic_moe.control.vote import VoteResult, VoteShape, pack, packed_size, u
 from elastic_moe.optim.unit_state import UnitState
 from elastic_moe.parallel.collectives.group import HOST, Group
 from elastic_moe.parallel.transfer import exchange
-from elastic_moe.plan.placement import Placement, Topology, copies_of, default_slots, plan_placement
+from elastic_moe.plan.placement import Placement, Topology, copies_of, default_slots, nodes_of, plan_placement
 from elastic_moe.plan.shares import Speeds
-from elastic_moe.plan.state.ownership import NONE, Ownership, homes_from_roles, plan_ownership
+from elastic_moe.plan.state.ownership import NONE, Ownership, copies_from_roles, homes_from_roles, plan_ownership
 from elastic_moe.plan.state.transfers import Transfer, plan_transfers
 from elastic_moe.runtime.local_state import LocalState
 from elastic_moe.runtime.state import HeldState, merge_roles, union
@@ -224,12 +224,14 @@ class Reconfigurer:
         """Placement and ownership in the view; the same on every rank. The last vote has the experts' loads."""
         elastic, shape = self._elastic, self._shape
         load_LE = np.ones(shape) if vote is None else vote.load_LE + 1.0
-        topology = Topology(tuple(m.node for m in view.members), speeds.rows)
-        copies = copies_of(self._config, len(view.active_ranks))
-        slots = default_slots(shape[1], view, elastic.spare_slots, elastic.slots_per_worker, copies)
+        copies = copies_of(self._config, nodes_of(view))
+        slots = default_slots(shape[1], view, elastic.spare_slots, elastic.slots_per_worker, *copies)
+        topology = Topology(tuple(m.node for m in view.members), speeds.rows, copies.in_nodes)
         homes = homes_from_roles(self._units, roles_RU, view.active_ranks, shape)
-        unplaced = Placement(np.zeros((shape[0], 0), np.int32), np.zeros(0, np.int32), homes)
-        placement = plan_placement(load_LE, topology, slots, unplaced, home_moves=0)
+        there = np.zeros((shape[0], 0), np.int32), np.zeros(0, np.int32)
+        if copies.in_nodes:  # a mirror that computes with its unit is sent no weights
+            there = copies_from_roles(self._units, roles_RU, view.active_ranks, shape)
+        placement = plan_placement(load_LE, topology, slots, Placement(*there, homes), home_moves=0)
         return placement, plan_ownership(self._units, view, roles_RU, elastic.redundancy, placement.home)
 
     def take_over(

@@ -144,9 +144,9 @@ class StepRunner:
         local.reduced = step
         self._begin(step, "vote")
         total = self._vote(context, self._ballot(context, share, grad_square, wishes(), local.held_s))
-        guard, times = local.guard, context.experts.statistics().layer_time_L.numpy()
+        guard = local.guard
         spike = guard is not None and total.finite and guard.is_spike(total.loss, total.grad_norm)
-        vote = result_of(total, step, context.layout.view, times, spike, context.speeds)
+        vote = result_of(total, step, context.layout.view, spike, context.speeds)
         self._begin(step, "apply")
         self._twins.before_update(step, context.held)
         committed_at_s = self._apply(local, vote)
@@ -221,6 +221,9 @@ class StepRunner:
             value_R[context.rank] = value
             return value_R
 
+        slowest_LN = np.zeros((len(work.slowest_L), context.layout.apart_nodes))
+        if (node := context.layout.counts_for) is not None:
+            slowest_LN[:, node] = work.slowest_L
         finite = math.isfinite(grad_square)
         all_own = finite and context.layout.view.world_size == 1  # the reduced gradients are its own
         own_finite = math.isfinite(share.ce_sum) and (all_own or self.gradients.finite())
@@ -246,6 +249,7 @@ class StepRunner:
             load_LE=share.load_LE.numpy().astype(np.float64),
             nonfinite_R=own(not own_finite),
             expert_rows_R=own(work.local_tokens),
+            slowest_LN=slowest_LN,
             spent=Spent(
                 dense_s_R=own(max(0.0, clock.own_s("compute") - apart_s)),
                 expert_s_R=own(work.dispatched_s),
@@ -259,8 +263,9 @@ class StepRunner:
         """Sum of all ranks' ballots. When the all-reduce completes, the step is committed."""
         vector = torch.from_numpy(pack(ballot))
         context.group.all_reduce(vector)
-        model, ranks = self._config.model, context.layout.view.world_size
-        return unpack(Ballot, vector.numpy(), VoteShape(model.num_moe_layers, model.num_experts, ranks))
+        model, layout = self._config.model, context.layout
+        lengths = layout.view.world_size, layout.apart_nodes
+        return unpack(Ballot, vector.numpy(), VoteShape(model.num_moe_layers, model.num_experts, *lengths))
 
     def _apply(self, local: LocalState, vote: VoteResult) -> float:
         """Apply a vote's result to the held state. Purely local, so a rank with the result cannot fail to commit.

@@ -71,7 +71,13 @@ def until(what: str, holds: Callable[[], Any], timeout_s: float, alive: Callable
     return found
 
 
-def call(words: Sequence[str], log: Path, limit_s: float, variables: Mapping[str, str] | None = None) -> None:
+def call(
+    words: Sequence[str],
+    log: Path,
+    limit_s: float,
+    variables: Mapping[str, str] | None = None,
+    inside: Sequence[str] = (),
+) -> None:
     """Run a module of Python to its end, with one thread a process; what it prints is added to `log`.
 
     Args:
@@ -79,13 +85,14 @@ def call(words: Sequence[str], log: Path, limit_s: float, variables: Mapping[str
         log: file.
         limit_s: it gets at most so long.
         variables: of its environment, beside this one's.
+        inside: what the command begins with.
 
     Raises:
         CalledProcessError: it failed.
         TimeoutExpired: it did not end in time.
     """
     with log.open("a") as file:
-        subprocess.run(check=True, timeout=limit_s, **_program(words, file, variables))
+        subprocess.run(check=True, timeout=limit_s, **_program(words, file, variables, inside))
 
 
 @contextmanager
@@ -116,10 +123,12 @@ def in_progress(
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _program(words: Sequence[str], log: TextIO, variables: Mapping[str, str] | None) -> dict[str, Any]:
+def _program(
+    words: Sequence[str], log: TextIO, variables: Mapping[str, str] | None, inside: Sequence[str] = ()
+) -> dict[str, Any]:
     """How a module is run, as arguments for `subprocess`; see `call`."""
     environment = os.environ | dict(variables or {}) | {"OMP_NUM_THREADS": "1"}
-    return {"args": [sys.executable, "-m", *words], "env": environment, "stdout": log, "stderr": log}
+    return {"args": [*inside, sys.executable, "-m", *words], "env": environment, "stdout": log, "stderr": log}
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from elastic_moe.model.transformer import Transformer
 from elastic_moe.plan.batch import sample_ids
 from elastic_moe.plan.shares import fastest_split, slices_of
 from scripts.benchmarks.transformers_shape import same_shape
+from scripts.benchmarks.two_machines import LINK, enter
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Plain:
         lr: learning rate, constant.
         grad_clip: largest norm of the gradient.
         transformers: take the model of transformers, under Accelerate.
+        networks: machines over which the ranks are spread, see `two_machines`; none: all are here.
     """
 
     model: dict[str, Any]
@@ -57,6 +59,7 @@ class Plain:
     lr: float
     grad_clip: float
     transformers: bool = False
+    networks: tuple[str, ...] = ()
 
 
 class Whole(nn.Module):
@@ -105,6 +108,9 @@ def wrapped(cfg: ModelConfig, plain: Plain) -> tuple[DistributedDataParallel, to
 def train(rank: int, plain: Plain, meeting: str) -> None:
     """One rank's process."""
     torch.set_num_threads(1)
+    if plain.networks:
+        enter(plain.networks[rank * len(plain.networks) // plain.workers])
+        os.environ["GLOO_SOCKET_IFNAME"] = LINK
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(plain.workers)}  # Accelerate asks
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # but uses the group that is there
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=plain.workers)

@@ -35,7 +35,7 @@ from elastic_moe.model.params import param_specs
 from elastic_moe.plan.placement import Placement, Topology, default_slots, plan_placement
 from elastic_moe.plan.shares import Speeds
 from elastic_moe.plan.split import slowest_times, split_for_rank
-from elastic_moe.plan.state.ownership import homes_from_roles, plan_ownership
+from elastic_moe.plan.state.ownership import copies_from_roles, homes_from_roles, plan_ownership
 from elastic_moe.plan.state.schedule import Layout
 from elastic_moe.plan.state.transfers import plan_transfers
 from elastic_moe.plan.state.units import Units, build_units
@@ -106,24 +106,28 @@ def _view(num_ranks: int) -> View:
     return View(1, tuple(Member(f"w{r}", f"n{r // RANKS_PER_NODE}", r) for r in range(num_ranks)))
 
 
-def _topology(view: View) -> Topology:
-    return Topology(tuple(m.node for m in view.members), Speeds.equal(view).rows)
+def _topology(view: View, in_nodes: bool = False) -> Topology:
+    return Topology(tuple(m.node for m in view.members), Speeds.equal(view).rows, in_nodes)
 
 
-def planning(units: Units, load_LE: np.ndarray, num_ranks: int) -> dict[str, float]:
-    """Seconds of each part of planning the view after one of `num_ranks` + 1 ranks has died."""
+def planning(units: Units, load_LE: np.ndarray, num_ranks: int, in_nodes: bool = False) -> dict[str, float]:
+    """Seconds of each part of planning the view after one of `num_ranks` + 1 ranks has died.
+
+    `in_nodes`: each node has a copy of every expert, of which there is one otherwise.
+    """
     before, shape, dead = _view(num_ranks + 1), load_LE.shape, num_ranks // 2
-    placed = plan_placement(load_LE, _topology(before), default_slots(shape[1], before, 1, 0))
+    placed = plan_placement(load_LE, _topology(before, in_nodes), default_slots(shape[1], before, 1, 0, 1, in_nodes))
     none_RU = np.zeros((num_ranks + 1, len(units)), np.uint8)
     first = plan_ownership(units, before, none_RU, 1, placed.home)
     roles_RU = np.delete(first.roles(num_ranks + 1), dead, axis=0)
     view = View(2, before.members[:dead] + before.members[dead + 1 :])
     homes = homes_from_roles(units, roles_RU, view.active_ranks, shape)
-    unplaced = Placement(np.zeros((shape[0], 0), np.int32), np.zeros(0, np.int32), homes)
-    slots = default_slots(shape[1], view, 1, 0)
+    there = np.zeros((shape[0], 0), np.int32), np.zeros(0, np.int32)
+    slots = default_slots(shape[1], view, 1, 0, 1, in_nodes)
 
     def place() -> Placement:
-        return plan_placement(load_LE, _topology(view), slots, unplaced, home_moves=0)
+        held = copies_from_roles(units, roles_RU, view.active_ranks, shape) if in_nodes else there
+        return plan_placement(load_LE, _topology(view, in_nodes), slots, Placement(*held, homes), home_moves=0)
 
     placement = place()
     ownership = plan_ownership(units, view, roles_RU, 1, placement.home)
@@ -205,11 +209,13 @@ def benchmark(sizes: Sequence[int], window_s: float) -> dict[str, Any]:
     load_LE = np.random.default_rng(0).pareto(1.5, shape) * 1000 + 50
     planning(units, load_LE, RANKS_PER_NODE)  # compiles
     step(units, load_LE, RANKS_PER_NODE)
-    rows: dict[str, list[dict[str, Any]]] = {"planning_s": [], "step_s": [], "coordinator": []}
+    rows: dict[str, list[dict[str, Any]]] = {"planning_s": [], "in_nodes_s": [], "step_s": [], "coordinator": []}
     for size in sizes:
         rows["planning_s"].append({"ranks": size} | planning(units, load_LE, size))
+        rows["in_nodes_s"].append({"ranks": size} | planning(units, load_LE, size, in_nodes=True))
         rows["step_s"].append({"ranks": size} | step(units, load_LE, size))
-        say(f"{size} ranks: {rows['planning_s'][-1]['all']:.3f} s of planning")
+        flat_s, in_nodes_s = (rows[name][-1]["all"] for name in ("planning_s", "in_nodes_s"))
+        say(f"{size} ranks: {flat_s:.3f} s of planning, {in_nodes_s:.3f} with copies on every node")
         rows["coordinator"].append(coordinator(size, window_s))
         say(f"{size} workers: {rows['coordinator'][-1]}")
     slopes = {name: exponents(rows[name], "workers" if name == "coordinator" else "ranks") for name in rows}

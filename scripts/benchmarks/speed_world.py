@@ -29,7 +29,7 @@ def ballots(spent: dict[str, Floats], rows_R: Floats) -> Ballot:
     return Ballot(
         ce_sum=0.0, tokens=1, grad_square=0.0, nonfinite=0.0, reconfigure=0.0, stop=0.0, save=0.0,
         stats=ModelStats(), measures=measures, load_LE=np.zeros((1, 1)), nonfinite_R=np.zeros(len(rows_R)),
-        expert_rows_R=rows_R, spent=Spent(**spent),
+        expert_rows_R=rows_R, slowest_LN=np.zeros((1, 1)), spent=Spent(**spent),
     )  # fmt: skip
 
 

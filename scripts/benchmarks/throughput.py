@@ -7,7 +7,9 @@ Accelerate (`transformers`). All train on the same prepared corpus with the same
 step's time is the median of those after the first ones, and the ratios are of medians over the rounds.
 
 With `--link RATE` all of it happens in a network of its own, in which all ranks of a run share a link of this rate,
-and each worker of the product is on a node of its own (`cluster=simulated`). That needs root, `unshare`, `ip` and `tc`.
+and each worker of the product is on a node of its own (`cluster=simulated`). With `--machines RATE` half of the ranks
+are on each of two machines (`two_machines.py`), which such a link joins; then copies on every worker (`all`) and on
+every node (`node`) are measured too. Both need root, `ip` and `tc`, the first one `unshare`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from elastic_moe.data.prepare import prepare
 from elastic_moe.metrics.jsonl import read_jsonl
 from elastic_moe.run_dir import METRICS
 from scripts.benchmarks.common import WIDE, arguments, call, machine, median, quiet_run, run, say
+from scripts.benchmarks.two_machines import TwoMachines
 
 Json = dict[str, Any]
 
@@ -41,14 +45,16 @@ SHAPES = {
     "wide": [*PLAIN, *WIDE],
 }
 LINK = "EMOE_BENCH_LINK"  # variable with the rate of the network that this process is in
-OWN, OTHERS = ("rows", "auto"), ("plain", "transformers")
+OWN, OTHERS = {"rows": "1", "auto": "auto"}, ("plain", "transformers")
+APART = {"rows": "1", "node": "node", "all": "all", "auto": "auto"}  # side -> balance.copies, on two machines
 
 
 class Bench:
-    """The runs of one shape on so many workers, in directories below `root`."""
+    """The runs of one shape on so many workers, in directories below `root`; on two machines, if there are any."""
 
-    def __init__(self, root: Path, shape: str, workers: int, steps: int) -> None:
-        self._root, self._workers, self.steps = root, workers, steps
+    def __init__(self, root: Path, shape: str, workers: int, steps: int, machines: TwoMachines | None) -> None:
+        self._root, self._workers, self.steps, self._machines = root, workers, steps, machines
+        self._own = OWN if machines is None else APART
         self._words = [*SHAPES[shape], "optim.schedule=constant", *quiet_run(root / "cache", CORPUS_BYTES)]
         register_schema()
         (self.config,) = check(self._words)
@@ -65,11 +71,16 @@ class Bench:
             words |= {"transformers": side == "transformers"}
             words |= {"log": str(log), "steps": self.steps, "workers": self._workers}
             words |= {"lr": self.config.optim.lr, "grad_clip": self.config.optim.grad_clip}
+            words |= {"networks": self._machines.networks if self._machines is not None else ()}
             call(["scripts.benchmarks.plain_ddp", json.dumps(words)], self._root / "log", LIMIT_S)
         else:
             words = [*self._words, f"run.dir={folder}", f"run.steps={self.steps}", *self._cluster()]
-            words += ["checkpoint.every_steps=0"] + (["balance.copies=1"] if side == "rows" else [])
-            call(["elastic_moe.train", *words], self._root / "log", LIMIT_S)
+            words += ["checkpoint.every_steps=0", f"balance.copies={self._own[side]}"]
+            if self._machines is None:
+                call(["elastic_moe.train", *words], self._root / "log", LIMIT_S)
+            else:
+                where = self._machines.variables, self._machines.inside(0)
+                call(["elastic_moe.train", *words], self._root / "log", LIMIT_S, *where)
             log = folder / METRICS
         times = [line["time"] for line in read_jsonl(log)]
         return [after - before for before, after in itertools.pairwise(times)][WARM_UP - 1 :]
@@ -77,17 +88,20 @@ class Bench:
     def _cluster(self) -> list[str]:
         if os.environ.get(LINK):
             return ["cluster=simulated", f"cluster.nodes={self._workers}", "cluster.workers_per_node=1"]
+        if self._machines is not None:
+            address = f"cluster.address={self._machines.address}"
+            return ["cluster=address", address, f"cluster.workers={self._workers}"]
         return [f"cluster.workers={self._workers}"]
 
     def measure(self, rounds: int) -> Json:
-        steps_s: dict[str, list[float]] = {side: [] for side in OWN + OTHERS}
+        steps_s: dict[str, list[float]] = {side: [] for side in (*self._own, *OTHERS)}
         for number in range(rounds):
             for side, found in steps_s.items():
                 found.append(median(self.seconds_of_steps(side, number)) or 0.0)
                 say(f"{side}, round {number + 1}: a step takes {found[-1]:.3f} s")
         tokens = self.config.data.global_batch * self.config.data.seq_len
         rates = {side: tokens / (median(found) or 1.0) for side, found in steps_s.items()}
-        ratios = {f"{own}_over_{other}": rates[own] / rates[other] for own in OWN for other in OTHERS}
+        ratios = {f"{own}_over_{other}": rates[own] / rates[other] for own in self._own for other in OTHERS}
         return {"step_s": steps_s, "tokens_per_s": rates, **ratios, "model": asdict(self.config.model)}
 
 
@@ -99,13 +113,16 @@ def enter(rate: str) -> None:
     os.execvp("unshare", ["unshare", "--net", "bash", "-c", f'{limit} && exec "$@"', "bash", *program])
 
 
-def benchmark(quick: bool, shapes: Sequence[str], workers: Sequence[int], steps: int, rounds: int) -> Json:
+def benchmark(
+    quick: bool, shapes: Sequence[str], workers: Sequence[int], steps: int, rounds: int, between: str
+) -> Json:
     result: Json = {"benchmark": "throughput", "quick": quick, "machine": machine(), "steps": steps, "shapes": {}}
-    result["link"] = os.environ.get(LINK, "")
+    result |= {"link": os.environ.get(LINK, ""), "between_machines": between}
     for shape, number in itertools.product(shapes, workers):
-        with tempfile.TemporaryDirectory(prefix="emoe-bench") as root:
+        apart = TwoMachines(between, number // 2) if between else nullcontext()
+        with tempfile.TemporaryDirectory(prefix="emoe-bench") as root, apart as machines:
             say(f"{shape} on {number} workers")
-            found = Bench(Path(root), shape, number, steps).measure(rounds)
+            found = Bench(Path(root), shape, number, steps, machines).measure(rounds)
         say(str({key: value for key, value in found.items() if "_over_" in key}))
         result["shapes"].setdefault(shape, {})[str(number)] = found
     return result
@@ -119,12 +136,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=24, help="steps of a run: 24")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side: 2")
     parser.add_argument("--link", metavar="RATE", default="", help="in a network of this rate, such as 1gbit")
+    parser.add_argument("--machines", metavar="RATE", default="", help="on two machines with a link of this rate")
     options = parser.parse_args()
+    if options.machines and (options.link or any(number % 2 for number in options.workers)):
+        parser.error("--machines is for even numbers of --workers, and goes without --link")
     if options.link and os.environ.get(LINK) != options.link:
         enter(options.link)
     shapes, workers = (["tiny"], [2]) if options.quick else (options.shapes, options.workers)
     steps, rounds = (8, 1) if options.quick else (options.steps, options.rounds)
-    return run(lambda: benchmark(options.quick, shapes, workers, steps, rounds), options.json)
+    return run(lambda: benchmark(options.quick, shapes, workers, steps, rounds, options.machines), options.json)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
         return run.losses()
 
 
-@pytest.mark.parametrize("copies", ["all", "auto", "2"])
+@pytest.mark.parametrize(("copies", "nodes"), [("all", 4), ("auto", 4), ("2", 4), ("node", 2), ("node", 4)])
 def test_a_disturbed_run_has_the_losses_of_one_whose_rows_travel(
-    tmp_path: Path, undisturbed: list[float], copies: str
+    tmp_path: Path, undisturbed: list[float], copies: str, nodes: int
 ) -> None:
-    """A kill of two, a join, and a planned leave, whose worker has no expert in its last steps."""
-    with LocalRun(config_of(tmp_path / "run", 100, copies, max_workers=5), 4, nodes=4) as run:
+    """A kill of two, a join, and a planned leave, whose worker has no expert in its last steps.
+
+    On two nodes these have two workers each, then two and one, one and one, two and one, one and one.
+    """
+    with LocalRun(config_of(tmp_path / "run", 100, copies, max_workers=5), 4, nodes=nodes) as run:
         run.wait_step(8)
         run.signal("w1", signal.SIGKILL)
         run.wait_step(12)
@@ -53,6 +56,34 @@ def test_a_disturbed_run_has_the_losses_of_one_whose_rows_travel(
         assert "w2" in {e["worker"] for e in run.events() if e["event"] == "worker_left"}
         travelled = any(record["cross_node_rows"] for record in run.records() if record["world_size"] > 2)
         assert travelled == (copies == "2")
+        if nodes == 2:
+            first = placements(run.dir)[0]["moves"]
+            assert len({tuple(move[:2]) for move in first if move[3] == 1}) * 2 <= sum(m[3] == 1 for m in first)
+            assert all(len(experts) < 8 for experts in held(first).values()), "no worker has all of them"
+
+
+def test_a_whole_node_dies(tmp_path: Path, undisturbed: list[float]) -> None:
+    """Mirrors are on the other node. Its workers go on as one node, until others join on a second one."""
+    with LocalRun(config_of(tmp_path / "run", 100, "node", max_workers=4), 4, nodes=2) as run:
+        run.wait_step(10)
+        for worker in ("w1", "w3"):
+            run.signal(worker, signal.SIGKILL)
+        run.wait("2 workers", lambda s: s["world_size"] == 2 and s["entered"] and s["step"] > 12)
+        run.add("n2")
+        run.wait_end()
+        assert_same(run.losses(), undisturbed)
+        assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")
+        assert not any(record["cross_node_rows"] for record in run.records())
+        assert run.records()[-1]["world_size"] == 3
+
+
+def held(moves: list[list[int]]) -> dict[int, set[int]]:
+    """Rank -> the experts that it has a copy of, by the first moves of a run with one MoE layer."""
+    ranks: dict[int, set[int]] = {}
+    for _, expert, rank, kind in moves:
+        if kind == 1:
+            ranks.setdefault(rank, set()).add(expert)
+    return ranks
 
 
 def test_the_number_of_copies_follows_the_membership(tmp_path: Path) -> None:
@@ -80,9 +111,11 @@ def placements(run_dir: Path) -> list[dict]:
 
 def test_the_whole_model_family(tmp_path: Path) -> None:
     losses = []
-    for copies in ("1", "all"):
+    for copies, workers in (("1", 2), ("all", 2), ("node", 4)):
         config = default_scale(config_of(tmp_path / copies / "run", 8, copies))
-        with LocalRun(deepseek(replace(config, elastic=replace(config.elastic, reproducible=True))), 2) as run:
+        config = deepseek(replace(config, elastic=replace(config.elastic, reproducible=True)))
+        with LocalRun(config, workers, nodes=2) as run:
             run.wait_end()
             losses.append(run.losses())
-    assert losses[0] == losses[1], "exact sums are the same bits wherever the experts are"
+            assert any(record["cross_node_rows"] for record in run.records()) == (copies != "node")
+    assert losses[0] == losses[1] == losses[2], "exact sums are the same bits wherever the experts are"

@@ -14,7 +14,8 @@ from elastic_moe.config.schema import ModelConfig
 from elastic_moe.model.params import param_specs
 from elastic_moe.model.transformer import Transformer
 from elastic_moe.optim.unit_state import UnitState
-from elastic_moe.parallel.everywhere import ExpertsEverywhere
+from elastic_moe.parallel.expert_parallel import ExpertParallel
+from elastic_moe.parallel.experts import experts_of
 from elastic_moe.plan.placement import Placement
 from elastic_moe.plan.shares import Batching
 from elastic_moe.plan.state import buckets
@@ -51,6 +52,7 @@ MODELS = {
     "two layers at once": replace(SMALL, recompute="2"),
     "chunked logits": replace(SMALL, logits_gib=1e-9, mtp_depth=1),
 }
+APART = ("plain", "mtp", "mhc", "selective", "full")  # also where rows travel within a node
 SEQUENCES = {0: [3, 2], 1: [2, 0], 2: [0, 0]}  # rank -> of each micro-batch: one rank ends with none, one has none
 
 
@@ -64,18 +66,32 @@ def _everywhere(cfg: ModelConfig) -> Placement:
     )
 
 
-class _Rank:
-    """A rank with its model, and the state that it holds."""
+def _in_nodes(cfg: ModelConfig) -> Placement:
+    """The two ranks of the first node have half of the experts each, and the one of the second node has all."""
+    experts, half = np.arange(cfg.num_experts, dtype=np.int32), cfg.num_experts // 2
+    return Placement(
+        np.tile(experts, (cfg.num_moe_layers, 2)),
+        np.repeat(np.arange(WORLD, dtype=np.int32), [half, half, cfg.num_experts]),
+        np.tile(np.array([0] * half + [1] * (half - 1) + [2], dtype=np.int32), (cfg.num_moe_layers, 1)),
+        np.array([0, 0, 1], dtype=np.int32),
+        in_nodes=True,
+    )
 
-    def __init__(self, seat: Seat, cfg: ModelConfig, dtype: torch.dtype) -> None:
+
+class _Rank:
+    """A rank with its model, and the state that it holds. Without `apart`, each has a copy of every expert."""
+
+    def __init__(self, seat: Seat, cfg: ModelConfig, dtype: torch.dtype, apart: bool) -> None:
         self.group, self.dtype = seat.form(1, seat.rank, seat.world), dtype
-        specs, placement = param_specs(cfg), _everywhere(cfg)
+        specs, placement = param_specs(cfg), _in_nodes(cfg) if apart else _everywhere(cfg)
         units, initial = build_units(specs, 200), InitialWeights(cfg, specs, 0)
-        view = View(1, tuple(Member(f"w{r}", f"n{r}", r) for r in range(WORLD)))
+        nodes = ["a", "a", "b"] if apart else ["a", "b", "c"]
+        view = View(1, tuple(Member(f"w{r}", nodes[r], r) for r in range(WORLD)))
         ownership = plan_ownership(units, view, np.full((WORLD, len(units)), NONE, np.uint8), 1, placement.home)
         device, roles_U = torch.device("cpu"), ownership.role(seat.rank)
         self.held = HeldState.build(units, roles_U, lambda u: UnitState.initial(units[u], initial(units[u])), device)
-        self.experts = ExpertsEverywhere(self.group, placement, cfg, device)
+        self.experts = experts_of(self.group, placement, cfg, device)
+        assert isinstance(self.experts, ExpertParallel) == apart
         self.model = Transformer(cfg, self.experts)
         self.dense = DenseGradients(self.model, None)
         builder = ContextBuilder(
@@ -112,9 +128,11 @@ class _Rank:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast("cpu", self.dtype)
 
 
-def _both_ways(seat: Seat, cfg: ModelConfig, dtype: torch.dtype, room: int) -> tuple[int, list[int]]:
+def _both_ways(
+    seat: Seat, cfg: ModelConfig, dtype: torch.dtype, room: int, apart: bool = False
+) -> tuple[int, list[int]]:
     buckets.EARLY_ELEMENTS, buckets.MESSAGE_ELEMENTS, reduce_module.ROOM_BYTES = 400, 1, room
-    rank, begun = _Rank(seat, cfg, dtype), list[int]()
+    rank, begun = _Rank(seat, cfg, dtype, apart), list[int]()
     for seed in range(2):
         late, early = (rank.reduced(seed, early) for early in (False, True))
         assert late[2] == 0
@@ -126,9 +144,9 @@ def _both_ways(seat: Seat, cfg: ModelConfig, dtype: torch.dtype, room: int) -> t
     return rank.buckets, begun
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients_that_leave_early_are_complete(name: str) -> None:
-    for rank, (count, begun) in enumerate(results(WORLD, _both_ways, MODELS[name], torch.float32, 1 << 26)):
+@pytest.mark.parametrize(("name", "apart"), [*((name, False) for name in MODELS), *((name, True) for name in APART)])
+def test_gradients_that_leave_early_are_complete(name: str, apart: bool) -> None:
+    for rank, (count, begun) in enumerate(results(WORLD, _both_ways, MODELS[name], torch.float32, 1 << 26, apart)):
         assert count >= 4
         if SEQUENCES[rank][-1]:
             assert min(begun) == count, "the last bucket left within the backward pass too"

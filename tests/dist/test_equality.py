@@ -66,14 +66,18 @@ def _disturb(run: LocalRun, seed: int, events: int = EVENTS) -> list[str]:
     return done
 
 
-def test_disturbed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
-    with LocalRun(_config(tmp_path / "a" / "run", 100_000, max_workers=MOST), 4, nodes=3) as run:
+@pytest.mark.parametrize("copies", ["1", "node"])
+def test_disturbed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path: Path, copies: str) -> None:
+    config = _config(tmp_path / "a" / "run", 100_000, max_workers=MOST)
+    config.balance.copies = copies
+    with LocalRun(config, 4, nodes=3 if copies == "1" else 2) as run:
         done = _disturb(run, seed=3)
         run.coordinator.submit({"event": "stop", "reason": "enough"})
         run.wait_end()
         disturbed = run.losses()
         assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")
         assert len({r["world_size"] for r in run.records()}) >= 4, done
+        assert any(record["cross_node_rows"] for record in run.records()) == (copies == "1")
     with LocalRun(_config(tmp_path / "b" / "run", len(disturbed)), 1) as run:
         run.wait_end()
         undisturbed = run.losses()

@@ -65,11 +65,18 @@ def test_kills_joins_and_leaves(tmp_path: Path, undisturbed: list[float]) -> Non
         assert len(entered) >= 5
 
 
-@pytest.mark.parametrize("phase", ["compute", "reduce", "mirror", "vote", "apply", "publish", "committed"])
-def test_death_in_every_phase(tmp_path: Path, undisturbed: list[float], phase: str) -> None:
+PHASES = ("compute", "reduce", "mirror", "vote", "apply", "publish", "committed")
+
+
+@pytest.mark.parametrize(
+    ("phase", "copies"), [*((phase, "1") for phase in PHASES), *((phase, "node") for phase in PHASES[:2])]
+)
+def test_death_in_every_phase(tmp_path: Path, undisturbed: list[float], phase: str, copies: str) -> None:
+    """On four nodes, or on two whose workers are in groups of their own."""
     config = with_steps(tiny_config(tmp_path / "run", CORPUS), 24)
     config.faults.inject = [f"1:8:{phase}", f"0:16:{phase}"]
-    with LocalRun(config, 4, nodes=4) as run:
+    config.balance.copies = copies
+    with LocalRun(config, 4, nodes=2 if copies == "node" else 4) as run:
         run.wait_end()
         assert len(list((run.dir / "faults").iterdir())) == 2
         assert_same(run.losses(), undisturbed)

@@ -17,4 +17,4 @@ def test_the_benchmark_of_scale_runs_with_few_workers() -> None:
         assert row["false_evictions"] == 0
     assert [row["ranks"] for row in result["planning_s"]] == [16, 24]
     assert all(value > 0 for rows in (result["planning_s"], result["step_s"]) for row in rows for value in row.values())
-    assert set(result["growth_exponents"]) == {"planning_s", "step_s", "coordinator"}
+    assert set(result["growth_exponents"]) == {"planning_s", "in_nodes_s", "step_s", "coordinator"}

@@ -15,25 +15,26 @@ Legend: L MoE layers, E experts, R ranks, P slots of all ranks.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.errors import UserError
+from elastic_moe.plan.placement.in_nodes import plan_in_nodes
 from elastic_moe.plan.placement.layer import plan_layer
 from elastic_moe.plan.placement.replicas import EMPTY, sort_slots
+from elastic_moe.plan.placement.threads import for_each
 from elastic_moe.plan.values import LOST, Placement, Topology
 from elastic_moe.types import View
 
-_WORTH_THREADS = 24_000  # slots of all layers, from which on they are planned in several threads
-_MOST_THREADS = 8  # other workers of the machine plan at the same time
 _MIN_SPEED = 1e-3  # of the fastest rank's speed; slower ranks are planned for with this speed
 
 
-def default_slots(num_experts: int, view: View, spare: int, limit: int, copies: int = 1) -> list[int]:
+def default_slots(
+    num_experts: int, view: View, spare: int, limit: int, copies: int = 1, in_nodes: bool = False
+) -> list[int]:
     """Expert slots per rank and layer: an even number for so many copies and `spare` more, within the limits of the run
     and of each member.
 
@@ -45,10 +46,19 @@ def default_slots(num_experts: int, view: View, spare: int, limit: int, copies: 
         spare: slots beyond the even number.
         limit: the run's limit per rank; 0 for none.
         copies: of each expert.
+        in_nodes: so many on each node, and not in all.
 
     Raises:
         UserError: the ranks cannot hold all experts.
     """
+    if in_nodes:
+        slots = [0] * view.world_size
+        for node in {view.members[rank].node for rank in view.active_ranks}:
+            ranks = [rank for rank in view.active_ranks if view.members[rank].node == node]
+            own = View(view.generation, tuple(view.members[rank] for rank in ranks))
+            for rank, number in zip(ranks, default_slots(num_experts, own, spare, limit, copies), strict=True):
+                slots[rank] = number
+        return slots
     active = view.active_ranks
     max_slots = {
         rank: min(limit or num_experts, view.members[rank].slots or num_experts, num_experts) for rank in active
@@ -75,7 +85,7 @@ def plan_placement(
 
     Args:
         load: [L, E], tokens per expert in any unit.
-        topology: nodes and speeds of the ranks.
+        topology: nodes and speeds of the ranks, and whether each node is to have a copy of every expert.
         slots: slots of each rank, the same for all layers; 0 for a rank that computes nothing.
         previous: the placement before, in ranks of this topology (`Placement.remap_ranks`). Its homes and copies are
             kept where possible.
@@ -85,7 +95,23 @@ def plan_placement(
     Raises:
         UserError: there are fewer slots than experts.
     """
-    num_layers, num_experts = (load_LE := np.asarray(load, dtype=np.float64)).shape
+    load_LE = np.asarray(load, dtype=np.float64)
+    moves = load_LE.shape[1] if home_moves is None else home_moves
+    plan = partial(_plan_all, load_LE, home_moves=moves)
+    if topology.in_nodes:
+        return plan_in_nodes(load_LE.shape, topology, slots, previous, plan)
+    return plan(topology, slots, previous)
+
+
+def _plan_all(
+    load_LE: NDArray[np.float64],
+    topology: Topology,
+    slots: Sequence[int],
+    previous: Placement | None,
+    home_moves: int,
+) -> Placement:
+    """Choose the copies and homes of all layers, where rows may travel to every rank; see `plan_placement`."""
+    num_layers, num_experts = load_LE.shape
     start_R = np.concatenate([[0], np.cumsum(slots)]).astype(np.int64)
     rank_P = np.repeat(np.arange(len(slots), dtype=np.int64), np.asarray(slots, dtype=np.int64))
     if len(rank_P) < num_experts:
@@ -114,10 +140,10 @@ def plan_placement(
             expert_LP[layer],
             home_LE[layer],
             previous is not None and not np.array_equal(previous.rank_of_slot, rank_P),
-            num_experts if home_moves is None else home_moves,
+            home_moves,
         )
 
-    _for_each(num_layers, plan, num_layers * len(rank_P) >= _WORTH_THREADS)
+    for_each(num_layers, plan, num_layers * len(rank_P))
     if all(number in (0, num_experts) for number in slots_R.tolist()):
         _place_everywhere(expert_LP, time_L, start_R[:-1][slots_R > 0], num_experts)
     sort_slots(expert_LP, home_LE, start_R)
@@ -133,18 +159,6 @@ def _place_everywhere(
     expert_LP[:], time_L[:] = EMPTY, 1.0
     for first in first_slots.tolist():
         expert_LP[:, first : first + num_experts] = np.arange(num_experts)
-
-
-def _for_each(number: int, plan: Callable[[int], None], in_threads: bool) -> None:
-    """Plan every layer. Layers know nothing of one another, and planning one leaves the interpreter to others."""
-    threads = min(number, len(os.sched_getaffinity(0)), _MOST_THREADS)
-    if not in_threads or threads < 2:
-        for layer in range(number):
-            plan(layer)
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="plan") as pool:
-        for _ in pool.map(plan, range(number)):
-            pass
 
 
 def _speed_shares(speeds: Sequence[float], slots_R: NDArray[np.int64]) -> NDArray[np.float64]:

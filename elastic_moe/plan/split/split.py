@@ -273,6 +273,8 @@ def slowest_times(
         speeds: relative speed per rank; None for equal speeds.
     """
     load_LE = np.asarray(load, dtype=np.float64)
+    if placement.in_nodes:
+        return _slowest_in_nodes(load_LE, placement, speeds)
     num_ranks = len(speeds) if speeds is not None else int(placement.rank_of_slot.max()) + 1
     speed_R = np.array(positive_speeds(speeds, num_ranks))
     able_R = np.isin(np.arange(num_ranks), placement.rank_of_slot)
@@ -287,6 +289,20 @@ def slowest_times(
             tokens_P, _ = _solve(counts_RE, placement, layer, speeds, num_ranks, one, none)
             time_R = np.bincount(placement.rank_of_slot, weights=tokens_P, minlength=num_ranks) / speed_R
             time_L[layer] = time_R.max() / (tokens_P.sum() / speed_R[able_R].sum())
+    return time_L
+
+
+def _slowest_in_nodes(
+    load_LE: NDArray[np.float64], placement: Placement, speeds: Sequence[float] | None
+) -> NDArray[np.float64]:
+    """The same where rows stay in their node, each of which has tokens in proportion to its speed."""
+    assert placement.node_of_rank is not None
+    time_L = np.ones(len(load_LE))
+    for first in np.unique(placement.node_of_rank, return_index=True)[1].tolist():
+        ranks, part = placement.reach(first)
+        if len(part.rank_of_slot):
+            own = None if speeds is None else [speeds[rank] for rank in ranks]
+            time_L = np.maximum(time_L, slowest_times(load_LE, part, own))
     return time_L
 
 

@@ -128,6 +128,31 @@ def homes_from_roles(
     return homes_LE
 
 
+def copies_from_roles(
+    units: Sequence[Unit], roles_RU: NDArray[np.uint8], active: Sequence[int], shape: tuple[int, int]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Experts whose state the ranks have now, as present copies for the next placement. Arguments as above.
+
+    Returns:
+        Expert of each slot, int32[L, P], -1 for none, and rank of each slot, int32[P]. A rank has as many slots as it
+        has experts of one layer; those that it owns come first.
+    """
+    units, num_layers = Units.of(units), shape[0]
+    rank_H, unit_H, role_H = _holders(roles_RU, np.asarray(active, dtype=np.int64))
+    of_expert_H = units.expert_U[unit_H] >= 0
+    rank_H, unit_H, role_H = rank_H[of_expert_H], unit_H[of_expert_H], role_H[of_expert_H]
+    order_H = np.lexsort((unit_H, -role_H, units.layer_U[unit_H], rank_H))
+    rank_H, unit_H = rank_H[order_H], unit_H[order_H]
+    place_H = rank_H * num_layers + units.layer_U[unit_H]
+    nth_H = np.arange(len(place_H)) - np.searchsorted(place_H, place_H)
+    slots_R = np.zeros(len(roles_RU), dtype=np.int64)
+    np.maximum.at(slots_R, rank_H, nth_H + 1)
+    first_R = np.concatenate([[0], np.cumsum(slots_R)])
+    expert_LP = np.full((num_layers, int(first_R[-1])), -1, dtype=np.int32)
+    expert_LP[units.layer_U[unit_H], first_R[rank_H] + nth_H] = units.expert_U[unit_H]
+    return expert_LP, np.repeat(np.arange(len(slots_R), dtype=np.int32), slots_R)
+
+
 def _holders(
     held_RU: NDArray[np.uint8], active: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

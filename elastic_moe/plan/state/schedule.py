@@ -102,6 +102,8 @@ class Layout:
         placement: experts in slots.
 
     Attributes:
+        apart_nodes: nodes between which no rows travel; 1 where they do.
+        counts_for: the number of the node, among these, whose rows this rank counts in the vote; None: it counts none.
         slot_of: (MoE layer, expert) -> index among this rank's slots.
         gradients: gradients, from each rank that computes with a unit to the unit's primary.
         mirrors: reduced gradients, from primaries to mirrors.
@@ -111,8 +113,8 @@ class Layout:
         frozen_weights: weights without updates, dense units and experts alike; sent only on entering a view.
         bucket_U: int64 [U], the bucket in which each unit travels; see `Schedule.split`.
         early_bucket_U: int64 [U], that of its gradient where gradients may leave in the backward pass, else None. They
-            may where no rows travel in it and ranks are on several nodes. On one node the exchange has no wire to wait
-            for, and takes the cores from the pass.
+            may where no rows travel between nodes in it, and ranks are on several nodes. On one node the exchange has
+            no wire to wait for, and takes the cores from the pass.
     """
 
     def __init__(
@@ -121,6 +123,10 @@ class Layout:
         self.units, self.view, self.rank = Units.of(units), view, rank
         self.ownership, self.placement = ownership, placement
         self.slot_of = slots_by_expert(placement, rank)
+        node_R = placement.node_of_rank if placement.in_nodes else None
+        self.apart_nodes = 1 if node_R is None else int(node_R.max()) + 1
+        own_node = 0 if node_R is None else int(node_R[rank])
+        self.counts_for = own_node if placement.reach(rank)[0][0] == rank else None
         self._numels: list[int] = self.units.numel_U.tolist()
         is_dense_U, published_U = self.units.expert_U < 0, self.units.published_U
         parts = _ComputingRanks(self.units, view.world_size, rank, ownership, placement)
@@ -128,7 +134,7 @@ class Layout:
             self.units.numel_U, ownership.primary, parts.copies_U, view.world_size, ownership.mirrors.shape[1]
         )
         self.early_bucket_U: Ints | None = None
-        if placement.everywhere and len({member.node for member in view.members}) > 1:
+        if (placement.everywhere or placement.in_nodes) and len({member.node for member in view.members}) > 1:
             self.early_bucket_U = assign_early_buckets(
                 self.units.numel_U, ownership.primary, parts.copies_U, view.world_size, self.units.stage_U
             )

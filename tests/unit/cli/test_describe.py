@@ -13,7 +13,7 @@ from elastic_moe.cli.describe import at_change, count, main, memory, report, slo
 from elastic_moe.config.schema import BalanceConfig, ClusterConfig, DataConfig, ElasticConfig, ModelConfig, TrainConfig
 from elastic_moe.errors import UserError
 from elastic_moe.model.params import param_specs
-from elastic_moe.plan.placement import Placement, Topology, copies_of, default_slots, plan_placement
+from elastic_moe.plan.placement import Placement, Topology, copies_of, default_slots, nodes_of, plan_placement
 from elastic_moe.plan.state.buckets import bucket_elements, vector_bytes
 from elastic_moe.plan.state.ownership import NONE, homes_from_roles, plan_ownership
 from elastic_moe.plan.state.units import build_units
@@ -47,13 +47,15 @@ def test_flops_by_hand() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7, 16, 40])
 @pytest.mark.parametrize("limit", [0, 6])
-@pytest.mark.parametrize("copies", ["auto", "1", "2", "all"])
+@pytest.mark.parametrize("copies", ["auto", "1", "2", "all", "node"])
 def test_slots_are_the_planners(workers: int, limit: int, copies: str) -> None:
-    balance = BalanceConfig(copies=copies)
-    config = TrainConfig(elastic=ElasticConfig(spare_slots=2, slots_per_worker=limit), balance=balance)
-    view = View(1, tuple(Member(str(i), "n", i) for i in range(workers)))
+    """On nodes of three workers, the last of which may have fewer."""
+    balance, cluster = BalanceConfig(copies=copies), ClusterConfig(kind="simulated", workers_per_node=3)
+    elastic = ElasticConfig(spare_slots=2, slots_per_worker=limit)
+    config = TrainConfig(elastic=elastic, balance=balance, cluster=cluster)
+    view = View(1, tuple(Member(str(i), f"n{i // 3}", i) for i in range(workers)))
     try:
-        planned = max(default_slots(config.model.num_experts, view, 2, limit, copies_of(config, workers)))
+        planned = max(default_slots(config.model.num_experts, view, 2, limit, *copies_of(config, nodes_of(view))))
     except UserError:
         return
     assert slots_per_layer(config, workers) == planned
@@ -96,8 +98,8 @@ def _held_after_a_death(config: TrainConfig, workers: int) -> tuple[int, int]:
     for alive in (range(workers), range(1, workers)):
         view = View(1, tuple(Member(str(i), f"n{i}", i) for i in alive))
         ranks = len(view.members)
-        copies = copies_of(config, ranks)
-        slots = default_slots(shape[1], view, config.elastic.spare_slots, 0, copies)
+        copies = copies_of(config, [1] * ranks)
+        slots = default_slots(shape[1], view, config.elastic.spare_slots, 0, *copies)
         before = roles_RU[-ranks:]
         homes = homes_from_roles(units, before, view.active_ranks, shape)
         unplaced = Placement(np.zeros((shape[0], 0), np.int32), np.zeros(0, np.int32), homes)
@@ -124,6 +126,18 @@ def test_state_after_a_death_is_the_planners(name: str, workers: int, rel: float
     assert peak >= memory(config, workers - 1).total >= memory(config, workers).total
     assert held + moved_at_once < 1.1 * peak
     assert arrives < held
+
+
+def test_a_copy_on_each_node_is_a_part_of_the_experts_on_each_worker() -> None:
+    config = TrainConfig(balance=BalanceConfig(copies="node"), elastic=ElasticConfig(spare_slots=0))
+    experts = config.model.num_experts
+    for cluster, slots in (
+        (ClusterConfig(kind="simulated", nodes=4, workers_per_node=2), experts // 2),
+        (ClusterConfig(kind="simulated", nodes=2, workers_per_node=4), experts // 4),
+        (ClusterConfig(kind="local"), experts // 8),
+        (ClusterConfig(kind="address"), experts),
+    ):
+        assert slots_per_layer(replace(config, cluster=cluster), 8) == slots
 
 
 def test_an_exchange_needs_room_for_a_bucket() -> None:

@@ -22,8 +22,8 @@ from elastic_moe.control.vote import (
 from elastic_moe.plan.shares import Speeds
 from elastic_moe.types import Member, ModelStats, View
 
-LAYERS, EXPERTS, RANKS = 2, 3, 4
-SHAPE = VoteShape(LAYERS, EXPERTS, RANKS)
+LAYERS, EXPERTS, RANKS, NODES = 2, 3, 4, 2
+SHAPE = VoteShape(LAYERS, EXPERTS, RANKS, NODES)
 VIEW = View(7, tuple(Member(f"w{r}", "n", r, draining=r == 3) for r in range(RANKS)))
 
 
@@ -50,6 +50,7 @@ def _ballot(seed: int) -> Ballot:
         load_LE=array(LAYERS, EXPERTS),
         nonfinite_R=array(RANKS),
         expert_rows_R=array(RANKS),
+        slowest_LN=array(LAYERS, NODES),
         spent=Spent(**{item.name: array(RANKS) for item in fields(Spent)}),
     )
 
@@ -65,7 +66,7 @@ def _equal(one: Any, other: Any) -> None:
 
 def _result(ballots: list[Ballot]) -> VoteResult:
     total = unpack(Ballot, sum(pack(b) for b in ballots), SHAPE)
-    return result_of(total, 5, VIEW, np.array([1.0, 1.5]), spike=False)
+    return result_of(total, 5, VIEW, spike=False)
 
 
 def test_ballot_survives_packing() -> None:
@@ -107,7 +108,18 @@ def test_arrays_of_an_unpacked_record_are_copies() -> None:
 
 def test_a_vector_of_another_shape_is_refused() -> None:
     with pytest.raises(AssertionError, match="another shape"):
-        unpack(Ballot, pack(_ballot(0)), VoteShape(LAYERS, EXPERTS, RANKS - 1))
+        unpack(Ballot, pack(_ballot(0)), VoteShape(LAYERS, EXPERTS, RANKS - 1, NODES))
+
+
+def test_the_slowest_rank_of_any_node_makes_a_layers_time() -> None:
+    """Three active ranks with speeds 1, 1 and 1/2, and 100 rows in each layer: the mean is 40 rows of the fastest."""
+    ballots = [replace(_ballot(r), load_LE=np.full((LAYERS, EXPERTS), 100 / 12)) for r in range(RANKS)]
+    zero = np.zeros((LAYERS, NODES))
+    slowest = [np.array([[50.0, 0.0], [0.0, 0.0]]), zero, np.array([[0.0, 44.0], [0.0, 0.0]]), zero]
+    ballots = [replace(b, slowest_LN=own) for b, own in zip(ballots, slowest, strict=True)]
+    total = unpack(Ballot, sum(pack(b) for b in ballots), SHAPE)
+    assert total.layer_times([1.0, 1.0, 0.5, 0.0]).tolist() == pytest.approx([1.25, 1.0])
+    assert total.layer_times([2.0, 2.0, 1.0, 0.0]).tolist() == pytest.approx([1.25, 1.0])
 
 
 def test_view_is_left_only_when_every_rank_knows_of_a_newer_one() -> None:

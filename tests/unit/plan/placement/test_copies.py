@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from elastic_moe.config.build import build
-from elastic_moe.config.schema import BalanceConfig, DataConfig, ElasticConfig, ModelConfig, TrainConfig
+from elastic_moe.config.schema import (
+    BalanceConfig,
+    ClusterConfig,
+    DataConfig,
+    ElasticConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from elastic_moe.errors import UserError
-from elastic_moe.plan.placement import EMPTY, LOST, Placement, Topology, copies_of, default_slots, plan_placement
+from elastic_moe.plan.placement import (
+    EMPTY,
+    LOST,
+    Placement,
+    Topology,
+    copies_of,
+    default_slots,
+    expected_nodes,
+    plan_placement,
+)
 from elastic_moe.types import Member, View
 
 SMALL = ModelConfig(hidden_size=32, num_layers=2, num_dense_layers=1, num_experts=16, expert_hidden=64)
@@ -31,25 +48,54 @@ def test_what_moves_fewer_bytes(redundancy: int) -> None:
         moved = experts * (1 + max(0, ranks - 1 - redundancy) / (ranks - 1))
         for sequences in (1, 12, 24, 48, 100):
             wanted = ranks if moved <= rows * sequences / ranks else 1
-            assert copies_of(config_of(sequences=sequences, redundancy=redundancy), ranks) == wanted
+            assert copies_of(config_of(sequences=sequences, redundancy=redundancy), [1] * ranks) == (wanted, False)
 
 
 def test_one_rank_and_what_is_asked_for() -> None:
-    assert copies_of(config_of("1", 1), 1) == copies_of(config_of("auto", 1), 1) == 1
-    assert [copies_of(config_of("3"), ranks) for ranks in (2, 3, 4)] == [2, 3, 3]
-    assert copies_of(config_of("all", 1), 40) == 40
-    assert copies_of(config_of("auto", 10_000, reproducible=True), 2) == 1
+    assert copies_of(config_of("1", 1), [1]) == copies_of(config_of("auto", 1), [1]) == (1, False)
+    assert [copies_of(config_of("3"), [ranks]).number for ranks in (2, 3, 4)] == [2, 3, 3]
+    assert copies_of(config_of("all", 1), [20, 20]) == (40, False)
+    assert copies_of(config_of("auto", 10_000, reproducible=True), [1, 1]) == (1, False)
+
+
+def test_a_copy_on_each_node() -> None:
+    config = config_of("node")
+    assert copies_of(config, [4, 2]) == (1, True)
+    assert copies_of(config, [6]) == (1, False), "one node"
+    assert copies_of(config, [1, 1, 1]) == (3, False), "nodes of one rank: on every rank"
+    assert copies_of(config_of("node", slots_per_worker=8), [2, 4]) == (1, True)
+    assert copies_of(config_of("node", slots_per_worker=7), [2, 4]) == (1, False), "16 experts are too many for a node"
+
+
+def test_auto_takes_nodes_where_that_moves_less_between_them() -> None:
+    """Two nodes of four: a rank has a fourth of the experts then, and not all of them."""
+    experts, rows = 16 * 3 * 32 * 64, 4 * 64 * SMALL.experts_per_token * 32
+    chosen = [copies_of(config_of(sequences=n, redundancy=1), [4, 4]) for n in (1, 4, 8, 16, 32, 64, 128)]
+    assert chosen[0] == (1, False)
+    assert chosen[-1] == (8, False)
+    for sequences, copies in zip((1, 4, 8, 16, 32, 64, 128), chosen, strict=True):
+        everywhere = experts * (1 + 6 / 7) <= rows * sequences / 8
+        assert copies == ((8, False) if everywhere else (1, experts / 4 <= rows * sequences / 8))
+    assert (1, True) in chosen
+
+
+def test_estimates_before_there_are_nodes() -> None:
+    config = config_of()
+    for kind, expected in (("local", [6]), ("simulated", [4, 2]), ("address", [1] * 6), ("auto", [1] * 6)):
+        cluster = ClusterConfig(kind=kind, workers_per_node=4)
+        assert expected_nodes(replace(config, cluster=cluster), 6) == expected
+    assert expected_nodes(replace(config, cluster=ClusterConfig(kind="simulated", workers_per_node=4)), 2) == [2]
 
 
 def test_large_experts_stay_apart() -> None:
     config = config_of(sequences=1_000_000)
     config = TrainConfig(model=ModelConfig(hidden_size=4096, expert_hidden=2048, num_experts=64), data=config.data)
-    assert copies_of(config, 4) == 1
+    assert copies_of(config, [4]) == copies_of(config, [1] * 4) == (1, False)
 
 
 @pytest.mark.parametrize("copies", ["0", "-1", "some", "", "1.5"])
 def test_a_number_that_is_none(copies: str) -> None:
-    with pytest.raises(UserError, match=r"balance\.copies must be auto, all or a number of at least 1"):
+    with pytest.raises(UserError, match=r"balance\.copies must be auto, all, node or a number of at least 1"):
         build({"balance": {"copies": copies}})
 
 

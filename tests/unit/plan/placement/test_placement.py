@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_moe.errors import UserError
-from elastic_moe.plan.placement import EMPTY, LOST, Placement, Topology, default_slots, placement, plan_placement
+from elastic_moe.plan.placement import EMPTY, LOST, Placement, Topology, default_slots, plan_placement, threads
 from elastic_moe.plan.split import split_tokens
 from elastic_moe.types import Member, View
 
@@ -214,12 +214,14 @@ def test_default_slots() -> None:
         default_slots(16, _view((0, False), (0, False)), 1, 7)
 
 
-def test_threads_change_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_nodes", [False, True])
+def test_threads_change_no_plan(monkeypatch: pytest.MonkeyPatch, in_nodes: bool) -> None:
     load_LE = np.random.default_rng(3).pareto(1.5, (24, 32)) * 1000
-    topology, slots = Topology(tuple(f"n{r // 4}" for r in range(16)), (1.0,) * 16), [3] * 16
+    topology = Topology(tuple(f"n{r // 4}" for r in range(16)), (1.0,) * 16, in_nodes)
+    slots = [9 if in_nodes else 3] * 16
     plans = []
     for worth in (10**9, 1):
-        monkeypatch.setattr(placement, "_WORTH_THREADS", worth)
+        monkeypatch.setattr(threads, "WORTH_THREADS", worth)
         monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
         first = plan_placement(load_LE, topology, slots)
         plans.append((first, plan_placement(load_LE[::-1], topology, slots, first, home_moves=1)))

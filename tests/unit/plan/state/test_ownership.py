@@ -6,7 +6,15 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.plan.state.ownership import MIRROR, NONE, PRIMARY, Ownership, homes_from_roles, plan_ownership
+from elastic_moe.plan.state.ownership import (
+    MIRROR,
+    NONE,
+    PRIMARY,
+    Ownership,
+    copies_from_roles,
+    homes_from_roles,
+    plan_ownership,
+)
 from elastic_moe.plan.state.transfers import plan_transfers
 from elastic_moe.plan.state.units import Units, unit_work
 from elastic_moe.types import Member, Part, Unit, View
@@ -162,6 +170,21 @@ def test_homes_are_the_strongest_active_holders() -> None:
     homes_LE = homes_from_roles(units, roles_RU, (1, 2), (1, 4))
     assert homes_LE.dtype == np.int32
     assert homes_LE.tolist() == [[2, 1, 1, -1]]
+
+
+def test_copies_are_what_active_ranks_hold() -> None:
+    units = [_unit(0, 10), *(_unit(1 + e, 10, e, 0) for e in range(3)), *(_unit(4 + e, 10, e, 1) for e in range(3))]
+    roles_RU = np.full((3, 7), NONE, np.uint8)
+    roles_RU[:, 0] = PRIMARY  # a dense unit is no expert
+    roles_RU[0, 1:] = PRIMARY  # rank 0 drains
+    roles_RU[1, [1, 3, 6]] = MIRROR, PRIMARY, PRIMARY
+    roles_RU[2, [2, 4, 5]] = PRIMARY, MIRROR, MIRROR
+    expert_LP, rank_P = copies_from_roles(units, roles_RU, (1, 2), (2, 3))
+    assert rank_P.tolist() == [1, 1, 2, 2]
+    assert expert_LP.tolist() == [[2, 0, 1, -1], [2, -1, 0, 1]]
+    expert_LP, rank_P = copies_from_roles(units, np.zeros((3, 7), np.uint8), (1, 2), (2, 3))
+    assert expert_LP.shape == (2, 0)
+    assert rank_P.shape == (0,)
 
 
 @settings(deadline=None)

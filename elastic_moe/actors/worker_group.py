@@ -139,9 +139,12 @@ class ElasticWorkerGroup(WorkerGroup):
             logger.info("%d workers of a controller that died train on", taken)
 
     def fill_slots(self) -> None:
-        """Accept the workers that have started since, and begin to fill empty slots. Never waits."""
+        """Accept the workers that have started since, and begin to fill empty slots. Never waits.
+
+        Once nothing is to be filled, workers that are being started are given up.
+        """
         now_s = time_monotonic()
-        surplus = sum(slot.start is not None for slot in self._slots) - self.limit
+        surplus = sum(slot.start is not None for slot in self._slots) - (self.limit if self.filling else 0)
         for index, slot in enumerate(self._slots):
             if surplus > 0 and slot.start is not None and slot.start.worker is None:
                 slot.start.cancel()  # its demand is withdrawn; a worker that runs is drained by the coordinator

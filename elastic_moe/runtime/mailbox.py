@@ -101,17 +101,22 @@ class Inbox:
                 raise Evicted(self.evicted)
             return None if self._released or self._closed else self._next(after_generation)
 
-    def wait_welcome(self, patience_s: float) -> None:
+    def wait_welcome(self, patience_s: float) -> bool:
         """Wait until the coordinator has registered this worker.
+
+        Returns whether it has: it releases one that comes when the run is over, or from a node that drains.
 
         Raises:
             Evicted, CoordinatorLost: as `wait_view`.
         """
         with self._changed:
-            while not self._changed.wait_for(lambda: self.evicted or self._closed or self.welcome, SLICE_S):
+            while not self._changed.wait_for(
+                lambda: self.evicted or self._closed or self._released or self.welcome, SLICE_S
+            ):
                 self.check_heard(patience_s)
             if self.evicted:
                 raise Evicted(self.evicted)
+            return self.welcome is not None
 
     def check_heard(self, patience_s: float) -> None:
         """Return unless the coordinator was not heard for too long.

@@ -297,7 +297,7 @@ def run_worker(
         origin: when and where it was placed; None: when this process began, on a node of no known kind.
 
     Returns:
-        `committed`: last committed step; `ended`: "finished", "stopped" or "released".
+        `committed`: last committed step, -1 without state; `ended`: "finished", "stopped" or "released".
 
     Raises:
         Evicted: this worker was removed from the run and must not go on.
@@ -322,7 +322,8 @@ def run_worker(
             logging_of_run(config.run.log_format, run or Path(config.run.dir).name, where),
             logging_to(client.event, node),
         ):
-            client.inbox.wait_welcome(elastic.hold_s)
+            if not client.inbox.wait_welcome(elastic.hold_s):
+                return {"ended": "released", "committed": -1}
             config, prepared = localised(config, prepared, token, node, lambda: client.inbox.welcome, client.event)
             made.append(Worker(config, prepared, client, token))
             return made[0].run()

@@ -11,7 +11,7 @@ import pytest
 from elastic_moe.config.schema import TrainConfig
 from tests.local_run import LocalRun, tiny_config
 
-RTOL = 1e-5
+RTOL, PATIENCE_S = 1e-5, 120.0
 CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split" / "split.py"
 pytestmark = pytest.mark.timeout(600)
 
@@ -63,6 +63,21 @@ def test_kills_joins_and_leaves(tmp_path: Path, undisturbed: list[float]) -> Non
         assert [e["lost_steps"] for e in entered] == [0] * len(entered)
         assert run.processes["w3"].pid == survivor
         assert len(entered) >= 5
+
+
+def test_a_worker_that_comes_too_late_or_to_a_node_that_drains_ends_at_once(tmp_path: Path) -> None:
+    """It is released and not registered. Without an answer it would wait for `elastic.hold_s`, and then fail."""
+    config = with_steps(tiny_config(tmp_path / "run", CORPUS, hold_s=1000.0), 100_000)
+    with LocalRun(config, 2) as run:
+        run.wait_step(2)
+        run.coordinator.submit({"event": "drain", "node": "gone", "deadline_s": 900.0})
+        turned_away = run.processes[run.add("gone")]
+        turned_away.join(PATIENCE_S)
+        run.coordinator.submit({"event": "stop", "reason": "enough"})
+        run.wait_end()
+        late = run.processes[run.add()]
+        late.join(PATIENCE_S)
+        assert (turned_away.exitcode, late.exitcode) == (0, 0)
 
 
 PHASES = ("compute", "reduce", "mirror", "vote", "apply", "publish", "committed")

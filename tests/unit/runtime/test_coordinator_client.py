@@ -218,6 +218,17 @@ def test_a_release_and_a_close_end_the_wait() -> None:
         assert results == [1, None]
 
 
+def test_a_worker_may_be_released_instead_of_registered() -> None:
+    for message, registered in ((msg.ReleaseMessage(), False), (msg.WelcomeMessage(), True)):
+        inbox = Inbox("w")
+        results: list[Any] = []
+        waiting = threading.Thread(target=lambda i=inbox, r=results: r.append(i.wait_welcome(TIMEOUT_S)))
+        waiting.start()
+        inbox.receive(message)
+        waiting.join(TIMEOUT_S)
+        assert results == [registered]
+
+
 # --- the outbox -------------------------------------------------------------------------------------------------------
 
 

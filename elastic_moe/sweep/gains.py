@@ -3,7 +3,8 @@
 A small model may train no faster on four workers than on one, and on shared processors slower. Trials of a sweep mostly
 have one shape, so what was measured on one trial holds for all of its kind. More workers are given to trials whose
 speed is known with those that they have. When they have trained with more for a while, the two speeds are compared.
-Where the workers that came last bring too little, all trials of the kind go back to what they had.
+Where the workers that came last bring too little, all trials of the kind go back, and a number in between is tried, if
+there is one that is far enough from both.
 
 Trials may share processors. So a speed counts if the pool has not changed since, and nobody is given more before every
 trial that trains is measured.
@@ -11,6 +12,7 @@ trial that trains is measured.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -100,7 +102,7 @@ class Gains:
         self._every_known_s = 0.0
         self._may_grow = False
         self._speeds: dict[str, dict[int, float]] = {}  # kind -> workers -> tokens/s
-        self._most: dict[str, int] = {}  # kind -> workers of which the next ones bring too little
+        self._limits: dict[str, tuple[int, int]] = {}  # kind -> workers that pay, and more that bring too little
 
     def look(self, looks: Sequence[Look], now_s: float) -> list[str]:
         """Take in what is seen of all trials that have a process. Returns lines to be told."""
@@ -127,7 +129,7 @@ class Gains:
         """Workers that a trial may be given at most. `most`: those that it could use. A trial that waits has none."""
         if not self._least:
             return most
-        most = min(most, self._most.get(look.kind, most))
+        most = min(most, self._limit(look.kind, most))
         grows = not look.allowed or (self._may_grow and look.trial in self._known)
         return most if grows else min(most, look.allowed)
 
@@ -142,14 +144,25 @@ class Gains:
         speeds = self._speeds.setdefault(look.kind, {})
         speeds[look.workers] = speed
         fewer = [workers for workers in speeds if workers * CLEAR <= look.workers]
-        if not fewer or look.workers > self._most.get(look.kind, look.workers):
+        pays, too_many = self._limits.get(look.kind, (0, look.workers + 1))
+        if not fewer or look.workers >= too_many:
             return []
         base = max(fewer)
         if speed >= speeds[base] * (1 + self._least * (look.workers / base - 1)):
+            if look.kind in self._limits:
+                self._limits[look.kind] = max(pays, look.workers), too_many
             return []
-        self._most[look.kind] = base
-        times = speed / speeds[base]
+        self._limits[look.kind] = base, look.workers
+        times, limit = speed / speeds[base], self._limit(look.kind, base)
         return [
             f"trial {look.trial}: {look.workers} workers train {times:.2f} times as fast as {base}, so trials like it "
-            f"have {base} at most (sweep.min_gain={self._least:g})"
+            f"have {limit} at most (sweep.min_gain={self._least:g})"
         ]
+
+    def _limit(self, kind: str, unknown: int) -> int:
+        """Most workers of such a trial: those that pay, or more that may. `unknown`: where nothing was too much yet."""
+        if kind not in self._limits:
+            return unknown
+        pays, too_many = self._limits[kind]
+        between = math.isqrt(pays * too_many)
+        return between if between >= CLEAR * pays else pays

@@ -80,6 +80,21 @@ def test_small_additions_are_compared_once_they_have_added_up() -> None:
     assert pool.most(0) == 6
 
 
+def test_the_number_that_pays_is_found_from_below_and_above() -> None:
+    """Four workers train three times as fast as one, and eight no faster than two."""
+    speeds = {1: 100.0, 2: 180.0, 4: 300.0, 8: 150.0}
+    pool, tried = Pool(Gains(0.2), lambda workers, _: speeds[workers]), []
+    pool.workers = {0: 1}
+    for _ in range(6):
+        pool.train(10)
+        tried.append(pool.most(0))
+        pool.workers = {0: tried[-1]}
+    assert tried == [8, 2, 4, 4, 4, 4]
+    assert pool.told == [
+        "trial 0: 8 workers train 1.50 times as fast as 1, so trials like it have 2 at most (sweep.min_gain=0.2)"
+    ]
+
+
 def test_a_speed_counts_only_in_the_pool_in_which_it_was_measured() -> None:
     """Four trials share two processors. When two end, the others are twice as fast, with or without more workers."""
     pool = Pool(Gains(0.2), lambda workers, everyone: 100.0 * workers * min(1.0, 2 / everyone))

@@ -218,8 +218,9 @@ def _hello(state: State, event: Hello, now_s: float, config: ElasticConfig) -> O
         state = replace(state, records={**state.records, worker: record}, absent=absent)
     record = state.records[worker]
     member, entered = replace(record.member, address=event.address), max(event.entered, record.entered)
-    state = state.with_record(worker, member=member, entered=entered, on_spot=event.on_spot)
-    state = state.with_record(worker, last_heard_s=now_s, missing=False, closed_s=None)
+    state = state.with_record(
+        worker, member=member, entered=entered, on_spot=event.on_spot, last_heard_s=now_s, missing=False, closed_s=None
+    )
     state = replace(state, step=max(state.step, event.step), unheard=state.unheard - {worker})
     commands += [Welcome(worker), _log_event(state, "worker_readmitted" if returns else "worker_connected", worker)]
     view = state.view

@@ -54,7 +54,7 @@ class Sweep:
     def __init__(self, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._task, self._config = hydra_context, task_function, config
         self._rungs: Rungs | None = None
-        self._gains: Gains | None = None
+        self._gains = Gains(0.0)
         self._records: dict[int, TrialRecord] = {}
         self._dirs: dict[int, Path] = {}
 
@@ -84,8 +84,8 @@ class Sweep:
         waiting = [trial for trial in trials if trial.returned is None]
         if waiting:
             with tempfile.TemporaryDirectory(prefix="emoe_sweep") as folder, self._cluster(waiting) as shared:
-                gains = self._gains or Gains(0.0)
-                scheduler = Scheduler(trials, shared, self._rungs, gains, self._job(shared), Path(folder), tell)
+                job = self._job(shared)
+                scheduler = Scheduler(trials, shared, self._rungs, self._gains, job, Path(folder), tell)
                 signum = scheduler.run()
         if ours:
             self._show(trials)

@@ -76,11 +76,8 @@ class Bench:
         else:
             words = [*self._words, f"run.dir={folder}", f"run.steps={self.steps}", *self._cluster()]
             words += ["checkpoint.every_steps=0", f"balance.copies={self._own[side]}"]
-            if self._machines is None:
-                call(["elastic_moe.train", *words], self._root / "log", LIMIT_S)
-            else:
-                where = self._machines.variables, self._machines.inside(0)
-                call(["elastic_moe.train", *words], self._root / "log", LIMIT_S, *where)
+            where = () if self._machines is None else (self._machines.variables, self._machines.inside(0))
+            call(["elastic_moe.train", *words], self._root / "log", LIMIT_S, *where)
             log = folder / METRICS
         times = [line["time"] for line in read_jsonl(log)]
         return [after - before for before, after in itertools.pairwise(times)][WARM_UP - 1 :]

@@ -7,7 +7,6 @@ What a killed run of these tests left is removed by the next one.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import subprocess
@@ -19,10 +18,10 @@ import psutil
 import pytest
 
 from elastic_moe.config.schema import TrainConfig
+from scripts.benchmarks.two_machines import enter
 from tests.local_run import LocalRun, tiny_config
 
 NET, NOBODY = "10.213.7", "02:00:00:00:00:99"
-CLONE_NEWNET = 0x40000000
 CORPUS = Path(__file__).resolve().parents[2] / "elastic_moe" / "plan" / "split" / "split.py"
 RTOL = 1e-5
 STEPS = 100  # that are compared
@@ -113,9 +112,7 @@ pytestmark = pytest.mark.timeout(600)
 
 def _work_inside(config: TrainConfig, address: tuple[str, int], prepared: Any, worker: str, node: str) -> None:
     """A worker's process; its node is the name of its namespace."""
-    with open(f"/var/run/netns/{node}") as namespace:
-        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {node}")
+    enter(node)
     LocalRun.work(config, address, prepared, worker, node)
 
 

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,6 +83,7 @@ class Storage:
                 f"checkpoint.dir={root_uri} cannot be used ({error}); give a path, s3:// or gs:// URI"
             ) from error
         self._local = isinstance(self._fs, pafs.LocalFileSystem)
+        self._flat = isinstance(self._fs, pafs.GcsFileSystem)
 
     def path(self, name: str) -> str:
         """Full path of a name relative to the root."""
@@ -137,12 +139,15 @@ class Storage:
         """
 
         def action(activity: Activity) -> None:
-            with self._fs.open_input_file(self.path(name)) as file:
+            path = self.path(name)
+            if self._flat:  # the first request of a file keeps the interpreter from all threads: does the store answer?
+                self._fs.get_file_info(path)
+            with self._fs.open_input_file(path) as file:
                 for offset, buffer in spans:
                     file.seek(offset)
                     for piece in in_pieces([buffer]):
                         if file.readinto(piece) != len(piece):
-                            raise CorruptCheckpoint(f"{self.path(name)} is truncated")
+                            raise CorruptCheckpoint(f"{path} is truncated")
                         activity.moved(len(piece))
 
         self._bounded(action)
@@ -168,14 +173,16 @@ class Storage:
         def action(activity: Activity) -> str:
             if self._local and not is_regular(path):
                 raise CorruptCheckpoint(f"{path} is no file")
-            digest = hashlib.sha256()
-            with self._fs.open_input_file(path) as stream:
-                if stream.size() != size:
-                    raise CorruptCheckpoint(f"{path} has {stream.size()} bytes, not {size}")
-                buffer = memoryview(bytearray(max(1, min(PIECE, stream.size()))))
-                while count := stream.readinto(buffer):
+            digest, total = hashlib.sha256(), 0
+            with self._fs.open_input_stream(path) as stream:
+                found = self._fs.get_file_info(path).size
+                buffer = memoryview(bytearray(max(1, min(PIECE, size))))
+                while found == size and (count := stream.readinto(buffer)):
                     digest.update(buffer[:count])
+                    total += count
                     activity.moved(count)
+            if found != size or total != size:
+                raise CorruptCheckpoint(f"{path} has {total if found == size else found} bytes, not {size}")
             return digest.hexdigest()
 
         return self._bounded(action)
@@ -198,15 +205,34 @@ class Storage:
 
     def remove_directory(self, name: str) -> None:
         """Delete a directory with its content."""
-        self._bounded(lambda _: self._fs.delete_dir(self.path(name)))
+        path = self.path(name)
+        try:
+            self._bounded(lambda _: self._fs.delete_dir(path))
+        except FileNotFoundError:  # of Google's, in the end: the directory itself has no object (see `_direct`)
+            if not self._flat or self._list(path):
+                raise
 
     def _list(self, path: str) -> list[pafs.FileInfo]:
         """What lies directly in a directory, in no order; an empty list if it does not exist."""
-        selector = pafs.FileSelector(path, allow_not_found=True)
-        return self._bounded(lambda _: self._fs.get_file_info(selector))
+        selector = pafs.FileSelector(path, allow_not_found=True, recursive=self._flat)
+        infos: list[pafs.FileInfo] = self._bounded(lambda _: self._fs.get_file_info(selector))
+        return _direct(infos, path) if self._flat else infos
 
     def _bounded(self, action: Callable[[Activity], T]) -> T:
         return bounded(self._place, action, TIMEOUT_S, self._activity)
+
+
+def _direct(infos: Iterable[pafs.FileInfo], path: str) -> list[pafs.FileInfo]:
+    """What lies directly in a directory, of all that lies below it.
+
+    Google's store has no directories. Asked for what lies directly in one, pyarrow leaves out those that have no object
+    of their own (https://github.com/apache/arrow/issues/35993): all that are but part of the names of files.
+    """
+    found: dict[str, pafs.FileInfo] = {}
+    for info in infos:
+        name, is_deeper, _ = info.path.removeprefix(f"{path}/").partition("/")
+        found[name] = pafs.FileInfo(f"{path}/{name}", pafs.FileType.Directory) if is_deeper else info
+    return list(found.values())
 
 
 def probe(root_uri: str) -> None:
@@ -255,6 +281,8 @@ def open_filesystem(root_uri: str) -> tuple[pafs.FileSystem, str]:
     if isinstance(filesystem, pafs.S3FileSystem):
         # Only a write in the background refuses to publish an object of which a part failed.
         filesystem = _changed(filesystem, background_writes=True, request_timeout=TIMEOUT_S / _S3_REQUESTS)
+    elif isinstance(filesystem, pafs.GcsFileSystem):  # by itself it would ask again for a quarter of an hour
+        filesystem = _changed(filesystem, retry_time_limit=timedelta(seconds=TIMEOUT_S))
     return filesystem, root.rstrip("/")
 
 
@@ -267,7 +295,7 @@ def _for_one_request(root_uri: str) -> pafs.FileSystem:
     return filesystem
 
 
-def _changed(filesystem: pafs.S3FileSystem, **options: Any) -> pafs.FileSystem:
+def _changed(filesystem: pafs.S3FileSystem | pafs.GcsFileSystem, **options: Any) -> pafs.FileSystem:
     rebuild, (present, *_) = filesystem.__reduce__()
     return rebuild(present | options)
 

@@ -111,7 +111,7 @@ def why_unreadable(error: BaseException) -> str:
         error = error.__cause__  # fsspec has but the address in its own
     if isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError):
         return f"its server says nothing for {SILENCE_S:g} s"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
 
 
 def has_changed(path: str, size: int, version: int) -> bool:
@@ -122,7 +122,8 @@ def has_changed(path: str, size: int, version: int) -> bool:
     """
     scheme = scheme_of(path)
     if scheme in SERVERS:
-        now = _patiently(lambda: _of_server(path, _server(scheme).info(path)))
+        ask = _ask_hub if scheme == "hf" else _server(scheme).info
+        now = _patiently(lambda: _of_server(path, ask(path)))
     elif scheme:
         filesystem, inner = _store(path)
         info = filesystem.get_file_info(inner)
@@ -141,6 +142,17 @@ def _list_server(url: str) -> list[Listed]:
         entries = server.find(url, detail=True).values()
         return [_of_server(f"hf://{entry['name']}", entry) for entry in entries]
     return [_of_server(url, info)]
+
+
+def _ask_hub(path: str) -> dict[str, Any]:
+    """What the hub tells of a file now; its file system keeps what it was told before."""
+    from huggingface_hub import HfApi
+
+    at = _server("hf").resolve_path(path)
+    found = HfApi().get_paths_info(at.repo_id, at.path_in_repo, revision=at.revision, repo_type=at.repo_type)
+    if not found:
+        raise FileNotFoundError(f"{path} is no more")
+    return vars(found[0])
 
 
 def _of_server(path: str, info: dict[str, Any]) -> Listed:

@@ -1,8 +1,10 @@
 """Soak: whole runs on simulated clusters under random faults, `python -m scripts.chaos --hours N --seed S --out JSON`.
 
 Each run is the real program on four Ray nodes with one worker each, and ends with the checks of
-`scripts/benchmarks/chaos_run.py`. Its losses are compared, bit for bit, with those of an undisturbed run. The file is
-written anew after every run, so an interrupted soak leaves what it has found.
+`scripts/benchmarks/chaos_run.py`. Its losses are compared, bit for bit, with those of an undisturbed run. With `--mix`
+every few runs train something else (`scripts/benchmarks/chaos_recipes.py`), and have an undisturbed run of their own;
+where sums are not exact, losses are to be near. The file is written anew after every run, so an interrupted soak leaves
+what it has found.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ import psutil
 
 from scripts.benchmarks.chaos_cluster import ROOT, adopt_orphans, can_reset, descendants
 from scripts.benchmarks.chaos_faults import WEIGHTS, schedule
+from scripts.benchmarks.chaos_recipes import Recipe, draw_recipe
 from scripts.benchmarks.chaos_run import wrong_losses
 from scripts.benchmarks.common import machine, say
 
 PATIENCE_S = 1000.0  # for one run, and its cluster's start
-BATCH = 6  # runs on one cluster
+BATCH, OF_ONE_RECIPE = 6, 2  # runs on one cluster; and with `--mix`
 CLUSTERS_FAILED = 10  # clusters that did not start or end well, after which the soak ends
 STOPPED = (0, 143, -signal.SIGTERM)  # exit codes of a process that ended well or was asked to
 
@@ -90,14 +93,16 @@ class Batch:
         return failed
 
 
-def draw(seed: int, steps: int, cache: Path, kinds: tuple[str, ...]) -> Json:
-    """The settings of one run."""
+def draw(seed: int, steps: int, cache: Path, kinds: tuple[str, ...], recipe: Recipe) -> Json:
+    """The settings of one run that trains the recipe."""
     rng = random.Random(f"settings {seed}")
     faults = schedule(seed, steps, kinds)
     return {
         "seed": seed,
         "steps": steps,
         "redundancy": rng.choice([1, 2]),
+        "recipe": recipe.words,
+        "exact": recipe.exact,
         "faulty_storage": any(fault["kind"] == "storage" for fault in faults),
         "cache": str(cache),
         "schedule": faults,
@@ -130,10 +135,15 @@ class Soak:
         return self._number >= self._options.runs or hours >= self._options.hours
 
     def run(self) -> Json:
-        """Run batches; the first run of all is undisturbed."""
+        """Run batches; the first run of all, or of each recipe, is undisturbed."""
+        recipe, mix = Recipe((), exact=True), self._options.mix
         while not self.over and len(self.result["clusters_failed"]) < CLUSTERS_FAILED:
-            numbers = [*([] if self._losses else [0]), *range(self._number + 1, self._number + 1 + BATCH)]
-            drawn = [self._draw(number) for number in numbers]
+            first = self._number + 1
+            if mix:
+                recipe, self._losses = draw_recipe(self._options.seed * 1000 + first), []
+                say(f"from run {first} on: {' '.join(recipe.words)}")
+            numbers = [*([] if self._losses else [0]), *range(first, first + (OF_ONE_RECIPE if mix else BATCH))]
+            drawn = [self._draw(number, recipe) for number in numbers]
             places = [self._root / f"run{number}" for number in numbers]
             batch = Batch(places, drawn)
             try:
@@ -149,27 +159,30 @@ class Soak:
         for number, settings, place in zip(numbers, drawn, places, strict=True):
             if (number and self.over) or (outcome := batch.outcome(place)) is None:
                 return
-            self._number = number
+            self._number = number or self._number
             self._take(settings, outcome, place)
             if outcome["failed"]:
                 return
 
-    def _draw(self, number: int) -> Json:
-        settings = draw(self._options.seed * 1000 + number, self._options.steps, self._root / "cache", self._kinds)
+    def _draw(self, number: int, recipe: Recipe) -> Json:
+        seed = self._options.seed * 1000 + number
+        settings = draw(seed, self._options.steps, self._root / "cache", self._kinds, recipe)
         return settings if number else settings | {"schedule": [], "faulty_storage": False}
 
     def _take(self, settings: Json, outcome: Json, place: Path) -> None:
         """Compare a run's losses, and write its outcome."""
         found = outcome.pop("losses", [])
         if not settings["schedule"]:
-            if outcome["failed"]:
+            if not outcome["failed"]:
+                self._losses = found
+                self.result["undisturbed"] = outcome | {"recipe": settings["recipe"], "last_loss": found[-1]}
+                say(f"undisturbed: {outcome['seconds']} s, last loss {found[-1]}")
+                return
+            if not self._options.mix:
                 raise SystemExit(f"error: the undisturbed run fails: {outcome['failed']}")
-            self._losses = found
-            self.result["undisturbed"] = outcome | {"last_loss": found[-1]}
-            say(f"undisturbed: {outcome['seconds']} s, last loss {found[-1]}")
-            return
-        if found:
-            outcome["failed"] += wrong_losses(found, self._losses)
+            self._number += 1  # with the next one's recipe
+        elif found:
+            outcome["failed"] += wrong_losses(found, self._losses, settings["exact"])
         del settings["cache"], settings["schedule"]  # the faults are in the outcome
         self.result["runs"].append(settings | outcome)
         _report(self._number, self.result["runs"][-1])
@@ -211,6 +224,7 @@ def main() -> int:
     parser.add_argument("--hours", type=float, default=1.0, help="no run begins later than this")
     parser.add_argument("--runs", type=int, default=1_000_000, help="most runs")
     parser.add_argument("--seed", type=int, default=0, help="of the schedules")
+    parser.add_argument("--mix", action="store_true", help="draw what is trained, too, every few runs")
     parser.add_argument("--steps", type=int, default=120, help="training steps of each run")
     parser.add_argument("--out", type=Path, help="file that takes the outcomes")
     parser.add_argument("--keep", type=Path, help="directory that keeps the files of runs that failed")

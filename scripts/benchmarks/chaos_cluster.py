@@ -129,9 +129,11 @@ class ChaosCluster:
     def _end_nodes(self) -> None:
         with suppress(Exception):  # what a failed start has left is ended below
             self.cluster.shutdown()
-        for process in descendants():
+        left = descendants()
+        for process in left:
             with suppress(psutil.Error):
                 process.kill()
+        psutil.wait_procs(left, 10)  # else they may write into the directory while it is deleted
 
     def __exit__(self, *_: object) -> None:
         if self.driver is not None and self.driver.poll() is None:

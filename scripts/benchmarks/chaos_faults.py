@@ -73,10 +73,13 @@ class Faults:
 
     Args:
         cluster: where the run is.
+
+    Attributes:
+        storage_fails: now.
     """
 
     def __init__(self, cluster: ChaosCluster) -> None:
-        self._cluster = cluster
+        self._cluster, self.storage_fails = cluster, False
         self._later: list[tuple[float, Callable[[], Any]]] = []
 
     def cause(self, fault: Json) -> Json:
@@ -166,9 +169,13 @@ class Faults:
         return [driver.pid]
 
     def _storage(self, fault: Json) -> str:
-        set_fault(self._cluster.control, fault["fault"])
-        self._after(fault["lasts_s"], lambda: set_fault(self._cluster.control, ""))
+        self._set_storage(fault["fault"])
+        self._after(fault["lasts_s"], lambda: self._set_storage(""))
         return fault["fault"]
+
+    def _set_storage(self, fault: str) -> None:
+        set_fault(self._cluster.control, fault)
+        self.storage_fails = bool(fault)
 
     def _reset_control(self, fault: Json) -> int:
         one = self._chosen(fault, ROOM if fault["pick"] < 0.5 else 1)

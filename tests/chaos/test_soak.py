@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.cli.compose import check, register_schema
 from elastic_moe.metrics.schema import EVENT_KINDS
 from scripts.benchmarks.chaos_faults import FATAL, WEIGHTS, schedule
-from scripts.benchmarks.chaos_run import avoidable_losses, wrong_checkpoint, wrong_losses, wrong_records
+from scripts.benchmarks.chaos_recipes import GROUPS, INEXACT, draw_recipe
+from scripts.benchmarks.chaos_run import avoidable_losses, overrides, wrong_checkpoint, wrong_losses, wrong_records
 
 STEPS = 120
 
@@ -35,6 +37,17 @@ def test_every_kind_is_drawn_and_none_that_is_left_out() -> None:
     assert {fault["kind"] for seed in range(100) for fault in schedule(seed, STEPS, without)} == set(without)
 
 
+def test_recipes_can_be_trained_and_every_setting_is_drawn(tmp_path: Path) -> None:
+    register_schema()
+    drawn = [draw_recipe(seed) for seed in range(80)]
+    assert drawn[7] == draw_recipe(7)
+    for recipe in drawn:
+        (config,) = check(overrides(tmp_path / "run", tmp_path, STEPS, 1, recipe.words))
+        assert config.elastic.reproducible == recipe.exact
+    words = {word for group in (*GROUPS, *INEXACT) for choice in group for word in choice.split()}
+    assert words == {word for recipe in drawn for word in recipe.words}
+
+
 def test_a_missing_a_repeated_and_a_late_step_are_found(tmp_path: Path) -> None:
     def complaints(steps: list[int]) -> list[str]:
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
@@ -51,6 +64,9 @@ def test_losses_that_differ_in_the_last_bit_are_found() -> None:
         "the losses differ from the undisturbed run's from step 2 on"
     ]
     assert wrong_losses([1.0], [1.0, 2.0])
+    for far, complaints in ((1.99, 0), (2.1, 1)):
+        assert len(wrong_losses([1.0, far], [1.0, 2.0], exact=False)) == complaints
+    assert wrong_losses([1.0], [1.0, 2.0], exact=False)
 
 
 def test_a_run_without_a_checkpoint_is_found(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ _NOT_TOLD = {
 }  # fmt: skip
 # Keys by which the text is found and read: where the tokens are the same, their values do not matter.
 _OF_TEXT = tuple(f"data.{name}:" for name in "corpus pattern text_field max_bytes dedup".split())
-_SINGLE = ("seed", "precision")
+_SINGLE = ("seed", "precision", "reduce_precision")
 
 
 @dataclass(frozen=True, slots=True)

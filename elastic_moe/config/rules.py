@@ -22,6 +22,7 @@ FAULT_PHASES = ("compute", "reduce", "mirror", "vote", "apply", "publish", "comm
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),
+    "reduce_precision": ("fp32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
     "run.resume": ("never", "auto"),
     "run.log_format": ("text", "json"),
@@ -245,6 +246,11 @@ def _check_elastic(config: TrainConfig) -> None:
         raise UserError(
             f"elastic.hold_s ({elastic.hold_s}) must be longer than elastic.lease_s ({elastic.lease_s}), after which a "
             "worker begins to wait."
+        )
+    if config.reduce_precision == "bf16" and config.elastic.reproducible:
+        raise UserError(
+            "reduce_precision=bf16 rounds by who computed a gradient, and elastic.reproducible=true needs sums that do "
+            "not depend on it: set one of them."
         )
 
 

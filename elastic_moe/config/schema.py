@@ -290,6 +290,7 @@ class FaultConfig(Sealed):
 class TrainConfig(Sealed):
     seed: int = 0  # seed of weights, data order and samples
     precision: str = "fp32"  # bf16: products and the weights in them; master weights and sums of gradients stay fp32
+    reduce_precision: str = "fp32"  # bf16: gradients travel in it, rounded stochastically, and are summed in fp32
     device: str = "auto"  # auto: a GPU where there is one
     threads: int = 1  # torch threads per worker; 0: torch's default
     run: RunConfig = field(default_factory=RunConfig)

@@ -75,9 +75,9 @@ class ExpertParallel:
     ) -> None:
         self._ranks, self._world_rank = tuple(range(group.world_size)), group.rank
         speeds = speeds or [1.0] * group.world_size
-        if placement.in_nodes:
+        if placement.in_nodes or (placement.rows_apart and grid is None and device == HOST):
             self._ranks, placement = placement.reach(group.rank)
-            group = group.subgroup("rows", self._ranks)
+            group = group.subgroup("rows", self._ranks)  # gradients leave in the backward pass by the other one
         nodes = placement.node_of_rank
         self.before_experts: Callable[[], None] = lambda: None
         self.together, self.exact_times = True, False

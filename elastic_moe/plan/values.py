@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+MOST_APART = 256  # ranks that may have a second connection to each other one, for rows
 LOST = -1  # home of an expert whose home rank has left
 
 
@@ -71,6 +72,19 @@ class Placement:
             if experts_LE.shape[1] < num_experts or not (experts_LE == all_E).all():
                 return False
         return True
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether rows are to have a group of their own, so that gradients may leave in the backward pass by the other.
+
+        They are where ranks are on several nodes. With very many ranks the second connection of each pair would cost
+        more than that brings, unless rows stay in their node.
+        """
+        return self.in_nodes or (
+            self.node_of_rank is not None
+            and len(self.node_of_rank) <= MOST_APART
+            and len(np.unique(self.node_of_rank)) > 1
+        )
 
     def reach(self, rank: int) -> tuple[tuple[int, ...], Placement]:
         """The ranks to which rows of a rank may travel, in order, and the placement on them, in their order."""

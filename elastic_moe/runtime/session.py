@@ -74,6 +74,7 @@ class ContextBuilder:
         num_moe_layers: MoE layers of the model.
         batching: how the ranks compute a batch; `together` follows from the experts' backend.
         products: dtype in which products are computed.
+        rounding_seed: of gradients that travel in bf16; None: they travel as they are.
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class ContextBuilder:
         num_moe_layers: int,
         batching: Batching,
         products: torch.dtype = torch.float32,
+        rounding_seed: int | None = None,
     ) -> None:
         self._units, self._model, self._dense_gradients = units, model, dense_gradients
         self._layers = range(num_moe_layers)
-        self._batching, self._products = batching, products
+        self._batching, self._products, self._rounding_seed = batching, products, rounding_seed
         self._shares = False  # the dense tensors of the model lie in a state
 
     def leave(self) -> None:
@@ -120,7 +122,7 @@ class ContextBuilder:
         dense = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
         weights = ComputeTensors(dense, [experts.slot_params(i) for i in self._layers])
         self._shares = share(layout, weights, gradients, held)
-        exchanger = Exchanger(layout, weights.detached(), gradients, held, group)
+        exchanger = Exchanger(layout, weights.detached(), gradients, held, group, self._rounding_seed)
         experts.before_experts = exchanger.wait_expert_weights
         speeds = speeds or Speeds.equal(view)
         batching = replace(self._batching, together=experts.together)

@@ -138,7 +138,7 @@ class StepRunner:
         batch = local.position.batch_of(step)
         share = self._compute(step, context, batch)
         self._begin(step, "reduce")
-        grad_square = context.exchanger.reduce()
+        grad_square = context.exchanger.reduce(step)
         self._begin(step, "mirror")
         context.exchanger.mirror()
         local.reduced = step
@@ -199,7 +199,7 @@ class StepRunner:
             with self._autocast():
                 out = self._model.loss(inputs, targets, mtp_weight, watch)
             watch = False  # the batch's first sequence: the same one at every world size
-            with self.gradients.telling(context.exchanger.early() if is_last else None):
+            with self.gradients.telling(context.exchanger.early(step) if is_last else None):
                 out.loss_sum.backward()
             self.gradients.add()
             stats += out.stats

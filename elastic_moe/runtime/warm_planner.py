@@ -17,6 +17,7 @@ from elastic_moe.optim import adamw
 from elastic_moe.plan.compiled import cache_dir
 from elastic_moe.plan.placement import Topology, plan_placement
 from elastic_moe.plan.split import split_tokens
+from elastic_moe.runtime.exchange import rounding
 
 READY = "ready"  # file in the cache: everything is compiled
 LOCK_S = 900.0  # after so long a process compiles itself, whatever the one with the lock does
@@ -25,7 +26,7 @@ REASON = "the planner is compiled for this machine, once: this takes a minute or
 
 
 def warm_up(tell: Callable[[str], None] = lambda _: None) -> None:
-    """Run the planner, the split and the optimizer's loop once, with the types of arguments that a run uses.
+    """Run the planner, the split and all compiled loops once, with the types of arguments that a run uses.
 
     Args:
         tell: called with a sentence if this process is going to compile.
@@ -46,6 +47,7 @@ def _run() -> None:
     placement = plan_placement(np.ones((1, 4)), Topology(("a", "b"), (1.0, 1.0)), [3, 3])
     split_tokens(np.ones((2, 4), dtype=np.int64), placement, 0)
     adamw.warm_up()
+    rounding.warm_up()
 
 
 def main() -> None:

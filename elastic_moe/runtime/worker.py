@@ -105,6 +105,7 @@ class Worker:
             config.model.num_moe_layers,
             Batching(config.data.global_batch, config.data.micro_batch, whole=config.elastic.reproducible),
             self._products,
+            config.seed if config.reduce_precision == "bf16" else None,
         )
         self._reconfigurer = Reconfigurer(
             config,

@@ -1,10 +1,12 @@
 """Tokens a second of real runs against plain DistributedDataParallel scripts.
 
 The product's side is the user's command, through Ray, with a mirror of all state: with rows that travel
-(`balance.copies=1`), and as it decides by itself (`auto`). The other sides are `plain_ddp.py`, which survives nothing:
-with the project's model (`plain`), and with transformers' DeepSeek-V3 of the same shape, with the plain residual, under
-Accelerate (`transformers`). All train on the same prepared corpus with the same batches. Rounds are made in turn; a
-step's time is the median of those after the first ones, and the ratios are of medians over the rounds.
+(`balance.copies=1`), and as it decides by itself (`auto`); over a link also with gradients that travel in bf16
+(`auto_bf16`: `reduce_precision=bf16`), which those of the other sides do not. The other sides are `plain_ddp.py`, which
+survives nothing: with the project's model (`plain`), and with transformers' DeepSeek-V3 of the same shape, with the
+plain residual, under Accelerate (`transformers`). All train on the same prepared corpus with the same batches. Rounds
+are made in turn; a step's time is the median of those after the first ones, and the ratios are of medians over the
+rounds.
 
 With `--link RATE` all of it happens in a network of its own, in which all ranks of a run share a link of this rate,
 and each worker of the product is on a node of its own (`cluster=simulated`). With `--machines RATE` half of the ranks
@@ -45,8 +47,11 @@ SHAPES = {
     "wide": [*PLAIN, *WIDE],
 }
 LINK = "EMOE_BENCH_LINK"  # variable with the rate of the network that this process is in
-OWN, OTHERS = {"rows": "1", "auto": "auto"}, ("plain", "transformers")
-APART = {"rows": "1", "node": "node", "all": "all", "auto": "auto"}  # side -> balance.copies, on two machines
+OTHERS = ("plain", "transformers")
+OWN = {"rows": ["balance.copies=1"], "auto": ["balance.copies=auto"]}  # side -> its settings
+BF16 = {"auto_bf16": ["balance.copies=auto", "reduce_precision=bf16"]}
+LINKED = OWN | BF16
+APART = OWN | {"node": ["balance.copies=node"], "all": ["balance.copies=all"]} | BF16
 
 
 class Bench:
@@ -54,7 +59,7 @@ class Bench:
 
     def __init__(self, root: Path, shape: str, workers: int, steps: int, machines: TwoMachines | None) -> None:
         self._root, self._workers, self.steps, self._machines = root, workers, steps, machines
-        self._own = OWN if machines is None else APART
+        self._own = APART if machines is not None else LINKED if os.environ.get(LINK) else OWN
         self._words = [*SHAPES[shape], "optim.schedule=constant", *quiet_run(root / "cache", CORPUS_BYTES)]
         register_schema()
         (self.config,) = check(self._words)
@@ -75,7 +80,7 @@ class Bench:
             call(["scripts.benchmarks.plain_ddp", json.dumps(words)], self._root / "log", LIMIT_S)
         else:
             words = [*self._words, f"run.dir={folder}", f"run.steps={self.steps}", *self._cluster()]
-            words += ["checkpoint.every_steps=0", f"balance.copies={self._own[side]}"]
+            words += ["checkpoint.every_steps=0", *self._own[side]]
             where = () if self._machines is None else (self._machines.variables, self._machines.inside(0))
             call(["elastic_moe.train", *words], self._root / "log", LIMIT_S, *where)
             log = folder / METRICS

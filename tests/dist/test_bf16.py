@@ -1,4 +1,4 @@
-"""Runs that compute in bf16: rows and weights travel in it, and the losses follow those of fp32, disturbed or not."""
+"""Runs in which rows and weights travel in bf16, or gradients: losses follow those of fp32, disturbed or not."""
 
 from __future__ import annotations
 
@@ -32,6 +32,26 @@ def test_a_disturbed_run_in_bf16_ends_near_the_loss_of_fp32(tmp_path: Path, copi
     assert len(exact) == len(rounded) == STEPS
     assert rounded == pytest.approx(exact, rel=0.02)
     assert exact[-1] < 0.95 * exact[0]
+
+
+@pytest.mark.parametrize("copies", ["1", "all"])
+def test_a_disturbed_run_that_reduces_in_bf16_ends_near_the_loss_of_fp32(tmp_path: Path, copies: str) -> None:
+    """Mirrors are compared with primaries in every step."""
+    losses = {}
+    for reduced in ("fp32", "bf16"):
+        config = replace(config_of(tmp_path / reduced / "run", STEPS, copies), reduce_precision=reduced)
+        config = replace(config, elastic=replace(config.elastic, check_every_steps=1))
+        with LocalRun(config, 3) as run:
+            if reduced == "bf16":
+                run.wait_step(5)
+                run.signal("w1", signal.SIGKILL)
+            run.wait_end()
+            losses[reduced] = run.losses()
+            assert all(e["lost_steps"] == 0 for e in run.events() if e["event"] == "entered")
+            assert not [e for e in run.events() if e["event"] in ("state_repaired", "rolled_back")]
+    assert losses["fp32"] != losses["bf16"]
+    assert len(losses["bf16"]) == STEPS
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
 
 
 def test_a_disturbed_run_in_bf16_equals_the_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ MODELS = {
     "two layers at once": replace(SMALL, recompute="2"),
     "chunked logits": replace(SMALL, logits_gib=1e-9, mtp_depth=1),
 }
-APART = ("plain", "mtp", "mhc", "selective", "full")  # also where rows travel within a node
+APART = ("plain", "mtp", "mhc", "selective", "full")  # also where rows travel
 SEQUENCES = {0: [3, 2], 1: [2, 0], 2: [0, 0]}  # rank -> of each micro-batch: one rank ends with none, one has none
 
 
@@ -78,24 +78,39 @@ def _in_nodes(cfg: ModelConfig) -> Placement:
     )
 
 
-class _Rank:
-    """A rank with its model, and the state that it holds. Without `apart`, each has a copy of every expert."""
+def _between_nodes(cfg: ModelConfig) -> Placement:
+    """Each rank, on a node of its own, has some experts; the last one has a second copy of the first expert."""
+    home = np.arange(cfg.num_experts, dtype=np.int32) % WORLD
+    experts = [*(expert for rank in range(WORLD) for expert in np.flatnonzero(home == rank)), 0]
+    return Placement(
+        np.tile(np.array(experts, np.int32), (cfg.num_moe_layers, 1)),
+        np.array([*np.sort(home), WORLD - 1], np.int32),
+        np.tile(home, (cfg.num_moe_layers, 1)),
+        np.arange(WORLD, dtype=np.int32),
+    )
 
-    def __init__(self, seat: Seat, cfg: ModelConfig, dtype: torch.dtype, apart: bool) -> None:
+
+PLACEMENTS = {"everywhere": _everywhere, "in nodes": _in_nodes, "between nodes": _between_nodes}
+
+
+class _Rank:
+    """A rank with its model, and the state that it holds. `where`: the experts are, and rows travel."""
+
+    def __init__(self, seat: Seat, cfg: ModelConfig, dtype: torch.dtype, where: str, rounding_seed: int | None) -> None:
         self.group, self.dtype = seat.form(1, seat.rank, seat.world), dtype
-        specs, placement = param_specs(cfg), _in_nodes(cfg) if apart else _everywhere(cfg)
+        specs, placement = param_specs(cfg), PLACEMENTS[where](cfg)
         units, initial = build_units(specs, 200), InitialWeights(cfg, specs, 0)
-        nodes = ["a", "a", "b"] if apart else ["a", "b", "c"]
+        nodes = ["a", "a", "b"] if where == "in nodes" else ["a", "b", "c"]
         view = View(1, tuple(Member(f"w{r}", nodes[r], r) for r in range(WORLD)))
         ownership = plan_ownership(units, view, np.full((WORLD, len(units)), NONE, np.uint8), 1, placement.home)
         device, roles_U = torch.device("cpu"), ownership.role(seat.rank)
         self.held = HeldState.build(units, roles_U, lambda u: UnitState.initial(units[u], initial(units[u])), device)
         self.experts = experts_of(self.group, placement, cfg, device)
-        assert isinstance(self.experts, ExpertParallel) == apart
+        assert isinstance(self.experts, ExpertParallel) == (where != "everywhere")
         self.model = Transformer(cfg, self.experts)
         self.dense = DenseGradients(self.model, None)
         builder = ContextBuilder(
-            units, self.model, self.dense.tensors, cfg.num_moe_layers, Batching(WORLD, 1), products=dtype
+            units, self.model, self.dense.tensors, cfg.num_moe_layers, Batching(WORLD, 1), dtype, rounding_seed
         )
         context = builder.build(view, self.group, self.experts, self.held, ownership, placement)
         assert context.layout.early_bucket_U is not None
@@ -113,10 +128,10 @@ class _Rank:
             tokens = torch.randint(48, (size, SEQ + 1), generator=generator)
             with self._autocast():
                 out = self.model.loss(tokens[:, :-1], tokens[:, 1:])
-            with self.dense.telling(self.exchanger.early() if early and number == len(sizes) - 1 else None):
+            with self.dense.telling(self.exchanger.early(seed) if early and number == len(sizes) - 1 else None):
                 out.loss_sum.backward()
         begun = self.exchanger._reducer._begun
-        square = self.exchanger.reduce()
+        square = self.exchanger.reduce(seed)
         self.exchanger.mirror()
         held = [torch.cat(list(self.held.grads.pieces(u))).clone() for u in sorted(self._trained())]
         return square, held, begun
@@ -129,10 +144,15 @@ class _Rank:
 
 
 def _both_ways(
-    seat: Seat, cfg: ModelConfig, dtype: torch.dtype, room: int, apart: bool = False
+    seat: Seat,
+    cfg: ModelConfig,
+    dtype: torch.dtype,
+    room: int,
+    where: str = "everywhere",
+    rounding_seed: int | None = None,
 ) -> tuple[int, list[int]]:
     buckets.EARLY_ELEMENTS, buckets.MESSAGE_ELEMENTS, reduce_module.ROOM_BYTES = 400, 1, room
-    rank, begun = _Rank(seat, cfg, dtype, apart), list[int]()
+    rank, begun = _Rank(seat, cfg, dtype, where, rounding_seed), list[int]()
     for seed in range(2):
         late, early = (rank.reduced(seed, early) for early in (False, True))
         assert late[2] == 0
@@ -144,12 +164,17 @@ def _both_ways(
     return rank.buckets, begun
 
 
-@pytest.mark.parametrize(("name", "apart"), [*((name, False) for name in MODELS), *((name, True) for name in APART)])
-def test_gradients_that_leave_early_are_complete(name: str, apart: bool) -> None:
-    for rank, (count, begun) in enumerate(results(WORLD, _both_ways, MODELS[name], torch.float32, 1 << 26, apart)):
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        *((name, "everywhere") for name in MODELS),
+        *((name, where) for name in APART for where in PLACEMENTS if where[0] != "e"),
+    ],
+)
+def test_gradients_that_leave_early_are_complete(name: str, where: str) -> None:
+    for count, begun in results(WORLD, _both_ways, MODELS[name], torch.float32, 1 << 26, where):
         assert count >= 4
-        if SEQUENCES[rank][-1]:
-            assert min(begun) == count, "the last bucket left within the backward pass too"
+        assert min(begun) == count, "the last bucket left within the backward pass too"
 
 
 @pytest.mark.parametrize("name", ["plain", "full"])
@@ -157,5 +182,12 @@ def test_gradients_of_bf16_weights(name: str) -> None:
     results(WORLD, _both_ways, MODELS[name], torch.bfloat16, 1 << 26)
 
 
-def test_little_room_for_what_is_under_way() -> None:
-    results(WORLD, _both_ways, MODELS["plain"], torch.float32, 1)
+@pytest.mark.parametrize("where", PLACEMENTS)
+def test_gradients_that_are_rounded(where: str) -> None:
+    results(WORLD, _both_ways, MODELS["mhc"], torch.float32, 1 << 26, where, 5)
+
+
+@pytest.mark.parametrize("where", PLACEMENTS)
+def test_little_room_for_what_is_under_way(where: str) -> None:
+    """Then ranks wait for one another's buckets within the pass, between the exchanges of rows."""
+    results(WORLD, _both_ways, MODELS["plain"], torch.float32, 1, where)

@@ -137,11 +137,12 @@ def _one_case(group: Group, case: str, skewed: bool, most_rows: int = 0, nodes: 
 
     share = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
     x, gates = x_TD[share].clone().requires_grad_(), gates_TK[share].clone().requires_grad_()
-    before = group.completed
+    used = parallel._group
+    before = used.completed
     y = _run_layers(parallel, x, ids_TK[share], gates)
-    forward = group.completed - before
+    forward = used.completed - before
     (y * weight_TD[share]).sum().backward()
-    backward = group.completed - before - forward
+    backward = used.completed - before - forward
 
     assert x.grad is not None
     assert gates.grad is not None

@@ -155,7 +155,7 @@ class Group:
         Raises:
             GroupAborted: see `Group`.
         """
-        name = f"{name}:{'-'.join(map(str, ranks))}"
+        name = f"{name}:{'all' if len(ranks) == self.world_size else '-'.join(map(str, ranks))}"
         unique = f"{self._member.subgroup}{name}.{self._subgroup_names[name]}/"  # keys of the store are used once
         self._subgroup_names[name] += 1
         place = replace(self._member, rank=list(ranks).index(self.rank), world_size=len(ranks), subgroup=unique)

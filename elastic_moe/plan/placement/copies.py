@@ -17,7 +17,7 @@ from elastic_moe.types import View
 
 ROOM_BYTES = 2 << 30  # of a worker, for its experts and their gradients; `all` and `node` take more where there is more
 JOURNEYS = 4  # of a routed row: to its expert and back, forward and backward
-FP32 = 4
+FP32, BF16 = 4, 2
 
 
 class Copies(NamedTuple):
@@ -86,5 +86,7 @@ def _pays(config: TrainConfig, ranks: int, places: int, ranks_per_place: int) ->
     experts = model.num_experts * model.num_moe_layers * 3 * model.hidden_size * model.expert_hidden / ranks_per_place
     rows = data.global_batch * data.seq_len / ranks * model.experts_per_token * model.num_moe_layers
     without_mirror = max(0, places - 1 - config.elastic.redundancy) / (places - 1)  # of the places without the primary
+    computed, gradient = (BF16 if kind == "bf16" else FP32 for kind in (config.precision, config.reduce_precision))
     fits = FP32 * 2 * experts <= ROOM_BYTES
-    return fits and (1 + without_mirror) * experts <= JOURNEYS * rows * model.hidden_size
+    moved = (gradient + without_mirror * computed) * experts
+    return fits and moved <= JOURNEYS * rows * model.hidden_size * computed

@@ -113,8 +113,8 @@ class Layout:
         frozen_weights: weights without updates, dense units and experts alike; sent only on entering a view.
         bucket_U: int64 [U], the bucket in which each unit travels; see `Schedule.split`.
         early_bucket_U: int64 [U], that of its gradient where gradients may leave in the backward pass, else None. They
-            may where no rows travel between nodes in it, and ranks are on several nodes. On one node the exchange has
-            no wire to wait for, and takes the cores from the pass.
+            may where ranks are on several nodes, since rows have a group of their own there. On one node the exchange
+            has no wire to wait for, and takes the cores from the pass.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Layout:
             self.units.numel_U, ownership.primary, parts.copies_U, view.world_size, ownership.mirrors.shape[1]
         )
         self.early_bucket_U: Ints | None = None
-        if (placement.everywhere or placement.in_nodes) and len({member.node for member in view.members}) > 1:
+        if (placement.everywhere or placement.rows_apart) and len({member.node for member in view.members}) > 1:
             self.early_bucket_U = assign_early_buckets(
                 self.units.numel_U, ownership.primary, parts.copies_U, view.world_size, self.units.stage_U
             )

@@ -21,25 +21,32 @@ class Exchanger:
         grads: their gradient tensors; those of units without a gradient are not used.
         held: the state that this rank owns or mirrors.
         group: the collectives of this generation.
+        rounding_seed: see `GradientReducer`.
     """
 
     def __init__(
-        self, layout: Layout, weights: ComputeTensors, grads: ComputeTensors, held: HeldState, group: Group
+        self,
+        layout: Layout,
+        weights: ComputeTensors,
+        grads: ComputeTensors,
+        held: HeldState,
+        group: Group,
+        rounding_seed: int | None = None,
     ) -> None:
-        self._reducer = GradientReducer(layout, grads, held, group)
+        self._reducer = GradientReducer(layout, grads, held, group, rounding_seed)
         self._publisher = WeightPublisher(layout, weights, held, group)
 
     def close(self) -> None:
         """Let go of the state and of the tensors that this rank computes with; nothing is exchanged any more."""
         del self._reducer, self._publisher
 
-    def early(self) -> Callable[[str], None] | None:
+    def early(self, step: int) -> Callable[[str], None] | None:
         """See `GradientReducer.early`."""
-        return self._reducer.early()
+        return self._reducer.early(step)
 
-    def reduce(self) -> float:
+    def reduce(self, step: int) -> float:
         """See `GradientReducer.reduce`."""
-        return self._reducer.reduce()
+        return self._reducer.reduce(step)
 
     def mirror(self) -> None:
         """See `GradientReducer.mirror`."""

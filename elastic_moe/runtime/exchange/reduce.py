@@ -1,9 +1,9 @@
 """Gradients: from the ranks that compute with a unit to its primary, and the sums from there to its mirrors.
 
-Where no rows travel, and ranks are on several nodes, gradients leave as soon as the last backward pass of a step has
-made them, in buckets that follow it from the last layer to the first. So most of them travel while this rank still
-computes, and the sums of a bucket leave for their mirrors two buckets later. All ranks begin these exchanges in the
-same order; a rank may begin some of them after its backward pass.
+Where ranks are on several nodes, gradients leave as soon as the last backward pass of a step has made them, in buckets
+that follow it from the last layer to the first. So most of them travel while this rank still computes, and the sums of
+a bucket leave for their mirrors two buckets later. All ranks begin these exchanges in the same order; a rank may begin
+some of them after its backward pass. Rows that travel in the same pass have a group of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from elastic_moe.parallel.collectives.group import HOST, Group, Pending
 from elastic_moe.plan.state.schedule import Layout, Schedule
+from elastic_moe.runtime.exchange.rounding import StochasticRounding
 from elastic_moe.runtime.exchange.unit_exchange import UnitExchange
 from elastic_moe.runtime.exchange.windows import ComputeTensors, copy_all, windows_of
 from elastic_moe.runtime.state import HeldState
@@ -34,26 +35,37 @@ class GradientReducer:
         grads: this rank's gradient tensors; those of units without a gradient are not used.
         held: takes the reduced gradients.
         group: the collectives of this generation.
+        rounding_seed: of the stochastic rounding to bf16 of what is sent; None: it is sent as it is.
     """
 
-    def __init__(self, layout: Layout, grads: ComputeTensors, held: HeldState, group: Group) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        grads: ComputeTensors,
+        held: HeldState,
+        group: Group,
+        rounding_seed: int | None = None,
+    ) -> None:
         held.grads.lie_in(_at_home(layout, grads, held))
         of_update = next(iter(grads.dense.values()))
         on_host = of_update.dtype == torch.float32 and of_update.device == held.device == HOST
         early_U = layout.early_bucket_U if on_host else None
         bucket_U = layout.bucket_U if early_U is None else early_U
         buckets = zip(layout.gradients.split(bucket_U), layout.mirrors.split(bucket_U), strict=True)
-        self._buckets = [_Bucket(layout, *bucket, grads, held, group) for bucket in buckets]
+        self._buckets = [
+            _Bucket(layout, *bucket, grads, held, group, _rounding(layout, rounding_seed, number))
+            for number, bucket in enumerate(buckets)
+        ]
         self._waiting = {} if early_U is None else _waiting(layout, early_U)
         self._under_way = _UnderWay()
         self._to_mirror = self._buckets if (layout.ownership.mirrors >= 0).any() else []
         self._begun = self._mirrored = 0  # buckets of this step whose gradients, and whose sums, have left
 
-    def early(self) -> Callable[[str], None] | None:
+    def early(self, step: int) -> Callable[[str], None] | None:
         """A step's last backward pass begins. Returns what is to be called with each parameter that has its gradient.
 
-        None where gradients leave in `reduce`: rows travel in the same pass, all ranks are on one node, sums are exact,
-        or gradients or state are not in host memory.
+        None where gradients leave in `reduce`: all ranks are on one node, sums are exact, or gradients or state are not
+        in host memory.
         """
         if not self._waiting:
             return None
@@ -62,11 +74,11 @@ class GradientReducer:
         def complete(parameter: str) -> None:
             missing.subtract(self._waiting.get(parameter, ()))
             while self._begun < len(self._buckets) and not missing[self._begun]:
-                self._begin_next()
+                self._begin_next(step)
 
         return complete
 
-    def reduce(self) -> float:
+    def reduce(self, step: int) -> float:
         """Sum every unit's gradient at its primary; collective. Begins what has not left in the backward pass.
 
         The sum adds up in the order of the ranks, so it is the same in every run with this layout.
@@ -75,7 +87,7 @@ class GradientReducer:
             Sum of squares of the reduced gradients, over the units whose primary is this rank.
         """
         while self._begun < len(self._buckets):
-            self._begin_next()
+            self._begin_next(step)
         self._end_until(self._buckets[-1])
         self._begun = 0
         return sum(bucket.square for bucket in self._buckets)
@@ -87,11 +99,11 @@ class GradientReducer:
         self._under_way.end()
         self._mirrored = 0
 
-    def _begin_next(self) -> None:
+    def _begin_next(self, step: int) -> None:
         """Send the gradients of the next bucket, and the sums of an earlier one."""
         bucket = self._buckets[self._begun]
         bucket.is_reduced = False
-        self._under_way.begin(bucket.reduce, bucket.to_primaries.moved_bytes)
+        self._under_way.begin(partial(bucket.reduce, step), bucket.to_primaries.moved_bytes)
         self._begun += 1
         if self._begun > LAG and self._to_mirror:
             self._begin_mirror()
@@ -136,6 +148,10 @@ class _UnderWay:
         end()
 
 
+def _rounding(layout: Layout, seed: int | None, bucket: int) -> StochasticRounding | None:
+    return None if seed is None else StochasticRounding(seed, layout.rank, bucket)
+
+
 def _waiting(layout: Layout, bucket_U: NDArray[np.int64]) -> dict[str, set[int]]:
     """Parameter -> the buckets that may not leave before its gradient is complete.
 
@@ -168,6 +184,7 @@ class _Bucket:
 
     Args:
         gradients, mirrors: its schedules.
+        rounding: of what is sent; None: it is sent as it is.
 
     Attributes:
         to_primaries, to_mirrors: its exchanges.
@@ -183,13 +200,15 @@ class _Bucket:
         grads: ComputeTensors,
         held: HeldState,
         group: Group,
+        rounding: StochasticRounding | None,
     ) -> None:
-        self._layout, self._held, self._mirrors = layout, held, mirrors
+        self._layout, self._held, self._mirrors, self._rounding = layout, held, mirrors, rounding
         self._dtype = next(iter(grads.dense.values())).dtype
         own, others = gradients.send[layout.rank], gradients.without(layout.rank)
         self._windows = [window for u in others.sent_units for window in windows_of(layout, grads, u)]
-        self.to_primaries = UnitExchange(layout, others, group, held.device, self._dtype)
-        self.to_mirrors = UnitExchange(layout, mirrors, group, held.device)
+        narrow = torch.bfloat16 if rounding else None
+        self.to_primaries = UnitExchange(layout, others, group, held.device, narrow or self._dtype)
+        self.to_mirrors = UnitExchange(layout, mirrors, group, held.device, narrow or torch.float32)
         self._arriving = [(rank, u) for rank, units in enumerate(others.receive) for u in units]
         self._own = {u: windows_of(layout, grads, u) for u in own}
         self._rounds = list(_rounds(gradients.receive))
@@ -197,17 +216,18 @@ class _Bucket:
         self._apart = [u for u in self._units if not held.grads.is_in_place(u)]
         self.is_reduced, self.square = False, 0.0
 
-    def reduce(self) -> Callable[[], None]:
-        """Begin to send gradients to their primaries. Returns what waits for them and adds them up."""
-        return partial(self._add_up, *self.to_primaries.begin(self._windows))
+    def reduce(self, step: int) -> Callable[[], None]:
+        """Begin to send a step's gradients to their primaries. Returns what waits for them and adds them up."""
+        pack = partial(self._rounding.pack, step=step) if self._rounding else None
+        return partial(self._add_up, step, *self.to_primaries.begin(self._windows, pack))
 
-    def _add_up(self, pending: Pending, received: torch.Tensor) -> None:
+    def _add_up(self, step: int, pending: Pending, received: torch.Tensor) -> None:
         """Add up what has come, once it is there."""
         pending.wait()
         self.is_reduced = True
         if not self._units:
             return
-        split = received.split(self._numels([u for _, u in self._arriving]))
+        split = received.to(self._dtype).split(self._numels([u for _, u in self._arriving]))
         pieces = dict(zip(self._arriving, split, strict=True))
         if self._dtype == torch.float32:
             self._add_up_apart({u: self._held.grads.of(u) for u in self._apart}, pieces)
@@ -218,6 +238,9 @@ class _Bucket:
             wide = dict(zip(self._units, buffer.split(numels), strict=True))
             self._add_up_apart(wide, pieces)
             copy_all([self._held.grads.of(u) for u in self._units], list(wide.values()))
+        if self._rounding:  # to what the mirrors get
+            sums = [piece for u in sorted(set(self._mirrors.sent_units)) for piece in self._held.grads.pieces(u)]
+            self._rounding.round_sums(sums, step)
         reduced = [piece for u in self._units for piece in self._pieces(u)]
         norms = torch._foreach_norm(reduced)  # pyright: ignore[reportPrivateImportUsage]
         self.square = sum((torch.stack(norms).double() ** 2).tolist())

@@ -42,6 +42,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"run.resume": "yes"}, "run.resume"),
     ({"seed": -1}, "seed"),
     ({"precision": "fp16"}, "precision"),
+    ({"reduce_precision": "fp16"}, "reduce_precision"),
+    ({"reduce_precision": "bf16", "elastic.reproducible": True}, "reduce_precision"),
     ({"device": "tpu"}, "device"),
     ({"cluster.collectives": "mpi"}, "cluster.collectives"),
     ({"cluster.collectives": "nccl", "device": "cpu"}, "cluster.collectives"),

@@ -58,6 +58,21 @@ def test_one_rank_and_what_is_asked_for() -> None:
     assert copies_of(config_of("auto", 10_000, reproducible=True), [1, 1]) == (1, False)
 
 
+def test_bytes_of_what_travels_in_bf16() -> None:
+    """Two ranks with a mirror are sent no weights, so only gradients and rows count."""
+    experts, row = 16 * 3 * 32 * 64, 4 * 64 * SMALL.experts_per_token * 32
+    least = -(-experts * 2 // row)  # sequences of a step from which copies pay
+    for computed, reduced, times in (
+        ("fp32", "fp32", 1),
+        ("fp32", "bf16", 0.5),
+        ("bf16", "bf16", 1),
+        ("bf16", "fp32", 2),
+    ):
+        for sequences in range(1, 3 * least):
+            config = replace(config_of(sequences=sequences), precision=computed, reduce_precision=reduced)
+            assert (copies_of(config, [1, 1]).number == 2) == (times * experts <= row * sequences / 2)
+
+
 def test_a_copy_on_each_node() -> None:
     config = config_of("node")
     assert copies_of(config, [4, 2]) == (1, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from elastic_moe.plan.placement import LOST, Placement, Topology, default_slots,
 from elastic_moe.plan.split import slowest_times
 from elastic_moe.plan.state.ownership import NONE, copies_from_roles, homes_from_roles, plan_ownership
 from elastic_moe.plan.state.units import build_units
+from elastic_moe.plan.values import MOST_APART
 from elastic_moe.types import Member, View
 
 LAYERS, EXPERTS = 3, 12
@@ -159,3 +161,16 @@ def test_a_look_during_the_run_keeps_rows_in_their_nodes() -> None:
         check(view, placement)
     assert (look.replicas.home == even.home).all()
     assert look.homes_L.sum() <= look.replicas_L.sum() <= look.now_L.sum()
+
+
+def test_rows_have_a_group_of_their_own_between_nodes_of_not_too_many_ranks() -> None:
+    def placement(nodes: list[int]) -> Placement:
+        ranks = np.arange(len(nodes), dtype=np.int32)
+        return Placement(ranks[None, :], ranks, ranks[None, :], np.array(nodes, dtype=np.int32))
+
+    assert placement([0, 0, 1]).rows_apart
+    assert not placement([0, 0, 0]).rows_apart
+    assert not replace(placement([0, 1]), node_of_rank=None).rows_apart
+    assert placement(list(range(MOST_APART))).rows_apart
+    assert not placement(list(range(MOST_APART + 1))).rows_apart
+    assert replace(placement(list(range(MOST_APART + 1))), in_nodes=True).rows_apart

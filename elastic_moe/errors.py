@@ -56,7 +56,7 @@ class Diverged(RuntimeError):
 
 
 class CoordinatorLost(RuntimeError):
-    """The coordinator was not heard for so long that this worker waits for it no more. The message is a sentence."""
+    """The coordinator was not heard for so long that it is waited for no more. The message is a sentence."""
 
 
 class Evicted(RuntimeError):

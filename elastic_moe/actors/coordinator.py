@@ -6,9 +6,11 @@ are in the run directory. It is detached, so it outlives its driver, and then en
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 
@@ -21,7 +23,12 @@ from elastic_moe.config.schema import TrainConfig
 from elastic_moe.coordination.coordinator import RunCoordinator
 from elastic_moe.coordination.membership import RunStatus
 from elastic_moe.data.prepare import Prepared
+from elastic_moe.errors import reason_of
 from elastic_moe.run_log import logging_of_run
+
+PAUSE_S = 2.0  # before Ray starts this actor once more
+
+logger = logging.getLogger(__name__)
 
 
 class Coordinator:
@@ -48,7 +55,12 @@ class Coordinator:
         self._log.enter_context(logging_of_run(config.run.log_format, names.name, self._where))
         self._metrics = RunExporter(config.run.dir, names, max_workers(config))
         restarted = bool(context.was_current_actor_reconstructed)
-        self._run = RunCoordinator(config, token, target, host, restarted, prepared, self._metrics, began_s)
+        try:
+            self._run = RunCoordinator(config, token, target, host, restarted, prepared, self._metrics, began_s)
+        except OSError as error:
+            if restarted:
+                _once_more(error)
+            raise
         self._metrics.begin(self._run.status, self._run.goodput)
         self._nodes = NodeWatcher(self.submit, config.elastic.drain_deadline_s)
         self._nodes.start()
@@ -105,3 +117,13 @@ class Coordinator:
         self._run.close()
         self._metrics.close()
         self._log.close()
+
+
+def _once_more(error: OSError) -> NoReturn:
+    """End this process because storage fails as the coordinator begins again.
+
+    Ray starts an actor again whose process ends, and gives one up for good whose making raises.
+    """
+    logger.warning("the coordinator cannot begin again, and is started once more: %s", reason_of(error))
+    time.sleep(PAUSE_S)
+    os._exit(1)

@@ -57,7 +57,7 @@ from elastic_moe.coordination.lease import Lease, confirm, lost, own
 from elastic_moe.coordination.start import check_start, look
 from elastic_moe.data.prepare import Prepared, default_cache_root, prepare
 from elastic_moe.data.tokenizer import load_tokenizer, with_tokenizer
-from elastic_moe.errors import UserError, of_storage, reason_of
+from elastic_moe.errors import CoordinatorLost, UserError, of_storage, reason_of
 from elastic_moe.metrics.jsonl import Tail
 from elastic_moe.metrics.schema import units
 from elastic_moe.metrics.sinks.tracker import Tracker, check_tracking
@@ -225,7 +225,7 @@ class _Driver:
                         asked_s = time.monotonic()
                         link.submit({"event": "stop", "reason": signal.Signals(self.stop.signum).name})
                     self._show(coordinator, link, shown)
-                    if (endless := waits.look(self.status)) is not None:
+                    if (endless := waits.look(self.status) or self._gone(link)) is not None:
                         self.error = endless
                         break
                     training.join(POLL_S)
@@ -288,13 +288,19 @@ class _Driver:
 
     def _save_last(self, link: CoordinatorLink) -> None:
         """After an error that the coordinator has not heard of: let the members save their state before all ends."""
-        if self.error is None:
+        if self.error is None or isinstance(self.error, CoordinatorLost):
             return
         deadline_s = time.monotonic() + self.config.elastic.hang_timeout_s + LAST_SAVE_MARGIN_S
         link.forget()
         link.submit({"event": "fail", "reason": reason_of(self.error)})
         while link.poll().get("phase") not in OVER and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
+
+    def _gone(self, link: CoordinatorLink) -> CoordinatorLost | None:
+        """An error if Ray has known no coordinator for as long as workers wait for one."""
+        if not link.is_gone or link.silent_s <= self.config.elastic.hold_s:
+            return None
+        return CoordinatorLost(f"the run's coordinator is gone, and was not started again in {link.silent_s:.0f} s")
 
     def _missing(self) -> str:
         """What Ray lacks for the workers that are not there."""

@@ -253,3 +253,31 @@ def test_what_is_left_of_a_run_can_be_ended_by_its_name(cluster: Cluster, until:
     until(lambda: not placements("mine"), "its end")
     assert [room.id for room in placements("other").values()] == [other.id]
     end_all("other")
+
+
+@pytest.mark.timeout(900)
+def test_a_coordinator_that_finds_its_files_unreadable_is_started_until_it_can_read_them(
+    cluster: Cluster, tmp_path: Path, until: Until
+) -> None:
+    """Ray gives an actor up for good whose making raises, so its process has to end instead."""
+    add_node(cluster, WORKERS)
+    with full_run(tmp_path) as run:
+        until(lambda: run.steps() >= 5 and run.world() == WORKERS, "three workers train", 240.0)
+        coordinator, pids = ray.get(run.coordinator.pid.remote()), {pid for _, _, pid in run.members()}
+        metrics, away = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "away"
+        metrics.rename(away)
+        metrics.mkdir()
+        os.kill(coordinator, signal.SIGKILL)
+        time.sleep(10.0)  # it fails a few times meanwhile
+        with pytest.raises(ray.exceptions.GetTimeoutError):
+            ray.get(run.coordinator.pid.remote(), timeout=1)
+        metrics.rmdir()
+        away.rename(metrics)
+        at = run.steps()
+        until(
+            lambda: run.status()["phase"] == "running" and run.status()["step"] >= at + 10,
+            "another coordinator serves",
+            240.0,
+        )
+        assert pids == {pid for _, _, pid in run.members()}, "workers keep their processes"
+        run.finish()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.cli.compose import check, register_schema
 from elastic_moe.metrics.schema import EVENT_KINDS
 from scripts.benchmarks.chaos_faults import FATAL, WEIGHTS, schedule
 from scripts.benchmarks.chaos_recipes import GROUPS, INEXACT, draw_recipe
-from scripts.benchmarks.chaos_run import avoidable_losses, overrides, wrong_checkpoint, wrong_losses, wrong_records
+from scripts.benchmarks.chaos_run import avoidable_losses, wrong_checkpoint, wrong_losses, wrong_records
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 120
 
 
@@ -38,12 +40,20 @@ def test_every_kind_is_drawn_and_none_that_is_left_out() -> None:
 
 
 def test_recipes_can_be_trained_and_every_setting_is_drawn(tmp_path: Path) -> None:
-    register_schema()
+    """The command's own checks see them, in a process of their own: Hydra's settings are those of a whole process."""
+    place = f"Path({str(tmp_path)!r})"
+    program = (
+        "from pathlib import Path; from elastic_moe.cli.compose import check, register_schema\n"
+        "from scripts.benchmarks.chaos_recipes import draw_recipe; from scripts.benchmarks.chaos_run import overrides\n"
+        "register_schema()\n"
+        "for recipe in map(draw_recipe, range(80)):\n"
+        f"    (config,) = check(overrides({place} / 'run', {place}, {STEPS}, 1, recipe.words))\n"
+        "    assert config.elastic.reproducible == recipe.exact\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     drawn = [draw_recipe(seed) for seed in range(80)]
     assert drawn[7] == draw_recipe(7)
-    for recipe in drawn:
-        (config,) = check(overrides(tmp_path / "run", tmp_path, STEPS, 1, recipe.words))
-        assert config.elastic.reproducible == recipe.exact
     words = {word for group in (*GROUPS, *INEXACT) for choice in group for word in choice.split()}
     assert words == {word for recipe in drawn for word in recipe.words}
 

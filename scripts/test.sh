@@ -16,7 +16,7 @@ unset PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes: each woul
 export OMP_NUM_THREADS=1 # many small processes: more threads only fight for the cores
 if [ "${1:-}" = --fast ]; then
     shift
-    exec "$PYTHON" -m pytest -m "unit and not slow" -n auto "$@"
+    exec "$PYTHON" -m pytest -m "unit and not slow and not long" -n auto "$@"
 fi
 if [ "${1:-}" = --long ]; then
     shift

@@ -173,16 +173,17 @@ class Storage:
         def action(activity: Activity) -> str:
             if self._local and not is_regular(path):
                 raise CorruptCheckpoint(f"{path} is no file")
-            digest, total = hashlib.sha256(), 0
+            digest = hashlib.sha256()
             with self._fs.open_input_stream(path) as stream:
                 found = self._fs.get_file_info(path).size
-                buffer = memoryview(bytearray(max(1, min(PIECE, size))))
-                while found == size and (count := stream.readinto(buffer)):
-                    digest.update(buffer[:count])
-                    total += count
-                    activity.moved(count)
-            if found != size or total != size:
-                raise CorruptCheckpoint(f"{path} has {total if found == size else found} bytes, not {size}")
+                if found == size:
+                    found, buffer = 0, memoryview(bytearray(max(1, min(PIECE, size))))
+                    while count := stream.readinto(buffer):
+                        digest.update(buffer[:count])
+                        found += count
+                        activity.moved(count)
+            if found != size:
+                raise CorruptCheckpoint(f"{path} has {found} bytes, not {size}")
             return digest.hexdigest()
 
         return self._bounded(action)

@@ -16,9 +16,9 @@ from elastic_moe.checkpoint.writer import list_steps, retain
 from elastic_moe.cli.checkpoint import main
 from elastic_moe.environment import environment
 from elastic_moe.errors import UserError
-from elastic_moe.run_dir import CLAIMS, step_dir
+from elastic_moe.run_dir import step_dir
 from tests.dist.test_s3 import MIB, assert_newest, save, settle
-from tests.dist.test_s3_lease import processes
+from tests.dist.test_s3_lease import assert_one_of_several_owns
 from tests.dist.test_s3_run import STEPS, config_of, saw
 from tests.gcs_server import BUCKET, GcsServer, gcs_server, variables
 from tests.local_run import LocalRun
@@ -134,14 +134,7 @@ def test_the_probe_of_a_bucket_that_is_not_there_is_one_sentence(root: str) -> N
 
 
 def test_one_of_several_processes_owns_the_root(root: str) -> None:
-    started, results, stop = processes(root, 3)
-    said = [results.get(timeout=120) for _ in started]
-    assert said.count("owns") == 1, said
-    assert sum("is in use by process" in text for text in said) == 2, said
-    stop.set()
-    for process in started:
-        process.join(60)
-    assert not Storage(root).sizes(CLAIMS)
+    assert_one_of_several_owns(root)
 
 
 def test_a_run_is_killed_and_resumed(tmp_path: Path, root: str) -> None:
